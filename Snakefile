@@ -1,0 +1,29 @@
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/retrieve.smk"
+include: "workflow/rules/statistics.smk"
+include: "workflow/rules/factors.smk"
+include: "workflow/rules/compress.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+include: "workflow/rules/demo.smk"
+
+
+rule all:
+    """Run the configured experiments: tables, figures and the report."""
+    default_target: True
+    input:
+        rules.tables.output,
+        rules.figures.output,
+        rules.report.output,
+
+
+onsuccess:
+    show_summary()

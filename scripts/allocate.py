@@ -1,0 +1,16 @@
+"""Rule `allocate`: one size per group of matrices, and the bytes that it costs."""
+
+from winnow.allocation import allocate, chosen_groups, summarize
+from winnow.io import read_parquet, write_json
+from winnow.models import ModelFiles
+from winnow.runtime import start_job
+from winnow.structures import structure_of
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    budget = job.spec["budget"]
+    groups = chosen_groups(ModelFiles(snakemake.input.model), structure_of(job.spec["structure"]), budget["targets"])
+    spectra = read_parquet(snakemake.input.spectra).set_index("group")
+    sizes = allocate(groups, budget)
+    errors = {g.name: list(spectra.loc[g.name, "error"]) for g in groups}
+    write_json(snakemake.output[0], {"budget": budget, **summarize(groups, sizes, errors)}, job.provenance)

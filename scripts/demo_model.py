@@ -1,0 +1,12 @@
+"""Rule `demo_model`: train the demo model and write it with its card."""
+
+from pathlib import Path
+
+from winnow.demo import build
+from winnow.io import atomic
+from winnow.runtime import start_job
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    with atomic(Path(snakemake.output[0]).parent) as folder:
+        build(folder, snakemake.input.train, snakemake.input.evaluation, job.spec)

@@ -1,0 +1,17 @@
+"""Rule `measure_spectra`: one row per group of matrices, from the factors that hold its spectrum."""
+
+import pandas as pd
+
+from winnow.io import Bundle, write_parquet
+from winnow.runtime import start_job
+from winnow.spectra import spectrum_row
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    rows = []
+    for manifest in snakemake.input:
+        bundle = Bundle(manifest)
+        for name in bundle.manifest["groups"]:
+            fit = bundle.tensors(f"{name}.safetensors")
+            rows.append(spectrum_row(name, fit["spectrum"].numpy(), fit["error"].numpy(), job.spec["metric"]))
+    write_parquet(snakemake.output[0], pd.DataFrame(sorted(rows, key=lambda row: row["group"])), job.provenance)

@@ -1,0 +1,10 @@
+"""Rule `retrieve_model`: the manifest of a model: digests of its files, and every tensor by its canonical name."""
+
+from winnow.io import write_json
+from winnow.models import describe, fetch
+from winnow.runtime import start_job
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    directory = fetch(job.spec["source"], job.spec["revision"])
+    write_json(snakemake.output[0], describe(directory), job.provenance)

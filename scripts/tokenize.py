@@ -1,0 +1,27 @@
+"""Rule `tokenize`: windows of token ids (windows, length) int32, and for an evaluation the first scored token of each."""
+
+import torch
+
+from winnow.io import read_json, read_parquet, write_tensors
+from winnow.models import ModelFiles, load_tokenizer
+from winnow.runtime import start_job
+from winnow.texts import text_digest
+from winnow.tokens import PROTOCOLS, calibration_windows, check_length, encode, evaluation_windows
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    spec = job.spec
+    check_length(spec["length"], read_json(snakemake.input.model)["max_length"])
+    tokenizer = load_tokenizer(ModelFiles(snakemake.input.model).verify())
+    text = spec["join"].join(read_parquet(snakemake.input.text)["text"])
+    if spec["kind"] == "calibrations":
+        ids = encode(tokenizer, text, spec["special_tokens"])
+        windows = calibration_windows(ids, spec["windows"], spec["length"], spec["seed"])
+        tensors = {"ids": torch.from_numpy(windows)}
+    else:
+        ids = encode(tokenizer, text, PROTOCOLS[spec["protocol"]].special_tokens)
+        cut = (spec["protocol"], spec["length"], spec["stride"], spec["windows"])
+        windows, first = evaluation_windows(ids, *cut, bos=tokenizer.bos_token_id)
+        tensors = {"ids": torch.from_numpy(windows), "first": torch.from_numpy(first)}
+    facts = {"text_digest": text_digest(text), "text_tokens": len(ids), "bos": int(ids[0]) == tokenizer.bos_token_id}
+    write_tensors(snakemake.output[0], tensors, {**facts, "provenance": job.provenance})

@@ -1,0 +1,57 @@
+"""`python -m winnow`: what people ask for outside of a workflow run."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from winnow.errors import InputError
+
+
+def show(results: Path) -> None:
+    """Print the summary table and the report's path; nothing if there is no summary yet."""
+    from rich.console import Console
+    from rich.table import Table
+
+    path = results / "tables" / "summary.csv"
+    if not path.is_file():
+        return
+    with open(path, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    table = Table(title=str(path), title_justify="left")
+    for column in ("model", "evaluation", "method", "budget", "kept", "stored bytes", "nats above dense", "perplexity", "KL"):
+        table.add_column(column, justify="left" if column in ("model", "evaluation", "method", "budget") else "right", no_wrap=True)
+    for row in rows:
+        above = f"{float(row['delta_nll']):.4f} ± {float(row['delta_nll_se']):.4f}"
+        numbers = (f"{float(row['keep_bytes']):.4f}", f"{int(row['stored_bytes']):,}", above, f"{float(row['perplexity']):.2f}")
+        table.add_row(row["model"], row["evaluation"], row["method"], row["budget"], *numbers, f"{float(row['kl'] or 'nan'):.4f}")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    report = results / "report.html"
+    if report.is_file():
+        console.print(f"Report: {report}", soft_wrap=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="winnow", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("show", help="print the summary table of a results folder")
+    command.add_argument("results", type=Path)
+    command = commands.add_parser("config", help="write the files that are generated from winnow/config.py, or check them")
+    command.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of step")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "show":
+            show(arguments.results)
+        else:
+            from winnow.config_files import generate
+
+            generate(Path.cwd(), check=arguments.check)
+    except InputError as error:
+        sys.exit(f"winnow: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Budgets: from bytes, a rank or a share of rank to one size per group of matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from winnow.architectures import Matrix, group_name, select
+from winnow.errors import InputError
+from winnow.models import ModelFiles, tensor_bytes
+from winnow.structures.base import Structure
+
+TOLERANCE = 0.005  # of the dense bytes of the chosen matrices
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of matrices with its byte counts: `unit` bytes per stored number, `fixed` bytes of biases."""
+
+    name: str
+    matrices: list[Matrix]
+    structure: Structure
+    unit: int
+    fixed: int
+    dense: int
+
+    def bytes(self, size: int) -> int:
+        return self.structure.numbers(self.matrices, size) * self.unit + self.fixed
+
+    @property
+    def largest(self) -> int:
+        return self.structure.largest(self.matrices)
+
+    def describe(self) -> str:
+        m = self.matrices[0]
+        return f"{m.module} ({m.shape[0]} x {m.shape[1]})"
+
+
+def chosen_groups(files: ModelFiles, structure: Structure, targets: list[str]) -> list[Group]:
+    """The groups of matrices that `targets` name, whole groups only."""
+    chosen = set(select(files.matrices, targets))
+    groups = []
+    for matrices in structure.groups(files.matrices):
+        inside = [m for m in matrices if m in chosen]
+        if inside and len(inside) < len(matrices):
+            raise InputError(f"{structure.kind()} fits {', '.join(m.role for m in matrices)} together; target all or none of them")
+        if inside:
+            record = files.tensors[f"{matrices[0].module}.weight"]
+            unit = tensor_bytes({"shape": [1], "dtype": record["dtype"]})
+            fixed = sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in matrices if m.bias)
+            groups.append(Group(group_name(matrices), matrices, structure, unit, fixed, files.dense_bytes(matrices)))
+    return groups
+
+
+def allocate(groups: list[Group], budget: dict[str, Any]) -> dict[str, int]:
+    """{group name: size} for a resolved budget (see `winnow.config.Budget`).
+
+    Raises InputError, with the break-even size, for a size that stores more than dense and for bytes that cannot be met.
+    """
+    if budget["keep_bytes"] is not None:
+        return uniform(groups, budget["keep_bytes"])
+    sizes = {}
+    for g in groups:
+        smaller = min(g.matrices[0].shape)
+        size = budget["rank"] or max(1, round(budget["rank_fraction"] * smaller))
+        if size > g.largest:
+            raise InputError(
+                f"rank {size} of {g.describe()} would store {g.bytes(size):,} bytes, dense stores {g.dense:,}; "
+                f"its break-even rank is {g.largest}: ask for no more than that"
+            )
+        sizes[g.name] = size
+    return sizes
+
+
+def uniform(groups: list[Group], keep: float) -> dict[str, int]:
+    """The same share of bytes for every group, rounded down; what rounding leaves is spent one size step at a time, on
+    the groups that rounding took most from (as a share of a step), as long as it fits. Deterministic."""
+    dense = sum(g.dense for g in groups)
+    sizes = {g.name: _largest_within(g, keep * g.dense) for g in groups}
+    left = keep * dense - sum(g.bytes(sizes[g.name]) for g in groups)
+
+    def lost(g: Group) -> float:
+        step = g.bytes(sizes[g.name] + 1) - g.bytes(sizes[g.name])
+        return (keep * g.dense - g.bytes(sizes[g.name])) / step
+
+    for g in sorted(groups, key=lambda g: (-lost(g), g.name)):
+        step = g.bytes(sizes[g.name] + 1) - g.bytes(sizes[g.name])
+        if step <= left and sizes[g.name] < g.largest:
+            sizes[g.name] += 1
+            left -= step
+    if abs(left) > TOLERANCE * dense:
+        stored = keep * dense - left
+        g = max(groups, key=lambda g: keep * g.dense - g.bytes(sizes[g.name]))
+        raise InputError(
+            f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}; "
+            f"{g.describe()} can store rank 1 to {g.largest}, its break-even rank; ask for a keep_bytes in between, or leave it dense"
+        )
+    return sizes
+
+
+def _largest_within(g: Group, allowed: float) -> int:
+    """The largest size of at least 1 whose bytes stay within `allowed`, by bisection (bytes grow with size)."""
+    low, high = 1, max(1, g.largest)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if g.bytes(middle) <= allowed else (low, middle - 1)
+    return low
+
+
+def summarize(groups: list[Group], sizes: dict[str, int], error: dict[str, list[float]]) -> dict[str, Any]:
+    """What allocation.json holds: sizes, bytes, and the share of the metric's energy that is lost in each group."""
+    rows = []
+    for g in groups:
+        size, curve = sizes[g.name], error[g.name]
+        lost = curve[size] / curve[0] if curve[0] > 0 else 0.0
+        rows.append({"group": g.name, "size": size, "dense_bytes": g.dense, "stored_bytes": g.bytes(size), "relative_error": lost})
+    dense, stored = (sum(r[k] for r in rows) for k in ("dense_bytes", "stored_bytes"))
+    return {"dense_bytes": dense, "stored_bytes": stored, "keep_bytes": stored / dense, "groups": rows}

@@ -1,0 +1,121 @@
+"""What is where in each model family, as data. A family is matched by the `model_type` of its config class.
+
+Adding one: name the list of layers, and for each role the module below a layer and the site that feeds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from winnow.errors import InputError
+
+ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+FFN_ROLES = ("gate_proj", "up_proj", "down_proj")
+ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
+
+# A site is a distinct input: one Gram matrix each, shared by all matrices that read it.
+SITES = {
+    "q_proj": "attention_input",
+    "k_proj": "attention_input",
+    "v_proj": "attention_input",
+    "qkv_proj": "attention_input",
+    "o_proj": "attention_output",
+    "gate_proj": "ffn_input",
+    "up_proj": "ffn_input",
+    "down_proj": "ffn_hidden",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of a family's modules. `transposed`: weights are stored (in, out), as GPT-2's Conv1D does."""
+
+    layers: str
+    modules: dict[str, str]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One compressible matrix W (out, in), y = W x + b, as it is stored in the model."""
+
+    layer: int
+    role: str
+    module: str
+    site: str
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool
+    bias: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer:03d}.{self.role}"
+
+
+_SEPARATE_ATTENTION = {role: f"self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj", "o_proj")}
+
+ARCHITECTURES = {
+    "llama": Architecture("model.layers", _SEPARATE_ATTENTION | {role: f"mlp.{role}" for role in FFN_ROLES}),
+    "gpt2": Architecture(
+        "transformer.h",
+        {"qkv_proj": "attn.c_attn", "o_proj": "attn.c_proj", "up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"},
+        transposed=True,
+    ),
+    "opt": Architecture(
+        "model.decoder.layers",
+        _SEPARATE_ATTENTION | {"o_proj": "self_attn.out_proj", "up_proj": "fc1", "down_proj": "fc2"},
+    ),
+    "gpt_neox": Architecture(
+        "gpt_neox.layers",
+        {
+            "qkv_proj": "attention.query_key_value",
+            "o_proj": "attention.dense",
+            "up_proj": "mlp.dense_h_to_4h",
+            "down_proj": "mlp.dense_4h_to_h",
+        },
+    ),
+}
+
+
+def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
+    """All compressible matrices of a model, by layer and then by role.
+
+    `tensors` maps canonical tensor names to records with a `shape`. Raises InputError for an unknown family, and for a
+    layer that lacks a matrix its family has.
+    """
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise InputError(f"model type {model_type!r} is not in src/winnow/architectures.py (known: {known})")
+    family = ARCHITECTURES[model_type]
+    prefix = family.layers + "."
+    layers = sorted({int(name[len(prefix) :].split(".")[0]) for name in tensors if name.startswith(prefix)})
+    found = []
+    for layer in layers:
+        for role, module in family.modules.items():
+            name = f"{prefix}{layer}.{module}"
+            if f"{name}.weight" not in tensors:
+                raise InputError(f"{name}.weight is missing from the {model_type} model")
+            rows, columns = tensors[f"{name}.weight"]["shape"]
+            shape = (columns, rows) if family.transposed else (rows, columns)
+            bias = f"{name}.bias" in tensors
+            found.append(Matrix(layer, role, name, SITES[role], shape, family.transposed, bias))
+    return found
+
+
+def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
+    """The matrices that `targets` (ffn, attention, or roles) name; InputError if a target names none."""
+    groups = {"ffn": FFN_ROLES, "attention": ATTENTION_ROLES}
+    for target in targets:
+        if not any(m.role in groups.get(target, (target,)) for m in matrices):
+            have = ", ".join(sorted({m.role for m in matrices}))
+            raise InputError(f"target {target!r} names no matrix of this model (it has {have})")
+    roles = {role for target in targets for role in groups.get(target, (target,))}
+    return [m for m in matrices if m.role in roles]
+
+
+def group_name(group: list[Matrix]) -> str:
+    """The name of a group in files: layer and roles, and the last layer if it spans several."""
+    layers = sorted({m.layer for m in group})
+    span = f"{layers[0]:03d}" if len(layers) == 1 else f"{layers[0]:03d}-{layers[-1]:03d}"
+    return ".".join([span, *dict.fromkeys(m.role for m in group)])

@@ -1,0 +1,147 @@
+"""Writing a compressed model as a Hugging Face directory that loads by `from_pretrained` after `import winnow`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from winnow.architectures import group_name
+from winnow.errors import InputError
+from winnow.io import Bundle, write_manifest, write_tensors
+from winnow.models import ModelFiles
+from winnow.structures.base import Structure
+
+FORMAT = {"quant_method": "winnow", "format_version": 1}
+SHARD_BYTES = 4 << 30
+COPIED = ("generation_config.json", "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+
+
+def compress(
+    files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    """({module: {name below it: tensor}}, {module: layout}) for every group of `sizes`, in the dtype of the dense weights.
+
+    `factors` maps a group's name to the bundle that holds its fit. Raises InputError, naming the module, if a number is
+    not finite in the stored dtype.
+    """
+    stored: dict[str, dict[str, Tensor]] = {}
+    layouts: dict[str, dict[str, Any]] = {}
+    for group in structure.groups(files.matrices):
+        name = group_name(group)
+        if name not in sizes:
+            continue
+        fit = factors[name].tensors(f"{name}.safetensors")
+        for module, tensors in structure.stored(group, fit, sizes[name]).items():
+            matrix = next((m for m in group if m.module == module), group[0])
+            dtype = files.tensor(f"{matrix.module}.weight").dtype
+            stored[module] = {}
+            for part, tensor in tensors.items():
+                cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                if not torch.isfinite(cast).all():
+                    raise InputError(f"{module}.{part}: not finite as {dtype}; choose another dtype for the model's weights")
+                stored[module][part] = cast
+            if matrix.bias:
+                stored[module][structure.bias_name] = files.tensor(f"{module}.bias")
+            layouts[module] = structure.layout(matrix, sizes[name])
+    return stored, layouts
+
+
+def _all_tensors(files: ModelFiles, stored: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the compressed model by its canonical name: replaced modules first, then what stays."""
+    for module, tensors in stored.items():
+        for part, tensor in tensors.items():
+            yield f"{module}.{part}", tensor
+    replaced = {f"{module}.{part}" for module in stored for part in ("weight", "bias")}
+    for name in files.tensors:
+        if name not in replaced:
+            yield name, files.tensor(name)
+
+
+def write_checkpoint(
+    directory: Path,
+    files: ModelFiles,
+    stored: dict[str, dict[str, Tensor]],
+    layouts: dict[str, dict[str, Any]],
+    dtype: str,
+    recipe: dict[str, Any],
+    provenance: dict[str, Any],
+) -> dict[str, int]:
+    """Write the directory (config, weights, tokenizer, card, recipe, manifest); returns its byte counts.
+
+    `dtype` is what `from_pretrained` computes in by default: the one that the evaluation uses.
+    """
+    directory.mkdir(parents=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    held = 0
+    compressed = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors.values())
+    sizes = {"dense_bytes": recipe["dense_bytes"], "stored_bytes": compressed, "model_stored_bytes": 0}
+    if compressed != recipe["stored_bytes"]:
+        raise RuntimeError(f"{compressed} bytes are stored, the allocation counted {recipe['stored_bytes']}")
+    for name, tensor in _all_tensors(files, stored):
+        if held and held + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += tensor.nbytes
+        sizes["model_stored_bytes"] += tensor.nbytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        index = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        content = {"metadata": {"total_size": sizes["model_stored_bytes"]}, "weight_map": index}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(directory / name, shard)
+    source = files.verify()
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config |= {"dtype": dtype, "quantization_config": {**FORMAT, "layers": layouts}}
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    for name in files.manifest["files"]:
+        if name.startswith(COPIED):
+            shutil.copyfile(source / name, directory / name)
+    recipe = {**recipe, **sizes, "model_dense_bytes": files.manifest["bytes"]}
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    (directory / "README.md").write_text(card(recipe), encoding="utf-8")
+    write_manifest(directory, sizes, provenance)
+    return sizes
+
+
+def card(recipe: dict[str, Any]) -> str:
+    """README of a checkpoint."""
+    method = recipe["method"]
+    return f"""# {recipe["names"]["model"]}, compressed by winnow
+
+| what | value |
+|---|---|
+| model | `{recipe["model"]["source"]}` |
+| structure, metric | `{method["structure"]["kind"]}`, `{method["metric"]["kind"]}` |
+| compressed | {", ".join(recipe["budget"]["targets"])} |
+| bytes of the compressed matrices | {recipe["stored_bytes"]:,} of {recipe["dense_bytes"]:,} ({recipe["stored_bytes"] / recipe["dense_bytes"]:.2%}) |
+| bytes of all weights | {recipe["model_stored_bytes"]:,} of {recipe["model_dense_bytes"]:,} |
+| written by | winnow {recipe["winnow"]}, checkpoint format {FORMAT["format_version"]} |
+
+```python
+import winnow  # makes transformers know the format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this directory")
+```
+
+`recipe.yaml` holds every parameter, `manifest.json` the digests of all files and of what they were made from.
+"""
+
+
+def recipe_of(names: dict[str, str], presets: dict[str, Any], allocation: dict[str, Any], version: str) -> dict[str, Any]:
+    """The content of recipe.yaml: preset names, resolved presets, and the size of every group."""
+    sizes = {row["group"]: row["size"] for row in allocation["groups"]}
+    counts = {key: allocation[key] for key in ("dense_bytes", "stored_bytes")}
+    return {"winnow": version, "names": names, **presets, **counts, "sizes": sizes}
+

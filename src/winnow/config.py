@@ -1,0 +1,251 @@
+"""The typed configuration: what changes a number. One source for the default YAML, the JSON schema and the key table."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from winnow.architectures import ROLES
+from winnow.errors import InputError
+from winnow.metrics import METRICS
+from winnow.structures import STRUCTURES
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Target = Literal["ffn", "attention", *ROLES]  # type: ignore[valid-type]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Metric = Annotated[typing.Union[tuple(m.Options for m in METRICS.values())], Field(discriminator="kind")]  # type: ignore[misc]
+Structure = Annotated[typing.Union[tuple(s.Options for s in STRUCTURES.values())], Field(discriminator="kind")]  # type: ignore[misc]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Strict):
+    """A causal language model in Hugging Face layout, weights in safetensors."""
+
+    source: str = Field(description="local directory, or hub id (`org/name`) together with `revision`")
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub repository; required for a hub id")
+    dtype: Dtype = Field("float32", description="dtype of the forward passes (statistics, evaluation); stored tensors keep theirs")
+    shards: int = Field(1, ge=1, description="jobs that the layers are split over when factorised; changes no number")
+
+    def local(self) -> bool:
+        return self.revision is None
+
+
+class Text(Strict):
+    """A text, as rows; from local files or from a hub data set."""
+
+    files: list[str] = Field([], description="local files, in order; or use `dataset`")
+    dataset: str | None = Field(None, description="hub data set id")
+    subset: str | None = Field(None, description="configuration of the hub data set")
+    split: str | None = Field(None, description="split of the hub data set")
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub data set; required with `dataset`")
+    format: Literal["raw", "lines", "jsonl", "parquet"] = Field(
+        "raw", description="raw: a file is one row; lines: a line is a row with its newline, blank lines are empty rows"
+    )
+    column: str = Field("text", description="column of jsonl, parquet or hub rows")
+    separator: str | None = Field(None, description="cuts raw files into rows; it is removed")
+    start: int = Field(0, ge=0, description="first row used")
+    stop: int | None = Field(None, ge=1, description="row after the last one used; all when absent")
+    join: str = Field("\n\n", description="put between rows to make one text")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Text:
+        if bool(self.files) == bool(self.dataset):
+            raise ValueError("give either `files` or `dataset`")
+        if self.dataset and not (self.revision and self.split):
+            raise ValueError("a hub data set needs `split` and a pinned `revision` (40 hexadecimal digits)")
+        return self
+
+
+class Calibration(Strict):
+    """The text that statistics are collected on; never from an evaluation text."""
+
+    text: Name = Field(description="name of a text")
+    windows: int = Field(128, ge=1, description="number of windows, drawn without replacement")
+    length: int = Field(2048, ge=2, description="tokens per window")
+    seed: int = Field(0, ge=0, description="draws the windows")
+    special_tokens: bool = Field(True, description="as the tokenizer does by default (a BOS in front of the text, if it has one)")
+
+
+class Method(Strict):
+    """How matrices are replaced: a structure fitted in a metric."""
+
+    structure: Structure = Field(description="what is stored instead of a matrix")
+    metric: Metric = Field(default_factory=METRICS["weights"].Options, description="which error the fit minimises")
+
+
+class Allocation(Strict):
+    """How a budget is spread over the matrices."""
+
+    kind: Literal["uniform"] = Field("uniform", description="uniform: the same kept share of bytes for every matrix")
+
+
+class Budget(Strict):
+    """How much is kept, of which matrices. Exactly one of `keep_bytes`, `rank`, `rank_fraction`."""
+
+    targets: list[Target] = Field(["ffn"], min_length=1, description="`ffn`, `attention`, or roles: " + ", ".join(ROLES))
+    keep_bytes: float | None = Field(None, gt=0, le=1, description="stored over dense bytes of the chosen matrices, met within 0.5 %")
+    rank: int | None = Field(None, ge=1, description="the same rank for every chosen matrix")
+    rank_fraction: float | None = Field(None, gt=0, le=1, description="rank as a share of the smaller side of each matrix")
+    allocation: Allocation = Field(default_factory=Allocation, description="how the budget is spread")
+
+    @model_validator(mode="after")
+    def _one_currency(self) -> Budget:
+        if sum(v is not None for v in (self.keep_bytes, self.rank, self.rank_fraction)) != 1:
+            raise ValueError("give exactly one of `keep_bytes`, `rank`, `rank_fraction`")
+        return self
+
+
+class Recovery(Strict):
+    """What is done after compression to win back quality."""
+
+    kind: Literal["none"] = Field("none", description="none: the checkpoint is evaluated as compressed")
+
+
+class Evaluation(Strict):
+    """A perplexity protocol on a text."""
+
+    text: Name = Field(description="name of a text")
+    protocol: Literal["p1", "p1_bos", "p2", "plain"] = Field("p1", description="see the table of protocols in config/README.md")
+    length: int = Field(2048, ge=2, description="tokens per window")
+    stride: int | None = Field(None, ge=1, description="p2 only: new tokens per window")
+    windows: int | None = Field(None, ge=2, description="only the first so many windows; all when absent")
+    compare: bool = Field(True, description="also run the dense model: KL divergence and top-1 agreement")
+
+    @model_validator(mode="after")
+    def _stride_for_p2(self) -> Evaluation:
+        if (self.protocol == "p2") != (self.stride is not None):
+            raise ValueError("`stride` belongs to protocol p2, which needs it")
+        if self.stride is not None and self.stride >= self.length:
+            raise ValueError("`stride` must be smaller than `length`")
+        return self
+
+
+class Experiment(Strict):
+    """A grid: the product of the named presets. The dense model is evaluated beside it."""
+
+    models: list[Name] = Field(min_length=1)
+    calibrations: list[Name] = Field(min_length=1)
+    methods: list[Name] = Field(min_length=1)
+    budgets: list[Name] = Field(min_length=1)
+    recoveries: list[Name] = Field(["none"], min_length=1)
+    evaluations: list[Name] = Field(min_length=1)
+
+
+class Config(Strict):
+    """Presets by name, and the experiments that combine them."""
+
+    models: dict[Name, Model] = Field(description="what is compressed")
+    texts: dict[Name, Text] = Field(description="where words come from")
+    calibrations: dict[Name, Calibration] = Field(description="what statistics are collected on")
+    methods: dict[Name, Method] = Field(description="points of the design space: structure x metric")
+    budgets: dict[Name, Budget] = Field(description="how much is kept, of which matrices")
+    recoveries: dict[Name, Recovery] = Field({"none": Recovery()}, description="what follows compression")
+    evaluations: dict[Name, Evaluation] = Field(description="how loss is measured")
+    experiments: dict[Name, Experiment] = Field(description="products of the names above; `snakemake` runs them all")
+
+    @model_validator(mode="after")
+    def _references(self) -> Config:
+        if "dense" in self.methods:
+            raise ValueError("methods.dense: the name is taken by the uncompressed model, which is always evaluated")
+        for section in ("calibrations", "evaluations"):
+            for name, preset in getattr(self, section).items():
+                _known(f"{section}.{name}.text", preset.text, self.texts)
+        for name, experiment in self.experiments.items():
+            for section in Experiment.model_fields:
+                for given in getattr(experiment, section):
+                    _known(f"experiments.{name}.{section}", given, getattr(self, section))
+            for c in experiment.calibrations:
+                for e in experiment.evaluations:
+                    if self.texts[self.calibrations[c].text] == self.texts[self.evaluations[e].text]:
+                        raise ValueError(
+                            f"experiments.{name}: calibration {c!r} and evaluation {e!r} read the same text; "
+                            "calibrate on a text that is not evaluated"
+                        )
+        return self
+
+
+def _known(where: str, name: str, presets: dict[str, Any]) -> None:
+    if name not in presets:
+        raise ValueError(f"{where}: there is no {name!r}{_nearest(name, presets)}")
+
+
+def _nearest(name: str, valid: typing.Iterable[str]) -> str:
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"
+
+
+def load(config: dict[str, Any], files: typing.Sequence[str | Path] = ()) -> Config:
+    """Validate a merged configuration. Raises InputError, one line: file, key, what is wrong, nearest valid key."""
+    try:
+        return Config.model_validate(config)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        path = [str(part) for part in detail["loc"]]
+        message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            message = f"unknown key{_nearest(path[-1], _keys_at(path[:-1], config))}"
+        elif detail["type"] == "union_tag_invalid":
+            context = detail["ctx"]
+            valid = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
+            message = f"there is no kind {context['tag']!r}{_nearest(context['tag'], valid)}"
+        keys = _as_written(path, config)
+        where = _file_of(keys, files)
+        raise InputError(": ".join(filter(None, [where, ".".join(keys), message]))) from error
+
+
+def _as_written(path: list[str], config: Any) -> list[str]:
+    """The location without the union tags that pydantic puts into it."""
+    keys = []
+    for part in path:
+        if isinstance(config, dict) and part in config:
+            config = config[part]
+        elif isinstance(config, list) and part.isdigit():
+            config = config[int(part)]
+        elif isinstance(config, dict) and config.get("kind") == part:
+            continue
+        keys.append(part)
+    return keys
+
+
+def _keys_at(path: list[str], config: Any) -> list[str]:
+    """Valid keys of the model found at `path` of the configuration."""
+    annotation: Any = Config
+    for part in path:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = annotation.model_fields[part].annotation
+            if typing.get_origin(annotation) is dict:
+                annotation = typing.get_args(annotation)[1]
+                continue_with_name = True
+            else:
+                continue_with_name = False
+        elif continue_with_name:  # the name of a preset
+            continue_with_name = False
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+            options = [a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+            tagged = [o for o in options if o.model_fields["kind"].default == part]
+            annotation = tagged[0] if tagged else annotation
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _file_of(keys: list[str], files: typing.Sequence[str | Path]) -> str:
+    """The last configuration file that holds the key, or the longest beginning of it."""
+    best, depth = "", 0
+    for file in files:
+        content, found = yaml.safe_load(Path(file).read_text(encoding="utf-8")), 0
+        for key in keys:
+            if not isinstance(content, dict) or key not in content:
+                break
+            content, found = content[key], found + 1
+        if found >= max(depth, 1):
+            best, depth = str(file), found
+    return best or (str(files[-1]) if files else "")

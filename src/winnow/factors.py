@@ -1,0 +1,63 @@
+"""Fitting every group of matrices of a model once, for every size; the factors that allocation and compression cut."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from winnow.architectures import Matrix, group_name
+from winnow.errors import InputError
+from winnow.io import Bundle
+from winnow.metrics import Metric
+from winnow.models import ModelFiles
+from winnow.structures.base import Fit, Problem, Structure
+
+log = logging.getLogger(__name__)
+
+
+def shard_of(groups: list[list[Matrix]], shard: str) -> list[list[Matrix]]:
+    """The groups of one job: shard `2-of-8` takes every eighth group, from the second on."""
+    index, total = (int(part) for part in shard.split("-of-"))
+    return groups[index - 1 :: total]
+
+
+def moments_file(layer: int) -> str:
+    return f"layer-{layer:03d}.safetensors"
+
+
+def fit_groups(
+    files: ModelFiles, moments: Bundle | None, structure: Structure, metric: Metric, shard: str, device: str
+) -> Iterator[tuple[str, Fit]]:
+    """Yield (group name, fit) for the shard's groups of all matrices of the model.
+
+    Raises InputError naming the matrix if its weight or its statistics are not finite.
+    """
+    groups = shard_of(structure.groups(files.matrices), shard)
+    cached: dict[int, dict[str, Tensor]] = {}
+    for number, group in enumerate(groups):
+        began = time.monotonic()
+        sites: dict[str, dict[str, Tensor]] = {}
+        if metric.needs:
+            assert moments is not None
+            for matrix in group:
+                if matrix.layer not in cached:
+                    cached = {matrix.layer: moments.tensors(moments_file(matrix.layer))}
+                sites[matrix.site] = {
+                    need: cached[matrix.layer][f"{matrix.site}.{need}"].double().to(device) for need in metric.needs
+                }
+        weights = {matrix.role: files.weight(matrix).to(device) for matrix in group}
+        name = group_name(group)
+        try:
+            fit = structure.fit(Problem(weights, sites, metric), structure.largest(group))
+        except (FloatingPointError, torch.linalg.LinAlgError) as error:
+            raise InputError(f"{group[0].module}: {error}") from error
+        kept = float(1 - fit.error[-1] / fit.error[0]) if fit.error[0] > 0 else 1.0
+        log.info(
+            "%d of %d: %s, largest size %d keeps %.6f of the metric's energy, %.2f s",
+            number + 1, len(groups), name, len(fit.error) - 1, kept, time.monotonic() - began,
+        )  # fmt: skip
+        yield name, fit

@@ -1,0 +1,92 @@
+"""Figures: loss against bytes for every method, and effective rank against depth. Legible in print and in grey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, safe for colour-blind readers; markers repeat what colours say.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+plt.rcParams.update(
+    {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "winnow", "svg.fonttype": "none"}
+)
+
+
+def _style(index: int) -> dict:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def _grid(count: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list]:
+    columns = min(count, 2) or 1
+    rows = math.ceil(count / columns) or 1
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+    flat = list(axes.flat)
+    for axis in flat[count:]:
+        axis.set_visible(False)
+    return figure, flat[:count]
+
+
+def frontier(summary: pd.DataFrame) -> Figure:
+    """Increase of the loss over the dense model against kept bytes; one panel per model, evaluation and targets."""
+    cells = summary[summary["method"] != "dense"]
+    panels = list(cells.groupby(["model", "evaluation", "targets"], sort=False))
+    figure, axes = _grid(len(panels))
+    methods = list(dict.fromkeys(cells["method"]))
+    for axis, ((model, evaluation, targets), panel) in zip(axes, panels, strict=True):
+        dense = summary[(summary["method"] == "dense") & (summary["model"] == model) & (summary["evaluation"] == evaluation)]
+        for method, rows in panel.groupby("method", sort=False):
+            mean = rows.groupby("budget", sort=False)[["keep_bytes", "delta_nll", "delta_nll_se"]].mean().sort_values("keep_bytes")
+            axis.errorbar(
+                mean["keep_bytes"], mean["delta_nll"], yerr=2 * mean["delta_nll_se"], label=method,
+                linewidth=1.2, markersize=4.5, capsize=2, **_style(methods.index(method)),
+            )  # fmt: skip
+        axis.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
+        axis.set_title(f"{model}: {targets.replace('+', ' + ')}", fontsize=9)
+        axis.set_xlabel("bytes kept of the compressed matrices (share)")
+        axis.set_ylabel(f"loss above dense (nats per token)\ndense: {dense['nll'].iloc[0]:.3f} nats, {evaluation}", fontsize=8)
+        axis.invert_xaxis()
+    if axes:
+        axes[0].legend(frameon=False, fontsize=8, title="bars: 2 standard errors", title_fontsize=7)
+    return figure
+
+
+def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
+    """Share of directions that hold 95 % of the energy, by layer and matrix; one panel per method.
+
+    `spectra` maps (model label, calibration label, method label) to the rows of spectra.parquet.
+    """
+    figure, axes = _grid(len(spectra))
+    roles = list(dict.fromkeys(role for frame in spectra.values() for role in frame["role"]))
+    for axis, ((model, _, method), frame) in zip(axes, spectra.items(), strict=True):
+        for role, rows in frame.groupby("role", sort=False):
+            rows = rows.sort_values("layer")
+            share = rows["k95"] / rows["singular_values"].map(len)
+            axis.plot(rows["layer"], share, label=role, linewidth=1.2, markersize=4, **_style(roles.index(role)))
+        axis.set_ylim(0, 1)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_title(f"{model.rpartition('-')[0]}, {method.rpartition('-')[0]} (metric: {frame['metric'].iloc[0]})", fontsize=9)
+        axis.set_xlabel("layer")
+        axis.set_ylabel("k95 (share of the smaller side)")
+    if axes:
+        figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
+    return figure
+
+
+def save(figure: Figure, paths: Iterable[str]) -> None:
+    """Write the figure once per path; the format is the path's ending. The same figure gives the same bytes."""
+    from winnow.io import atomic
+
+    for path in paths:
+        kind = path.rpartition(".")[2]
+        with atomic(path) as partial:
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(partial, format=kind, dpi=160, metadata=metadata)
+    plt.close(figure)

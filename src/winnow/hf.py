@@ -1,0 +1,101 @@
+"""The loader that transformers finds after `import winnow`: builds the compressed modules, and loads strictly.
+
+A compressed checkpoint says in `config.json` what its modules are:
+`quantization_config: {quant_method: winnow, format_version: 1, layers: {module: layout}}`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from winnow.errors import InputError
+from winnow.modules import replace_module
+from winnow.structures import STRUCTURES
+
+FORMAT_VERSION = 1
+METHOD = "winnow"
+
+
+class WinnowConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed checkpoint. Raises InputError for a format this version cannot read."""
+
+    def __init__(self, format_version: int, layers: dict[str, dict[str, Any]], **kwargs: Any):
+        if format_version != FORMAT_VERSION:
+            raise InputError(
+                f"the checkpoint has winnow format {format_version}, this installation reads format {FORMAT_VERSION}; "
+                "install the version that wrote it (its README.md names it), or the newest: pip install --upgrade winnow"
+            )
+        unknown = sorted({layout["kind"] for layout in layers.values()} - set(STRUCTURES))
+        if unknown:
+            raise InputError(f"the checkpoint uses the structure {unknown[0]!r}, which this winnow does not have; upgrade winnow")
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.layers = layers
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "format_version": self.format_version, "layers": self.layers}
+
+
+class WinnowQuantizer(HfQuantizer):
+    """Puts the compressed modules into the empty model and refuses files that do not hold exactly its tensors."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
+        for name, layout in self.quantization_config.layers.items():
+            try:
+                dense = model.get_submodule(name)
+            except AttributeError as error:
+                raise InputError(f"the checkpoint's config names {name}, which {type(model).__name__} does not have") from error
+            with torch.device("meta"):
+                module = STRUCTURES[layout["kind"]].module(layout, bias=getattr(dense, "bias", None) is not None)
+            replace_module(model, name, module)
+        if checkpoint_files:
+            _check_tensors(model, checkpoint_files)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _check_tensors(model: Any, files: list[str]) -> None:
+    """Raise InputError unless the files hold the model's tensors, each once, in the right shape."""
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    optional = set(model.all_tied_weights_keys)
+    found: dict[str, list[int]] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise InputError(f"{file}: a winnow checkpoint is stored in safetensors; other files are refused")
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():
+                found[name] = stream.get_slice(name).get_shape()
+    where = files[0] if len(files) == 1 else f"{len(files)} files"
+    for name in sorted(set(expected) - set(found) - optional):
+        raise InputError(f"{where}: the tensor {name} is missing; the checkpoint is damaged or was renamed")
+    for name in sorted(set(found) - set(expected)):
+        raise InputError(f"{where}: unexpected tensor {name}; the checkpoint is damaged or was renamed")
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise InputError(f"{where}: {name} has shape {shape}, the config says {expected[name]}")
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reloaded module finds itself registered
+    register_quantization_config(METHOD)(WinnowConfig)
+    register_quantizer(METHOD)(WinnowQuantizer)

@@ -1,0 +1,66 @@
+"""Weighted low-rank approximation in float64: the one routine that every factorising method goes through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = torch.finfo(torch.float64).eps
+
+
+def square_root(gram: Tensor) -> Tensor:
+    """A symmetric root S (n, n) of a positive semi-definite matrix, S S = gram; negative rounding is cut to 0."""
+    values, vectors = torch.linalg.eigh(gram)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def leading_directions(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions that solve min over rank(B) <= k of ||(W - B) C^{1/2}||_F for every k at once.
+
+    `weight` (m, n) and `columns`, the metric C as its diagonal (n,) or in full (n, n), are float64. Returns
+
+    * U (m, K) with orthonormal columns, K = min(m, n): the solution of rank k is U_k (U_k^T W);
+    * the singular values (K,) of W C^{1/2}, falling;
+    * the squared error (K + 1,) left at rank 0..K.
+
+    Neither Cholesky nor an inverse is needed, and a singular C is no special case: directions beyond the rank of
+    W C^{1/2} cost nothing in the metric and are spent on what is left of W itself, so rank K gives W back. The
+    eigenproblem has the smaller side of W. (methods: T2, T3; Swift-SVD for the left side.)
+
+    Raises FloatingPointError if an input is not finite.
+    """
+    m, n = weight.shape
+    for name, value in (("the weight", weight), ("the metric", columns)):
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{name} is not finite")
+    noise = max(m, n) * EPSILON  # squared singular values below this share of the largest are rounding noise
+    if columns.dim() == 1:
+        scaled = weight * columns.clamp(min=0).sqrt()
+        u, s, _ = torch.linalg.svd(scaled, full_matrices=False)
+        noise = (max(m, n) * EPSILON) ** 2
+    elif m <= n:
+        values, vectors = torch.linalg.eigh(weight @ columns @ weight.T)
+        u, s = vectors.flip(1), values.flip(0).clamp(min=0).sqrt()
+    else:
+        scaled = weight @ square_root(columns)
+        values, vectors = torch.linalg.eigh(scaled.T @ scaled)
+        s = values.flip(0).clamp(min=0).sqrt()
+        u = torch.linalg.qr(scaled @ vectors.flip(1)).Q
+    squared = s.square()
+    rank = int((squared > noise * squared[0]).sum()) if squared[0] > 0 else 0
+    u = _complete(u[:, :rank], weight, min(m, n))
+    tail = torch.cat([squared.flip(0).cumsum(0).flip(0), squared.new_zeros(1)])
+    return u, s, tail
+
+
+def _complete(u: Tensor, weight: Tensor, width: int) -> Tensor:
+    """`u` followed by the leading directions of what it leaves of `weight`, `width` columns in all."""
+    missing = width - u.shape[1]
+    if missing == 0:
+        return u
+    rest = weight - u @ (u.T @ weight)
+    extra = torch.linalg.svd(rest, full_matrices=False).U[:, :missing]
+    # Where the rest has no more directions, SVD fills up with vectors that may lie in the span of u: project, twice.
+    for _ in range(2):
+        extra = torch.linalg.qr(extra - u @ (u.T @ extra)).Q
+    return torch.cat([u, extra], dim=1)

@@ -1,0 +1,29 @@
+"""The modules that a compressed checkpoint is made of, and how they replace dense ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LowRankLinear(nn.Module):
+    """y = left (right x) + b, with right (k, in) and left (out, k), both plain `nn.Linear` (so LoRA finds them).
+
+    `weight` is an empty tensor. It costs no byte, and makes plain transformers refuse the checkpoint by a size mismatch
+    instead of filling the layer with random numbers.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
+        super().__init__()
+        self.right = nn.Linear(in_features, rank, bias=False)
+        self.left = nn.Linear(rank, out_features, bias=bias)
+        self.register_buffer("weight", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(self.right(x))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,122 @@
+"""Loss of a model on windows of text, beside the dense model's: sums and counts, divided once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from winnow.progress import every
+from winnow.tokens import PAD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK = 1 << 24  # logits held in float64 at a time
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel, dense: PreTrainedModel | None, ids: Tensor, first: Tensor, batch: int
+) -> dict[str, list[float]]:
+    """Per window: `nll` (sum, nats), `tokens` (scored), and with a dense model `kl` (sum of KL(dense || model)) and
+    `agree` (tokens on which both put the same token first).
+
+    `ids` (windows, length) may end in PAD; `first` is the index of each window's first scored token. Log-softmax is
+    float64 on the model's logits. Raises FloatingPointError, naming the module, if a logit is not finite.
+    """
+    device = next(model.parameters()).device
+    rows: dict[str, list[float]] = {"nll": [], "tokens": []} | ({"kl": [], "agree": []} if dense is not None else {})
+    lengths = (ids != PAD).sum(1)
+    for group in every(_batches(lengths.tolist(), batch), "evaluation batches"):
+        x = ids[group][:, : int(lengths[group[0]])].to(device).long()
+        logits = model(input_ids=x).logits
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError(f"logits are not finite in windows {group[0]} to {group[-1]}; {_culprit(model, x)}")
+        reference = None if dense is None else dense(input_ids=x).logits
+        for row, window in enumerate(group):
+            begin = int(first[window])
+            pair = None if reference is None else reference[row, begin - 1 : -1]
+            for key, value in _score(logits[row, begin - 1 : -1], x[row, begin:], pair).items():
+                rows[key].append(value)
+    return rows
+
+
+def _batches(lengths: list[int], batch: int) -> list[list[int]]:
+    """Consecutive windows of equal length, at most `batch` at a time."""
+    groups: list[list[int]] = []
+    for window, length in enumerate(lengths):
+        if groups and len(groups[-1]) < batch and lengths[groups[-1][0]] == length:
+            groups[-1].append(window)
+        else:
+            groups.append([window])
+    return groups
+
+
+def _score(logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, float]:
+    """Sums over the tokens of one window; logits (tokens, vocabulary)."""
+    sums = {"nll": 0.0, "tokens": float(len(targets))} | ({"kl": 0.0, "agree": 0.0} if reference is not None else {})
+    step = max(1, CHUNK // logits.shape[-1])
+    for start in range(0, len(targets), step):
+        part = slice(start, start + step)
+        q = torch.log_softmax(logits[part].double(), dim=-1)
+        sums["nll"] -= float(q.gather(1, targets[part, None]).sum())
+        if reference is not None:
+            p = torch.log_softmax(reference[part].double(), dim=-1)
+            sums["kl"] += float((p.exp() * (p - q)).sum())
+            sums["agree"] += float((p.argmax(-1) == q.argmax(-1)).sum())
+    return sums
+
+
+def _culprit(model: PreTrainedModel, x: Tensor) -> str:
+    """The first module whose output is not finite."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(_module, _args, output):
+            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+            if not found and any(not torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if not list(m.children())]
+    model(input_ids=x)
+    for hook in hooks:
+        hook.remove()
+    return f"the first module with such an output is {found[0]}" if found else "every module's output is finite"
+
+
+def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
+    """(sum over count, its standard error with windows as independent clusters), by linearisation of the ratio."""
+    s, c = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    mean = float(s.sum() / c.sum())
+    n = len(s)
+    spread = float(((s - mean * c) ** 2).sum()) * n / (n - 1)
+    return mean, math.sqrt(spread) / float(c.sum())
+
+
+def summarize(rows: dict[str, list[float]], dense: dict[str, Any] | None) -> dict[str, Any]:
+    """Totals, means and standard errors of per-window sums; differences to `dense` (its own record) are paired."""
+    counts = rows["tokens"]
+    nll, nll_se = ratio(rows["nll"], counts)
+    result: dict[str, Any] = {
+        "windows": len(counts),
+        "tokens": int(sum(counts)),
+        "nll_sum": math.fsum(rows["nll"]),
+        "nll": nll,
+        "nll_se": nll_se,
+        "perplexity": math.exp(nll),
+    }
+    if "kl" in rows:
+        result["kl"], result["kl_se"] = ratio(rows["kl"], counts)
+        result["top1_agreement"], result["top1_agreement_se"] = ratio(rows["agree"], counts)
+    if dense is not None:
+        if dense["per_window"]["tokens"] != counts:
+            raise RuntimeError("the dense model was scored on other windows")
+        result["delta_nll"], result["delta_nll_se"] = ratio(np.subtract(rows["nll"], dense["per_window"]["nll"]).tolist(), counts)
+    return result

@@ -1,0 +1,238 @@
+"""From the configuration to stages: labels of presets, cells of experiments, and what every stage depends on.
+
+A label is `name-hash6`, the hash over the preset's own resolved content without values equal to their default. Paths
+nest labels, so a path's beginning names exactly what is upstream of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from winnow.config import Config, Strict
+from winnow.errors import InputError
+from winnow.metrics import METRICS
+from winnow.models import model_files
+from winnow.provenance import CodeTracker, file_digest, versions
+from winnow.structures import STRUCTURES
+from winnow.tokens import PROTOCOLS
+
+TORCH = ("torch", "numpy", "safetensors")
+HUGGING_FACE = (*TORCH, "transformers", "tokenizers")
+TABLES = ("numpy", "pandas", "pyarrow")
+# Stage (rule, script, log folder): libraries whose version can change what it writes.
+STAGES: dict[str, tuple[str, ...]] = {
+    "retrieve_model": HUGGING_FACE,
+    "retrieve_text": ("pyarrow",),
+    "check_overlap": ("numpy",),
+    "tokenize": HUGGING_FACE,
+    "collect_statistics": HUGGING_FACE,
+    "factorize": TORCH,
+    "measure_spectra": (*TORCH, *TABLES),
+    "allocate": TABLES,
+    "compress": TORCH,
+    "evaluate_perplexity": HUGGING_FACE,
+    "tables": TABLES,
+    "figures": ("matplotlib", *TABLES),
+    "report": ("jinja2", *TABLES),
+}
+TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
+EXECUTION = {"shards"}  # options that say how a job runs; they are in no label
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluated point, as preset names. `method` is None for the dense model, and so are its upstream choices."""
+
+    model: str
+    evaluation: str
+    calibration: str | None = None
+    method: str | None = None
+    budget: str | None = None
+    recovery: str | None = None
+
+
+class Plan:
+    """Labels and specifications of a validated configuration; knows nothing of Snakemake and starts no job."""
+
+    def __init__(self, config: Config, root: Path):
+        self.config = config
+        self.code = CodeTracker(root)
+        self.labels: dict[str, dict[str, str]] = {}
+        self.names: dict[str, dict[str, str]] = {}
+        for section in ("models", "texts", "calibrations", "methods", "budgets", "recoveries", "evaluations"):
+            presets: dict[str, Strict] = getattr(config, section)
+            self.labels[section] = {name: self._label(name, preset) for name, preset in presets.items()}
+            self.names[section] = {label: name for name, label in self.labels[section].items()}
+        self.cells = self._cells()
+
+    def _label(self, name: str, preset: Strict) -> str:
+        content = preset.model_dump(exclude_defaults=True, exclude=EXECUTION, mode="json")
+        if "text" in content:  # the text itself, not what it is called
+            content["text"] = self.config.texts[content["text"]].model_dump(exclude_defaults=True, mode="json")
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return f"{name}-{digest[:6]}"
+
+    def _cells(self) -> list[Cell]:
+        """Cells of all experiments, each once: the dense ones first."""
+        dense, compressed = {}, {}
+        for e in self.config.experiments.values():
+            for model, evaluation in product(e.models, e.evaluations):
+                dense[Cell(model, evaluation)] = None
+            for row in product(e.models, e.evaluations, e.calibrations, e.methods, e.budgets, e.recoveries):
+                compressed[Cell(*row)] = None
+        return [*dense, *compressed]
+
+    def check_sources(self) -> None:
+        """Raise InputError for a local model or text that an experiment uses and that is not there."""
+        for name in dict.fromkeys(cell.model for cell in self.cells):
+            self.local_model_files(self.labels["models"][name])
+        for name in dict.fromkeys(text for cell in self.cells for text in self.texts_of(cell)):
+            for file in self.config.texts[name].files:
+                if not Path(file).is_file():
+                    raise InputError(f"texts.{name}.files: {file}: there is no such file")
+
+    def texts_of(self, cell: Cell) -> list[str]:
+        texts = [self.config.evaluations[cell.evaluation].text]
+        return texts + ([self.config.calibrations[cell.calibration].text] if cell.calibration else [])
+
+    def local_model_files(self, label: str) -> list[str]:
+        """Files of a local model; none for one on the hub, which `retrieve_model` downloads."""
+        model = self.preset("models", label)
+        return [str(p) for p in model_files(model.source)] if model.local() else []
+
+    def preset(self, section: str, label: str) -> Any:
+        return getattr(self.config, section)[self.names[section][label]]
+
+    def pattern(self, *sections: str) -> str:
+        """A regular expression of all labels of the sections."""
+        return "|".join(label.replace(".", r"\.") for s in sections for label in self.names[s])
+
+    def text_label(self, section: str, label: str) -> str:
+        """The label of the text that a calibration or an evaluation reads."""
+        return self.labels["texts"][self.preset(section, label).text]
+
+    # Paths of artefacts, from labels.
+
+    def folder(self, cell: Cell, *sections: str) -> str:
+        one = {"models": cell.model, "calibrations": cell.calibration, "methods": cell.method}
+        one |= {"budgets": cell.budget, "recoveries": cell.recovery}
+        return "/".join(["results", *(self.labels[s][one[s]] for s in sections)])  # type: ignore[index]
+
+    def result(self, cell: Cell) -> str:
+        """The path of a cell's perplexity."""
+        evaluation = self.labels["evaluations"][cell.evaluation]
+        if cell.method is None:
+            return f"{self.folder(cell, 'models')}/dense/{evaluation}.json"
+        return f"{self.folder(cell, 'models', 'calibrations', 'methods', 'budgets', 'recoveries')}/{evaluation}.json"
+
+    def shards(self, model_label: str) -> list[str]:
+        total = self.preset("models", model_label).shards
+        return [f"{i + 1}-of-{total}" for i in range(total)]
+
+    def needs_statistics(self, method_label: str) -> bool:
+        return bool(METRICS[self.preset("methods", method_label).metric.kind].needs)
+
+    # What each stage's result depends on, besides its input files.
+
+    def spec(self, stage: str, wildcards: dict[str, str]) -> dict[str, Any]:
+        """The parameters of a stage: builtin types only, keys sorted."""
+        parts = getattr(self, f"_spec_{stage}", lambda w: {})(wildcards)
+        return json.loads(json.dumps(parts, sort_keys=True))
+
+    def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
+        """Digests of the stage's script and of every project module that it reaches."""
+        entries = [f"{stage}.py"]
+        if "method" in wildcards:
+            entries.append(f"winnow.structures.{self.preset('methods', wildcards['method']).structure.kind}")
+        return list(self.code.fingerprint(*entries))
+
+    def versions(self, stage: str) -> dict[str, str]:
+        return versions(*STAGES[stage])
+
+    def _spec_retrieve_model(self, w: dict[str, str]) -> dict[str, Any]:
+        model = self.preset("models", w["model"])
+        return {"source": model.source, "revision": model.revision}
+
+    def _spec_retrieve_text(self, w: dict[str, str]) -> dict[str, Any]:
+        return self.preset("texts", w["text"]).model_dump()
+
+    def _spec_tokenize(self, w: dict[str, str]) -> dict[str, Any]:
+        section = "calibrations" if w["windows"] in self.names["calibrations"] else "evaluations"
+        preset = self.preset(section, w["windows"])
+        windows = preset.model_dump(exclude={"text", "compare"})
+        if section == "evaluations":
+            windows["version"] = PROTOCOLS[preset.protocol].version
+        return {"kind": section, "join": self.config.texts[preset.text].join, **windows}
+
+    def _spec_collect_statistics(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"dtype": self.preset("models", w["model"]).dtype}
+
+    def _method(self, w: dict[str, str]) -> dict[str, Any]:
+        method = self.preset("methods", w["method"])
+        return method.model_dump() | {
+            "structure_version": STRUCTURES[method.structure.kind].version,
+            "metric_version": METRICS[method.metric.kind].version,
+        }
+
+    def _spec_factorize(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"method": self._method(w), "shard": w["shard"]}
+
+    def _spec_measure_spectra(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"metric": self._method(w)["metric"]["kind"]}
+
+    def _spec_allocate(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"structure": self._method(w)["structure"], "budget": self.preset("budgets", w["budget"]).model_dump()}
+
+    def _spec_compress(self, w: dict[str, str]) -> dict[str, Any]:
+        sections = ("models", "calibrations", "methods", "budgets")
+        names = {s.removesuffix("s"): self.names[s][w[s.removesuffix("s")]] for s in sections}
+        model = self.preset("models", w["model"])
+        return {
+            "names": names,
+            "dtype": model.dtype,
+            "presets": {
+                "model": model.model_dump(exclude=EXECUTION),
+                "calibration": self.preset("calibrations", w["calibration"]).model_dump(),
+                "method": self._method(w),
+                "budget": self.preset("budgets", w["budget"]).model_dump(),
+            },
+        }
+
+    def _spec_evaluate_perplexity(self, w: dict[str, str]) -> dict[str, Any]:
+        evaluation = self.preset("evaluations", w["evaluation"])
+        spec = evaluation.model_dump(include={"protocol", "length", "stride", "compare"})
+        rule = PROTOCOLS[evaluation.protocol]
+        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        dtype = self.preset("models", w["model"]).dtype
+        return {**spec, **recovery, "dtype": dtype, "protocol_version": rule.version, "rule": rule.rule}
+
+    def _spec_report(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"template": file_digest(TEMPLATE), "cells": len(self.cells)}
+
+    def _spec_tables(self, w: dict[str, str]) -> dict[str, Any]:
+        rows = []
+        for cell in self.cells:
+            method = self.config.methods[cell.method] if cell.method else None
+            budget = self.config.budgets[cell.budget] if cell.budget else None
+            rows.append(
+                {
+                    "model": cell.model,
+                    "calibration": cell.calibration or "none",
+                    "method": cell.method or "dense",
+                    "structure": method.structure.kind if method else "dense",
+                    "metric": method.metric.kind if method else "none",
+                    "budget": cell.budget or "dense",
+                    "allocation": budget.allocation.kind if budget else "none",
+                    "recovery": cell.recovery or "none",
+                    "evaluation": cell.evaluation,
+                    "targets": "+".join(budget.targets) if budget else "none",
+                    "keep_requested": budget.keep_bytes if budget else 1.0,
+                    "result": self.result(cell),
+                }
+            )
+        return {"rows": rows}

@@ -1,0 +1,86 @@
+"""What a result was made from: fingerprints of the project's code, library versions, digests of files.
+
+Snakemake sees neither edits in imported modules nor upgraded libraries; the rules therefore hand both over as params.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGE = "winnow"
+DIGITS = 10
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+class CodeTracker:
+    """Fingerprints of the scripts below `root`/scripts and of the package modules they reach by import statements."""
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+
+    def _file(self, module: str) -> Path | None:
+        base = (self.root / "src").joinpath(*module.split("."))
+        return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+
+    @lru_cache(maxsize=None)  # noqa: B019 - one tracker lives as long as the process
+    def _parse(self, path: Path, module: str) -> tuple[str, frozenset[str]]:
+        """(digest of the code without comments and docstrings, project modules that it imports)."""
+        tree = ast.parse(path.read_bytes())
+        found: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                if node.level:
+                    keep = len(module.split(".")) - node.level + (path.name == "__init__.py")
+                    base = ".".join([*module.split(".")[:keep], *([base] if base else [])])
+                found.add(base)
+                found.update(f"{base}.{alias.name}" for alias in node.names)
+        digest = hashlib.sha256(ast.unparse(_without_docstrings(tree)).encode()).hexdigest()[:DIGITS]
+        return digest, frozenset(name for name in found if name.split(".")[0] == PACKAGE)
+
+    @lru_cache(maxsize=None)  # noqa: B019
+    def fingerprint(self, *entries: str) -> tuple[str, ...]:
+        """Sorted `name digest` lines of the entries (script names ending in .py, or modules) and all that they reach."""
+        todo, lines = list(entries), {}
+        while todo:
+            name = todo.pop()
+            if name in lines:
+                continue
+            if name.endswith(".py"):
+                path, module = self.root / "scripts" / name, ""
+            else:
+                path, module = self._file(name), name
+                parent = name.rpartition(".")[0]
+                todo += [parent] if parent else []  # importing a module runs the packages above it
+            if path is None:  # a name imported from a module, not a module
+                continue
+            digest, imported = self._parse(path, module)
+            lines[name] = digest
+            todo += sorted(imported)
+        return tuple(f"{name} {digest}" for name, digest in sorted(lines.items()))
+
+
+@lru_cache(maxsize=None)
+def versions(*packages: str) -> dict[str, str]:
+    """{package: installed version}, read from the packages' metadata without importing them."""
+    return {name: version(name) for name in sorted(packages)}
+
+
+def file_digest(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,69 @@
+"""What every job needs before it computes: a log, one-line errors, threads, a device, and its provenance."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from winnow.errors import InputError
+from winnow.provenance import file_digest
+
+
+@dataclass(frozen=True)
+class Job:
+    """A started job: its resolved parameters, its device, and the provenance to store in what it writes."""
+
+    spec: dict[str, Any]
+    device: str
+    provenance: dict[str, Any]
+
+
+def start_job(snakemake: Any) -> Job:
+    """Set up logging and threads for a script of the workflow; called first in every script."""
+    log = Path(snakemake.log[0])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [logging.FileHandler(log, mode="w")]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
+    rule = snakemake.rule
+
+    def show(kind, error, trace):
+        if issubclass(kind, InputError):
+            line = f"winnow: {rule}: {error}"
+        elif issubclass(kind, OSError) and error.errno is not None:
+            line = f"winnow: {rule}: {error.strerror}: {error.filename}; nothing was written, run snakemake again after curing it"
+        else:
+            logging.error("".join(traceback.format_exception(kind, error, trace)))
+            line = f"winnow: {rule}: {kind.__name__}: {error} (traceback in {log})"
+        logging.error(line)
+        print(line, file=sys.stderr)
+
+    sys.excepthook = show
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    inputs = {str(p): file_digest(p) for p in dict.fromkeys(snakemake.input) if Path(p).is_file()}
+    provenance = {
+        "rule": rule,
+        "wildcards": dict(snakemake.wildcards.items()),
+        "params": dict(snakemake.params.items()),
+        "inputs": inputs,
+    }
+    return Job(snakemake.params.get("spec", {}), _device(snakemake), provenance)
+
+
+def _device(snakemake: Any) -> str:
+    """`cuda` where the job was given a GPU and there is one, else `cpu`; sets the threads. No torch where none is used."""
+    if not snakemake.resources.get("gpu"):
+        os.environ.setdefault("OMP_NUM_THREADS", str(snakemake.threads))
+        return "cpu"
+    import torch
+
+    torch.set_num_threads(snakemake.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logging.info("device %s, %d threads", device, snakemake.threads)
+    return device

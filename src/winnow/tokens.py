@@ -1,0 +1,103 @@
+"""Windows of token ids, for calibration and for evaluation; the named perplexity protocols."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from winnow.errors import InputError
+
+log = logging.getLogger(__name__)
+
+PAD = -1
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a text is cut into windows, and which tokens are scored. A changed rule gets a new version."""
+
+    version: int
+    special_tokens: bool
+    bos_each_window: bool
+    overlap: bool
+    rule: str
+
+
+PROTOCOLS = {
+    "p1": Protocol(
+        1, True, False, False,
+        "Rows joined, tokenizer defaults (one leading BOS if it adds one); windows do not overlap, the rest is dropped; "
+        "each scores all but its first token (GPTQ, SparseGPT, SVD-LLM, SliceGPT).",
+    ),
+    "p1_bos": Protocol(
+        1, False, True, False,
+        "As p1 without leading BOS, but a BOS in front of every window, which then holds length - 1 tokens of text, all "
+        "scored (ASVD's use_bos; needed for Gemma).",
+    ),
+    "p2": Protocol(
+        1, True, False, True,
+        "Windows advance by `stride` and score only tokens not scored before; the short last window is kept (the "
+        "transformers guide).",
+    ),
+    "plain": Protocol(1, False, False, False, "As p1, but no special token is ever added."),
+}  # fmt: skip
+
+
+def encode(tokenizer: Any, text: str, special_tokens: bool) -> np.ndarray:
+    """All token ids of a text, int32."""
+    ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids
+    return np.array(ids, dtype=np.int32)
+
+
+def check_length(length: int, longest: int | None) -> None:
+    if longest is not None and length > longest:
+        raise InputError(f"windows of {length} tokens are longer than the model's {longest} positions; lower `length`")
+
+
+def calibration_windows(ids: np.ndarray, windows: int, length: int, seed: int) -> np.ndarray:
+    """`windows` of the non-overlapping windows of `ids`, drawn without replacement by `seed`, in text order."""
+    have = len(ids) // length
+    if have < windows:
+        raise InputError(
+            f"the calibration text has {len(ids):,} tokens: {have} windows of {length}, but {windows} are asked for; "
+            "use a longer text, or lower `windows` or `length`"
+        )
+    chosen = np.sort(np.random.default_rng(seed).permutation(have)[:windows])
+    return ids[: have * length].reshape(have, length)[chosen]
+
+
+def evaluation_windows(
+    ids: np.ndarray, protocol: str, length: int, stride: int | None, windows: int | None, bos: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids (windows, length) int32 padded with PAD, index of the first scored token of each window) of a protocol."""
+    rule = PROTOCOLS[protocol]
+    if rule.overlap:
+        assert stride is not None
+        rows, first, scored = [], [], 1
+        for begin in range(0, len(ids), stride):
+            end = min(begin + length, len(ids))
+            rows.append(np.pad(ids[begin:end], (0, length - (end - begin)), constant_values=PAD))
+            first.append(scored - begin)
+            scored = end
+            if end == len(ids):
+                break
+        cut, start = np.stack(rows), np.array(first, dtype=np.int32)
+    else:
+        content = length - rule.bos_each_window
+        count = len(ids) // content
+        cut = ids[: count * content].reshape(count, content)
+        if rule.bos_each_window:
+            if bos is None:
+                raise InputError(f"protocol {protocol} puts a BOS in front of every window, but the tokenizer has none")
+            cut = np.concatenate([np.full((count, 1), bos, dtype=np.int32), cut], axis=1)
+        start = np.ones(count, dtype=np.int32)
+    wanted = windows or 2
+    if len(cut) < wanted:
+        raise InputError(
+            f"the evaluation text has {len(ids):,} tokens: {len(cut)} windows of {length}, but {wanted} are needed; "
+            "use a longer text, or lower `windows` or `length`"
+        )
+    return cut[:windows], start[:windows]

@@ -1,0 +1,118 @@
+# Configuration, plan, and the functions that rules use for inputs and params. No rule stands here.
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(workflow.basedir)
+sys.path.insert(0, str(ROOT / "src"))
+
+from winnow.config import load
+from winnow.errors import InputError
+from winnow.plan import Plan
+
+try:
+    PLAN = Plan(load(config, [str(f) for f in workflow.configfiles]), ROOT)
+    PLAN.check_sources()
+except InputError as error:
+    print(f"winnow: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+wildcard_constraints:
+    model=PLAN.pattern("models"),
+    text=PLAN.pattern("texts"),
+    other=PLAN.pattern("texts"),
+    windows=PLAN.pattern("calibrations", "evaluations"),
+    calibration=PLAN.pattern("calibrations"),
+    method=PLAN.pattern("methods"),
+    budget=PLAN.pattern("budgets"),
+    recovery=PLAN.pattern("recoveries"),
+    evaluation=PLAN.pattern("evaluations"),
+    shard=r"\d+-of-\d+",
+
+
+def stage(name):
+    """The three params of a stage: its specification, the fingerprints of its code, the versions of its libraries.
+
+    One dict each: Snakemake compares the set of values and drops their names.
+    """
+    return {
+        "spec": lambda wildcards: PLAN.spec(name, dict(wildcards.items())),
+        "code": lambda wildcards: PLAN.fingerprint(name, dict(wildcards.items())),
+        "versions": PLAN.versions(name),
+    }
+
+
+def local_files(wildcards):
+    return PLAN.local_model_files(wildcards.model)
+
+
+def text_files(wildcards):
+    return PLAN.preset("texts", wildcards.text).files
+
+
+def text_of_windows(wildcards):
+    section = "calibrations" if wildcards.windows in PLAN.names["calibrations"] else "evaluations"
+    return f"results/texts/{PLAN.text_label(section, wildcards.windows)}.parquet"
+
+
+def moments_if_needed(wildcards):
+    if PLAN.needs_statistics(wildcards.method):
+        return "results/{model}/{calibration}/statistics/moments/manifest.json"
+    return []
+
+
+def factors_of_method(wildcards):
+    folder = f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}/factors"
+    return [f"{folder}/{shard}/manifest.json" for shard in PLAN.shards(wildcards.model)]
+
+
+def overlap_check(wildcards):
+    calibration = PLAN.text_label("calibrations", wildcards.calibration)
+    evaluation = PLAN.text_label("evaluations", wildcards.evaluation)
+    return f"results/texts/overlap/{calibration}/{evaluation}.json"
+
+
+def of_cells(path):
+    """All files of a path pattern with the labels of the cells in it; dense cells have no method, budget, ..."""
+    sections = {
+        "model": "models",
+        "calibration": "calibrations",
+        "method": "methods",
+        "budget": "budgets",
+        "recovery": "recoveries",
+        "evaluation": "evaluations",
+    }
+    found = {}
+    for cell in PLAN.cells:
+        names = {key: getattr(cell, key) for key in sections}
+        labels = {key: PLAN.labels[sections[key]][name] for key, name in names.items() if name}
+        if all(f"{{{key}}}" not in path or key in labels for key in sections):
+            found[path.format(**labels)] = None
+    return list(found)
+
+
+def windows_of_cells():
+    calibration = of_cells("results/{model}/tokens/{calibration}.safetensors")
+    return calibration + of_cells("results/{model}/tokens/{evaluation}.safetensors")
+
+
+def texts_of_cells():
+    names = dict.fromkeys(text for cell in PLAN.cells for text in PLAN.texts_of(cell))
+    return [f"results/texts/{PLAN.labels['texts'][name]}.parquet" for name in names]
+
+
+def overlaps_of_cells():
+    pairs = {}
+    for cell in PLAN.cells:
+        if cell.calibration:
+            evaluation, calibration = PLAN.texts_of(cell)
+            pairs[calibration, evaluation] = None
+    labels = PLAN.labels["texts"]
+    return [f"results/texts/overlap/{labels[c]}/{labels[e]}.json" for c, e in pairs]
+
+
+def show_summary():
+    """The summary table and the report's path, in the terminal."""
+    subprocess.run([sys.executable, "-m", "winnow", "show", "results"], check=True)

@@ -1,0 +1,51 @@
+# needs: factors, spectra, a budget      makes: sizes of every group, compressed checkpoints
+# steps: allocate, compress
+
+
+rule allocate:
+    """Turn a budget into one size per group of matrices."""
+    input:
+        model="results/{model}/model.json",
+        spectra="results/{model}/{calibration}/{method}/spectra.parquet",
+    output:
+        "results/{model}/{calibration}/{method}/{budget}/allocation.json",
+    log:
+        "results/logs/allocate/{model}/{calibration}/{method}/{budget}.log",
+    benchmark:
+        "results/benchmarks/allocate/{model}/{calibration}/{method}/{budget}.tsv"
+    params:
+        **stage("allocate"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=20,
+    script:
+        "../../scripts/allocate.py"
+
+
+rule compress:
+    """Cut the factors to size and write a checkpoint that `from_pretrained` loads."""
+    input:
+        model="results/{model}/model.json",
+        factors=factors_of_method,
+        allocation="results/{model}/{calibration}/{method}/{budget}/allocation.json",
+    output:
+        "results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
+    log:
+        "results/logs/compress/{model}/{calibration}/{method}/{budget}.log",
+    benchmark:
+        "results/benchmarks/compress/{model}/{calibration}/{method}/{budget}.tsv"
+    params:
+        **stage("compress"),
+    threads: 1
+    resources:
+        mem_mb=16000,  # the weights in their stored dtype
+        runtime=60,
+    script:
+        "../../scripts/compress.py"
+
+
+rule checkpoints:
+    """Compressed checkpoints of all cells."""
+    input:
+        of_cells("results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json"),

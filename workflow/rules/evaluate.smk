@@ -1,0 +1,55 @@
+# needs: models or checkpoints, windows of evaluation tokens      makes: perplexity JSON
+# steps: evaluate_perplexity, for compressed models; evaluate_dense, by the same script, for the dense one
+
+
+rule evaluate_dense:
+    """Loss of the dense model: the row that every other is compared with."""
+    input:
+        model="results/{model}/model.json",
+        tokens="results/{model}/tokens/{evaluation}.safetensors",
+    output:
+        "results/{model}/dense/{evaluation}.json",
+    log:
+        "results/logs/evaluate_dense/{model}/{evaluation}.log",
+    benchmark:
+        "results/benchmarks/evaluate_dense/{model}/{evaluation}.tsv"
+    params:
+        **stage("evaluate_perplexity"),
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=60,
+    script:
+        "../../scripts/evaluate_perplexity.py"
+
+
+rule evaluate_perplexity:
+    """Loss of a compressed model, paired by window with the dense model's."""
+    input:
+        model="results/{model}/model.json",
+        tokens="results/{model}/tokens/{evaluation}.safetensors",
+        dense="results/{model}/dense/{evaluation}.json",
+        checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
+        overlap=overlap_check,
+    output:
+        "results/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.json",
+    log:
+        "results/logs/evaluate_perplexity/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.log",
+    benchmark:
+        "results/benchmarks/evaluate_perplexity/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.tsv"
+    params:
+        **stage("evaluate_perplexity"),
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=24000,  # the compressed and the dense model
+        runtime=60,
+    script:
+        "../../scripts/evaluate_perplexity.py"
+
+
+rule perplexity:
+    """Perplexity of all cells, dense ones included."""
+    input:
+        [PLAN.result(cell) for cell in PLAN.cells],

@@ -1,0 +1,62 @@
+# needs: weights, and statistics where the metric asks for them      makes: factors of every rank, spectra
+# steps: factorize (a shard of the layers per job), measure_spectra
+
+
+rule factorize:
+    """Fit every group of matrices once, for all sizes up to the break-even size."""
+    input:
+        model="results/{model}/model.json",
+        moments=moments_if_needed,
+    output:
+        "results/{model}/{calibration}/{method}/factors/{shard}/manifest.json",
+    log:
+        "results/logs/factorize/{model}/{calibration}/{method}/{shard}.log",
+    benchmark:
+        "results/benchmarks/factorize/{model}/{calibration}/{method}/{shard}.tsv"
+    params:
+        **stage("factorize"),
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=16000,  # one group in float64 with its Gram matrix and work space
+        runtime=60,
+    script:
+        "../../scripts/factorize.py"
+
+
+rule measure_spectra:
+    """Singular values, error at every size and effective ranks of all groups, in the method's metric."""
+    input:
+        factors_of_method,
+    output:
+        "results/{model}/{calibration}/{method}/spectra.parquet",
+    log:
+        "results/logs/measure_spectra/{model}/{calibration}/{method}.log",
+    benchmark:
+        "results/benchmarks/measure_spectra/{model}/{calibration}/{method}.tsv"
+    params:
+        **stage("measure_spectra"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=20,
+    script:
+        "../../scripts/measure_spectra.py"
+
+
+rule factors:
+    """Factors of all methods."""
+    input:
+        sum(
+            (
+                [f"{path}/factors/{shard}/manifest.json" for shard in PLAN.shards(path.split("/")[1])]
+                for path in of_cells("results/{model}/{calibration}/{method}")
+            ),
+            [],
+        ),
+
+
+rule spectra:
+    """Spectra of all methods."""
+    input:
+        of_cells("results/{model}/{calibration}/{method}/spectra.parquet"),

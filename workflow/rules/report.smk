@@ -1,0 +1,63 @@
+# needs: perplexity JSON and spectra of all cells      makes: tables, figures, one self-contained HTML report
+# steps: tables, figures, report
+
+
+rule tables:
+    """One row per evaluated cell."""
+    input:
+        rules.perplexity.input,
+    output:
+        csv="results/tables/summary.csv",
+        parquet="results/tables/summary.parquet",
+    log:
+        "results/logs/tables.log",
+    benchmark:
+        "results/benchmarks/tables.tsv"
+    params:
+        **stage("tables"),
+    localrule: True
+    threads: 1
+    script:
+        "../../scripts/tables.py"
+
+
+rule figures:
+    """Loss against bytes, and effective rank against depth; each as SVG and PNG."""
+    input:
+        summary="results/tables/summary.parquet",
+        spectra=rules.spectra.input,
+    output:
+        frontier=multiext("results/figures/frontier", ".svg", ".png"),
+        spectra=multiext("results/figures/effective_rank", ".svg", ".png"),
+    log:
+        "results/logs/figures.log",
+    benchmark:
+        "results/benchmarks/figures.tsv"
+    params:
+        **stage("figures"),
+    localrule: True
+    threads: 1
+    script:
+        "../../scripts/figures.py"
+
+
+rule report:
+    """A single HTML file that opens without a network."""
+    input:
+        summary="results/tables/summary.parquet",
+        frontier="results/figures/frontier.svg",
+        spectra="results/figures/effective_rank.svg",
+        results=rules.perplexity.input,
+        overlaps=overlaps_of_cells(),
+    output:
+        "results/report.html",
+    log:
+        "results/logs/report.log",
+    benchmark:
+        "results/benchmarks/report.tsv"
+    params:
+        **stage("report"),
+    localrule: True
+    threads: 1
+    script:
+        "../../scripts/report.py"

@@ -1,0 +1,97 @@
+# needs: model directories or hub ids, texts      makes: manifests of models, rows of texts, windows of tokens
+# steps: retrieve_model, retrieve_text (both may need the network: `snakemake prefetch`), check_overlap, tokenize
+
+
+rule retrieve_model:
+    """Find or download a model; check its tensors one by one; record digests, shapes and canonical names."""
+    input:
+        files=local_files,
+    output:
+        "results/{model}/model.json",
+    log:
+        "results/logs/retrieve_model/{model}.log",
+    benchmark:
+        "results/benchmarks/retrieve_model/{model}.tsv"
+    params:
+        **stage("retrieve_model"),
+    threads: 1
+    resources:
+        mem_mb=4000,  # one tensor at a time
+        runtime=120,  # a download of 16 GB
+    script:
+        "../../scripts/retrieve_model.py"
+
+
+rule retrieve_text:
+    """Read or download a text as rows."""
+    input:
+        files=text_files,
+    output:
+        "results/texts/{text}.parquet",
+    log:
+        "results/logs/retrieve_text/{text}.log",
+    benchmark:
+        "results/benchmarks/retrieve_text/{text}.tsv"
+    params:
+        **stage("retrieve_text"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    script:
+        "../../scripts/retrieve_text.py"
+
+
+rule check_overlap:
+    """Refuse a calibration text that shares passages with an evaluation text."""
+    input:
+        calibration="results/texts/{text}.parquet",
+        evaluation="results/texts/{other}.parquet",
+    output:
+        "results/texts/overlap/{text}/{other}.json",
+    log:
+        "results/logs/check_overlap/{text}/{other}.log",
+    benchmark:
+        "results/benchmarks/check_overlap/{text}/{other}.tsv"
+    params:
+        **stage("check_overlap"),
+    threads: 1
+    resources:
+        mem_mb=8000,  # 16 bytes a word
+        runtime=20,
+    script:
+        "../../scripts/check_overlap.py"
+
+
+rule tokenize:
+    """Cut a text into windows of token ids, as its calibration or evaluation preset says."""
+    input:
+        model="results/{model}/model.json",
+        text=text_of_windows,
+    output:
+        "results/{model}/tokens/{windows}.safetensors",
+    log:
+        "results/logs/tokenize/{model}/{windows}.log",
+    benchmark:
+        "results/benchmarks/tokenize/{model}/{windows}.tsv"
+    params:
+        **stage("tokenize"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=20,
+    script:
+        "../../scripts/tokenize.py"
+
+
+rule prefetch:
+    """Everything that needs the network: models and texts of the configured experiments."""
+    input:
+        of_cells("results/{model}/model.json"),
+        texts_of_cells(),
+
+
+rule tokens:
+    """Windows of all calibrations and evaluations."""
+    input:
+        windows_of_cells(),

@@ -1,0 +1,31 @@
+# needs: a model, windows of calibration tokens      makes: statistics of every matrix's input
+# steps: collect_statistics (one forward pass for all methods, ranks and budgets)
+
+
+rule collect_statistics:
+    """Run the calibration windows once; keep a Gram matrix and channel statistics per distinct input."""
+    input:
+        model="results/{model}/model.json",
+        tokens="results/{model}/tokens/{calibration}.safetensors",
+    output:
+        moments="results/{model}/{calibration}/statistics/moments/manifest.json",
+        channels="results/{model}/{calibration}/statistics/channels.parquet",
+    log:
+        "results/logs/collect_statistics/{model}/{calibration}.log",
+    benchmark:
+        "results/benchmarks/collect_statistics/{model}/{calibration}.tsv"
+    params:
+        **stage("collect_statistics"),
+    threads: 2
+    resources:
+        gpu=1,
+        mem_mb=16000,  # the model and all its Gram matrices
+        runtime=60,
+    script:
+        "../../scripts/collect_statistics.py"
+
+
+rule statistics:
+    """Statistics of all calibrations."""
+    input:
+        of_cells("results/{model}/{calibration}/statistics/channels.parquet"),
