@@ -6,7 +6,8 @@ import pandas as pd
 
 from winnow.factors import moments_file
 from winnow.io import read_tensors, write_manifest, write_parquet, write_tensors
-from winnow.models import ModelFiles, load_model
+from winnow.loading import load_model
+from winnow.models import ModelFiles
 from winnow.runtime import start_job
 from winnow.statistics import channel_rows, collect
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from winnow.checkpoint import compress, recipe_of, write_checkpoint
 from winnow.io import Bundle, atomic, read_json
 from winnow.models import ModelFiles
-from winnow.provenance import versions
 from winnow.runtime import start_job
 from winnow.structures import structure_of
 
@@ -19,6 +18,6 @@ if __name__ == "__main__":
     allocation = read_json(snakemake.input.allocation)
     sizes = {row["group"]: row["size"] for row in allocation["groups"]}
     stored, layouts = compress(files, factors, structure, sizes)
-    recipe = recipe_of(spec["names"], spec["presets"], allocation, versions("winnow")["winnow"])
+    recipe = recipe_of(spec["names"], spec["presets"], allocation)
     with atomic(Path(snakemake.output[0]).parent) as folder:
         write_checkpoint(folder, files, stored, layouts, spec["dtype"], recipe, job.provenance)

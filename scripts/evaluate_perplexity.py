@@ -1,7 +1,8 @@
 """Rules `evaluate_perplexity` and `evaluate_dense`: loss per window, sums and means, beside the dense model's."""
 
 from winnow.io import Bundle, read_json, read_tensors, write_json
-from winnow.models import ModelFiles, load_model
+from winnow.loading import load_model
+from winnow.models import ModelFiles
 from winnow.perplexity import evaluate, summarize
 from winnow.runtime import start_job
 

@@ -1,7 +1,7 @@
 """Rule `retrieve_model`: the manifest of a model: digests of its files, and every tensor by its canonical name."""
 
 from winnow.io import write_json
-from winnow.models import describe, fetch
+from winnow.retrieve import describe, fetch
 from winnow.runtime import start_job
 
 if __name__ == "__main__":

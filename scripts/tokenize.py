@@ -3,7 +3,8 @@
 import torch
 
 from winnow.io import read_json, read_parquet, write_tensors
-from winnow.models import ModelFiles, load_tokenizer
+from winnow.loading import load_tokenizer
+from winnow.models import ModelFiles
 from winnow.runtime import start_job
 from winnow.texts import text_digest
 from winnow.tokens import PROTOCOLS, calibration_windows, check_length, encode, evaluation_windows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,9 @@ model = AutoModelForCausalLM.from_pretrained("this directory")
 """
 
 
-def recipe_of(names: dict[str, str], presets: dict[str, Any], allocation: dict[str, Any], version: str) -> dict[str, Any]:
+def recipe_of(names: dict[str, str], presets: dict[str, Any], allocation: dict[str, Any]) -> dict[str, Any]:
     """The content of recipe.yaml: preset names, resolved presets, and the size of every group."""
     sizes = {row["group"]: row["size"] for row in allocation["groups"]}
     counts = {key: allocation[key] for key in ("dense_bytes", "stored_bytes")}
-    return {"winnow": version, "names": names, **presets, **counts, "sizes": sizes}
+    return {"winnow": version("winnow"), "names": names, **presets, **counts, "sizes": sizes}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -218,23 +217,18 @@ def _as_written(path: list[str], config: Any) -> list[str]:
 
 
 def _keys_at(path: list[str], config: Any) -> list[str]:
-    """Valid keys of the model found at `path` of the configuration."""
+    """Valid keys of the preset or section found at `path`; a path holds names of presets and tags of unions too."""
     annotation: Any = Config
     for part in path:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if typing.get_origin(annotation) is dict:  # `part` is the name of a preset
+            annotation = typing.get_args(annotation)[1]
+        elif typing.get_origin(annotation) is typing.Union:  # `part` is a tag
+            annotation = next(o for o in typing.get_args(annotation) if o.model_fields["kind"].default == part)
+        else:
             annotation = annotation.model_fields[part].annotation
-            if typing.get_origin(annotation) is dict:
-                annotation = typing.get_args(annotation)[1]
-                continue_with_name = True
-            else:
-                continue_with_name = False
-        elif continue_with_name:  # the name of a preset
-            continue_with_name = False
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
-            options = [a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-            tagged = [o for o in options if o.model_fields["kind"].default == part]
-            annotation = tagged[0] if tagged else annotation
-    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+        if typing.get_origin(annotation) is Annotated:
+            annotation = typing.get_args(annotation)[0]
+    return list(annotation.model_fields)
 
 
 def _file_of(keys: list[str], files: typing.Sequence[str | Path]) -> str:

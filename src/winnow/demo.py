@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import sysconfig
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -127,20 +128,33 @@ def unigram_nll(train: np.ndarray, heldout: np.ndarray, vocab_size: int) -> floa
     return float(-np.log(counts / counts.sum())[heldout].mean())
 
 
-def train_model(stream: np.ndarray, tokenizer, shape: dict, steps: int, batch: int, length: int, rate: float, seed: int):
+@dataclass(frozen=True)
+class Training:
+    """Steps of `batch` windows of `length` tokens; peak learning rate; decoupled weight decay."""
+
+    steps: int
+    batch: int
+    length: int
+    rate: float
+    decay: float
+    seed: int
+
+
+def train_model(stream: np.ndarray, tokenizer, shape: dict, training: Training):
     """Train a Llama-style model of `shape` on random windows of `stream`; returns the model in float32.
 
-    AdamW (betas 0.9, 0.95; weight decay 0.1), linear warm-up over 5 % of the steps, then a cosine to a tenth of `rate`.
+    AdamW (betas 0.9, 0.95), linear warm-up over 5 % of the steps, then a cosine to a tenth of the peak rate.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
+    steps, length = training.steps, training.length
+    torch.manual_seed(training.seed)
     end = tokenizer.eos_token_id
     model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+    groups = [{"params": decayed, "weight_decay": training.decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=training.rate, betas=(0.9, 0.95))
     warm = max(1, steps // 20)
 
     def schedule(step: int) -> float:
@@ -149,9 +163,9 @@ def train_model(stream: np.ndarray, tokenizer, shape: dict, steps: int, batch: i
         return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(training.seed)
     for step in range(steps):
-        starts = generator.integers(0, len(stream) - length, size=batch)
+        starts = generator.integers(0, len(stream) - length, size=training.batch)
         ids = torch.from_numpy(np.stack([stream[s : s + length] for s in starts]))
         loss = model(input_ids=ids, labels=ids).loss
         if not torch.isfinite(loss):
@@ -190,7 +204,7 @@ learned something. It is no use for anything else.
 |---|---|
 | corpus | Python {facts["python"]}: `pydoc_data` topics and standard-library docstrings, cut by document (`resources/texts/demo`) |
 | training tokens, distinct / seen | {facts["train_tokens"]:,} / {facts["tokens_seen"]:,} |
-| steps | {facts["steps"]} of {facts["batch"]} x {facts["length"]} tokens, AdamW, peak rate {facts["rate"]} |
+| steps | {facts["steps"]} of {facts["batch"]} x {facts["length"]} tokens, AdamW, peak rate {facts["rate"]}, weight decay {facts["decay"]} |
 | parameters | {facts["parameters"]:,} |
 | vocabulary size | {facts["vocab_size"]:,} |
 | perplexity on the evaluation part | {facts["perplexity"]:.2f} ({facts["nll"]:.4f} nats per token, {facts["scored"]:,} tokens) |
@@ -211,17 +225,17 @@ def build(folder: Path, train: str, evaluation: str, spec: dict) -> None:
     texts = {"train": read_rows(Path(train)), "evaluation": read_rows(Path(evaluation))}
     tokenizer = train_tokenizer(texts["train"], spec["vocab_size"])
     streams = {part: token_stream(tokenizer, rows) for part, rows in texts.items()}
-    training = spec["training"]
-    model = train_model(streams["train"], tokenizer, spec["shape"], **training)
+    training = Training(**spec["training"])
+    model = train_model(streams["train"], tokenizer, spec["shape"], training)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    nll, scored = heldout_nll(model.float(), streams["evaluation"], training["length"])
-    train_nll, _ = heldout_nll(model, streams["train"][: len(streams["evaluation"])], training["length"])
+    nll, scored = heldout_nll(model.float(), streams["evaluation"], training.length)
+    train_nll, _ = heldout_nll(model, streams["train"][: len(streams["evaluation"])], training.length)
     facts = {
-        **training,
+        **asdict(training),
         "python": platform.python_version(),
         "train_tokens": len(streams["train"]),
-        "tokens_seen": training["steps"] * training["batch"] * training["length"],
+        "tokens_seen": training.steps * training.batch * training.length,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocab_size": len(tokenizer),
         "nll": nll,

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from winnow.errors import InputError
 from winnow.modules import replace_module
+from winnow.naming import canonical_names
 from winnow.structures import STRUCTURES
 
 FORMAT_VERSION = 1
@@ -78,22 +79,22 @@ class WinnowQuantizer(HfQuantizer):
 def _check_tensors(model: Any, files: list[str]) -> None:
     """Raise InputError unless the files hold the model's tensors, each once, in the right shape."""
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    optional = set(model.all_tied_weights_keys)
-    found: dict[str, list[int]] = {}
+    name_of = canonical_names(model)
+    found: set[str] = set()
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise InputError(f"{file}: a winnow checkpoint is stored in safetensors; other files are refused")
         with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():
-                found[name] = stream.get_slice(name).get_shape()
-    where = files[0] if len(files) == 1 else f"{len(files)} files"
-    for name in sorted(set(expected) - set(found) - optional):
-        raise InputError(f"{where}: the tensor {name} is missing; the checkpoint is damaged or was renamed")
-    for name in sorted(set(found) - set(expected)):
-        raise InputError(f"{where}: unexpected tensor {name}; the checkpoint is damaged or was renamed")
-    for name, shape in found.items():
-        if shape != expected[name]:
-            raise InputError(f"{where}: {name} has shape {shape}, the config says {expected[name]}")
+            for key in stream.keys():
+                name = name_of(key)
+                if name is None:
+                    continue
+                shape = stream.get_slice(key).get_shape()
+                if shape != expected[name]:
+                    raise InputError(f"{file}: {key} has shape {shape}, the config says {expected[name]}")
+                found.add(name)
+    for name in sorted(set(expected) - found - set(model.all_tied_weights_keys)):
+        raise InputError(f"{files[0]}: the tensor {name} is missing; the checkpoint is damaged or was renamed")
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reloaded module finds itself registered

@@ -6,6 +6,7 @@ is written last and holds the digest of every file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,13 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError
-from winnow.provenance import file_digest
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
 MANIFEST = "manifest.json"
+
+
+def file_digest(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from typing import Any
 
 from winnow.config import Config, Strict
 from winnow.errors import InputError
+from winnow.io import file_digest
 from winnow.metrics import METRICS
 from winnow.models import model_files
-from winnow.provenance import CodeTracker, file_digest, versions
+from winnow.provenance import CodeTracker, versions
 from winnow.structures import STRUCTURES
 from winnow.tokens import PROTOCOLS
 

@@ -1,4 +1,4 @@
-"""What a result was made from: fingerprints of the project's code, library versions, digests of files.
+"""What a result was made from: fingerprints of the project's code, library versions, digests.
 
 Snakemake sees neither edits in imported modules nor upgraded libraries; the rules therefore hand both over as params.
 """
@@ -78,9 +78,3 @@ class CodeTracker:
 def versions(*packages: str) -> dict[str, str]:
     """{package: installed version}, read from the packages' metadata without importing them."""
     return {name: version(name) for name in sorted(packages)}
-
-
-def file_digest(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

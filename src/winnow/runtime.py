@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.errors import InputError
-from winnow.provenance import file_digest
+from winnow.io import file_digest
 
 
 @dataclass(frozen=True)

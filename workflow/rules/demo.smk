@@ -38,7 +38,7 @@ rule demo_model:
                 "max_position_embeddings": 512,
                 "tie_word_embeddings": True,
             },
-            "training": {"steps": 800, "batch": 16, "length": 256, "rate": 0.003, "seed": 0},
+            "training": {"steps": 800, "batch": 16, "length": 256, "rate": 0.003, "decay": 0.5, "seed": 0},
         },
     threads: 2
     resources:

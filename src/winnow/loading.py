@@ -1,0 +1,30 @@
+"""Loading models and tokenizers for computation: strictly, and without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import winnow.hf  # noqa: F401 - registers the loader of compressed checkpoints, and makes it part of the fingerprint
+from winnow.errors import InputError
+
+
+def load_model(directory: Path | str, dtype: str, device: str) -> PreTrainedModel:
+    """The causal language model of a directory, dense or compressed, with no random weight in it.
+
+    Raises InputError if a tensor is missing, unexpected or of another shape.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
+    )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report[problem]:
+            raise InputError(f"{directory}: {problem.replace('_', ' ')}: {sorted(report[problem])[0]}")
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: Path | str) -> Any:
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)

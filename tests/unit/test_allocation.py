@@ -1,0 +1,79 @@
+"""Budgets: bytes met, rounding spent, and what cannot be met refused with the break-even rank."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from winnow.allocation import TOLERANCE, Group, allocate, summarize, uniform
+from winnow.architectures import Matrix
+from winnow.errors import InputError
+from winnow.structures import structure_of
+
+LOW_RANK = structure_of({"kind": "low_rank"})
+
+
+def group(index, shape, bias=False, unit=2):
+    matrix = Matrix(index, "up_proj", f"layers.{index}.up_proj", "ffn_input", shape, False, bias)
+    fixed = shape[0] * unit if bias else 0
+    return Group(matrix.name, [matrix], LOW_RANK, unit, fixed, shape[0] * shape[1] * unit + fixed)
+
+
+def budget(**given):
+    return {"keep_bytes": None, "rank": None, "rank_fraction": None, **given}
+
+
+SHAPES = st.lists(st.tuples(st.integers(32, 256), st.integers(32, 256), st.booleans()), min_size=6, max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.floats(0.2, 0.9))
+def test_bytes_are_met_and_never_exceeded(shapes, keep):
+    groups = [group(i, (m, n), bias) for i, (m, n, bias) in enumerate(shapes)]
+    dense = sum(g.dense for g in groups)
+    sizes = uniform(groups, keep)
+    stored = sum(g.bytes(sizes[g.name]) for g in groups)
+    assert stored <= keep * dense + 1e-6
+    assert stored >= (keep - TOLERANCE) * dense
+    left = keep * dense - stored
+    for g in groups:
+        step = g.bytes(sizes[g.name] + 1) - g.bytes(sizes[g.name])
+        assert step > left or sizes[g.name] == g.largest or sizes[g.name] > 0
+        assert abs(g.bytes(sizes[g.name]) - keep * g.dense) <= step, "nobody is more than one step from its share"
+
+
+def test_uniform_is_deterministic_and_grows_with_the_budget():
+    groups = [group(i, (128, 352 - i)) for i in range(12)]
+    before = None
+    for keep in (0.3, 0.4, 0.6, 0.8, 0.95):
+        sizes = uniform(groups, keep)
+        assert sizes == uniform(list(reversed(groups)), keep)
+        assert before is None or all(sizes[n] >= before[n] for n in sizes)
+        before = sizes
+
+
+def test_ranks_and_fractions():
+    groups = [group(0, (128, 352)), group(1, (64, 128))]
+    assert allocate(groups, budget(rank=20)) == {"000.up_proj": 20, "001.up_proj": 20}
+    assert allocate(groups, budget(rank_fraction=0.25)) == {"000.up_proj": 32, "001.up_proj": 16}
+
+
+def test_a_rank_beyond_break_even_is_refused_with_the_number():
+    """The seed's "3072 + 256" on 4096 x 14336 stores more than dense; its break-even rank is 3185."""
+    with pytest.raises(InputError, match=r"rank 3328 of layers\.0\.up_proj \(4096 x 14336\).*break-even rank is 3185"):
+        allocate([group(0, (4096, 14336))], budget(rank=3328))
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.999, 0.0001])
+def test_bytes_that_the_form_cannot_meet_are_refused(keep):
+    with pytest.raises(InputError, match=r"cannot be met.*can store rank 1 to 15, its break-even rank"):
+        allocate([group(i, (32, 32)) for i in range(3)], budget(keep_bytes=keep))
+
+
+def test_summary_adds_up():
+    groups = [group(0, (64, 96), bias=True), group(1, (64, 64))]
+    sizes = uniform(groups, 0.5)
+    errors = {g.name: [float(100 - i) for i in range(40)] for g in groups}
+    result = summarize(groups, sizes, errors)
+    assert result["stored_bytes"] == sum(g.bytes(sizes[g.name]) for g in groups)
+    assert result["keep_bytes"] == pytest.approx(0.5, abs=TOLERANCE)
+    assert result["groups"][0]["relative_error"] == pytest.approx((100 - sizes["000.up_proj"]) / 100)

@@ -1,0 +1,81 @@
+"""Configuration: generated files in step, and every mistake named with its file, key and cure."""
+
+import copy
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from winnow.config import load
+from winnow.config_files import default, generate
+from winnow.errors import InputError
+
+
+def test_generated_files_are_in_step():
+    generate(ROOT, check=True)
+
+
+def test_a_file_out_of_step_is_named(tmp_path):
+    generate(tmp_path, check=False)
+    (tmp_path / "config" / "config.yaml").write_text("models: {}\n")
+    with pytest.raises(InputError, match=r"config/config\.yaml is out of step"):
+        generate(tmp_path, check=True)
+
+
+def merge(base, extra):
+    for key, value in extra.items():
+        base[key] = merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return base
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config" / "models").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_examples_are_valid(path):
+    load(merge(default(), yaml.safe_load(path.read_text())))
+
+
+def refused(change, files=()):
+    config = copy.deepcopy(default())
+    change(config)
+    with pytest.raises(InputError) as caught:
+        load(config, files)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+MISTAKES = [
+    (lambda c: c["budgets"]["ffn-0.8"].update(keep_byts=0.7), "budgets.ffn-0.8.keep_byts: unknown key; did you mean 'keep_bytes'?"),
+    (lambda c: c.update(methds={}), "methds: unknown key; did you mean 'methods'?"),
+    (lambda c: c["methods"]["asvd"]["metric"].update(alhpa=1), "methods.asvd.metric.alhpa: unknown key; did you mean 'alpha'?"),
+    (lambda c: c["methods"]["asvd"]["metric"].update(kind="gramm"), "there is no kind 'gramm'; did you mean 'gram'?"),
+    (lambda c: c["experiments"]["demo"].update(methods=["whitned"]), "there is no 'whitned'; did you mean 'whitened'?"),
+    (lambda c: c["calibrations"]["demo"].update(text="demo_calibraton"), "did you mean 'demo_calibration'?"),
+    (lambda c: c["budgets"]["ffn-0.8"].update(keep_bytes=1.2), "budgets.ffn-0.8.keep_bytes: Input should be less than or equal to 1"),
+    (lambda c: c["budgets"]["ffn-0.8"].update(rank=3), "budgets.ffn-0.8: give exactly one of"),
+    (lambda c: c["budgets"]["ffn-0.8"].update(targets=["fnn"]), "budgets.ffn-0.8.targets.0: Input should be"),
+    (lambda c: c["models"]["demo"].update(revision="main"), "models.demo.revision: String should match pattern"),
+    (lambda c: c["texts"]["demo_evaluation"].update(dataset="wikitext"), "texts.demo_evaluation: give either `files` or `dataset`"),
+    (lambda c: c["texts"].update(hub={"dataset": "wikitext", "split": "test"}), "texts.hub: a hub data set needs"),
+    (lambda c: c["evaluations"]["demo"].update(protocol="p2"), "evaluations.demo: `stride` belongs to protocol p2"),
+    (lambda c: c["evaluations"]["demo"].update(text="demo_calibration"), "read the same text; calibrate on a text that is not evaluated"),
+    (lambda c: c["methods"].update(dense={"structure": {"kind": "low_rank"}}), "methods.dense: the name is taken"),
+    (lambda c: c["models"].update({"a/b": {"source": "x"}}), "models.a/b"),
+    (lambda c: c["experiments"]["demo"].update(methods=[]), "experiments.demo.methods: List should have at least 1 item"),
+    (lambda c: c.pop("models"), "models: Field required"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), MISTAKES, ids=[e[:40] for _, e in MISTAKES])
+def test_mistakes_are_named(change, expected):
+    assert expected in refused(change)
+
+
+def test_the_file_that_holds_the_key_is_named(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("budgets: {mine: {keep_byts: 0.5}}\n")
+    two.write_text("budgets: {other: {keep_bytes: 0.5}}\n")
+
+    def change(config):
+        config["budgets"]["mine"] = {"keep_byts": 0.5}
+
+    assert refused(change, [one, two]).startswith(f"{one}: budgets.mine.keep_byts: unknown key")

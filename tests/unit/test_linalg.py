@@ -1,0 +1,145 @@
+"""The weighted low-rank routine against exact identities (numbers T1 to T9 as in the methods reference)."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from winnow.linalg import leading_directions
+
+SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
+torch.set_default_dtype(torch.float32)
+
+
+def random(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gram_of(x):
+    return x @ x.T / x.shape[1]
+
+
+def approximation(weight, u, k):
+    return u[:, :k] @ (u[:, :k].T @ weight)
+
+
+def output_error(weight, approx, gram):
+    rest = weight - approx
+    return float(torch.trace(rest @ gram @ rest.T))
+
+
+def cholesky_svd(weight, gram, k):
+    """The published recipe (SVD-LLM): Cholesky factor, SVD, inverse."""
+    lower = torch.linalg.cholesky(gram)
+    u, s, vh = torch.linalg.svd(weight @ lower, full_matrices=False)
+    return torch.linalg.solve_triangular(lower, (u[:, :k] * s[:k]) @ vh[:k], upper=False, left=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 10**6))
+def test_plain_metric_is_eckart_young(shape, seed):
+    weight = random(shape, seed)
+    u, s, error = leading_directions(weight, weight.new_ones(shape[1]))
+    expected = torch.linalg.svdvals(weight)
+    torch.testing.assert_close(s, expected)
+    for k in range(min(shape) + 1):
+        left = (weight - approximation(weight, u, k)).square().sum()
+        torch.testing.assert_close(left, expected[k:].square().sum(), atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(error[k], left, atol=1e-10, rtol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 10**6))
+def test_whitened_agrees_with_cholesky_and_svd(shape, seed):
+    weight, x = random(shape, seed), random((shape[1], 8 * shape[1]), seed + 1)
+    gram = gram_of(x)
+    u, s, error = leading_directions(weight, gram)
+    torch.testing.assert_close(s, torch.linalg.svdvals(weight @ torch.linalg.cholesky(gram)), atol=1e-8, rtol=1e-8)
+    for k in range(1, min(shape)):
+        ours = output_error(weight, approximation(weight, u, k), gram)
+        theirs = output_error(weight, cholesky_svd(weight, gram, k), gram)
+        assert ours == pytest.approx(theirs, rel=1e-9), (k, shape)
+        assert float(error[k]) == pytest.approx(ours, rel=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(1, 12), st.integers(0, 3), st.integers(0, 10**6))
+def test_singular_gram_gives_finite_optimal_factors(shape, tokens, dead, seed):
+    """Fewer tokens than channels, and dead channels: finite, optimal at every rank, and the full rank gives W back."""
+    weight, x = random(shape, seed), random((shape[1], tokens), seed + 1)
+    x[: min(dead, shape[1] - 1)] = 0
+    gram = gram_of(x)
+    u, _, error = leading_directions(weight, gram)
+    assert torch.isfinite(u).all()
+    assert u.shape == (shape[0], min(shape))
+    torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1], dtype=torch.float64), atol=1e-10, rtol=0)
+    best = torch.linalg.svdvals(weight @ x / tokens**0.5).square()
+    total = float(best.sum())
+    for k in range(min(shape) + 1):
+        assert output_error(weight, approximation(weight, u, k), gram) == pytest.approx(float(best[k:].sum()), abs=1e-10 * max(total, 1))
+        assert float(error[k]) == pytest.approx(float(best[k:].sum()), abs=1e-10 * max(total, 1))
+    torch.testing.assert_close(approximation(weight, u, min(shape)), weight, atol=1e-10, rtol=1e-10)
+
+
+def test_directions_beyond_the_gram_reduce_the_weight_error():
+    """With a Gram of rank 1, rank 2 and more are spent on the weights themselves."""
+    weight, x = random((9, 6), 1), random((6, 1), 2)
+    u, _, _ = leading_directions(weight, gram_of(x))
+    rest = weight - approximation(weight, u, 1)
+    tail = torch.linalg.svdvals(rest).square()
+    for k in range(1, 6):
+        left = float((weight - approximation(weight, u, k)).square().sum())
+        assert left == pytest.approx(float(tail[k - 1 :].sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (12, 7)])
+def test_identity_gram_and_scale_change_nothing(shape):
+    weight = random(shape, 3)
+    plain, _, _ = leading_directions(weight, weight.new_ones(shape[1]))
+    full, _, _ = leading_directions(weight, 1e6 * torch.eye(shape[1], dtype=torch.float64))
+    diagonal, _, _ = leading_directions(weight, weight.new_full((shape[1],), 1e-6))
+    for k in (1, 3, 6):
+        torch.testing.assert_close(approximation(weight, full, k), approximation(weight, plain, k))
+        torch.testing.assert_close(approximation(weight, diagonal, k), approximation(weight, plain, k))
+
+
+@pytest.mark.parametrize("shape", [(10, 16), (16, 10)])
+def test_each_metric_wins_in_its_own_currency(shape):
+    weight, x = random(shape, 4), random((shape[1], 200), 5)
+    x *= torch.logspace(0, 2, shape[1], dtype=torch.float64)[:, None]
+    gram = gram_of(x)
+    plain = approximation(weight, leading_directions(weight, weight.new_ones(shape[1]))[0], 4)
+    whitened = approximation(weight, leading_directions(weight, gram)[0], 4)
+    assert output_error(weight, whitened, gram) < output_error(weight, plain, gram)
+    assert (weight - plain).square().sum() < (weight - whitened).square().sum()
+
+
+def test_scales_over_eight_orders_of_magnitude():
+    """Channels from 1e-4 to 1e4: the error is that of the exact solution, relative to the whole."""
+    weight, x = random((20, 12), 6), random((12, 400), 7)
+    x *= torch.logspace(-4, 4, 12, dtype=torch.float64)[:, None]
+    gram = gram_of(x)
+    u, _, _ = leading_directions(weight, gram)
+    best = torch.linalg.svdvals(weight @ x / 20).square()
+    for k in range(13):
+        assert output_error(weight, approximation(weight, u, k), gram) == pytest.approx(float(best[k:].sum()), abs=1e-12 * float(best.sum()))
+
+
+def test_zero_weight_and_zero_metric():
+    for weight, gram in ((torch.zeros(4, 6), torch.eye(6)), (torch.ones(4, 6), torch.zeros(6, 6))):
+        u, s, error = leading_directions(weight.double(), gram.double())
+        assert float(s.abs().max()) == 0
+        assert float(error[0]) == 0
+        torch.testing.assert_close(approximation(weight.double(), u, 4), weight.double())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(bad):
+    weight, gram = random((4, 6), 8), torch.eye(6, dtype=torch.float64)
+    broken = weight.clone()
+    broken[1, 2] = bad
+    with pytest.raises(FloatingPointError, match="weight is not finite"):
+        leading_directions(broken, gram)
+    gram[0, 0] = bad
+    with pytest.raises(FloatingPointError, match="metric is not finite"):
+        leading_directions(weight, gram)

@@ -1,0 +1,172 @@
+"""Labels, cells and fingerprints: what moves a path, what reruns a stage, and what does neither."""
+
+import copy
+import shutil
+
+import pytest
+
+from tests.conftest import ROOT
+from winnow.config import load
+from winnow.config_files import default
+from winnow.errors import InputError
+from winnow.plan import STAGES, Plan
+from winnow.provenance import CodeTracker
+
+
+def plan_of(change=lambda c: None, root=ROOT):
+    config = copy.deepcopy(default())
+    change(config)
+    return Plan(load(config), root)
+
+
+def test_the_default_is_four_methods_by_eight_budgets_and_dense():
+    plan = plan_of()
+    assert sum(cell.method is None for cell in plan.cells) == 1
+    assert len(plan.cells) == 1 + 4 * 8
+    assert len({plan.result(cell) for cell in plan.cells}) == len(plan.cells)
+
+
+def test_a_label_depends_on_its_own_content_only():
+    before = plan_of().labels
+    after = plan_of(lambda c: c["budgets"]["ffn-0.8"].update(keep_bytes=0.7)).labels
+    changed = {(s, n) for s in before for n in before[s] if before[s][n] != after[s][n]}
+    assert changed == {("budgets", "ffn-0.8")}
+    after = plan_of(lambda c: c["texts"]["demo_calibration"].update(stop=3)).labels
+    changed = {(s, n) for s in before for n in before[s] if before[s][n] != after[s][n]}
+    assert changed == {("texts", "demo_calibration"), ("calibrations", "demo")}
+
+
+def test_defaults_order_and_execution_move_nothing():
+    before = plan_of()
+
+    def change(c):
+        c["models"]["demo"].update(dtype="float32", shards=4)
+        c["methods"] = dict(reversed(c["methods"].items()))
+        c["budgets"]["ffn-0.8"] = dict(reversed(c["budgets"]["ffn-0.8"].items()))
+
+    after = plan_of(change)
+    assert before.labels == after.labels
+    assert len(after.shards(after.labels["models"]["demo"])) == 4
+
+
+def test_swapped_values_give_other_specs():
+    """Snakemake compares the set of param values; one dict per stage keeps the names in them."""
+
+    def change(c):
+        c["calibrations"]["demo"].update(windows=256, length=128)
+
+    label = {"model": "demo"}
+    specs = []
+    for plan in (plan_of(), plan_of(change)):
+        wildcards = {"model": plan.labels["models"]["demo"], "windows": plan.labels["calibrations"]["demo"], **label}
+        specs.append(plan.spec("tokenize", wildcards))
+    assert specs[0] != specs[1]
+    assert {specs[0]["windows"], specs[0]["length"]} != {specs[0]["windows"]}
+
+
+UPSTREAM = ("model", "calibration", "method", "budget", "recovery")
+WILDCARDS = {  # of the rules
+    "retrieve_model": ("model",),
+    "retrieve_text": ("text",),
+    "check_overlap": ("text", "other"),
+    "tokenize": ("model", "windows"),
+    "collect_statistics": ("model", "calibration"),
+    "factorize": ("model", "calibration", "method", "shard"),
+    "measure_spectra": ("model", "calibration", "method"),
+    "allocate": UPSTREAM[:4],
+    "compress": UPSTREAM[:4],
+    "evaluate_perplexity": (*UPSTREAM, "evaluation"),
+    "tables": (),
+    "figures": (),
+    "report": (),
+}
+
+
+def wildcards_of(plan, stage):
+    labels = plan.labels
+    values = {
+        "model": labels["models"]["demo"],
+        "text": labels["texts"]["demo_calibration"],
+        "other": labels["texts"]["demo_evaluation"],
+        "windows": labels["calibrations"]["demo"],
+        "calibration": labels["calibrations"]["demo"],
+        "method": labels["methods"]["asvd"],
+        "shard": "1-of-1",
+        "budget": labels["budgets"]["ffn-0.8"],
+        "recovery": labels["recoveries"]["none"],
+        "evaluation": labels["evaluations"]["demo"],
+    }
+    return {name: values[name] for name in WILDCARDS[stage]}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_builtin_params_a_script_and_versions(stage):
+    plan = plan_of()
+    spec, code = plan.spec(stage, wildcards_of(plan, stage)), plan.fingerprint(stage, wildcards_of(plan, stage))
+    assert code[0] == sorted(code)[0]
+    assert any(line.startswith(f"{stage}.py ") for line in code)
+    assert set(plan.versions(stage)) == set(STAGES[stage])
+    stack = [spec]
+    while stack:
+        value = stack.pop()
+        assert type(value) in (dict, list, str, int, float, bool, type(None))
+        stack += list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+@pytest.fixture()
+def checkout(tmp_path):
+    for folder in ("src", "scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    return tmp_path
+
+
+def stages_changed(checkout, file, old, new):
+    """The stages whose fingerprint an edit changes."""
+    before = {s: plan_of(root=checkout).fingerprint(s, wildcards_of(plan_of(), s)) for s in STAGES}
+    path = checkout / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    after = {s: plan_of(root=checkout).fingerprint(s, wildcards_of(plan_of(), s)) for s in STAGES}
+    return {s for s in STAGES if before[s] != after[s]}
+
+
+OF_METHODS = {"factorize", "measure_spectra", "allocate", "compress", "evaluate_perplexity"}  # they reach the structure's file
+EDITS = [
+    ("src/winnow/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
+    ("src/winnow/linalg.py", '"""Directions that solve', '"""Other words that solve', set()),
+    ("src/winnow/linalg.py", "return (vectors * values", "return  (\n        vectors * values", set()),
+    ("src/winnow/linalg.py", "clamp(min=0).sqrt()) @", "clamp(min=1e-9).sqrt()) @", OF_METHODS),
+    ("src/winnow/statistics.py", "gram = self.gram / n", "gram = self.gram / (n - 1)", {"collect_statistics"}),
+    ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", {"allocate"}),
+    ("src/winnow/perplexity.py", "n / (n - 1)", "n / n", {"evaluate_perplexity"}),
+    ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables"}),
+    ("src/winnow/tokens.py", "PAD = -1", "PAD = -2", {"tokenize", "evaluate_perplexity"}),
+    ("src/winnow/io.py", 'MANIFEST = "manifest.json"', 'MANIFEST = "content.json"', set(STAGES)),
+    ("scripts/factorize.py", "names.append(name)", "names.append(str(name))", {"factorize"}),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new", "expected"), EDITS, ids=[f"{f.split('/')[-1]}-{i}" for i, (f, *_) in enumerate(EDITS)])
+def test_an_edit_changes_exactly_the_stages_that_reach_it(checkout, file, old, new, expected):
+    assert stages_changed(checkout, file, old, new) == expected
+
+
+def test_a_structure_belongs_to_the_methods_that_use_it(checkout):
+    file, old = "src/winnow/structures/low_rank.py", "(m * n - 1) // (m + n)"
+    stages = stages_changed(checkout, file, old, "(m * n - 2) // (m + n)")
+    assert stages == OF_METHODS
+
+
+def test_fingerprints_do_not_depend_on_the_folder(checkout):
+    for stage in STAGES:
+        assert CodeTracker(ROOT).fingerprint(f"{stage}.py") == CodeTracker(checkout).fingerprint(f"{stage}.py")
+
+
+def test_missing_sources_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan_of().check_sources()
+    with pytest.raises(InputError, match="nowhere: there is no such model directory"):
+        plan_of(lambda c: c["models"]["demo"].update(source="nowhere")).check_sources()
+    with pytest.raises(InputError, match=r"texts\.demo_evaluation\.files: gone\.txt"):
+        plan_of(lambda c: c["texts"]["demo_evaluation"].update(files=["gone.txt"])).check_sources()

@@ -1,0 +1,125 @@
+"""Artefacts, tables, figures and report: atomic, verified, self-contained, the same bytes for the same input."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from winnow.errors import InputError
+from winnow.figures import effective_rank, frontier, save
+from winnow.io import Bundle, atomic, read_json, read_parquet, read_tensors, write_json, write_manifest, write_parquet, write_tensors
+from winnow.report import render
+from winnow.spectra import effective_ranks, spectrum_row
+from winnow.tables import COLUMNS, summary
+
+CONTRACT = (
+    "model calibration method structure metric budget allocation recovery evaluation keep_requested dense_bytes stored_bytes keep_bytes "
+    "model_dense_bytes model_stored_bytes windows tokens nll nll_se perplexity delta_nll delta_nll_se kl top1_agreement checkpoint"
+).split()
+NAMES = {"model": "m", "evaluation": "e"}
+NUMBERS = {"windows": 3, "tokens": 30, "nll": 2.0, "nll_se": 0.1, "perplexity": 7.4, "model_dense_bytes": 1500, "checkpoint": "somewhere"}
+PROTOCOL = {
+    "protocol": {"protocol": "p1", "protocol_version": 1, "rule": "Rows <joined>.", "length": 10, "stride": None, "dtype": "float32"},
+    "text": {"text_digest": "a" * 64, "text_tokens": 33, "bos": False},
+}
+OVERLAP = {"calibration": "c", "evaluation": "e", "of_calibration": 0.0, "of_evaluation": 0.001, "allowed": 0.01, "words_per_run": 24}
+
+
+def small_summary():
+    none = {"calibration": "none", "budget": "dense", "allocation": "none", "recovery": "none", "targets": "none"}
+    rows = [{**NAMES, **none, "method": "dense", "structure": "dense", "metric": "none", "keep_requested": 1.0, "result": "dense"}]
+    results = {"dense": {**NUMBERS, **PROTOCOL, "dense_bytes": 1000, "stored_bytes": 1000, "model_stored_bytes": 1500}}
+    for method in ("svd", "whitened"):
+        for keep in (0.8, 0.4):
+            key = f"{method}{keep}"
+            names = {"calibration": "c", "budget": f"b{keep}", "allocation": "uniform", "recovery": "none", "targets": "ffn"}
+            kind = {"method": method, "structure": "low_rank", "metric": "gram", "keep_requested": keep, "result": key}
+            rows.append({**NAMES, **names, **kind})
+            loss = {"delta_nll": 1 - keep, "delta_nll_se": 0.01, "kl": 0.3, "top1_agreement": 0.8}
+            size = {"dense_bytes": 1000, "stored_bytes": int(1000 * keep), "model_stored_bytes": int(500 + 1000 * keep)}
+            results[key] = {**NUMBERS, **PROTOCOL, **loss, **size}
+    return summary(rows, results), [results[row["result"]] for row in rows]
+
+
+def test_the_summary_has_the_contracted_columns():
+    table, _ = small_summary()
+    assert COLUMNS[: len(CONTRACT)] == CONTRACT
+    assert list(table.columns) == COLUMNS
+    dense = table.iloc[0]
+    assert (dense["delta_nll"], dense["kl"], dense["top1_agreement"], dense["keep_bytes"]) == (0, 0, 1, 1)
+    assert table["keep_bytes"].tolist() == [1.0, 0.8, 0.4, 0.8, 0.4]
+
+
+def test_figures_are_written_and_repeatable(tmp_path):
+    table, _ = small_summary()
+    row = spectrum_row("000.up_proj", np.array([3.0, 2.0, 1.0]), np.array([14.0, 5.0, 1.0, 0.0]), "gram")
+    for name, draw in (("f", lambda: frontier(table)), ("s", lambda: effective_rank({("m-1", "c-1", "x-1"): pd.DataFrame([row])}))):
+        for ending in ("svg", "png"):
+            paths = [str(tmp_path / f"{name}{i}.{ending}") for i in range(2)]
+            for path in paths:
+                save(draw(), [path])
+            first, second = (open(path, "rb").read() for path in paths)
+            assert len(first) > 1000
+            assert first == second
+
+
+def test_the_report_is_one_file_that_needs_no_network(tmp_path):
+    table, results = small_summary()
+    save(frontier(table), [str(tmp_path / "f.svg")])
+    svg = (tmp_path / "f.svg").read_text()
+    page = render(table, {"frontier": svg, "spectra": svg}, results, [OVERLAP])
+    assert "<svg" in page
+    for attribute in ('src="', "url(http", 'href="http', "@import"):
+        assert attribute not in page.replace('xlink:href="#', "")
+    assert "0.2000 ± 0.0100" in page
+    assert "Rows &lt;joined&gt;." in page, "text is escaped"
+    assert page.count('class="best"') == 2
+
+
+def test_effective_ranks_by_hand():
+    ranks = effective_ranks(np.array([3.0, 1.0, 0.0]))
+    assert ranks["k90"] == 1
+    assert ranks["k95"] == ranks["k99"] == 2
+    assert ranks["stable_rank"] == pytest.approx(10 / 9)
+    assert ranks["entropy_rank"] == pytest.approx(np.exp(-(0.9 * np.log(0.9) + 0.1 * np.log(0.1))))
+    assert effective_ranks(np.ones(8))["entropy_rank"] == pytest.approx(8)
+    assert effective_ranks(np.zeros(3))["k90"] == 0
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(ZeroDivisionError), atomic(tmp_path / "a") as partial:
+        partial.write_text("half")
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), atomic(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "x").write_text("half")
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "before"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "b.json", {"loss": float("nan")})
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_damaged_artefacts_are_refused_by_name(tmp_path):
+    write_tensors(tmp_path / "b" / "x.safetensors", {"a": torch.arange(6.0)}, {"rule": "r"})
+    write_manifest(tmp_path / "b", {}, {})
+    bundle = Bundle(tmp_path / "b" / "manifest.json")
+    assert bundle.tensors("x.safetensors")["a"].tolist() == list(range(6))
+    assert read_tensors(tmp_path / "b" / "x.safetensors")[1] == {"rule": "r"}
+    path = tmp_path / "b" / "x.safetensors"
+    flipped = bytearray(path.read_bytes())
+    flipped[-1] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(InputError, match=r"x\.safetensors: changed since it was written"):
+        bundle.tensors("x.safetensors")
+    path.unlink()
+    with pytest.raises(InputError, match=r"x\.safetensors: missing from its bundle"):
+        bundle.verify()
+    write_parquet(tmp_path / "t.parquet", pd.DataFrame({"a": [1]}), {"rule": "r"})
+    for name, read in (("t.parquet", read_parquet), ("j.json", read_json), ("y.safetensors", read_tensors)):
+        whole = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else b'{"a": '
+        (tmp_path / name).write_bytes(whole[: max(6, len(whole) // 2)])
+        with pytest.raises(InputError, match=name):
+            read(tmp_path / name)

@@ -1,0 +1,68 @@
+"""Statistics: chunks and merges are exact, tokens are counted, and the numbers are those of the inputs."""
+
+import pytest
+import torch
+
+from tests.conftest import VOCABULARY, pico
+from winnow.models import ModelFiles
+from winnow.retrieve import describe
+from winnow.io import write_json
+from winnow.statistics import Moments, collect
+
+
+def moments_of(x, *cuts):
+    m = Moments.empty(x.shape[1])
+    for part in torch.tensor_split(x, list(cuts)):
+        m.accumulate(part)
+    return m
+
+
+def test_chunks_merge_to_the_whole(generator):
+    x = torch.randn(101, 7, generator=generator, dtype=torch.float64)
+    whole = moments_of(x).finish()
+    merged = moments_of(x[:40], 3, 20).merge(moments_of(x[40:], 11)).finish()
+    assert int(merged["count"]) == 101
+    for name, value in whole.items():
+        torch.testing.assert_close(merged[name], value)
+    torch.testing.assert_close(whole["gram"], (x.T @ x / 101).float())
+    torch.testing.assert_close(whole["mean_abs"], x.abs().mean(0).float())
+    torch.testing.assert_close(whole["rms"], x.square().mean(0).sqrt().float())
+    torch.testing.assert_close(whole["active"], (x > 0).double().mean(0).float())
+
+
+def files_of(folder, tmp_path):
+    write_json(tmp_path / "model.json", describe(folder))
+    return ModelFiles(tmp_path / "model.json")
+
+
+def test_statistics_are_those_of_the_inputs(saved_model, tmp_path):
+    """For every family: the Gram of each site is that of the inputs its matrices see, whatever the batch."""
+    from winnow.loading import load_model
+
+    files = files_of(saved_model, tmp_path)
+    model = load_model(saved_model, "float32", "cpu")
+    windows = torch.randint(0, VOCABULARY, (6, 10), generator=torch.Generator().manual_seed(0))
+    seen: dict[str, list] = {}
+    hooks = [
+        model.get_submodule(m.module).register_forward_pre_hook(lambda _m, a, name=m.module: seen.setdefault(name, []).append(a[0]))
+        for m in files.matrices
+    ]
+    by_batch = [dict(collect(model, files.matrices, windows, batch)) for batch in (6, 4)]
+    for hook in hooks:
+        hook.remove()
+    for matrix in files.matrices:
+        x = torch.cat([part.reshape(-1, matrix.shape[1]) for part in seen[matrix.module][:1]]).double()
+        for sites in by_batch:
+            stats = sites[matrix.layer][matrix.site]
+            assert int(stats["count"]) == 60
+            torch.testing.assert_close(stats["gram"].double(), x.T @ x / 60, atol=1e-6, rtol=1e-4)
+
+
+def test_inputs_that_are_not_finite_are_named(saved_llama, tmp_path):
+    files = files_of(saved_llama, tmp_path)
+    model = pico("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[0, 0] = float("inf")
+    windows = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(FloatingPointError, match="layer 1, ffn_hidden"):
+        list(collect(model, files.matrices, windows, 2))
