@@ -28,7 +28,7 @@ def pico(family: str, seed: int = 0):
     common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
     if family == "llama":
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64}
-        config = LlamaConfig(hidden_size=32, intermediate_size=48, tie_word_embeddings=True, **heads, **common)
+        config = LlamaConfig(hidden_size=64, intermediate_size=96, tie_word_embeddings=True, **heads, **common)
         return LlamaForCausalLM(config).eval()
     if family == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **common)).eval()
@@ -57,6 +57,6 @@ def saved_llama(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)

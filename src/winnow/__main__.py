@@ -22,7 +22,9 @@ def show(results: Path) -> None:
         rows = list(csv.DictReader(stream))
     table = Table(title=str(path), title_justify="left")
     for column in ("model", "evaluation", "method", "budget", "kept", "stored bytes", "nats above dense", "perplexity", "KL"):
-        table.add_column(column, justify="left" if column in ("model", "evaluation", "method", "budget") else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column in ("model", "evaluation", "method", "budget") else "right", no_wrap=True
+        )
     for row in rows:
         above = f"{float(row['delta_nll']):.4f} ± {float(row['delta_nll_se']):.4f}"
         numbers = (f"{float(row['keep_bytes']):.4f}", f"{int(row['stored_bytes']):,}", above, f"{float(row['perplexity']):.2f}")

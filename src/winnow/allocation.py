@@ -43,7 +43,9 @@ def chosen_groups(files: ModelFiles, structure: Structure, targets: list[str]) -
     for matrices in structure.groups(files.matrices):
         inside = [m for m in matrices if m in chosen]
         if inside and len(inside) < len(matrices):
-            raise InputError(f"{structure.kind()} fits {', '.join(m.role for m in matrices)} together; target all or none of them")
+            raise InputError(
+                f"{structure.kind()} fits {', '.join(m.role for m in matrices)} together; target all or none of them"
+            )
         if inside:
             record = files.tensors[f"{matrices[0].module}.weight"]
             unit = tensor_bytes({"shape": [1], "dtype": record["dtype"]})
@@ -93,7 +95,7 @@ def uniform(groups: list[Group], keep: float) -> dict[str, int]:
         g = max(groups, key=lambda g: keep * g.dense - g.bytes(sizes[g.name]))
         raise InputError(
             f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}; "
-            f"{g.describe()} can store rank 1 to {g.largest}, its break-even rank; ask for a keep_bytes in between, or leave it dense"
+            f"{g.describe()} can store rank 1 to {g.largest}, its break-even rank; choose a keep_bytes in between"
         )
     return sizes
 
@@ -109,10 +111,12 @@ def _largest_within(g: Group, allowed: float) -> int:
 
 def summarize(groups: list[Group], sizes: dict[str, int], error: dict[str, list[float]]) -> dict[str, Any]:
     """What allocation.json holds: sizes, bytes, and the share of the metric's energy that is lost in each group."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for g in groups:
         size, curve = sizes[g.name], error[g.name]
         lost = curve[size] / curve[0] if curve[0] > 0 else 0.0
-        rows.append({"group": g.name, "size": size, "dense_bytes": g.dense, "stored_bytes": g.bytes(size), "relative_error": lost})
+        rows.append(
+            {"group": g.name, "size": size, "dense_bytes": g.dense, "stored_bytes": g.bytes(size), "relative_error": lost}
+        )
     dense, stored = (sum(r[k] for r in rows) for k in ("dense_bytes", "stored_bytes"))
     return {"dense_bytes": dense, "stored_bytes": stored, "keep_bytes": stored / dense, "groups": rows}

@@ -21,7 +21,16 @@ from winnow.structures.base import Structure
 
 FORMAT = {"quant_method": "winnow", "format_version": 1}
 SHARD_BYTES = 4 << 30
-COPIED = ("generation_config.json", "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+COPIED = (
+    "generation_config.json",
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "spiece",
+)
 
 
 def compress(
@@ -118,6 +127,7 @@ def write_checkpoint(
 def card(recipe: dict[str, Any]) -> str:
     """README of a checkpoint."""
     method = recipe["method"]
+    share = recipe["stored_bytes"] / recipe["dense_bytes"]
     return f"""# {recipe["names"]["model"]}, compressed by winnow
 
 | what | value |
@@ -125,7 +135,7 @@ def card(recipe: dict[str, Any]) -> str:
 | model | `{recipe["model"]["source"]}` |
 | structure, metric | `{method["structure"]["kind"]}`, `{method["metric"]["kind"]}` |
 | compressed | {", ".join(recipe["budget"]["targets"])} |
-| bytes of the compressed matrices | {recipe["stored_bytes"]:,} of {recipe["dense_bytes"]:,} ({recipe["stored_bytes"] / recipe["dense_bytes"]:.2%}) |
+| bytes of the compressed matrices | {recipe["stored_bytes"]:,} of {recipe["dense_bytes"]:,} ({share:.2%}) |
 | bytes of all weights | {recipe["model_stored_bytes"]:,} of {recipe["model_dense_bytes"]:,} |
 | written by | winnow {recipe["winnow"]}, checkpoint format {FORMAT["format_version"]} |
 
@@ -145,4 +155,3 @@ def recipe_of(names: dict[str, str], presets: dict[str, Any], allocation: dict[s
     sizes = {row["group"]: row["size"] for row in allocation["groups"]}
     counts = {key: allocation[key] for key in ("dense_bytes", "stored_bytes")}
     return {"winnow": version("winnow"), "names": names, **presets, **counts, "sizes": sizes}
-

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import types
 import typing
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from winnow.architectures import ROLES
 from winnow.errors import InputError
-from winnow.metrics import METRICS
+from winnow.metrics import METRICS, MetricOptions
 from winnow.structures import STRUCTURES
+from winnow.structures.base import StructureOptions
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Target = Literal["ffn", "attention", *ROLES]  # type: ignore[valid-type]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Metric = Annotated[typing.Union[tuple(m.Options for m in METRICS.values())], Field(discriminator="kind")]  # type: ignore[misc]
-Structure = Annotated[typing.Union[tuple(s.Options for s in STRUCTURES.values())], Field(discriminator="kind")]  # type: ignore[misc]
+if TYPE_CHECKING:  # the unions of what is registered, which a type checker cannot see
+    Metric = MetricOptions
+    Structure = StructureOptions
+else:
+    Metric = Annotated[reduce(or_, (m.Options for m in METRICS.values())), Field(discriminator="kind")]
+    Structure = Annotated[reduce(or_, (s.Options for s in STRUCTURES.values())), Field(discriminator="kind")]
 
 
 class Strict(BaseModel):
@@ -30,8 +38,12 @@ class Model(Strict):
     """A causal language model in Hugging Face layout, weights in safetensors."""
 
     source: str = Field(description="local directory, or hub id (`org/name`) together with `revision`")
-    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub repository; required for a hub id")
-    dtype: Dtype = Field("float32", description="dtype of the forward passes (statistics, evaluation); stored tensors keep theirs")
+    revision: str | None = Field(
+        None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub repository; required for a hub id"
+    )
+    dtype: Dtype = Field(
+        "float32", description="dtype of the forward passes (statistics, evaluation); stored tensors keep theirs"
+    )
     shards: int = Field(1, ge=1, description="jobs that the layers are split over when factorised; changes no number")
 
     def local(self) -> bool:
@@ -45,7 +57,9 @@ class Text(Strict):
     dataset: str | None = Field(None, description="hub data set id")
     subset: str | None = Field(None, description="configuration of the hub data set")
     split: str | None = Field(None, description="split of the hub data set")
-    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub data set; required with `dataset`")
+    revision: str | None = Field(
+        None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub data set; required with `dataset`"
+    )
     format: Literal["raw", "lines", "jsonl", "parquet"] = Field(
         "raw", description="raw: a file is one row; lines: a line is a row with its newline, blank lines are empty rows"
     )
@@ -91,10 +105,12 @@ class Budget(Strict):
     """How much is kept, of which matrices. Exactly one of `keep_bytes`, `rank`, `rank_fraction`."""
 
     targets: list[Target] = Field(["ffn"], min_length=1, description="`ffn`, `attention`, or roles: " + ", ".join(ROLES))
-    keep_bytes: float | None = Field(None, gt=0, le=1, description="stored over dense bytes of the chosen matrices, met within 0.5 %")
+    keep_bytes: float | None = Field(
+        None, gt=0, le=1, description="stored over dense bytes of the chosen matrices, met within 0.5 %"
+    )
     rank: int | None = Field(None, ge=1, description="the same rank for every chosen matrix")
     rank_fraction: float | None = Field(None, gt=0, le=1, description="rank as a share of the smaller side of each matrix")
-    allocation: Allocation = Field(default_factory=Allocation, description="how the budget is spread")
+    allocation: Allocation = Field(default_factory=lambda: Allocation(kind="uniform"), description="how the budget is spread")
 
     @model_validator(mode="after")
     def _one_currency(self) -> Budget:
@@ -147,7 +163,7 @@ class Config(Strict):
     calibrations: dict[Name, Calibration] = Field(description="what statistics are collected on")
     methods: dict[Name, Method] = Field(description="points of the design space: structure x metric")
     budgets: dict[Name, Budget] = Field(description="how much is kept, of which matrices")
-    recoveries: dict[Name, Recovery] = Field({"none": Recovery()}, description="what follows compression")
+    recoveries: dict[Name, Recovery] = Field({"none": Recovery(kind="none")}, description="what follows compression")
     evaluations: dict[Name, Evaluation] = Field(description="how loss is measured")
     experiments: dict[Name, Experiment] = Field(description="products of the names above; `snakemake` runs them all")
 
@@ -222,7 +238,7 @@ def _keys_at(path: list[str], config: Any) -> list[str]:
     for part in path:
         if typing.get_origin(annotation) is dict:  # `part` is the name of a preset
             annotation = typing.get_args(annotation)[1]
-        elif typing.get_origin(annotation) is typing.Union:  # `part` is a tag
+        elif typing.get_origin(annotation) in (typing.Union, types.UnionType):  # `part` is a tag
             annotation = next(o for o in typing.get_args(annotation) if o.model_fields["kind"].default == part)
         else:
             annotation = annotation.model_fields[part].annotation

@@ -30,9 +30,12 @@ def default() -> dict[str, Any]:
         "texts": {f"demo_{p}": {"files": [f"resources/texts/demo/{p}.jsonl"], "format": "jsonl"} for p in parts},
         "calibrations": {"demo": {"text": "demo_calibration", "windows": 128, "length": 256, "seed": 0}},
         "methods": {
-            name: {"structure": {"kind": "low_rank"}, "metric": METRICS[kind].Options().model_dump()} for name, kind in metrics.items()
+            name: {"structure": {"kind": "low_rank"}, "metric": METRICS[kind].Options(kind=kind).model_dump()}
+            for name, kind in metrics.items()
         },
-        "budgets": {f"{name}-{keep}": {"targets": roles, "keep_bytes": keep} for name, roles in targets.items() for keep in keeps},
+        "budgets": {
+            f"{name}-{keep}": {"targets": roles, "keep_bytes": keep} for name, roles in targets.items() for keep in keeps
+        },
         "recoveries": {"none": {"kind": "none"}},
         "evaluations": {"demo": {"text": "demo_evaluation", "protocol": "p1", "length": 256, "windows": 128}},
         "experiments": {
@@ -56,7 +59,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _mapping(dumper: yaml.SafeDumper, data: dict) -> yaml.Node:
-    inner = not any(isinstance(v, dict) and v for v in data.values()) and not any(isinstance(v, list) and len(v) > 2 for v in data.values())
+    inner = not any(isinstance(v, dict) and v for v in data.values()) and not any(
+        isinstance(v, list) and len(v) > 2 for v in data.values()
+    )
     return dumper.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=inner)
 
 
@@ -103,7 +108,16 @@ def readme() -> str:
         preset = typing.get_args(field.annotation)[1]
         lines += ["", f"## `{name}`", "", f"{field.description}.", "", *_key_rows(preset)]
         if name == "methods":
-            lines += ["", "Structures:", "", *_kind_rows(STRUCTURES, "stores"), "", "Metrics:", "", *_kind_rows(METRICS, "reference")]
+            lines += [
+                "",
+                "Structures:",
+                "",
+                *_kind_rows(STRUCTURES, "stores"),
+                "",
+                "Metrics:",
+                "",
+                *_kind_rows(METRICS, "reference"),
+            ]
         if name == "evaluations":
             lines += ["", "| protocol | version | rule |", "|---|---|---|"]
             lines += [f"| `{key}` | {p.version} | {p.rule} |" for key, p in PROTOCOLS.items()]

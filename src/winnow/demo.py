@@ -109,16 +109,15 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=512
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=512)
 
 
 def token_stream(tokenizer, texts: list[str]) -> np.ndarray:
     """All documents as one array of token ids, an end-of-text token between them."""
     stream: list[int] = []
     for text in texts:
-        stream += tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        stream += tokenizer(text, add_special_tokens=False).input_ids
+        stream.append(tokenizer.eos_token_id)
     return np.array(stream, dtype=np.int64)
 
 
@@ -194,6 +193,8 @@ def heldout_nll(model, stream: np.ndarray, length: int) -> tuple[float, int]:
 
 def model_card(facts: dict) -> str:
     """README of the demo model, every number of it from `facts` (also written as training.json)."""
+    recipe = "{steps} of {batch} x {length} tokens, AdamW, peak rate {rate}, weight decay {decay}".format(**facts)
+    corpus = f"Python {facts['python']}: `pydoc_data` topics and standard-library docstrings, cut by document"
     return f"""# The demo model
 
 A small causal language model of the Llama family (SwiGLU, grouped-query attention), trained from scratch by this
@@ -202,9 +203,9 @@ learned something. It is no use for anything else.
 
 | what | value |
 |---|---|
-| corpus | Python {facts["python"]}: `pydoc_data` topics and standard-library docstrings, cut by document (`resources/texts/demo`) |
+| corpus | {corpus} (`resources/texts/demo`) |
 | training tokens, distinct / seen | {facts["train_tokens"]:,} / {facts["tokens_seen"]:,} |
-| steps | {facts["steps"]} of {facts["batch"]} x {facts["length"]} tokens, AdamW, peak rate {facts["rate"]}, weight decay {facts["decay"]} |
+| steps | {recipe} |
 | parameters | {facts["parameters"]:,} |
 | vocabulary size | {facts["vocab_size"]:,} |
 | perplexity on the evaluation part | {facts["perplexity"]:.2f} ({facts["nll"]:.4f} nats per token, {facts["scored"]:,} tokens) |

@@ -12,6 +12,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from winnow.architectures import ROLES
+
 # Okabe and Ito's palette, safe for colour-blind readers; markers repeat what colours say.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
@@ -43,13 +45,15 @@ def frontier(summary: pd.DataFrame) -> Figure:
     for axis, ((model, evaluation, targets), panel) in zip(axes, panels, strict=True):
         dense = summary[(summary["method"] == "dense") & (summary["model"] == model) & (summary["evaluation"] == evaluation)]
         for method, rows in panel.groupby("method", sort=False):
-            mean = rows.groupby("budget", sort=False)[["keep_bytes", "delta_nll", "delta_nll_se"]].mean().sort_values("keep_bytes")
+            mean = (
+                rows.groupby("budget", sort=False)[["keep_bytes", "delta_nll", "delta_nll_se"]].mean().sort_values("keep_bytes")
+            )
             axis.errorbar(
                 mean["keep_bytes"], mean["delta_nll"], yerr=2 * mean["delta_nll_se"], label=method,
                 linewidth=1.2, markersize=4.5, capsize=2, **_style(methods.index(method)),
             )  # fmt: skip
         axis.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
-        axis.set_title(f"{model}: {targets.replace('+', ' + ')}", fontsize=9)
+        axis.set_title(f"{model}: {str(targets).replace('+', ' + ')}", fontsize=9)
         axis.set_xlabel("bytes kept of the compressed matrices (share)")
         axis.set_ylabel(f"loss above dense (nats per token)\ndense: {dense['nll'].iloc[0]:.3f} nats, {evaluation}", fontsize=8)
         axis.invert_xaxis()
@@ -64,10 +68,11 @@ def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
     `spectra` maps (model label, calibration label, method label) to the rows of spectra.parquet.
     """
     figure, axes = _grid(len(spectra))
-    roles = list(dict.fromkeys(role for frame in spectra.values() for role in frame["role"]))
+    seen = {role for frame in spectra.values() for role in frame["role"]}
+    roles = sorted(seen, key=lambda role: (ROLES.index(role) if role in ROLES else len(ROLES), role))
     for axis, ((model, _, method), frame) in zip(axes, spectra.items(), strict=True):
-        for role, rows in frame.groupby("role", sort=False):
-            rows = rows.sort_values("layer")
+        for role in (r for r in roles if (frame["role"] == r).any()):
+            rows = frame[frame["role"] == role].sort_values("layer")
             share = rows["k95"] / rows["singular_values"].map(len)
             axis.plot(rows["layer"], share, label=role, linewidth=1.2, markersize=4, **_style(roles.index(role)))
         axis.set_ylim(0, 1)

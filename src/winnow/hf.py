@@ -39,7 +39,7 @@ class WinnowConfig(QuantizationConfigMixin):
         unknown = sorted({layout["kind"] for layout in layers.values()} - set(STRUCTURES))
         if unknown:
             raise InputError(f"the checkpoint uses the structure {unknown[0]!r}, which this winnow does not have; upgrade winnow")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.layers = layers
 
@@ -51,6 +51,7 @@ class WinnowQuantizer(HfQuantizer):
     """Puts the compressed modules into the empty model and refuses files that do not hold exactly its tensors."""
 
     requires_calibration = True
+    quantization_config: WinnowConfig
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         for name, layout in self.quantization_config.layers.items():

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 import winnow.hf  # noqa: F401 - registers the loader of compressed checkpoints, and makes it part of the fingerprint
 from winnow.errors import InputError
+
+logging.disable_progress_bar()  # a bar per model says nothing in a log
 
 
 def load_model(directory: Path | str, dtype: str, device: str) -> PreTrainedModel:
@@ -17,9 +20,10 @@ def load_model(directory: Path | str, dtype: str, device: str) -> PreTrainedMode
 
     Raises InputError if a tensor is missing, unexpected or of another shape.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
     )
+    model, report = loaded
     for problem in ("missing_keys", "mismatched_keys"):
         if report[problem]:
             raise InputError(f"{directory}: {problem.replace('_', ' ')}: {sorted(report[problem])[0]}")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 class MetricOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str
 
 
 class Metric(ABC):
@@ -85,9 +86,7 @@ class Gram(Metric):
         return site["gram"]
 
 
-METRICS: dict[str, type[Metric]] = {
-    cls.Options.model_fields["kind"].default: cls for cls in (Weights, WeightNorm, MeanAbs, Gram)
-}
+METRICS: dict[str, type[Metric]] = {cls.Options.model_fields["kind"].default: cls for cls in (Weights, WeightNorm, MeanAbs, Gram)}
 
 
 def metric_of(spec: dict) -> Metric:

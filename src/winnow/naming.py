@@ -34,6 +34,8 @@ def canonical_names(model: PreTrainedModel) -> Callable[[str], str | None]:
                 return name
         if any(re.search(pattern, key) for pattern in ignored):
             return None
-        raise InputError(f"unexpected tensor {key}: {type(model).__name__} has none of that name; the file is damaged or was renamed")
+        raise InputError(
+            f"unexpected tensor {key}: {type(model).__name__} has none of that name; the file is damaged or was renamed"
+        )
 
     return name_of

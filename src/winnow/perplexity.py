@@ -30,7 +30,7 @@ def evaluate(
     float64 on the model's logits. Raises FloatingPointError, naming the module, if a logit is not finite.
     """
     device = next(model.parameters()).device
-    rows: dict[str, list[float]] = {"nll": [], "tokens": []} | ({"kl": [], "agree": []} if dense is not None else {})
+    rows: dict[str, list[float]] = {key: [] for key in ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))}
     lengths = (ids != PAD).sum(1)
     for group in every(_batches(lengths.tolist(), batch), "evaluation batches"):
         x = ids[group][:, : int(lengths[group[0]])].to(device).long()

@@ -80,7 +80,8 @@ class Plan:
 
     def _cells(self) -> list[Cell]:
         """Cells of all experiments, each once: the dense ones first."""
-        dense, compressed = {}, {}
+        dense: dict[Cell, None] = {}
+        compressed: dict[Cell, None] = {}
         for e in self.config.experiments.values():
             for model, evaluation in product(e.models, e.evaluations):
                 dense[Cell(model, evaluation)] = None
@@ -142,8 +143,8 @@ class Plan:
 
     def spec(self, stage: str, wildcards: dict[str, str]) -> dict[str, Any]:
         """The parameters of a stage: builtin types only, keys sorted."""
-        parts = getattr(self, f"_spec_{stage}", lambda w: {})(wildcards)
-        return json.loads(json.dumps(parts, sort_keys=True))
+        of_stage = getattr(self, f"_spec_{stage}", None)
+        return json.loads(json.dumps(of_stage(wildcards) if of_stage else {}, sort_keys=True))
 
     def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
         """Digests of the stage's script and of every project module that it reaches."""

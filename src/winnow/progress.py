@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sized
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 log = logging.getLogger(__name__)
 SECONDS = 5.0
+Item = TypeVar("Item")
 
 
-def every(items: Any, what: str) -> Iterator[Any]:
-    """Iterate over `items` (sized); log how far it is every few seconds, and once at the end."""
-    assert isinstance(items, Sized)
+def every(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """Iterate over `items`; log how far it is every few seconds, and once at the end."""
     began = last = time.monotonic()
     total = len(items)
-    for index, item in enumerate(items):  # type: ignore[call-overload, var-annotated]
+    for index, item in enumerate(items):
         yield item
         now = time.monotonic()
         if now - last > SECONDS or index + 1 == total:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class CodeTracker:
         base = (self.root / "src").joinpath(*module.split("."))
         return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
 
-    @lru_cache(maxsize=None)  # noqa: B019 - one tracker lives as long as the process
+    @cache  # noqa: B019 - one tracker lives as long as the process
     def _parse(self, path: Path, module: str) -> tuple[str, frozenset[str]]:
         """(digest of the code without comments and docstrings, project modules that it imports)."""
         tree = ast.parse(path.read_bytes())
@@ -52,7 +52,7 @@ class CodeTracker:
         digest = hashlib.sha256(ast.unparse(_without_docstrings(tree)).encode()).hexdigest()[:DIGITS]
         return digest, frozenset(name for name in found if name.split(".")[0] == PACKAGE)
 
-    @lru_cache(maxsize=None)  # noqa: B019
+    @cache  # noqa: B019
     def fingerprint(self, *entries: str) -> tuple[str, ...]:
         """Sorted `name digest` lines of the entries (script names ending in .py, or modules) and all that they reach."""
         todo, lines = list(entries), {}
@@ -61,7 +61,8 @@ class CodeTracker:
             if name in lines:
                 continue
             if name.endswith(".py"):
-                path, module = self.root / "scripts" / name, ""
+                path: Path | None = self.root / "scripts" / name
+                module = ""
             else:
                 path, module = self._file(name), name
                 parent = name.rpartition(".")[0]
@@ -74,7 +75,7 @@ class CodeTracker:
         return tuple(f"{name} {digest}" for name, digest in sorted(lines.items()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def versions(*packages: str) -> dict[str, str]:
     """{package: installed version}, read from the packages' metadata without importing them."""
     return {name: version(name) for name in sorted(packages)}

@@ -17,8 +17,8 @@ def render(summary: pd.DataFrame, figures: dict[str, str], results: list[dict[st
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
     groups = []
     for (model, evaluation), rows in summary.groupby(["model", "evaluation"], sort=False):
-        dense = rows[rows["method"] == "dense"].iloc[0]
-        protocol = results[int(dense.name)]
+        position = rows.index[rows["method"] == "dense"][0]
+        dense, protocol = rows.loc[position], results[position]
         blocks = []
         for targets, block in rows[rows["method"] != "dense"].groupby("targets", sort=False):
             best = block.loc[block.groupby("budget")["delta_nll"].idxmin()].index

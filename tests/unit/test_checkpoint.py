@@ -18,8 +18,8 @@ from winnow.checkpoint import compress, recipe_of, write_checkpoint
 from winnow.errors import InputError
 from winnow.factors import fit_groups
 from winnow.io import Bundle, write_json, write_manifest, write_tensors
-from winnow.metrics import metric_of
 from winnow.loading import load_model
+from winnow.metrics import metric_of
 from winnow.models import ModelFiles
 from winnow.retrieve import describe
 from winnow.structures import structure_of
@@ -53,7 +53,7 @@ def checkpoint(saved_model, tmp_path_factory) -> Path:
     return build(saved_model, tmp_path_factory.mktemp("work"), ["ffn", "attention"], 0.6)
 
 
-@pytest.fixture()
+@pytest.fixture
 def llama_checkpoint(saved_llama, tmp_path) -> Path:
     return build(saved_llama, tmp_path / "work", ["ffn"], 0.6)
 
@@ -117,7 +117,10 @@ LEFT = "model.layers.1.mlp.down_proj.left.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(LEFT), f"the tensor {LEFT} is missing"),
-        (lambda t: t.__setitem__("model.layers.1.mlp.down_proj.lost.weight", t.pop(LEFT)), "unexpected tensor model.layers.1.mlp.down_proj.lost"),
+        (
+            lambda t: t.__setitem__("model.layers.1.mlp.down_proj.lost.weight", t.pop(LEFT)),
+            "unexpected tensor model.layers.1.mlp.down_proj.lost",
+        ),
         (lambda t: t.__setitem__(LEFT, t[LEFT][:, :-1].contiguous()), f"{LEFT} has shape"),
         (lambda t: t.pop("model.norm.weight"), "the tensor model.norm.weight is missing"),
     ],
@@ -139,8 +142,14 @@ def edited(checkpoint: Path, tmp_path: Path, change) -> Path:
     ("change", "message"),
     [
         (lambda q: q.update(format_version=2), "format 2, this installation reads format 1; .*pip install --upgrade winnow"),
-        (lambda q: next(iter(q["layers"].values())).update(kind="origami"), "structure 'origami', which this winnow does not have"),
-        (lambda q: q["layers"].update({"model.layers.7.mlp.up_proj": {"kind": "low_rank", "in": 2, "out": 2, "rank": 1}}), "layers.7.mlp.up_proj"),
+        (
+            lambda q: next(iter(q["layers"].values())).update(kind="origami"),
+            "structure 'origami', which this winnow does not have",
+        ),
+        (
+            lambda q: q["layers"].update({"model.layers.7.mlp.up_proj": {"kind": "low_rank", "in": 2, "out": 2, "rank": 1}}),
+            "layers.7.mlp.up_proj",
+        ),
     ],
 )
 def test_formats_from_elsewhere_say_what_to_install(llama_checkpoint, tmp_path, change, message):
@@ -162,7 +171,10 @@ def test_sharded_checkpoints_load(saved_llama, tmp_path, monkeypatch):
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
     whole = tmp_path / "whole"
     monkeypatch.undo()
-    assert torch.equal(logits(load_model(folder, "float32", "cpu")), logits(load_model(build(saved_llama, whole, ["ffn"], 0.6), "float32", "cpu")))
+    assert torch.equal(
+        logits(load_model(folder, "float32", "cpu")),
+        logits(load_model(build(saved_llama, whole, ["ffn"], 0.6), "float32", "cpu")),
+    )
 
 
 def test_numbers_that_do_not_fit_the_stored_dtype_name_the_module(saved_llama, tmp_path):
@@ -170,7 +182,7 @@ def test_numbers_that_do_not_fit_the_stored_dtype_name_the_module(saved_llama, t
     files = ModelFiles(tmp_path / "model.json")
     structure = structure_of(METHOD["structure"])
     name = "001.up_proj"
-    huge = {"left": torch.full((48, 4), float("inf")), "right": torch.ones(4, 32)}
+    huge = {"left": torch.full((96, 4), float("inf")), "right": torch.ones(4, 64)}
     write_tensors(tmp_path / "factors" / f"{name}.safetensors", huge)
     write_manifest(tmp_path / "factors", {"groups": [name]}, {})
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.left\.weight: not finite as torch\.float32"):

@@ -44,20 +44,32 @@ def refused(change, files=()):
 
 
 MISTAKES = [
-    (lambda c: c["budgets"]["ffn-0.8"].update(keep_byts=0.7), "budgets.ffn-0.8.keep_byts: unknown key; did you mean 'keep_bytes'?"),
+    (
+        lambda c: c["budgets"]["ffn-0.8"].update(keep_byts=0.7),
+        "budgets.ffn-0.8.keep_byts: unknown key; did you mean 'keep_bytes'?",
+    ),
     (lambda c: c.update(methds={}), "methds: unknown key; did you mean 'methods'?"),
     (lambda c: c["methods"]["asvd"]["metric"].update(alhpa=1), "methods.asvd.metric.alhpa: unknown key; did you mean 'alpha'?"),
     (lambda c: c["methods"]["asvd"]["metric"].update(kind="gramm"), "there is no kind 'gramm'; did you mean 'gram'?"),
     (lambda c: c["experiments"]["demo"].update(methods=["whitned"]), "there is no 'whitned'; did you mean 'whitened'?"),
     (lambda c: c["calibrations"]["demo"].update(text="demo_calibraton"), "did you mean 'demo_calibration'?"),
-    (lambda c: c["budgets"]["ffn-0.8"].update(keep_bytes=1.2), "budgets.ffn-0.8.keep_bytes: Input should be less than or equal to 1"),
+    (
+        lambda c: c["budgets"]["ffn-0.8"].update(keep_bytes=1.2),
+        "budgets.ffn-0.8.keep_bytes: Input should be less than or equal to 1",
+    ),
     (lambda c: c["budgets"]["ffn-0.8"].update(rank=3), "budgets.ffn-0.8: give exactly one of"),
     (lambda c: c["budgets"]["ffn-0.8"].update(targets=["fnn"]), "budgets.ffn-0.8.targets.0: Input should be"),
     (lambda c: c["models"]["demo"].update(revision="main"), "models.demo.revision: String should match pattern"),
-    (lambda c: c["texts"]["demo_evaluation"].update(dataset="wikitext"), "texts.demo_evaluation: give either `files` or `dataset`"),
+    (
+        lambda c: c["texts"]["demo_evaluation"].update(dataset="wikitext"),
+        "texts.demo_evaluation: give either `files` or `dataset`",
+    ),
     (lambda c: c["texts"].update(hub={"dataset": "wikitext", "split": "test"}), "texts.hub: a hub data set needs"),
     (lambda c: c["evaluations"]["demo"].update(protocol="p2"), "evaluations.demo: `stride` belongs to protocol p2"),
-    (lambda c: c["evaluations"]["demo"].update(text="demo_calibration"), "read the same text; calibrate on a text that is not evaluated"),
+    (
+        lambda c: c["evaluations"]["demo"].update(text="demo_calibration"),
+        "read the same text; calibrate on a text that is not evaluated",
+    ),
     (lambda c: c["methods"].update(dense={"structure": {"kind": "low_rank"}}), "methods.dense: the name is taken"),
     (lambda c: c["models"].update({"a/b": {"source": "x"}}), "models.a/b"),
     (lambda c: c["experiments"]["demo"].update(methods=[]), "experiments.demo.methods: List should have at least 1 item"),

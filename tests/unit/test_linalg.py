@@ -76,7 +76,9 @@ def test_singular_gram_gives_finite_optimal_factors(shape, tokens, dead, seed):
     best = torch.linalg.svdvals(weight @ x / tokens**0.5).square()
     total = float(best.sum())
     for k in range(min(shape) + 1):
-        assert output_error(weight, approximation(weight, u, k), gram) == pytest.approx(float(best[k:].sum()), abs=1e-10 * max(total, 1))
+        assert output_error(weight, approximation(weight, u, k), gram) == pytest.approx(
+            float(best[k:].sum()), abs=1e-10 * max(total, 1)
+        )
         assert float(error[k]) == pytest.approx(float(best[k:].sum()), abs=1e-10 * max(total, 1))
     torch.testing.assert_close(approximation(weight, u, min(shape)), weight, atol=1e-10, rtol=1e-10)
 
@@ -122,7 +124,9 @@ def test_scales_over_eight_orders_of_magnitude():
     u, _, _ = leading_directions(weight, gram)
     best = torch.linalg.svdvals(weight @ x / 20).square()
     for k in range(13):
-        assert output_error(weight, approximation(weight, u, k), gram) == pytest.approx(float(best[k:].sum()), abs=1e-12 * float(best.sum()))
+        assert output_error(weight, approximation(weight, u, k), gram) == pytest.approx(
+            float(best[k:].sum()), abs=1e-12 * float(best.sum())
+        )
 
 
 def test_zero_weight_and_zero_metric():

@@ -69,7 +69,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda t: t[NAME].__setitem__((2, 3), float("nan")), rf"{NAME} holds 1 values that are not finite"),
         (lambda t: t.pop(NAME), rf"{NAME} is missing"),
         (lambda t: t.__setitem__("model.layers.1.mlp.extra.weight", t.pop(NAME)), r"unexpected tensor model.layers.1.mlp.extra"),
-        (lambda t: t.__setitem__(NAME, t[NAME][:-1].clone()), rf"{NAME} has shape \[47, 32\], the config says \[48, 32\]"),
+        (lambda t: t.__setitem__(NAME, t[NAME][:-1].clone()), rf"{NAME} has shape \[95, 64\], the config says \[96, 64\]"),
     ],
 )
 def test_damaged_weights_are_named(saved_llama, tmp_path, change, message):
@@ -111,7 +111,7 @@ def test_unknown_family_and_unknown_target(saved_llama, tmp_path):
         select(ModelFiles(tmp_path / "model.json").matrices, ["qkv_proj"])
 
 
-@pytest.fixture()
+@pytest.fixture
 def hub_cache(saved_llama, tmp_path, monkeypatch):
     """A hub cache with one snapshot, laid out as huggingface_hub does: blobs, and links to them by revision."""
     revision = "0123456789abcdef0123456789abcdef01234567"

@@ -113,7 +113,7 @@ def test_every_stage_has_builtin_params_a_script_and_versions(stage):
         stack += list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
-@pytest.fixture()
+@pytest.fixture
 def checkout(tmp_path):
     for folder in ("src", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
@@ -147,7 +147,9 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize(("file", "old", "new", "expected"), EDITS, ids=[f"{f.split('/')[-1]}-{i}" for i, (f, *_) in enumerate(EDITS)])
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"), EDITS, ids=[f"{f.split('/')[-1]}-{i}" for i, (f, *_) in enumerate(EDITS)]
+)
 def test_an_edit_changes_exactly_the_stages_that_reach_it(checkout, file, old, new, expected):
     assert stages_changed(checkout, file, old, new) == expected
 

@@ -1,5 +1,7 @@
 """Artefacts, tables, figures and report: atomic, verified, self-contained, the same bytes for the same input."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,27 +9,84 @@ import torch
 
 from winnow.errors import InputError
 from winnow.figures import effective_rank, frontier, save
-from winnow.io import Bundle, atomic, read_json, read_parquet, read_tensors, write_json, write_manifest, write_parquet, write_tensors
+from winnow.io import (
+    Bundle,
+    atomic,
+    read_json,
+    read_parquet,
+    read_tensors,
+    write_json,
+    write_manifest,
+    write_parquet,
+    write_tensors,
+)
 from winnow.report import render
 from winnow.spectra import effective_ranks, spectrum_row
 from winnow.tables import COLUMNS, summary
 
-CONTRACT = (
-    "model calibration method structure metric budget allocation recovery evaluation keep_requested dense_bytes stored_bytes keep_bytes "
-    "model_dense_bytes model_stored_bytes windows tokens nll nll_se perplexity delta_nll delta_nll_se kl top1_agreement checkpoint"
-).split()
+CONTRACT = [
+    "model",
+    "calibration",
+    "method",
+    "structure",
+    "metric",
+    "budget",
+    "allocation",
+    "recovery",
+    "evaluation",
+    "keep_requested",
+    "dense_bytes",
+    "stored_bytes",
+    "keep_bytes",
+    "model_dense_bytes",
+    "model_stored_bytes",
+    "windows",
+    "tokens",
+    "nll",
+    "nll_se",
+    "perplexity",
+    "delta_nll",
+    "delta_nll_se",
+    "kl",
+    "top1_agreement",
+    "checkpoint",
+]
 NAMES = {"model": "m", "evaluation": "e"}
-NUMBERS = {"windows": 3, "tokens": 30, "nll": 2.0, "nll_se": 0.1, "perplexity": 7.4, "model_dense_bytes": 1500, "checkpoint": "somewhere"}
+NUMBERS = {
+    "windows": 3,
+    "tokens": 30,
+    "nll": 2.0,
+    "nll_se": 0.1,
+    "perplexity": 7.4,
+    "model_dense_bytes": 1500,
+    "checkpoint": "somewhere",
+}
 PROTOCOL = {
-    "protocol": {"protocol": "p1", "protocol_version": 1, "rule": "Rows <joined>.", "length": 10, "stride": None, "dtype": "float32"},
+    "protocol": {
+        "protocol": "p1",
+        "protocol_version": 1,
+        "rule": "Rows <joined>.",
+        "length": 10,
+        "stride": None,
+        "dtype": "float32",
+    },
     "text": {"text_digest": "a" * 64, "text_tokens": 33, "bos": False},
 }
-OVERLAP = {"calibration": "c", "evaluation": "e", "of_calibration": 0.0, "of_evaluation": 0.001, "allowed": 0.01, "words_per_run": 24}
+OVERLAP = {
+    "calibration": "c",
+    "evaluation": "e",
+    "of_calibration": 0.0,
+    "of_evaluation": 0.001,
+    "allowed": 0.01,
+    "words_per_run": 24,
+}
 
 
 def small_summary():
     none = {"calibration": "none", "budget": "dense", "allocation": "none", "recovery": "none", "targets": "none"}
-    rows = [{**NAMES, **none, "method": "dense", "structure": "dense", "metric": "none", "keep_requested": 1.0, "result": "dense"}]
+    rows = [
+        {**NAMES, **none, "method": "dense", "structure": "dense", "metric": "none", "keep_requested": 1.0, "result": "dense"}
+    ]
     results = {"dense": {**NUMBERS, **PROTOCOL, "dense_bytes": 1000, "stored_bytes": 1000, "model_stored_bytes": 1500}}
     for method in ("svd", "whitened"):
         for keep in (0.8, 0.4):
@@ -53,12 +112,15 @@ def test_the_summary_has_the_contracted_columns():
 def test_figures_are_written_and_repeatable(tmp_path):
     table, _ = small_summary()
     row = spectrum_row("000.up_proj", np.array([3.0, 2.0, 1.0]), np.array([14.0, 5.0, 1.0, 0.0]), "gram")
-    for name, draw in (("f", lambda: frontier(table)), ("s", lambda: effective_rank({("m-1", "c-1", "x-1"): pd.DataFrame([row])}))):
+    for name, draw in (
+        ("f", lambda: frontier(table)),
+        ("s", lambda: effective_rank({("m-1", "c-1", "x-1"): pd.DataFrame([row])})),
+    ):
         for ending in ("svg", "png"):
             paths = [str(tmp_path / f"{name}{i}.{ending}") for i in range(2)]
             for path in paths:
                 save(draw(), [path])
-            first, second = (open(path, "rb").read() for path in paths)
+            first, second = (Path(path).read_bytes() for path in paths)
             assert len(first) > 1000
             assert first == second
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.conftest import VOCABULARY, pico
+from winnow.io import write_json
 from winnow.models import ModelFiles
 from winnow.retrieve import describe
-from winnow.io import write_json
 from winnow.statistics import Moments, collect
 
 
@@ -44,7 +44,9 @@ def test_statistics_are_those_of_the_inputs(saved_model, tmp_path):
     windows = torch.randint(0, VOCABULARY, (6, 10), generator=torch.Generator().manual_seed(0))
     seen: dict[str, list] = {}
     hooks = [
-        model.get_submodule(m.module).register_forward_pre_hook(lambda _m, a, name=m.module: seen.setdefault(name, []).append(a[0]))
+        model.get_submodule(m.module).register_forward_pre_hook(
+            lambda _m, a, name=m.module: seen.setdefault(name, []).append(a[0])
+        )
         for m in files.matrices
     ]
     by_batch = [dict(collect(model, files.matrices, windows, batch)) for batch in (6, 4)]

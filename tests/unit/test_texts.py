@@ -57,7 +57,7 @@ def test_overlap_is_measured_both_ways():
     own, other = words(4000, 1), words(1000, 2)
     assert check_overlap(own, other, ("a", "b"))["common_runs"] == 0
     with pytest.raises(InputError, match="calibration text a and evaluation text b overlap"):
-        check_overlap(own, other + [" ".join(own[0].split()[:200])], ("a", "b"))
+        check_overlap(own, [*other, " ".join(own[0].split()[:200])], ("a", "b"))
     with pytest.raises(InputError, match=r"100\.0% of the calibration"):
         check_overlap([" ".join(other[0].split()[100:400])], other, ("a", "b"))
 
@@ -65,6 +65,6 @@ def test_overlap_is_measured_both_ways():
 def test_overlap_ignores_white_space_and_short_quotations():
     own, other = words(6000, 1), words(6000, 2)
     quoted = own[0].split()
-    assert check_overlap(own, other + [" ".join(quoted[:20])], ("a", "b"))["common_runs"] == 0
+    assert check_overlap(own, [*other, " ".join(quoted[:20])], ("a", "b"))["common_runs"] == 0
     with pytest.raises(InputError, match="overlap"):
         check_overlap(own, ["\n\n".join(quoted)], ("a", "b"))

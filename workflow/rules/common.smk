@@ -53,7 +53,11 @@ def text_files(wildcards):
 
 
 def text_of_windows(wildcards):
-    section = "calibrations" if wildcards.windows in PLAN.names["calibrations"] else "evaluations"
+    section = (
+        "calibrations"
+        if wildcards.windows in PLAN.names["calibrations"]
+        else "evaluations"
+    )
     return f"results/texts/{PLAN.text_label(section, wildcards.windows)}.parquet"
 
 
@@ -64,7 +68,9 @@ def moments_if_needed(wildcards):
 
 
 def factors_of_method(wildcards):
-    folder = f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}/factors"
+    folder = (
+        f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}/factors"
+    )
     return [f"{folder}/{shard}/manifest.json" for shard in PLAN.shards(wildcards.model)]
 
 
@@ -87,7 +93,9 @@ def of_cells(path):
     found = {}
     for cell in PLAN.cells:
         names = {key: getattr(cell, key) for key in sections}
-        labels = {key: PLAN.labels[sections[key]][name] for key, name in names.items() if name}
+        labels = {
+            key: PLAN.labels[sections[key]][name] for key, name in names.items() if name
+        }
         if all(f"{{{key}}}" not in path or key in labels for key in sections):
             found[path.format(**labels)] = None
     return list(found)

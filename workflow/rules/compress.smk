@@ -13,12 +13,12 @@ rule allocate:
         "results/logs/allocate/{model}/{calibration}/{method}/{budget}.log",
     benchmark:
         "results/benchmarks/allocate/{model}/{calibration}/{method}/{budget}.tsv"
-    params:
-        **stage("allocate"),
     threads: 1
     resources:
         mem_mb=4000,
         runtime=20,
+    params:
+        **stage("allocate"),
     script:
         "../../scripts/allocate.py"
 
@@ -35,12 +35,12 @@ rule compress:
         "results/logs/compress/{model}/{calibration}/{method}/{budget}.log",
     benchmark:
         "results/benchmarks/compress/{model}/{calibration}/{method}/{budget}.tsv"
-    params:
-        **stage("compress"),
     threads: 1
     resources:
         mem_mb=16000,  # the weights in their stored dtype
         runtime=60,
+    params:
+        **stage("compress"),
     script:
         "../../scripts/compress.py"
 
@@ -48,4 +48,6 @@ rule compress:
 rule checkpoints:
     """Compressed checkpoints of all cells."""
     input:
-        of_cells("results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json"),
+        of_cells(
+            "results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json"
+        ),

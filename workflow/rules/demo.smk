@@ -5,7 +5,10 @@
 rule demo_texts:
     """Collect the documents of this Python installation and cut them into three parts."""
     output:
-        expand("results/demo/texts/{part}.jsonl", part=["train", "calibration", "evaluation"]),
+        expand(
+            "results/demo/texts/{part}.jsonl",
+            part=["train", "calibration", "evaluation"],
+        ),
     log:
         "results/logs/demo_texts.log",
     benchmark:
@@ -26,6 +29,10 @@ rule demo_model:
         "results/logs/demo_model.log",
     benchmark:
         "results/benchmarks/demo_model.tsv"
+    threads: 2
+    resources:
+        mem_mb=4000,
+        runtime=60,
     params:
         spec={
             "vocab_size": 1024,
@@ -38,11 +45,14 @@ rule demo_model:
                 "max_position_embeddings": 512,
                 "tie_word_embeddings": True,
             },
-            "training": {"steps": 800, "batch": 16, "length": 256, "rate": 0.003, "decay": 0.5, "seed": 0},
+            "training": {
+                "steps": 800,
+                "batch": 16,
+                "length": 256,
+                "rate": 0.003,
+                "decay": 0.5,
+                "seed": 0,
+            },
         },
-    threads: 2
-    resources:
-        mem_mb=4000,
-        runtime=60,
     script:
         "../../scripts/demo_model.py"

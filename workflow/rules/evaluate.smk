@@ -13,13 +13,13 @@ rule evaluate_dense:
         "results/logs/evaluate_dense/{model}/{evaluation}.log",
     benchmark:
         "results/benchmarks/evaluate_dense/{model}/{evaluation}.tsv"
-    params:
-        **stage("evaluate_perplexity"),
     threads: 1
     resources:
         gpu=1,
         mem_mb=16000,
         runtime=60,
+    params:
+        **stage("evaluate_perplexity"),
     script:
         "../../scripts/evaluate_perplexity.py"
 
@@ -38,13 +38,13 @@ rule evaluate_perplexity:
         "results/logs/evaluate_perplexity/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.log",
     benchmark:
         "results/benchmarks/evaluate_perplexity/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.tsv"
-    params:
-        **stage("evaluate_perplexity"),
     threads: 1
     resources:
         gpu=1,
         mem_mb=24000,  # the compressed and the dense model
         runtime=60,
+    params:
+        **stage("evaluate_perplexity"),
     script:
         "../../scripts/evaluate_perplexity.py"
 

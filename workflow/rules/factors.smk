@@ -13,13 +13,13 @@ rule factorize:
         "results/logs/factorize/{model}/{calibration}/{method}/{shard}.log",
     benchmark:
         "results/benchmarks/factorize/{model}/{calibration}/{method}/{shard}.tsv"
-    params:
-        **stage("factorize"),
     threads: 1
     resources:
         gpu=1,
         mem_mb=16000,  # one group in float64 with its Gram matrix and work space
         runtime=60,
+    params:
+        **stage("factorize"),
     script:
         "../../scripts/factorize.py"
 
@@ -34,12 +34,12 @@ rule measure_spectra:
         "results/logs/measure_spectra/{model}/{calibration}/{method}.log",
     benchmark:
         "results/benchmarks/measure_spectra/{model}/{calibration}/{method}.tsv"
-    params:
-        **stage("measure_spectra"),
     threads: 1
     resources:
         mem_mb=4000,
         runtime=20,
+    params:
+        **stage("measure_spectra"),
     script:
         "../../scripts/measure_spectra.py"
 
@@ -49,7 +49,10 @@ rule factors:
     input:
         sum(
             (
-                [f"{path}/factors/{shard}/manifest.json" for shard in PLAN.shards(path.split("/")[1])]
+                [
+                    f"{path}/factors/{shard}/manifest.json"
+                    for shard in PLAN.shards(path.split("/")[1])
+                ]
                 for path in of_cells("results/{model}/{calibration}/{method}")
             ),
             [],

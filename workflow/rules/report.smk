@@ -13,10 +13,10 @@ rule tables:
         "results/logs/tables.log",
     benchmark:
         "results/benchmarks/tables.tsv"
-    params:
-        **stage("tables"),
     localrule: True
     threads: 1
+    params:
+        **stage("tables"),
     script:
         "../../scripts/tables.py"
 
@@ -33,10 +33,10 @@ rule figures:
         "results/logs/figures.log",
     benchmark:
         "results/benchmarks/figures.tsv"
-    params:
-        **stage("figures"),
     localrule: True
     threads: 1
+    params:
+        **stage("figures"),
     script:
         "../../scripts/figures.py"
 
@@ -55,9 +55,9 @@ rule report:
         "results/logs/report.log",
     benchmark:
         "results/benchmarks/report.tsv"
-    params:
-        **stage("report"),
     localrule: True
     threads: 1
+    params:
+        **stage("report"),
     script:
         "../../scripts/report.py"

@@ -12,12 +12,12 @@ rule retrieve_model:
         "results/logs/retrieve_model/{model}.log",
     benchmark:
         "results/benchmarks/retrieve_model/{model}.tsv"
-    params:
-        **stage("retrieve_model"),
     threads: 1
     resources:
         mem_mb=4000,  # one tensor at a time
         runtime=120,  # a download of 16 GB
+    params:
+        **stage("retrieve_model"),
     script:
         "../../scripts/retrieve_model.py"
 
@@ -32,12 +32,12 @@ rule retrieve_text:
         "results/logs/retrieve_text/{text}.log",
     benchmark:
         "results/benchmarks/retrieve_text/{text}.tsv"
-    params:
-        **stage("retrieve_text"),
     threads: 1
     resources:
         mem_mb=4000,
         runtime=60,
+    params:
+        **stage("retrieve_text"),
     script:
         "../../scripts/retrieve_text.py"
 
@@ -53,12 +53,12 @@ rule check_overlap:
         "results/logs/check_overlap/{text}/{other}.log",
     benchmark:
         "results/benchmarks/check_overlap/{text}/{other}.tsv"
-    params:
-        **stage("check_overlap"),
     threads: 1
     resources:
         mem_mb=8000,  # 16 bytes a word
         runtime=20,
+    params:
+        **stage("check_overlap"),
     script:
         "../../scripts/check_overlap.py"
 
@@ -74,12 +74,12 @@ rule tokenize:
         "results/logs/tokenize/{model}/{windows}.log",
     benchmark:
         "results/benchmarks/tokenize/{model}/{windows}.tsv"
-    params:
-        **stage("tokenize"),
     threads: 1
     resources:
         mem_mb=4000,
         runtime=20,
+    params:
+        **stage("tokenize"),
     script:
         "../../scripts/tokenize.py"
 

@@ -14,13 +14,13 @@ rule collect_statistics:
         "results/logs/collect_statistics/{model}/{calibration}.log",
     benchmark:
         "results/benchmarks/collect_statistics/{model}/{calibration}.tsv"
-    params:
-        **stage("collect_statistics"),
     threads: 2
     resources:
         gpu=1,
         mem_mb=16000,  # the model and all its Gram matrices
         runtime=60,
+    params:
+        **stage("collect_statistics"),
     script:
         "../../scripts/collect_statistics.py"
 

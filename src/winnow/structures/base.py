@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 class StructureOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str
 
 
 @dataclass(frozen=True)

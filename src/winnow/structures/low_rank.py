@@ -31,7 +31,7 @@ class LowRank(Structure):
     def fit(self, problem: Problem, largest: int) -> Fit:
         from winnow.linalg import leading_directions
 
-        ((role, weight),) = problem.weights.items()
+        (weight,) = problem.weights.values()
         columns = problem.metric.columns(weight, next(iter(problem.sites.values()), {}))
         left, spectrum, error = leading_directions(weight, columns)
         left = left[:, :largest]

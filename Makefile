@@ -1,0 +1,36 @@
+# Three commands for people: make demo, make test, make lint. Each installs what it needs into .venv first.
+PYTHON ?= python3
+CORES ?= 2
+BIN := .venv/bin
+
+.PHONY: demo test lint format clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "winnow needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[workflow,dev]'
+	touch $@
+
+demo: .venv/installed  ## the main job, offline: four methods, eight byte budgets, tables, figures, report
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES)
+
+test: .venv/installed  ## all tests but those marked slow
+	$(BIN)/python -m pytest -m "not slow" -n $(CORES)
+
+lint: .venv/installed  ## style, types, workflow, and generated files in step with their source
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python -m winnow config --check
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/lint_workflow.py
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+	$(BIN)/python -m winnow config
+
+clean:
+	rm -rf results .snakemake

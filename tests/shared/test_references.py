@@ -1,0 +1,110 @@
+"""Trained models of several families against their known dense loss, and all methods on them through the workflow."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT, SHARED
+from winnow.config import Evaluation, Text
+from winnow.config_files import default
+from winnow.loading import load_model, load_tokenizer
+from winnow.perplexity import evaluate, summarize
+from winnow.texts import read_rows
+from winnow.tokens import encode, evaluation_windows
+
+pytestmark = [
+    pytest.mark.shared,
+    pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="no shared models beside the checkout"),
+]
+DATA = SHARED / "data"
+P1 = {"files": [str(DATA / "wt2raw-test.txt")], "format": "lines"}
+RAW = {"files": [str(DATA / "wt2raw-test.txt")]}
+STORIES = {"files": [str(DATA / "tinystories-train-sample.txt")]}
+REFERENCES = [  # model, text, tokens in all, nats per token over 400 windows of 256
+    ("stories260K", STORIES, 1_064_553, 2.020298),
+    ("wt2-llama", P1, 432_160, 4.258251),
+    ("wt2-llama", RAW, 424_913, 3.980124),
+    ("wt2-gpt2", P1, 432_160, 5.011800),
+    ("wt2-gpt2", RAW, 424_913, 4.811824),
+    ("wt2-opt", P1, 432_160, 4.596430),
+    ("wt2-opt", RAW, 424_913, 4.361522),
+    ("wt2-neox", P1, 432_160, 4.449876),
+    ("wt2-neox", RAW, 424_913, 4.163966),
+]
+
+
+@pytest.mark.parametrize(("model", "text", "tokens", "nll"), REFERENCES, ids=lambda v: v if isinstance(v, str) else "")
+def test_dense_loss_is_the_known_one(model, text, tokens, nll):
+    preset = Text(**text)
+    whole = preset.join.join(read_rows(preset.model_dump()))
+    ids = encode(load_tokenizer(SHARED / "models" / model), whole, special_tokens=False)
+    assert len(ids) == tokens
+    windows, first = (torch.from_numpy(a) for a in evaluation_windows(ids, "plain", 256, None, 400, None))
+    rows = evaluate(load_model(SHARED / "models" / model, "float32", "cpu"), None, windows, first, 16)
+    result = summarize(rows, None)
+    assert result["tokens"] == 102_000
+    assert result["nll"] == pytest.approx(nll, abs=2e-6)
+
+
+def experiments() -> dict:
+    """Every shared model, four methods, four of the default budgets: wt2 models on WikiText-2, stories260K on TinyStories."""
+    base = default()
+    wt2 = ["wt2-llama", "wt2-gpt2", "wt2-opt", "wt2-neox"]
+    stories = {**STORIES, "separator": "<|endoftext|>", "join": "<|endoftext|>"}
+    plain = Evaluation(text="x", protocol="plain", length=256, windows=400).model_dump(exclude={"text"})
+    common = {"methods": list(base["methods"]), "budgets": ["ffn-0.8", "ffn-0.4", "all-0.8", "all-0.4"]}
+    few = {"windows": 128, "length": 256, "special_tokens": False}
+    return {
+        "models": {name: {"source": str(SHARED / "models" / name)} for name in [*wt2, "stories260K"]},
+        "texts": {
+            "wt2_train": {"files": [str(DATA / "wt2raw-train-excerpt.txt")]},
+            "wt2_test": P1,
+            "stories_head": {**stories, "stop": 1200},
+            "stories_tail": {**stories, "start": 1200},
+        },
+        "calibrations": {"wt2": {"text": "wt2_train", **few}, "stories": {"text": "stories_tail", **few}},
+        "methods": base["methods"],
+        "budgets": base["budgets"],
+        "evaluations": {"wt2": {"text": "wt2_test", **plain}, "stories": {"text": "stories_head", **plain}},
+        "experiments": {
+            "wt2": {"models": wt2, "calibrations": ["wt2"], "evaluations": ["wt2"], **common},
+            "stories": {"models": ["stories260K"], "calibrations": ["stories"], "evaluations": ["stories"], **common},
+        },
+    }
+
+
+@pytest.mark.slow
+def test_all_methods_on_all_models(tmp_path):
+    """About a quarter of an hour on two cores. Keep the results with WINNOW_SHARED_RESULTS=<folder>."""
+    folder = os.environ.get("WINNOW_SHARED_RESULTS", str(tmp_path))
+    config = f"{folder}/config.yaml"
+    os.makedirs(folder, exist_ok=True)
+    with open(config, "w") as stream:
+        yaml.safe_dump(experiments(), stream)
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "tables",
+        "report",
+        "--snakefile",
+        str(ROOT / "Snakefile"),
+        "--directory",
+        folder,
+    ]
+    subprocess.run([*command, "--cores", "2", "--replace-workflow-config", "--configfile", config], check=True)
+    table = pd.read_csv(f"{folder}/results/tables/summary.csv")
+    assert len(table) == 5 * (1 + 4 * 4)
+    known = {name: nll for name, text, _, nll in REFERENCES if text is not RAW}
+    for _, row in table.iterrows():
+        if row["method"] == "dense":
+            assert row["nll"] == pytest.approx(known[row["model"]], abs=2e-6)
+        else:
+            assert abs(row["keep_bytes"] - row["keep_requested"]) <= 0.005
+            assert json.loads(open(f"{folder}/{row['checkpoint']}/manifest.json").read())["stored_bytes"] == row["stored_bytes"]

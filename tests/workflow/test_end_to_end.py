@@ -1,0 +1,202 @@
+"""The real workflow on a random model in a folder of its own: runs, reruns exactly, and refuses bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import ROOT, pico
+
+pytestmark = pytest.mark.workflow
+DEMO = ROOT / "resources"
+KEEPS = (0.8, 0.5)
+
+
+def configuration(folder: Path) -> dict:
+    texts = {part: str(DEMO / "texts" / "demo" / f"{part}.jsonl") for part in ("calibration", "evaluation")}
+    return {
+        "models": {"pico": {"source": str(folder / "model"), "shards": 2}},
+        "texts": {part: {"files": [path], "format": "jsonl", "stop": 12} for part, path in texts.items()},
+        "calibrations": {"few": {"text": "calibration", "windows": 8, "length": 32}},
+        "methods": {
+            "svd": {"structure": {"kind": "low_rank"}, "metric": {"kind": "weights"}},
+            "whitened": {"structure": {"kind": "low_rank"}, "metric": {"kind": "gram"}},
+        },
+        "budgets": {f"ffn-{keep}": {"targets": ["ffn"], "keep_bytes": keep} for keep in KEEPS},
+        "evaluations": {"short": {"text": "evaluation", "protocol": "p1", "length": 32, "windows": 10}},
+        "experiments": {
+            "one": {
+                "models": ["pico"],
+                "calibrations": ["few"],
+                "methods": ["svd", "whitened"],
+                "budgets": [f"ffn-{keep}" for keep in KEEPS],
+                "evaluations": ["short"],
+            }
+        },
+    }
+
+
+class Workspace:
+    """A folder with a model and a configuration; Snakemake runs in it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = configuration(folder)
+        pico("llama").save_pretrained(folder / "model")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(DEMO / "models" / "demo" / name, folder / "model" / name)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config))
+        command = [sys.executable, "-m", "snakemake", *arguments, "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
+        command += [
+            "--directory",
+            str(self.folder),
+            "--replace-workflow-config",
+            "--configfile",
+            str(self.folder / "config.yaml"),
+        ]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=environment, timeout=500)
+
+    def planned(self) -> Counter:
+        """{rule: jobs} that a plain run would do now."""
+        done = self.run("-n")
+        assert done.returncode == 0, done.stderr
+        output = done.stdout + done.stderr
+        if "Nothing to be done" in output:
+            return Counter()
+        table = output.split("Job stats:")[1].split("total")[0].splitlines()[3:]
+        return Counter({line.split()[0]: int(line.split()[1]) for line in table if line.strip()})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("workflow"))
+    done = workspace.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    workspace.output = done.stdout + done.stderr  # type: ignore[attr-defined]
+    return workspace
+
+
+def test_the_run_ends_with_table_figures_and_report(finished):
+    table = pd.read_csv(finished.folder / "results" / "tables" / "summary.csv")
+    assert len(table) == 1 + 2 * len(KEEPS)
+    assert table["nll"].notna().all()
+    for _, row in table[table["method"] != "dense"].iterrows():
+        assert abs(row["keep_bytes"] - row["keep_requested"]) <= 0.005
+        folder = finished.folder / row["checkpoint"]
+        layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+        sizes = {name: tensor.nbytes for name, tensor in load_file(folder / "model.safetensors").items()}
+        assert row["model_stored_bytes"] == sum(sizes.values())
+        assert row["stored_bytes"] == sum(n for name, n in sizes.items() if name.rsplit(".", 2)[0] in layers)
+    for name in ("figures/frontier.svg", "figures/frontier.png", "figures/effective_rank.svg", "report.html"):
+        assert (finished.folder / "results" / name).stat().st_size > 1000
+    assert "nats above dense" in finished.output
+    assert "Report: results/report.html" in finished.output
+
+
+def test_artefacts_carry_their_provenance(finished):
+    results = finished.folder / "results"
+    for path in [
+        *results.glob("pico-*/*/*/*/none-*/*.json"),
+        *results.glob("pico-*/model.json"),
+        *results.glob("**/manifest.json"),
+    ]:
+        provenance = json.loads(path.read_text())["provenance"]
+        assert provenance["params"]["code"], path
+        assert provenance["params"]["versions"], path
+    for path in results.glob("**/*.safetensors"):
+        if "checkpoint" not in path.parts:
+            with safe_open(path, framework="pt") as stream:
+                assert "code" in stream.metadata()["winnow"], path
+
+
+def test_nothing_is_planned_again_and_that_is_quick(finished):
+    began = time.monotonic()
+    assert finished.planned() == Counter()
+    print(f"planning nothing took {time.monotonic() - began:.1f} s")
+
+
+def test_changing_one_budget_plans_its_cells_only(finished):
+    finished.config["budgets"]["ffn-0.5"]["keep_bytes"] = 0.6
+    cells = {"allocate": 2, "compress": 2, "evaluate_perplexity": 2}
+    aggregation = {"tables": 1, "figures": 1, "report": 1, "all": 1}
+    assert finished.planned() == Counter({**cells, **aggregation})
+    assert finished.run().returncode == 0
+    assert finished.planned() == Counter()
+    finished.config["budgets"]["ffn-0.5"]["keep_bytes"] = 0.5
+    assert finished.planned() == Counter(aggregation)
+    assert finished.run().returncode == 0
+
+
+def test_touched_files_and_another_profile_plan_nothing(finished):
+    for path in [*(finished.folder / "model").iterdir(), *(finished.folder / "results").rglob("*.json")]:
+        os.utime(path)
+    assert finished.planned() == Counter()
+
+
+def test_a_changed_method_option_plans_that_method(finished):
+    finished.config["methods"]["svd"]["metric"] = {"kind": "weight_norm"}
+    cells = {"factorize": 2, "measure_spectra": 1, "allocate": 2, "compress": 2, "evaluate_perplexity": 2}
+    assert finished.planned() == Counter({**cells, "tables": 1, "figures": 1, "report": 1, "all": 1})
+    finished.config["methods"]["svd"]["metric"] = {"kind": "weights"}
+
+
+@pytest.fixture()
+def workspace(tmp_path) -> Workspace:
+    return Workspace(tmp_path)
+
+
+def refused(workspace: Workspace, *arguments: str) -> str:
+    """The one line of a run that must fail; no result may be left half-written."""
+    done = workspace.run(*arguments)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output
+    lines = [line for line in done.stderr.splitlines() if line.startswith("winnow: ")]
+    assert lines, output
+    assert "Traceback" not in output
+    results = workspace.folder / "results"
+    assert not list(results.rglob("*.partial-*")) and not list(results.rglob("summary.csv"))
+    return lines[0]
+
+
+def test_bad_input_that_is_seen_before_any_job(workspace):
+    workspace.config["budgets"]["ffn-0.5"]["keep_byts"] = 0.4
+    assert "budgets.ffn-0.5.keep_byts: unknown key; did you mean 'keep_bytes'?" in refused(workspace)
+    assert str(workspace.folder / "config.yaml") in refused(workspace)
+    workspace.config = configuration(workspace.folder)
+    workspace.config["models"]["pico"]["source"] = "nowhere"
+    assert "nowhere: there is no such model directory" in refused(workspace)
+    workspace.config = configuration(workspace.folder)
+    weights = workspace.folder / "model" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    assert "pytorch_model.bin is a pickle file" in refused(workspace)
+    assert not (workspace.folder / "results").exists()
+
+
+def test_bad_input_that_a_job_finds(workspace):
+    workspace.config["evaluations"]["short"]["windows"] = 10**6
+    assert "but 1000000 are needed" in refused(workspace, "tokens")
+    workspace.config = configuration(workspace.folder)
+    both = workspace.config["texts"]
+    both["calibration"] = {**both["evaluation"], "start": 2}
+    assert "overlap" in refused(workspace, "--until=check_overlap")
+    workspace.config = configuration(workspace.folder)
+    workspace.config["budgets"]["ffn-0.5"] = {"targets": ["ffn"], "rank": 60}
+    assert "its break-even rank is 38" in refused(workspace, "--until=allocate")
+    weights = workspace.folder / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "model.layers.1.mlp.down_proj.weight holds 1 values that are not finite" in refused(workspace)
