@@ -10,16 +10,47 @@ from pathlib import Path
 from winnow.errors import InputError
 
 
+def read_summary(results: Path) -> list[dict[str, str]]:
+    """The rows of the summary table; none if there is no table yet."""
+    path = results / "tables" / "summary.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def markdown(results: Path) -> None:
+    """Print the loss above dense of every method at every budget, as a table for a README."""
+    rows = read_summary(results)
+    compressed = [row for row in rows if row["method"] != "dense"]
+    methods = list(dict.fromkeys(row["method"] for row in compressed))
+    print("| compressed | kept bytes | " + " | ".join(methods) + " |")
+    print("|---|---:|" + "---:|" * len(methods))
+    for key in dict.fromkeys((row["model"], row["evaluation"], row["budget"], row["targets"]) for row in compressed):
+        cells = [
+            r
+            for m in methods
+            for r in compressed
+            if (r["model"], r["evaluation"], r["budget"], r["targets"], r["method"]) == (*key, m)
+        ]
+        losses = " | ".join(f"{float(r['delta_nll']):.3f} ± {float(r['delta_nll_se']):.3f}" for r in cells)
+        print(f"| {key[3].replace('+', ' + ')} | {float(cells[0]['keep_bytes']):.4f} | {losses} |")
+    for row in (r for r in rows if r["method"] == "dense"):
+        print(
+            f"\nDense `{row['model']}`: {float(row['nll']):.4f} ± {float(row['nll_se']):.4f} nats per token, perplexity", end=" "
+        )
+        print(f"{float(row['perplexity']):.2f}, over {int(row['tokens']):,} tokens in {row['windows']} windows.")
+
+
 def show(results: Path) -> None:
     """Print the summary table and the report's path; nothing if there is no summary yet."""
     from rich.console import Console
     from rich.table import Table
 
-    path = results / "tables" / "summary.csv"
-    if not path.is_file():
+    rows = read_summary(results)
+    if not rows:
         return
-    with open(path, newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    path = results / "tables" / "summary.csv"
     table = Table(title=str(path), title_justify="left")
     for column in ("model", "evaluation", "method", "budget", "kept", "stored bytes", "nats above dense", "perplexity", "KL"):
         table.add_column(
@@ -41,12 +72,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="print the summary table of a results folder")
     command.add_argument("results", type=Path)
+    command.add_argument("--markdown", action="store_true", help="a table of losses for a README")
     command = commands.add_parser("config", help="write the files that are generated from winnow/config.py, or check them")
     command.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of step")
     arguments = parser.parse_args()
     try:
         if arguments.command == "show":
-            show(arguments.results)
+            (markdown if arguments.markdown else show)(arguments.results)
         else:
             from winnow.config_files import generate
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from winnow.progress import every
+from winnow.spread import paired, ratio
 from winnow.tokens import PAD
 
 if TYPE_CHECKING:
@@ -34,10 +33,10 @@ def evaluate(
     lengths = (ids != PAD).sum(1)
     for group in every(_batches(lengths.tolist(), batch), "evaluation batches"):
         x = ids[group][:, : int(lengths[group[0]])].to(device).long()
-        logits = model(input_ids=x).logits
+        logits = model(input_ids=x, use_cache=False).logits
         if not torch.isfinite(logits).all():
             raise FloatingPointError(f"logits are not finite in windows {group[0]} to {group[-1]}; {_culprit(model, x)}")
-        reference = None if dense is None else dense(input_ids=x).logits
+        reference = None if dense is None else dense(input_ids=x, use_cache=False).logits
         for row, window in enumerate(group):
             begin = int(first[window])
             pair = None if reference is None else reference[row, begin - 1 : -1]
@@ -85,19 +84,10 @@ def _culprit(model: PreTrainedModel, x: Tensor) -> str:
         return hook
 
     hooks = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if not list(m.children())]
-    model(input_ids=x)
+    model(input_ids=x, use_cache=False)
     for hook in hooks:
         hook.remove()
     return f"the first module with such an output is {found[0]}" if found else "every module's output is finite"
-
-
-def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
-    """(sum over count, its standard error with windows as independent clusters), by linearisation of the ratio."""
-    s, c = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    mean = float(s.sum() / c.sum())
-    n = len(s)
-    spread = float(((s - mean * c) ** 2).sum()) * n / (n - 1)
-    return mean, math.sqrt(spread) / float(c.sum())
 
 
 def summarize(rows: dict[str, list[float]], dense: dict[str, Any] | None) -> dict[str, Any]:
@@ -116,7 +106,5 @@ def summarize(rows: dict[str, list[float]], dense: dict[str, Any] | None) -> dic
         result["kl"], result["kl_se"] = ratio(rows["kl"], counts)
         result["top1_agreement"], result["top1_agreement_se"] = ratio(rows["agree"], counts)
     if dense is not None:
-        if dense["per_window"]["tokens"] != counts:
-            raise RuntimeError("the dense model was scored on other windows")
-        result["delta_nll"], result["delta_nll_se"] = ratio(np.subtract(rows["nll"], dense["per_window"]["nll"]).tolist(), counts)
+        result["delta_nll"], result["delta_nll_se"] = paired(rows, dense["per_window"])
     return result

@@ -9,6 +9,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from winnow.spread import paired
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -21,11 +23,23 @@ def render(summary: pd.DataFrame, figures: dict[str, str], results: list[dict[st
         dense, protocol = rows.loc[position], results[position]
         blocks = []
         for targets, block in rows[rows["method"] != "dense"].groupby("targets", sort=False):
-            best = block.loc[block.groupby("budget")["delta_nll"].idxmin()].index
-            blocks.append((targets, block.assign(best=block.index.isin(best)).to_dict("records")))
+            budgets = [_against_best(cells, results) for _, cells in block.groupby("budget", sort=False)]
+            blocks.append((targets, [row for cells in budgets for row in cells]))
         groups.append({"model": model, "evaluation": evaluation, "dense": dense.to_dict(), "source": protocol, "blocks": blocks})
     template = environment.get_template("report.html.j2")
     return template.render(groups=groups, figures={k: _inline(k, v) for k, v in figures.items()}, overlaps=overlaps)
+
+
+def _against_best(cells: pd.DataFrame, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one budget, lowest loss first, each with its paired difference to that one; a tie if 0 is within two
+    standard errors of it."""
+    cells = cells.sort_values("delta_nll", kind="stable")
+    best = results[cells.index[0]]["per_window"]
+    rows: list[dict[str, Any]] = []
+    for position, row in zip(cells.index.tolist(), cells.to_dict("records"), strict=True):
+        above, error = paired(results[position]["per_window"], best)
+        rows.append({**row, "above_best": above, "above_best_se": error, "tie": above <= 2 * error})  # type: ignore[dict-item]
+    return rows
 
 
 def _inline(name: str, svg: str) -> str:

@@ -99,7 +99,7 @@ def collect(
             hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(watch(key)))
     try:
         for start in every(range(0, len(windows), batch), "calibration batches"):
-            model.base_model(input_ids=windows[start : start + batch].to(device).long())
+            model.base_model(input_ids=windows[start : start + batch].to(device).long(), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

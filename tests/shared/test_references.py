@@ -1,6 +1,5 @@
 """Trained models of several families against their known dense loss, and all methods on them through the workflow."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import yaml
 from tests.conftest import ROOT, SHARED
 from winnow.config import Evaluation, Text
 from winnow.config_files import default
+from winnow.io import read_json
 from winnow.loading import load_model, load_tokenizer
 from winnow.perplexity import evaluate, summarize
 from winnow.texts import read_rows
@@ -107,4 +107,4 @@ def test_all_methods_on_all_models(tmp_path):
             assert row["nll"] == pytest.approx(known[row["model"]], abs=2e-6)
         else:
             assert abs(row["keep_bytes"] - row["keep_requested"]) <= 0.005
-            assert json.loads(open(f"{folder}/{row['checkpoint']}/manifest.json").read())["stored_bytes"] == row["stored_bytes"]
+            assert read_json(f"{folder}/{row['checkpoint']}/manifest.json")["stored_bytes"] == row["stored_bytes"]

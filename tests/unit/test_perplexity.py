@@ -9,7 +9,8 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from tests.conftest import VOCABULARY, pico
-from winnow.perplexity import evaluate, ratio, summarize
+from winnow.perplexity import evaluate, summarize
+from winnow.spread import ratio
 from winnow.tokens import PAD
 
 
@@ -20,7 +21,7 @@ class Fixed(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.tensor(table))
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, use_cache):
         return CausalLMOutput(logits=self.table[input_ids])
 
 
@@ -84,5 +85,5 @@ def test_differences_are_paired():
     assert result["delta_nll"] == pytest.approx(1.0)
     assert result["delta_nll_se"] == pytest.approx(0.0, abs=1e-12)
     assert result["nll_se"] > 0.5
-    with pytest.raises(RuntimeError, match="other windows"):
+    with pytest.raises(ValueError, match="other windows"):
         summarize({"nll": [1.0, 2.0, 3.0], "tokens": [9.0, 9.0, 8.0]}, dense)

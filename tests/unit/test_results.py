@@ -88,7 +88,7 @@ def small_summary():
         {**NAMES, **none, "method": "dense", "structure": "dense", "metric": "none", "keep_requested": 1.0, "result": "dense"}
     ]
     results = {"dense": {**NUMBERS, **PROTOCOL, "dense_bytes": 1000, "stored_bytes": 1000, "model_stored_bytes": 1500}}
-    for method in ("svd", "whitened"):
+    for method, noise in (("svd", 0.0), ("whitened", 0.5)):
         for keep in (0.8, 0.4):
             key = f"{method}{keep}"
             names = {"calibration": "c", "budget": f"b{keep}", "allocation": "uniform", "recovery": "none", "targets": "ffn"}
@@ -96,7 +96,8 @@ def small_summary():
             rows.append({**NAMES, **names, **kind})
             loss = {"delta_nll": 1 - keep, "delta_nll_se": 0.01, "kl": 0.3, "top1_agreement": 0.8}
             size = {"dense_bytes": 1000, "stored_bytes": int(1000 * keep), "model_stored_bytes": int(500 + 1000 * keep)}
-            results[key] = {**NUMBERS, **PROTOCOL, **loss, **size}
+            windows = {"nll": [9.0 + noise, 21.0, 30.0 - noise], "tokens": [10.0] * 3}
+            results[key] = {**NUMBERS, **PROTOCOL, **loss, **size, "per_window": windows}
     return summary(rows, results), [results[row["result"]] for row in rows]
 
 
@@ -135,7 +136,7 @@ def test_the_report_is_one_file_that_needs_no_network(tmp_path):
         assert attribute not in page.replace('xlink:href="#', "")
     assert "0.2000 ± 0.0100" in page
     assert "Rows &lt;joined&gt;." in page, "text is escaped"
-    assert page.count('class="best"') == 2
+    assert page.count('class="best"') == 4, "equal sums over windows are ties"
 
 
 def test_effective_ranks_by_hand():

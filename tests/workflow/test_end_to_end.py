@@ -153,7 +153,7 @@ def test_a_changed_method_option_plans_that_method(finished):
     finished.config["methods"]["svd"]["metric"] = {"kind": "weights"}
 
 
-@pytest.fixture()
+@pytest.fixture
 def workspace(tmp_path) -> Workspace:
     return Workspace(tmp_path)
 
@@ -167,7 +167,8 @@ def refused(workspace: Workspace, *arguments: str) -> str:
     assert lines, output
     assert "Traceback" not in output
     results = workspace.folder / "results"
-    assert not list(results.rglob("*.partial-*")) and not list(results.rglob("summary.csv"))
+    assert not list(results.rglob("*.partial-*"))
+    assert not list(results.rglob("summary.csv"))
     return lines[0]
 
 

@@ -1,0 +1,26 @@
+"""Standard errors of sums over windows: windows are the independent unit, and models are compared window by window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
+    """(sum over count, its standard error with windows as independent clusters), by linearisation of the ratio."""
+    s, c = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    mean = float(s.sum() / c.sum())
+    n = len(s)
+    spread = float(((s - mean * c) ** 2).sum()) * n / (n - 1)
+    return mean, math.sqrt(spread) / float(c.sum())
+
+
+def paired(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """(difference of the losses of two models in nats per token, its standard error), from their per-window `nll` and
+    `tokens`. Raises ValueError if they were scored on other windows."""
+    if one["tokens"] != other["tokens"]:
+        raise ValueError("the two models were scored on other windows")
+    return ratio(np.subtract(one["nll"], other["nll"]).tolist(), one["tokens"])
