@@ -12,10 +12,11 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed  ## the main job, offline: four methods, eight byte budgets, tables, figures, report
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES) --quiet rules host reason
+	$(BIN)/python -m winnow show results
 
 test: .venv/installed  ## all tests but those marked slow
-	$(BIN)/python -m pytest -m "not slow" -n $(CORES)
+	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadscope
 
 lint: .venv/installed  ## style, types, workflow, and generated files in step with their source
 	$(BIN)/ruff check .

@@ -26,4 +26,4 @@ rule all:
 
 
 onsuccess:
-    show_summary()
+    print_report_path()

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pandas as pd
+import torch
 
-from winnow.factors import moments_file
+from winnow.architectures import moments_file
 from winnow.io import read_tensors, write_manifest, write_parquet, write_tensors
 from winnow.loading import load_model
 from winnow.models import ModelFiles
@@ -16,9 +17,10 @@ if __name__ == "__main__":
     files = ModelFiles(snakemake.input.model)
     model = load_model(files.verify(), job.spec["dtype"], job.device)
     windows = read_tensors(snakemake.input.tokens)[0]["ids"]
-    batch = max(1, int(snakemake.resources.get("batch_tokens", 4096)) // windows.shape[1])
+    batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
+    precision = getattr(torch, job.spec["precision"])
     folder, channels = Path(snakemake.output.moments).parent, []
-    for layer, sites in collect(model, files.matrices, windows, batch):
+    for layer, sites in collect(model, files.matrices, windows, batch, precision):
         tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
         write_tensors(folder / moments_file(layer), tensors, job.provenance)
         readers = {s: [files.weight(m) for m in files.matrices if (m.layer, m.site) == (layer, s)] for s in sites}

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     model = load_model((checkpoint or files).verify(), spec["dtype"], job.device)
     reference = load_model(files.verify(), spec["dtype"], job.device) if checkpoint and spec["compare"] else None
     tokens, facts = read_tensors(snakemake.input.tokens)
-    batch = max(1, int(snakemake.resources.get("batch_tokens", 4096)) // spec["length"])
+    batch = max(1, snakemake.resources.batch_tokens // spec["length"])
     rows = evaluate(model, reference, tokens["ids"], tokens["first"], batch)
     dense = read_json(snakemake.input.dense) if checkpoint else None
     block = files.dense_bytes(files.matrices)

@@ -3,11 +3,10 @@
 import torch
 
 from winnow.io import read_json, read_parquet, write_tensors
-from winnow.loading import load_tokenizer
 from winnow.models import ModelFiles
 from winnow.runtime import start_job
 from winnow.texts import text_digest
-from winnow.tokens import PROTOCOLS, calibration_windows, check_length, encode, evaluation_windows
+from winnow.tokens import PROTOCOLS, calibration_windows, check_length, encode, evaluation_windows, load_tokenizer
 
 if __name__ == "__main__":
     job = start_job(snakemake)
@@ -24,5 +23,6 @@ if __name__ == "__main__":
         cut = (spec["protocol"], spec["length"], spec["stride"], spec["windows"])
         windows, first = evaluation_windows(ids, *cut, bos=tokenizer.bos_token_id)
         tensors = {"ids": torch.from_numpy(windows), "first": torch.from_numpy(first)}
-    facts = {"text_digest": text_digest(text), "text_tokens": len(ids), "bos": int(ids[0]) == tokenizer.bos_token_id}
+    bos = int(tensors["ids"][0, 0]) == tokenizer.bos_token_id
+    facts = {"text_digest": text_digest(text), "text_tokens": len(ids), "bos": bos}
     write_tensors(snakemake.output[0], tensors, {**facts, "provenance": job.provenance})

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's library
+
 import pytest
 import torch
 from transformers import (
@@ -16,7 +18,6 @@ from transformers import (
     OPTForCausalLM,
 )
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 VOCABULARY = 1024  # that of the demo tokenizer, which tests borrow

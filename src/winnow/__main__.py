@@ -24,17 +24,17 @@ def markdown(results: Path) -> None:
     rows = read_summary(results)
     compressed = [row for row in rows if row["method"] != "dense"]
     methods = list(dict.fromkeys(row["method"] for row in compressed))
-    print("| compressed | kept bytes | " + " | ".join(methods) + " |")
-    print("|---|---:|" + "---:|" * len(methods))
-    for key in dict.fromkeys((row["model"], row["evaluation"], row["budget"], row["targets"]) for row in compressed):
-        cells = [
-            r
-            for m in methods
-            for r in compressed
-            if (r["model"], r["evaluation"], r["budget"], r["targets"], r["method"]) == (*key, m)
-        ]
-        losses = " | ".join(f"{float(r['delta_nll']):.3f} ± {float(r['delta_nll_se']):.3f}" for r in cells)
-        print(f"| {key[3].replace('+', ' + ')} | {float(cells[0]['keep_bytes']):.4f} | {losses} |")
+    shown = ("model", "calibration", "recovery", "evaluation", "targets", "budget")
+    varying = [name for name in shown if len({row[name] for row in compressed}) > 1]
+    losses = {
+        (*(r[name] for name in shown), r["method"]): f"{float(r['delta_nll']):.3f} ± {float(r['delta_nll_se']):.3f}"
+        for r in compressed
+    }
+    print(f"| {' | '.join([*varying, *methods])} |")
+    print("|" + "---|" * len(varying) + "---:|" * len(methods))
+    for key in dict.fromkeys(tuple(row[name] for name in shown) for row in compressed):
+        names = [value.replace("+", " + ") for name, value in zip(shown, key, strict=True) if name in varying]
+        print(f"| {' | '.join([*names, *(losses.get((*key, method), '-') for method in methods)])} |")
     for row in (r for r in rows if r["method"] == "dense"):
         print(
             f"\nDense `{row['model']}`: {float(row['nll']):.4f} ± {float(row['nll_se']):.4f} nats per token, perplexity", end=" "
@@ -52,14 +52,31 @@ def show(results: Path) -> None:
         return
     path = results / "tables" / "summary.csv"
     table = Table(title=str(path), title_justify="left")
-    for column in ("model", "evaluation", "method", "budget", "kept", "stored bytes", "nats above dense", "perplexity", "KL"):
+    for column in (
+        "model",
+        "calibration",
+        "evaluation",
+        "method",
+        "budget",
+        "kept",
+        "stored bytes",
+        "nats above dense",
+        "perplexity",
+        "KL",
+    ):
         table.add_column(
-            column, justify="left" if column in ("model", "evaluation", "method", "budget") else "right", no_wrap=True
+            column,
+            justify="left" if column in ("model", "calibration", "evaluation", "method", "budget") else "right",
+            no_wrap=True,
         )
     for row in rows:
         above = f"{float(row['delta_nll']):.4f} ± {float(row['delta_nll_se']):.4f}"
         numbers = (f"{float(row['keep_bytes']):.4f}", f"{int(row['stored_bytes']):,}", above, f"{float(row['perplexity']):.2f}")
-        table.add_row(row["model"], row["evaluation"], row["method"], row["budget"], *numbers, f"{float(row['kl'] or 'nan'):.4f}")
+        table.add_row(
+            *(row[name] for name in ("model", "calibration", "evaluation", "method", "budget")),
+            *numbers,
+            f"{float(row['kl'] or 'nan'):.4f}",
+        )
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     report = results / "report.html"

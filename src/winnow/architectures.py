@@ -119,3 +119,8 @@ def group_name(group: list[Matrix]) -> str:
     layers = sorted({m.layer for m in group})
     span = f"{layers[0]:03d}" if len(layers) == 1 else f"{layers[0]:03d}-{layers[-1]:03d}"
     return ".".join([span, *dict.fromkeys(m.role for m in group)])
+
+
+def moments_file(layer: int) -> str:
+    """The name of the file that holds the statistics of a layer."""
+    return f"layer-{layer:03d}.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,11 @@ from torch import Tensor
 from winnow.architectures import group_name
 from winnow.errors import InputError
 from winnow.io import Bundle, write_manifest, write_tensors
-from winnow.models import ModelFiles
-from winnow.structures.base import Structure
+from winnow.models import TOKENIZER, ModelFiles
+from winnow.structures.base import FORMAT_VERSION, METHOD, Structure
 
-FORMAT = {"quant_method": "winnow", "format_version": 1}
 SHARD_BYTES = 4 << 30
-COPIED = (
-    "generation_config.json",
-    "tokenizer",
-    "special_tokens_map",
-    "added_tokens",
-    "vocab",
-    "merges",
-    "chat_template",
-    "spiece",
-)
+COPIED = ("generation_config.json", *TOKENIZER)
 
 
 def compress(
@@ -112,10 +103,13 @@ def write_checkpoint(
     source = files.verify()
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    config |= {"dtype": dtype, "quantization_config": {**FORMAT, "layers": layouts}}
+    config |= {
+        "dtype": dtype,
+        "quantization_config": {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": layouts},
+    }
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     for name in files.manifest["files"]:
-        if name.startswith(COPIED):
+        if any(fnmatch(name, pattern) for pattern in COPIED):
             shutil.copyfile(source / name, directory / name)
     recipe = {**recipe, **sizes, "model_dense_bytes": files.manifest["bytes"]}
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -137,7 +131,7 @@ def card(recipe: dict[str, Any]) -> str:
 | compressed | {", ".join(recipe["budget"]["targets"])} |
 | bytes of the compressed matrices | {recipe["stored_bytes"]:,} of {recipe["dense_bytes"]:,} ({share:.2%}) |
 | bytes of all weights | {recipe["model_stored_bytes"]:,} of {recipe["model_dense_bytes"]:,} |
-| written by | winnow {recipe["winnow"]}, checkpoint format {FORMAT["format_version"]} |
+| written by | winnow {recipe["winnow"]}, checkpoint format {FORMAT_VERSION} |
 
 ```python
 import winnow  # makes transformers know the format

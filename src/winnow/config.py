@@ -86,19 +86,24 @@ class Calibration(Strict):
     length: int = Field(2048, ge=2, description="tokens per window")
     seed: int = Field(0, ge=0, description="draws the windows")
     special_tokens: bool = Field(True, description="as the tokenizer does by default (a BOS in front of the text, if it has one)")
+    precision: Literal["float64", "float32"] = Field(
+        "float64", description="of products and stored moments; float32 halves the bytes and suits wide models (sums are float64)"
+    )
 
 
 class Method(Strict):
     """How matrices are replaced: a structure fitted in a metric."""
 
     structure: Structure = Field(description="what is stored instead of a matrix")
-    metric: Metric = Field(default_factory=METRICS["weights"].Options, description="which error the fit minimises")
+    metric: Metric = Field(
+        default_factory=lambda: METRICS["weights"].Options(kind="weights"), description="which error the fit minimises"
+    )
 
 
 class Allocation(Strict):
     """How a budget is spread over the matrices."""
 
-    kind: Literal["uniform"] = Field("uniform", description="uniform: the same kept share of bytes for every matrix")
+    kind: Literal["uniform"] = Field(description="uniform: the same kept share of bytes for every matrix")
 
 
 class Budget(Strict):
@@ -122,7 +127,7 @@ class Budget(Strict):
 class Recovery(Strict):
     """What is done after compression to win back quality."""
 
-    kind: Literal["none"] = Field("none", description="none: the checkpoint is evaluated as compressed")
+    kind: Literal["none"] = Field(description="none: the checkpoint is evaluated as compressed")
 
 
 class Evaluation(Strict):
@@ -213,6 +218,8 @@ def load(config: dict[str, Any], files: typing.Sequence[str | Path] = ()) -> Con
             context = detail["ctx"]
             valid = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
             message = f"there is no kind {context['tag']!r}{_nearest(context['tag'], valid)}"
+        elif detail["type"] == "union_tag_not_found":
+            message = "`kind` is missing"
         keys = _as_written(path, config)
         where = _file_of(keys, files)
         raise InputError(": ".join(filter(None, [where, ".".join(keys), message]))) from error
@@ -239,12 +246,17 @@ def _keys_at(path: list[str], config: Any) -> list[str]:
         if typing.get_origin(annotation) is dict:  # `part` is the name of a preset
             annotation = typing.get_args(annotation)[1]
         elif typing.get_origin(annotation) in (typing.Union, types.UnionType):  # `part` is a tag
-            annotation = next(o for o in typing.get_args(annotation) if o.model_fields["kind"].default == part)
-        else:
+            annotation = next(o for o in typing.get_args(annotation) if _kind(o) == part)
+        elif part != _kind(annotation):  # a union of one kind has its tag in the path too
             annotation = annotation.model_fields[part].annotation
         if typing.get_origin(annotation) is Annotated:
             annotation = typing.get_args(annotation)[0]
     return list(annotation.model_fields)
+
+
+def _kind(model: type[BaseModel]) -> str | None:
+    """The one value that a model's `kind` can have."""
+    return typing.get_args(model.model_fields["kind"].annotation)[0] if "kind" in model.model_fields else None
 
 
 def _file_of(keys: list[str], files: typing.Sequence[str | Path]) -> str:

@@ -231,7 +231,7 @@ def build(folder: Path, train: str, evaluation: str, spec: dict) -> None:
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     nll, scored = heldout_nll(model.float(), streams["evaluation"], training.length)
-    train_nll, _ = heldout_nll(model, streams["train"][: len(streams["evaluation"])], training.length)
+    train_nll, _ = heldout_nll(model, streams["train"], training.length)
     facts = {
         **asdict(training),
         "python": platform.python_version(),

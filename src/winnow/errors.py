@@ -3,3 +3,8 @@
 
 class InputError(ValueError):
     """What is wrong, where (file, key or layer) and what to do, in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from winnow.architectures import Matrix, group_name
+from winnow.architectures import Matrix, group_name, moments_file
 from winnow.errors import InputError
 from winnow.io import Bundle
 from winnow.metrics import Metric
@@ -20,13 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def shard_of(groups: list[list[Matrix]], shard: str) -> list[list[Matrix]]:
-    """The groups of one job: shard `2-of-8` takes every eighth group, from the second on."""
+    """The groups of one job: shard `2-of-8` takes the second eighth of them, so that it reads the files of few layers."""
     index, total = (int(part) for part in shard.split("-of-"))
-    return groups[index - 1 :: total]
-
-
-def moments_file(layer: int) -> str:
-    return f"layer-{layer:03d}.safetensors"
+    return groups[len(groups) * (index - 1) // total : len(groups) * index // total]
 
 
 def fit_groups(
@@ -41,18 +37,19 @@ def fit_groups(
     for number, group in enumerate(groups):
         began = time.monotonic()
         sites: dict[str, dict[str, Tensor]] = {}
+        precision = torch.finfo(torch.float64).eps
         if metric.needs:
             assert moments is not None
             for matrix in group:
                 if matrix.layer not in cached:
                     cached = {matrix.layer: moments.tensors(moments_file(matrix.layer))}
-                sites[matrix.site] = {
-                    need: cached[matrix.layer][f"{matrix.site}.{need}"].double().to(device) for need in metric.needs
-                }
+                found = {need: cached[matrix.layer][f"{matrix.site}.{need}"] for need in metric.needs}
+                precision = max(torch.finfo(value.dtype).eps for value in found.values())
+                sites[matrix.site] = {need: value.double().to(device) for need, value in found.items()}
         weights = {matrix.role: files.weight(matrix).to(device) for matrix in group}
         name = group_name(group)
         try:
-            fit = structure.fit(Problem(weights, sites, metric), structure.largest(group))
+            fit = structure.fit(Problem(weights, sites, metric, precision), structure.largest(group))
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
             raise InputError(f"{group[0].module}: {error}") from error
         kept = float(1 - fit.error[-1] / fit.error[0]) if fit.error[0] > 0 else 1.0

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from winnow.architectures import ROLES
@@ -23,7 +24,8 @@ plt.rcParams.update(
 
 
 def _style(index: int) -> dict:
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    dashes = ["-", "--", ":", "-."][index // len(COLOURS) % 4]
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": dashes}
 
 
 def _grid(count: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list]:
@@ -37,29 +39,41 @@ def _grid(count: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, 
 
 
 def frontier(summary: pd.DataFrame) -> Figure:
-    """Increase of the loss over the dense model against kept bytes; one panel per model, evaluation and targets."""
+    """Increase of the loss over the dense model against kept bytes; a panel per model, evaluation and targets, a line per
+    method (and per calibration and recovery, where there are several)."""
     cells = summary[summary["method"] != "dense"]
+    several = [name for name in ("calibration", "recovery") if cells[name].nunique() > 1]
+    cells = cells.assign(line=cells[["method", *several]].agg(", ".join, axis=1))
+    lines = list(dict.fromkeys(cells["line"]))
     panels = list(cells.groupby(["model", "evaluation", "targets"], sort=False))
     figure, axes = _grid(len(panels))
-    methods = list(dict.fromkeys(cells["method"]))
     for axis, ((model, evaluation, targets), panel) in zip(axes, panels, strict=True):
-        dense = summary[(summary["method"] == "dense") & (summary["model"] == model) & (summary["evaluation"] == evaluation)]
-        for method, rows in panel.groupby("method", sort=False):
-            mean = (
-                rows.groupby("budget", sort=False)[["keep_bytes", "delta_nll", "delta_nll_se"]].mean().sort_values("keep_bytes")
-            )
+        same = (summary["method"] == "dense") & (summary["model"] == model) & (summary["evaluation"] == evaluation)
+        for line, rows in panel.groupby("line", sort=False):
+            rows = rows.sort_values("keep_bytes")
             axis.errorbar(
-                mean["keep_bytes"], mean["delta_nll"], yerr=2 * mean["delta_nll_se"], label=method,
-                linewidth=1.2, markersize=4.5, capsize=2, **_style(methods.index(method)),
+                rows["keep_bytes"], rows["delta_nll"], yerr=2 * rows["delta_nll_se"], label=line,
+                linewidth=1.2, markersize=4.5, capsize=2, **_style(lines.index(str(line))),
             )  # fmt: skip
         axis.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
         axis.set_title(f"{model}: {str(targets).replace('+', ' + ')}", fontsize=9)
         axis.set_xlabel("bytes kept of the compressed matrices (share)")
-        axis.set_ylabel(f"loss above dense (nats per token)\ndense: {dense['nll'].iloc[0]:.3f} nats, {evaluation}", fontsize=8)
+        dense = summary.loc[same, "nll"].iloc[0]
+        axis.set_ylabel(f"loss above dense (nats per token)\ndense: {dense:.3f} nats, {evaluation}", fontsize=8)
         axis.invert_xaxis()
-    if axes:
-        axes[0].legend(frameon=False, fontsize=8, title="bars: 2 standard errors", title_fontsize=7)
+    _legend(figure, axes, "bars: 2 standard errors")
     return figure
+
+
+def _legend(figure: Figure, axes: list, title: str | None = None) -> None:
+    """One legend of all panels, each label once."""
+    labels: dict[str, Artist] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    figure.legend(
+        labels.values(), labels.keys(), frameon=False, fontsize=8, loc="outside right center", title=title, title_fontsize=7
+    )
 
 
 def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
@@ -80,8 +94,7 @@ def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
         axis.set_title(f"{model.rpartition('-')[0]}, {method.rpartition('-')[0]} (metric: {frame['metric'].iloc[0]})", fontsize=9)
         axis.set_xlabel("layer")
         axis.set_ylabel("k95 (share of the smaller side)")
-    if axes:
-        figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
+    _legend(figure, axes)
     return figure
 
 

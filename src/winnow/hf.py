@@ -19,12 +19,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from winnow.errors import InputError
-from winnow.modules import replace_module
 from winnow.naming import canonical_names
 from winnow.structures import STRUCTURES
-
-FORMAT_VERSION = 1
-METHOD = "winnow"
+from winnow.structures.base import FORMAT_VERSION, METHOD
 
 
 class WinnowConfig(QuantizationConfigMixin):
@@ -61,9 +58,15 @@ class WinnowQuantizer(HfQuantizer):
                 raise InputError(f"the checkpoint's config names {name}, which {type(model).__name__} does not have") from error
             with torch.device("meta"):
                 module = STRUCTURES[layout["kind"]].module(layout, bias=getattr(dense, "bias", None) is not None)
-            replace_module(model, name, module)
-        if checkpoint_files:
-            _check_tensors(model, checkpoint_files)
+            _replace_module(model, name, module)
+        if checkpoint_files is None:
+            raise InputError(
+                "this transformers does not say which files it loads, so they cannot be checked; upgrade transformers"
+            )
+        _check_tensors(model, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        model.is_quantized = False  # nothing is: `.half()` and `.to(dtype)` work as on any model
 
     def is_serializable(self) -> bool:
         return True
@@ -75,6 +78,12 @@ class WinnowQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _replace_module(model: Any, name: str, module: Any) -> None:
+    """Put `module` in the place of the submodule called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _check_tensors(model: Any, files: list[str]) -> None:
@@ -93,6 +102,8 @@ def _check_tensors(model: Any, files: list[str]) -> None:
                 shape = stream.get_slice(key).get_shape()
                 if shape != expected[name]:
                     raise InputError(f"{file}: {key} has shape {shape}, the config says {expected[name]}")
+                if name in found:
+                    raise InputError(f"{file}: the tensor {name} is stored twice; the checkpoint is damaged")
                 found.add(name)
     for name in sorted(set(expected) - found - set(model.all_tied_weights_keys)):
         raise InputError(f"{files[0]}: the tensor {name} is missing; the checkpoint is damaged or was renamed")

@@ -14,10 +14,11 @@ def square_root(gram: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def leading_directions(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def leading_directions(weight: Tensor, columns: Tensor, precision: float = EPSILON) -> tuple[Tensor, Tensor, Tensor]:
     """Directions that solve min over rank(B) <= k of ||(W - B) C^{1/2}||_F for every k at once.
 
-    `weight` (m, n) and `columns`, the metric C as its diagonal (n,) or in full (n, n), are float64. Returns
+    `weight` (m, n) and `columns`, the metric C as its diagonal (n,) or in full (n, n), are float64; `precision` is the
+    relative rounding error that a full C was computed with. Returns
 
     * U (m, K) with orthonormal columns, K = min(m, n): the solution of rank k is U_k (U_k^T W);
     * the singular values (K,) of W C^{1/2}, falling;
@@ -33,7 +34,8 @@ def leading_directions(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor,
     for name, value in (("the weight", weight), ("the metric", columns)):
         if not torch.isfinite(value).all():
             raise FloatingPointError(f"{name} is not finite")
-    noise = max(m, n) * EPSILON  # squared singular values below this share of the largest are rounding noise
+    # Squared singular values below this share of the largest are rounding noise of the metric or of the eigensolver.
+    noise = max(m, n) * EPSILON + (16 * precision if precision > EPSILON else 0)
     if columns.dim() == 1:
         scaled = weight * columns.clamp(min=0).sqrt()
         u, s, _ = torch.linalg.svd(scaled, full_matrices=False)
@@ -60,7 +62,6 @@ def _complete(u: Tensor, weight: Tensor, width: int) -> Tensor:
         return u
     rest = weight - u @ (u.T @ weight)
     extra = torch.linalg.svd(rest, full_matrices=False).U[:, :missing]
-    # Where the rest has no more directions, SVD fills up with vectors that may lie in the span of u: project, twice.
-    for _ in range(2):
-        extra = torch.linalg.qr(extra - u @ (u.T @ extra)).Q
-    return torch.cat([u, extra], dim=1)
+    # Where the rest has no more directions, SVD fills up with vectors that may lie in the span of u. Householder QR keeps
+    # the span of every leading block and gives orthonormal columns all the same.
+    return torch.linalg.qr(torch.cat([u, extra], dim=1)).Q

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers for computation: strictly, and without a network."""
+"""Loading models for computation: strictly, and without a network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import winnow.hf  # noqa: F401 - registers the loader of compressed checkpoints, and makes it part of the fingerprint
@@ -18,17 +18,14 @@ logging.disable_progress_bar()  # a bar per model says nothing in a log
 def load_model(directory: Path | str, dtype: str, device: str) -> PreTrainedModel:
     """The causal language model of a directory, dense or compressed, with no random weight in it.
 
-    Raises InputError if a tensor is missing, unexpected or of another shape.
+    Raises InputError if a tensor is missing or of another shape. (Unexpected ones are refused at retrieval for a dense model,
+    and by the loader of checkpoints for a compressed one.)
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
+        directory, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, use_safetensors=True
     )
     model, report = loaded
-    for problem in ("missing_keys", "mismatched_keys"):
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report[problem]:
             raise InputError(f"{directory}: {problem.replace('_', ' ')}: {sorted(report[problem])[0]}")
     return model.to(device).eval()
-
-
-def load_tokenizer(directory: Path | str) -> Any:
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)

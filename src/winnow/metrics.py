@@ -6,7 +6,7 @@ A metric returns C as a vector (its diagonal) or as a full matrix (n, n); the sc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +30,10 @@ class Metric(ABC):
     def __init__(self, options: MetricOptions):
         self.options = options
 
+    @classmethod
+    def kind(cls) -> str:
+        return get_args(cls.Options.model_fields["kind"].annotation)[0]
+
     @abstractmethod
     def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
         """C: (n,) if diagonal, (n, n) if full; float64, positive semi-definite."""
@@ -41,7 +45,7 @@ class Weights(Metric):
     reference = "Eckart and Young 1936"
 
     class Options(MetricOptions):
-        kind: Literal["weights"] = "weights"
+        kind: Literal["weights"]
 
     def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
         return weight.new_ones(weight.shape[1])
@@ -53,7 +57,7 @@ class WeightNorm(Metric):
     reference = "HyperTensor Paper VII (weight-norm proxy)"
 
     class Options(MetricOptions):
-        kind: Literal["weight_norm"] = "weight_norm"
+        kind: Literal["weight_norm"]
 
     def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
         return weight.square().sum(dim=0)
@@ -66,7 +70,7 @@ class MeanAbs(Metric):
     needs = ("mean_abs",)
 
     class Options(MetricOptions):
-        kind: Literal["mean_abs"] = "mean_abs"
+        kind: Literal["mean_abs"]
         alpha: float = Field(0.5, gt=0, le=2, description="exponent of the mean absolute input")
 
     def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
@@ -80,13 +84,13 @@ class Gram(Metric):
     needs = ("gram",)
 
     class Options(MetricOptions):
-        kind: Literal["gram"] = "gram"
+        kind: Literal["gram"]
 
     def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
         return site["gram"]
 
 
-METRICS: dict[str, type[Metric]] = {cls.Options.model_fields["kind"].default: cls for cls in (Weights, WeightNorm, MeanAbs, Gram)}
+METRICS: dict[str, type[Metric]] = {cls.kind(): cls for cls in Metric.__subclasses__()}
 
 
 def metric_of(spec: dict) -> Metric:

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*")
-WANTED = [*WEIGHTS, *TOKENIZER]
+DESCRIBING = (*CONFIGS, *TOKENIZER)
+WANTED = ["model*.safetensors", *DESCRIBING]  # of a hub repository
 
 
 def model_files(directory: Path | str) -> list[Path]:
@@ -27,11 +28,25 @@ def model_files(directory: Path | str) -> list[Path]:
         raise InputError(f"{directory}: there is no such model directory; check `source`, or give a `revision` for a hub id")
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: no config.json; a model directory in Hugging Face layout is needed")
-    if not list(directory.glob("*.safetensors")):
+    weights = weight_files(directory)
+    others = {p for pattern in DESCRIBING for p in directory.glob(pattern)}
+    return sorted({*weights, *others})
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that transformers reads: `model.safetensors`, or those that its index names."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(directory.glob(pattern))]
         seen = f" ({', '.join(pickles)} is a pickle file, which can run code and is refused)" if pickles else ""
-        raise InputError(f"{directory}: no *.safetensors{seen}; convert the weights with save_pretrained")
-    return sorted({p for pattern in WANTED for p in directory.glob(pattern)})
+        raise InputError(f"{directory}: no model.safetensors and no index of it{seen}; convert the weights with save_pretrained")
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or not (directory / name).is_file():
+            raise InputError(f"{index}: names {name!r}, which is no safetensors file of this directory")
+    return [directory / name for name in names]
 
 
 def tensor_bytes(record: dict[str, Any]) -> int:

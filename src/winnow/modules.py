@@ -1,4 +1,4 @@
-"""The modules that a compressed checkpoint is made of, and how they replace dense ones."""
+"""The modules that a compressed checkpoint is made of."""
 
 from __future__ import annotations
 
@@ -21,9 +21,3 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(self.right(x))
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the submodule called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

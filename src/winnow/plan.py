@@ -40,8 +40,23 @@ STAGES: dict[str, tuple[str, ...]] = {
     "tables": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
+    "demo_texts": (),
+    "demo_model": HUGGING_FACE,
 }
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
+DEMO_MODEL = {  # the recipe of resources/models/demo
+    "vocab_size": 1024,
+    "shape": {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    },
+    "training": {"steps": 800, "batch": 16, "length": 256, "rate": 0.003, "decay": 0.5, "seed": 0},
+}
 EXECUTION = {"shards"}  # options that say how a job runs; they are in no label
 
 
@@ -67,15 +82,15 @@ class Plan:
         self.names: dict[str, dict[str, str]] = {}
         for section in ("models", "texts", "calibrations", "methods", "budgets", "recoveries", "evaluations"):
             presets: dict[str, Strict] = getattr(config, section)
-            self.labels[section] = {name: self._label(name, preset) for name, preset in presets.items()}
+            self.labels[section] = {name: self._label(section, name, preset) for name, preset in presets.items()}
             self.names[section] = {label: name for name, label in self.labels[section].items()}
         self.cells = self._cells()
 
-    def _label(self, name: str, preset: Strict) -> str:
+    def _label(self, section: str, name: str, preset: Strict) -> str:
         content = preset.model_dump(exclude_defaults=True, exclude=EXECUTION, mode="json")
         if "text" in content:  # the text itself, not what it is called
             content["text"] = self.config.texts[content["text"]].model_dump(exclude_defaults=True, mode="json")
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([section, content], sort_keys=True).encode()).hexdigest()
         return f"{name}-{digest[:6]}"
 
     def _cells(self) -> list[Cell]:
@@ -150,7 +165,10 @@ class Plan:
         """Digests of the stage's script and of every project module that it reaches."""
         entries = [f"{stage}.py"]
         if "method" in wildcards:
-            entries.append(f"winnow.structures.{self.preset('methods', wildcards['method']).structure.kind}")
+            method = self.preset("methods", wildcards["method"])
+            entries.append(f"winnow.structures.{method.structure.kind}")
+            if stage == "factorize":
+                entries.append(f"winnow.metrics:{METRICS[method.metric.kind].__name__}")
         return list(self.code.fingerprint(*entries))
 
     def versions(self, stage: str) -> dict[str, str]:
@@ -166,13 +184,14 @@ class Plan:
     def _spec_tokenize(self, w: dict[str, str]) -> dict[str, Any]:
         section = "calibrations" if w["windows"] in self.names["calibrations"] else "evaluations"
         preset = self.preset(section, w["windows"])
-        windows = preset.model_dump(exclude={"text", "compare"})
+        windows = preset.model_dump(exclude={"text", "compare", "precision"})
         if section == "evaluations":
             windows["version"] = PROTOCOLS[preset.protocol].version
         return {"kind": section, "join": self.config.texts[preset.text].join, **windows}
 
     def _spec_collect_statistics(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"dtype": self.preset("models", w["model"]).dtype}
+        precision = self.preset("calibrations", w["calibration"]).precision
+        return {"dtype": self.preset("models", w["model"]).dtype, "precision": precision}
 
     def _method(self, w: dict[str, str]) -> dict[str, Any]:
         method = self.preset("methods", w["method"])
@@ -212,6 +231,9 @@ class Plan:
         recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
         dtype = self.preset("models", w["model"]).dtype
         return {**spec, **recovery, "dtype": dtype, "protocol_version": rule.version, "rule": rule.rule}
+
+    def _spec_demo_model(self, w: dict[str, str]) -> dict[str, Any]:
+        return DEMO_MODEL
 
     def _spec_report(self, w: dict[str, str]) -> dict[str, Any]:
         return {"template": file_digest(TEMPLATE), "cells": len(self.cells)}

@@ -24,6 +24,20 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
     return tree
 
 
+def _without_type_imports(tree: ast.Module) -> ast.Module:
+    """Without `if TYPE_CHECKING:` blocks, which never run."""
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING" and not n.orelse)]
+    return tree
+
+
+def _without_siblings(tree: ast.Module, kept: str) -> ast.Module:
+    """Without the classes that share a base class with the class `kept`: one metric does not depend on another."""
+    classes = {n.name: {ast.unparse(b) for b in n.bases} for n in tree.body if isinstance(n, ast.ClassDef)}
+    dropped = {name for name, bases in classes.items() if name != kept and bases & classes[kept]}
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.ClassDef) and n.name in dropped)]
+    return tree
+
+
 class CodeTracker:
     """Fingerprints of the scripts below `root`/scripts and of the package modules they reach by import statements."""
 
@@ -35,9 +49,11 @@ class CodeTracker:
         return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
 
     @cache  # noqa: B019 - one tracker lives as long as the process
-    def _parse(self, path: Path, module: str) -> tuple[str, frozenset[str]]:
+    def _parse(self, path: Path, module: str, only: str) -> tuple[str, frozenset[str]]:
         """(digest of the code without comments and docstrings, project modules that it imports)."""
-        tree = ast.parse(path.read_bytes())
+        tree = _without_type_imports(ast.parse(path.read_bytes()))
+        if only:
+            tree = _without_siblings(tree, only)
         found: set[str] = set()
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
@@ -54,8 +70,12 @@ class CodeTracker:
 
     @cache  # noqa: B019
     def fingerprint(self, *entries: str) -> tuple[str, ...]:
-        """Sorted `name digest` lines of the entries (script names ending in .py, or modules) and all that they reach."""
-        todo, lines = list(entries), {}
+        """Sorted `name digest` lines of the entries and all that they reach.
+
+        An entry is a script name ending in .py, a module, or `module:Class`: that module counts without the class's siblings.
+        """
+        only = dict(entry.split(":") for entry in entries if ":" in entry)
+        todo, lines = [entry.split(":")[0] for entry in entries], {}
         while todo:
             name = todo.pop()
             if name in lines:
@@ -69,7 +89,7 @@ class CodeTracker:
                 todo += [parent] if parent else []  # importing a module runs the packages above it
             if path is None:  # a name imported from a module, not a module
                 continue
-            digest, imported = self._parse(path, module)
+            digest, imported = self._parse(path, module, only.get(name, ""))
             lines[name] = digest
             todo += sorted(imported)
         return tuple(f"{name} {digest}" for name, digest in sorted(lines.items()))

@@ -26,8 +26,12 @@ def render(summary: pd.DataFrame, figures: dict[str, str], results: list[dict[st
             budgets = [_against_best(cells, results) for _, cells in block.groupby("budget", sort=False)]
             blocks.append((targets, [row for cells in budgets for row in cells]))
         groups.append({"model": model, "evaluation": evaluation, "dense": dense.to_dict(), "source": protocol, "blocks": blocks})
+    compressed = summary[summary["method"] != "dense"]
+    several = [name for name in ("calibration", "recovery") if compressed[name].nunique() > 1]
     template = environment.get_template("report.html.j2")
-    return template.render(groups=groups, figures={k: _inline(k, v) for k, v in figures.items()}, overlaps=overlaps)
+    return template.render(
+        groups=groups, several=several, figures={k: _inline(k, v) for k, v in figures.items()}, overlaps=overlaps
+    )
 
 
 def _against_best(cells: pd.DataFrame, results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from winnow.errors import InputError
+from winnow.architectures import matrices_of
+from winnow.errors import InputError, first_line
 from winnow.io import file_digest
-from winnow.models import WANTED, model_files, tensor_bytes
+from winnow.models import BYTES, WANTED, model_files, tensor_bytes, weight_files
 from winnow.naming import canonical_names
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def fetch(source: str, revision: str | None, cache: Path | None = None) -> Path:
         return Path(snapshot_download(source, revision=revision, cache_dir=cache, allow_patterns=WANTED))
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise InputError(
-            f"{source}@{revision[:8]}: neither in the local hub cache nor to be downloaded ({type(error).__name__}); "
+            f"{source}@{revision[:8]}: neither in the local hub cache nor to be downloaded ({first_line(error)}); "
             "run `snakemake prefetch` where there is a network"
         ) from error
 
@@ -44,14 +45,19 @@ def describe(directory: Path) -> dict[str, Any]:
     missing, unexpected, of another shape than the config says, or not finite (with its name).
     """
     files = model_files(directory)
-    config = AutoConfig.from_pretrained(directory)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{directory / 'config.json'}: not the config of a causal language model: {first_line(error)}"
+        ) from error
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = {t: s for t, s in model.all_tied_weights_keys.items() if t in expected}
     name_of = canonical_names(model)
     tensors: dict[str, dict[str, Any]] = {}
-    for path in (p for p in files if p.suffix == ".safetensors"):
+    for path in weight_files(directory):
         try:
             with safe_open(path, framework="pt") as stream:
                 for key in stream.keys():
@@ -59,21 +65,32 @@ def describe(directory: Path) -> dict[str, Any]:
                     if name is None:
                         log.info("%s: %s is not used by %s", path.name, key, type(model).__name__)
                         continue
+                    if name in tensors:
+                        raise InputError(f"{path}: {key} and {tensors[name]['key']} are both {name}; remove one of them")
+                    dtype = stream.get_slice(key).get_dtype()
+                    if dtype not in BYTES:
+                        raise InputError(f"{path}: {key} is stored as {dtype}; winnow reads {', '.join(BYTES)}")
                     tensor = stream.get_tensor(key)
                     if list(tensor.shape) != expected[name]:
                         raise InputError(f"{path}: {key} has shape {list(tensor.shape)}, the config says {expected[name]}")
                     if not torch.isfinite(tensor).all():
                         count = int((~torch.isfinite(tensor)).sum())
                         raise InputError(f"{path}: {key} holds {count} values that are not finite; the weights are damaged")
-                    dtype = stream.get_slice(key).get_dtype()
                     tensors[name] = {"file": path.name, "key": key, "dtype": dtype, "shape": list(tensor.shape)}
         except SafetensorError as error:
             raise InputError(f"{path}: not a whole safetensors file ({error})") from error
-    for target in [t for t, s in tied.items() if t in tensors and s in tensors]:
-        del tensors[target]  # stored twice in the file, once in the model
+    for target, source in tied.items():
+        if target in tensors and source in tensors:
+            if not torch.equal(*(_stored(directory, tensors[name]) for name in (target, source))):
+                raise InputError(
+                    f"{directory}: the config ties {target} to {source}, but the file holds two different tensors; "
+                    "set tie_word_embeddings to false in config.json, or remove one of them"
+                )
+            del tensors[target]  # stored twice in the file, once in the model
     missing = sorted(set(expected) - set(tensors) - set(tied))
     if missing:
         raise InputError(f"{directory}: {missing[0]} is missing from the weights ({len(missing)} tensors are)")
+    matrices_of(config.model_type, tensors)  # an unknown family is refused here, before any work
     return {
         "directory": str(directory),
         "model_type": config.model_type,
@@ -83,3 +100,8 @@ def describe(directory: Path) -> dict[str, Any]:
         "tensors": dict(sorted(tensors.items())),
         "bytes": sum(tensor_bytes(t) for t in tensors.values()),
     }
+
+
+def _stored(directory: Path, record: dict[str, Any]) -> torch.Tensor:
+    with safe_open(directory / record["file"], framework="pt") as stream:
+        return stream.get_tensor(record["key"])

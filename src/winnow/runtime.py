@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from winnow.errors import InputError
+from winnow.errors import InputError, first_line
 from winnow.io import file_digest
 
 
@@ -33,12 +33,12 @@ def start_job(snakemake: Any) -> Job:
 
     def show(kind, error, trace):
         if issubclass(kind, InputError):
-            line = f"winnow: {rule}: {error}"
+            line = f"winnow: {rule}: {first_line(error)}"
         elif issubclass(kind, OSError) and error.errno is not None:
             line = f"winnow: {rule}: {error.strerror}: {error.filename}; nothing was written, run snakemake again after curing it"
         else:
             logging.error("".join(traceback.format_exception(kind, error, trace)))
-            line = f"winnow: {rule}: {kind.__name__}: {error} (traceback in {log})"
+            line = f"winnow: {rule}: {kind.__name__}: {first_line(error)} (traceback in {log})"
         logging.error(line)
         print(line, file=sys.stderr)
 
@@ -56,14 +56,14 @@ def start_job(snakemake: Any) -> Job:
 
 def _device(snakemake: Any) -> str:
     """`cuda` where the job was given a GPU and there is one, else `cpu`; sets the threads. No torch where none is used."""
-    if not snakemake.resources.get("gpu"):
-        os.environ.setdefault("OMP_NUM_THREADS", str(snakemake.threads))
+    gpu = bool(snakemake.resources.get("gpu"))
+    if not gpu and "torch" not in sys.modules:
         return "cpu"
     import torch
 
     torch.set_num_threads(snakemake.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
     logging.info("device %s, %d threads", device, snakemake.threads)
     return device

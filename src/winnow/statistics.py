@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Moments:
-    """Sums over tokens (not sequences) of the inputs x (n,) of one site, float64."""
+    """Sums over tokens (not sequences) of the inputs x (n,) of one site, float64; products are made in `precision`."""
 
+    precision: torch.dtype
     count: int
     gram: Tensor  # (n, n): sum x x^T
     total: Tensor  # (n,): sum x
@@ -34,14 +35,13 @@ class Moments:
     active: Tensor  # (n,): how often x > 0
 
     @classmethod
-    def empty(cls, width: int, device: str = "cpu") -> Moments:
+    def empty(cls, width: int, precision: torch.dtype, device: str = "cpu") -> Moments:
         zeros = torch.zeros(5, width, dtype=torch.float64, device=device)
-        return cls(0, torch.zeros(width, width, dtype=torch.float64, device=device), *zeros[:4].clone().unbind())
+        return cls(precision, 0, torch.zeros(width, width, dtype=torch.float64, device=device), *zeros[:4].clone().unbind())
 
     def accumulate(self, x: Tensor) -> None:
-        """Add inputs x (..., n). Products are float32 (float64 for float64 inputs), sums are float64."""
-        x = x.detach().reshape(-1, x.shape[-1])
-        x = x if x.dtype == torch.float64 else x.float()
+        """Add inputs x (..., n)."""
+        x = x.detach().reshape(-1, x.shape[-1]).to(self.precision)
         self.count += len(x)
         self.gram += x.T @ x
         self.total += x.sum(0, dtype=torch.float64)
@@ -51,6 +51,7 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         return Moments(
+            self.precision,
             self.count + other.count,
             self.gram + other.gram,
             self.total + other.total,
@@ -60,7 +61,7 @@ class Moments:
         )
 
     def finish(self) -> dict[str, Tensor]:
-        """Per-token means, float32: gram (second moment), mean, mean_abs, rms, max_abs, active; and count (int64)."""
+        """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active; and count (int64)."""
         n = self.count
         gram = self.gram / n
         means = {
@@ -71,12 +72,12 @@ class Moments:
             "max_abs": self.largest,
             "active": self.active / n,
         }
-        return {**{k: v.float().cpu() for k, v in means.items()}, "count": torch.tensor(n)}
+        return {**{k: v.to(self.precision).cpu() for k, v in means.items()}, "count": torch.tensor(n)}
 
 
 @torch.no_grad()
 def collect(
-    model: PreTrainedModel, matrices: list[Matrix], windows: Tensor, batch: int
+    model: PreTrainedModel, matrices: list[Matrix], windows: Tensor, batch: int, precision: torch.dtype
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Yield (layer, {site: statistics}) after one pass of `windows` (count, length) through the model.
 
@@ -95,7 +96,7 @@ def collect(
     for matrix in matrices:
         key = (matrix.layer, matrix.site)
         if key not in sites:
-            sites[key] = Moments.empty(matrix.shape[1], str(device))
+            sites[key] = Moments.empty(matrix.shape[1], precision, str(device))
             hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(watch(key)))
     try:
         for start in every(range(0, len(windows), batch), "calibration batches"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from winnow.errors import InputError
+from winnow.errors import InputError, first_line
 
 SHINGLE = 24  # words: long enough that two documents share one only where they share text
 MOST_SHARED = 0.01
@@ -22,6 +22,10 @@ def read_rows(spec: dict[str, Any]) -> list[str]:
     else:
         rows = [row for file in spec["files"] for row in _file_rows(Path(file), spec)]
     chosen = rows[spec["start"] : spec["stop"]]
+    for number, row in enumerate(chosen, spec["start"]):
+        if not isinstance(row, str):
+            where = spec["dataset"] or ", ".join(spec["files"])
+            raise InputError(f"{where}: row {number} holds {type(row).__name__}, not text, in column {spec['column']!r}")
     if not any(row.strip() for row in chosen):
         where = spec["dataset"] or ", ".join(spec["files"])
         raise InputError(f"{where}: no text in rows {spec['start']} to {spec['stop'] or len(rows)} (it has {len(rows)} rows)")
@@ -36,14 +40,18 @@ def _file_rows(path: Path, spec: dict[str, Any]) -> list[str]:
             import pyarrow.parquet as pq
 
             return pq.read_table(path, columns=[spec["column"]])[spec["column"]].to_pylist()
-        content = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8", newline="") as stream:  # as it is: a line ends at a line feed and nowhere else
+            content = stream.read()
         if spec["format"] == "jsonl":
-            return [json.loads(line)[spec["column"]] for line in content.splitlines() if line]
+            return [json.loads(line)[spec["column"]] for line in content.split("\n") if line.strip()]
         if spec["format"] == "lines":
-            return ["" if not line.strip() else line for line in content.splitlines(keepends=True)]
+            lines = [line + "\n" for line in content.split("\n")]
+            lines[-1] = lines[-1][:-1]
+            return ["" if not line.strip() else line for line in (lines if lines[-1] else lines[:-1])]
         return content.split(spec["separator"]) if spec["separator"] else [content]
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: not readable as {spec['format']} with column {spec['column']!r} ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{spec['format']} with column {spec['column']!r}" if spec["format"] in ("jsonl", "parquet") else spec["format"]
+        raise InputError(f"{path}: not readable as {what} ({first_line(error)})") from error
 
 
 def _hub_rows(spec: dict[str, Any]) -> list[str]:
@@ -53,8 +61,11 @@ def _hub_rows(spec: dict[str, Any]) -> list[str]:
         data = load_dataset(spec["dataset"], spec["subset"], split=spec["split"], revision=spec["revision"])
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise InputError(
-            f"{spec['dataset']}: neither cached nor to be downloaded ({error}); run `snakemake prefetch` where there is a network"
+            f"{spec['dataset']}: neither cached nor to be downloaded ({first_line(error)}); "
+            "run `snakemake prefetch` where there is a network"
         ) from error
+    if spec["column"] not in data.column_names:
+        raise InputError(f"{spec['dataset']}: no column {spec['column']!r}; it has {', '.join(data.column_names)}")
     return list(data[spec["column"]])
 
 

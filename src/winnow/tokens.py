@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from winnow.errors import InputError
+from winnow.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,16 @@ PROTOCOLS = {
     ),
     "plain": Protocol(1, False, False, False, "As p1, but no special token is ever added."),
 }  # fmt: skip
+
+
+def load_tokenizer(directory: Path | str) -> Any:
+    """The tokenizer of a model directory. Raises InputError if it has none that can be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory}: no usable tokenizer: {first_line(error)}") from error
 
 
 def encode(tokenizer: Any, text: str, special_tokens: bool) -> np.ndarray:

@@ -95,6 +95,13 @@ def test_save_load_save_is_stable_and_generates(checkpoint, tmp_path):
     assert model.generate(IDS[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 7)
 
 
+def test_dtype_changes_as_for_any_model(checkpoint):
+    model = load_model(checkpoint, "float32", "cpu")
+    assert model.half().dtype == torch.float16
+    assert model.float().dtype == torch.float32
+    assert model.to(torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_more_bytes_lose_less(saved_llama, tmp_path):
     dense = logits(load_model(saved_llama, "float32", "cpu"))
     folders = [build(saved_llama, tmp_path / str(keep), ["ffn", "attention"], keep) for keep in (0.3, 0.9)]

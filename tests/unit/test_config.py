@@ -50,6 +50,8 @@ MISTAKES = [
     ),
     (lambda c: c.update(methds={}), "methds: unknown key; did you mean 'methods'?"),
     (lambda c: c["methods"]["asvd"]["metric"].update(alhpa=1), "methods.asvd.metric.alhpa: unknown key; did you mean 'alpha'?"),
+    (lambda c: c["methods"]["asvd"]["structure"].update(rnk=1), "methods.asvd.structure.rnk: unknown key; valid: kind"),
+    (lambda c: c["methods"]["asvd"].update(metric={"knd": "gram"}), "methods.asvd.metric: `kind` is missing"),
     (lambda c: c["methods"]["asvd"]["metric"].update(kind="gramm"), "there is no kind 'gramm'; did you mean 'gram'?"),
     (lambda c: c["experiments"]["demo"].update(methods=["whitned"]), "there is no 'whitned'; did you mean 'whitened'?"),
     (lambda c: c["calibrations"]["demo"].update(text="demo_calibraton"), "did you mean 'demo_calibration'?"),

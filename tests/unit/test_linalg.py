@@ -129,6 +129,33 @@ def test_scales_over_eight_orders_of_magnitude():
         )
 
 
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(1, 6), st.booleans(), st.integers(0, 10**6))
+def test_rank_deficient_weights(shape, rank, full, seed):
+    """Zero rows and low rank: the directions stay orthonormal, and every rank beyond gives W back."""
+    weight = random((shape[0], rank), seed) @ random((rank, shape[1]), seed + 1)
+    weight[: shape[0] // 2] = 0
+    columns = gram_of(random((shape[1], 50), seed + 2)) if full else random((shape[1],), seed + 2).square() + 0.1
+    u, _, error = leading_directions(weight, columns)
+    torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1], dtype=torch.float64), atol=1e-10, rtol=0)
+    scale = float(weight.square().sum())
+    for k in range(rank, min(shape) + 1):
+        assert float((weight - approximation(weight, u, k)).square().sum()) <= 1e-18 * scale
+        assert float(error[k]) <= 1e-12 * float(error[0])
+
+
+def test_statistics_in_float32_leave_the_noise_to_the_weights():
+    """A Gram of 20 tokens stored in float32: rank 30 is as good in the weights as with the exact Gram."""
+    weight, x = random((64, 128), 1), random((128, 20), 2)
+    exact = gram_of(x)
+    errors = []
+    for gram, precision in ((exact, 2.0**-52), (exact.float().double(), 2.0**-23)):
+        u, _, _ = leading_directions(weight, gram, precision)
+        assert output_error(weight, approximation(weight, u, 30), exact) <= 1e-5 * output_error(weight, 0 * weight, exact)
+        errors.append(float((weight - approximation(weight, u, 30)).square().sum()))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
 def test_zero_weight_and_zero_metric():
     for weight, gram in ((torch.zeros(4, 6), torch.eye(6)), (torch.ones(4, 6), torch.zeros(6, 6))):
         u, s, error = leading_directions(weight.double(), gram.double())

@@ -93,6 +93,49 @@ def test_directories_that_are_no_models(saved_llama, tmp_path):
         describe(tmp_path / "broken")
 
 
+def test_only_the_files_that_transformers_reads_count(saved_llama, tmp_path):
+    stray = shutil.copytree(saved_llama, tmp_path / "stray")
+    doubled = {name: 2 * tensor for name, tensor in load_file(stray / "model.safetensors").items()}
+    save_file(doubled, stray / "model_old.safetensors", metadata={"format": "pt"})
+    assert {t["file"] for t in describe(stray)["tensors"].values()} == {"model.safetensors"}
+    other = shutil.copytree(saved_llama, tmp_path / "other")
+    (other / "model.safetensors").rename(other / "weights.safetensors")
+    (other / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"no model\.safetensors and no index.*pickle"):
+        model_files(other)
+    escaping = shutil.copytree(saved_llama, tmp_path / "escaping")
+    (escaping / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {NAME: "../outside.safetensors"}}
+    (escaping / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"names '\.\./outside\.safetensors'"):
+        model_files(escaping)
+
+
+def test_one_tensor_under_two_names_is_refused(saved_llama, tmp_path):
+    folder = copy_of(saved_llama, tmp_path, lambda t: t.update({"norm.weight": t["model.norm.weight"].clone()}))
+    with pytest.raises(InputError, match=r"norm\.weight .*both model\.norm\.weight"):
+        describe(folder)
+
+
+def test_a_tied_head_that_differs_is_refused(saved_llama, tmp_path):
+    embedding = "model.embed_tokens.weight"
+    same = copy_of(saved_llama, tmp_path, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
+    assert "lm_head.weight" not in describe(same)["tensors"]
+    shutil.rmtree(same)
+    other = copy_of(saved_llama, tmp_path, lambda t: t.update({"lm_head.weight": 1.5 * t[embedding]}))
+    with pytest.raises(InputError, match=r"ties lm_head\.weight to .* two different tensors"):
+        describe(other)
+
+
+def test_broken_configs_are_one_line(saved_llama, tmp_path):
+    folder = shutil.copytree(saved_llama, tmp_path / "model")
+    for text in ("{", json.dumps({"model_type": "unheard_of"})):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config\.json: not the config of a causal language model") as caught:
+            describe(folder)
+        assert "\n" not in str(caught.value)
+
+
 def test_weights_replaced_after_retrieval_are_refused(saved_llama, tmp_path):
     folder = copy_of(saved_llama, tmp_path, lambda t: None)
     write_json(tmp_path / "model.json", describe(folder))

@@ -36,6 +36,8 @@ def test_three_tokens_by_hand():
     p = [1 / (2 + e5), 1 / (2 + e5), e5 / (2 + e5)]
     peaked_kl = sum(x * math.log(3 * x) for x in p)
     assert rows["kl"][0] == pytest.approx(uniform_kl + peaked_kl, rel=1e-6)
+    assert rows["agree"] == [0.0], "argmax 0 against 1, then 2 against 0"
+    assert evaluate(dense, dense, torch.tensor([[0, 1, 2]]), torch.tensor([1]), 1)["agree"] == [2.0]
 
 
 def test_agrees_with_transformers_and_with_any_batch():

@@ -1,6 +1,7 @@
 """Labels, cells and fingerprints: what moves a path, what reruns a stage, and what does neither."""
 
 import copy
+import itertools
 import shutil
 
 import pytest
@@ -9,8 +10,10 @@ from tests.conftest import ROOT
 from winnow.config import load
 from winnow.config_files import default
 from winnow.errors import InputError
+from winnow.metrics import METRICS
 from winnow.plan import STAGES, Plan
 from winnow.provenance import CodeTracker
+from winnow.structures import STRUCTURES
 
 
 def plan_of(change=lambda c: None, root=ROOT):
@@ -49,19 +52,33 @@ def test_defaults_order_and_execution_move_nothing():
     assert len(after.shards(after.labels["models"]["demo"])) == 4
 
 
-def test_swapped_values_give_other_specs():
-    """Snakemake compares the set of param values; one dict per stage keeps the names in them."""
+def test_every_kind_has_a_label_of_its_own():
+    """A default `kind` would drop out of the hash, and other methods would overwrite each other's results."""
+    labels = set()
+    for structure, metric in itertools.product(STRUCTURES, METRICS):
+        method = {"structure": {"kind": structure}, "metric": {"kind": metric}}
+        plan = plan_of(lambda c, method=method: c["methods"].update(same=method))
+        labels.add(plan.labels["methods"]["same"])
+    assert len(labels) == len(STRUCTURES) * len(METRICS)
 
+
+def test_a_calibration_and_an_evaluation_never_share_a_label():
     def change(c):
-        c["calibrations"]["demo"].update(windows=256, length=128)
+        c["calibrations"]["w"] = {"text": "demo_calibration", "length": 64}
+        c["evaluations"]["w"] = {"text": "demo_calibration", "length": 64}
 
-    label = {"model": "demo"}
-    specs = []
-    for plan in (plan_of(), plan_of(change)):
-        wildcards = {"model": plan.labels["models"]["demo"], "windows": plan.labels["calibrations"]["demo"], **label}
-        specs.append(plan.spec("tokenize", wildcards))
-    assert specs[0] != specs[1]
-    assert {specs[0]["windows"], specs[0]["length"]} != {specs[0]["windows"]}
+    labels = plan_of(change).labels
+    assert labels["calibrations"]["w"] != labels["evaluations"]["w"]
+
+
+def test_swapped_values_are_a_change_for_snakemake():
+    """It compares the set of the values' representations; one dict per stage keeps the names in them."""
+    seen = set()
+    for windows, length in ((256, 128), (128, 256)):
+        plan = plan_of(lambda c, w=windows, n=length: c["calibrations"]["demo"].update(windows=w, length=n))
+        wildcards = {"model": plan.labels["models"]["demo"], "windows": plan.labels["calibrations"]["demo"]}
+        seen.add(frozenset({repr(plan.spec("tokenize", wildcards)), repr(plan.versions("tokenize"))}))
+    assert len(seen) == 2
 
 
 UPSTREAM = ("model", "calibration", "method", "budget", "recovery")
@@ -79,6 +96,8 @@ WILDCARDS = {  # of the rules
     "tables": (),
     "figures": (),
     "report": (),
+    "demo_texts": (),
+    "demo_model": (),
 }
 
 
@@ -132,6 +151,7 @@ def stages_changed(checkout, file, old, new):
 
 
 OF_METHODS = {"factorize", "measure_spectra", "allocate", "compress", "evaluate_perplexity"}  # they reach the structure's file
+NAMES = {"retrieve_model", "collect_statistics", "evaluate_perplexity"}
 EDITS = [
     ("src/winnow/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
     ("src/winnow/linalg.py", '"""Directions that solve', '"""Other words that solve', set()),
@@ -139,10 +159,22 @@ EDITS = [
     ("src/winnow/linalg.py", "clamp(min=0).sqrt()) @", "clamp(min=1e-9).sqrt()) @", OF_METHODS),
     ("src/winnow/statistics.py", "gram = self.gram / n", "gram = self.gram / (n - 1)", {"collect_statistics"}),
     ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", {"allocate"}),
-    ("src/winnow/perplexity.py", "n / (n - 1)", "n / n", {"evaluate_perplexity"}),
+    ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity"}),
+    ("src/winnow/spread.py", "n / (n - 1)", "n / n", {"evaluate_perplexity", "report"}),
     ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables"}),
     ("src/winnow/tokens.py", "PAD = -1", "PAD = -2", {"tokenize", "evaluate_perplexity"}),
     ("src/winnow/io.py", 'MANIFEST = "manifest.json"', 'MANIFEST = "content.json"', set(STAGES)),
+    ("src/winnow/metrics.py", "pow(2 * self", "pow(3 * self", {"factorize"}),  # of the method's own metric
+    ("src/winnow/metrics.py", 'return site["gram"]', 'return 2 * site["gram"]', set()),  # of another one
+    ("src/winnow/metrics.py", "class Gram(Metric):", "class Other(Metric):\n    pass\n\n\nclass Gram(Metric):", set()),
+    ("src/winnow/modules.py", "self.left(self.right(x))", "self.left(self.right(1 * x))", OF_METHODS),
+    (
+        "src/winnow/hf.py",
+        "requires_calibration = True",
+        "requires_calibration = False",
+        {"collect_statistics", "evaluate_perplexity"},
+    ),
+    ("src/winnow/naming.py", "if name in expected", "if name in set(expected)", NAMES),
     ("scripts/factorize.py", "names.append(name)", "names.append(str(name))", {"factorize"}),
 ]
 

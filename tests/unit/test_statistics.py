@@ -11,7 +11,7 @@ from winnow.statistics import Moments, collect
 
 
 def moments_of(x, *cuts):
-    m = Moments.empty(x.shape[1])
+    m = Moments.empty(x.shape[1], x.dtype)
     for part in torch.tensor_split(x, list(cuts)):
         m.accumulate(part)
     return m
@@ -24,10 +24,21 @@ def test_chunks_merge_to_the_whole(generator):
     assert int(merged["count"]) == 101
     for name, value in whole.items():
         torch.testing.assert_close(merged[name], value)
-    torch.testing.assert_close(whole["gram"], (x.T @ x / 101).float())
-    torch.testing.assert_close(whole["mean_abs"], x.abs().mean(0).float())
-    torch.testing.assert_close(whole["rms"], x.square().mean(0).sqrt().float())
-    torch.testing.assert_close(whole["active"], (x > 0).double().mean(0).float())
+    torch.testing.assert_close(whole["gram"], x.T @ x / 101)
+    torch.testing.assert_close(whole["mean_abs"], x.abs().mean(0))
+    torch.testing.assert_close(whole["rms"], x.square().mean(0).sqrt())
+    torch.testing.assert_close(whole["active"], (x > 0).double().mean(0))
+
+
+def test_float32_products_agree_to_their_precision(generator):
+    x = torch.randn(500, 9, generator=generator)
+    single, double = Moments.empty(9, torch.float32), Moments.empty(9, torch.float64)
+    for part in x.split(64):
+        single.accumulate(part)
+        double.accumulate(part)
+    for name, value in single.finish().items():
+        assert value.dtype == (torch.int64 if name == "count" else torch.float32)
+        torch.testing.assert_close(value.double(), double.finish()[name].double(), atol=1e-6, rtol=1e-5)
 
 
 def files_of(folder, tmp_path):
@@ -49,7 +60,7 @@ def test_statistics_are_those_of_the_inputs(saved_model, tmp_path):
         )
         for m in files.matrices
     ]
-    by_batch = [dict(collect(model, files.matrices, windows, batch)) for batch in (6, 4)]
+    by_batch = [dict(collect(model, files.matrices, windows, batch, torch.float32)) for batch in (6, 4)]
     for hook in hooks:
         hook.remove()
     for matrix in files.matrices:
@@ -67,4 +78,4 @@ def test_inputs_that_are_not_finite_are_named(saved_llama, tmp_path):
         model.model.layers[1].mlp.gate_proj.weight[0, 0] = float("inf")
     windows = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
     with pytest.raises(FloatingPointError, match="layer 1, ffn_hidden"):
-        list(collect(model, files.matrices, windows, 2))
+        list(collect(model, files.matrices, windows, 2, torch.float64))

@@ -96,3 +96,4 @@ def test_registry_describes_every_entry():
         assert cls.__doc__
         assert cls.reference
         assert cls.version >= 1
+        assert cls.kind()

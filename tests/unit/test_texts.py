@@ -36,9 +36,21 @@ def test_lines_are_rows_as_the_hub_has_wikitext(tmp_path):
     assert read_rows(spec(files=[str(tmp_path / "w.txt")], format="lines")) == ["", " = Title = \n", "", " Body . \n"]
 
 
+def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path):
+    text = "one\u2028two\u0085three\r\nfour\x0bfive\n"
+    (tmp_path / "w.txt").write_bytes(text.encode())
+    (tmp_path / "w.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    path = str(tmp_path / "w.txt")
+    assert read_rows(spec(files=[path])) == [text]
+    assert read_rows(spec(files=[path], format="lines")) == ["one\u2028two\u0085three\r\n", "four\x0bfive\n"]
+    assert read_rows(spec(files=[str(tmp_path / "w.jsonl")], format="jsonl")) == [text]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"files": ["NUMBERS"], "format": "jsonl"}, "row 1 holds int, not text, in column 'text'"),
+        ({"files": ["STRINGS"], "format": "jsonl"}, "not readable as jsonl with column 'text'"),
         ({"files": ["nowhere.txt"]}, "nowhere.txt: there is no such text file"),
         ({"files": ["EMPTY"]}, "no text in rows"),
         ({"files": ["EMPTY"], "format": "jsonl", "column": "body"}, "no text in rows"),
@@ -48,6 +60,8 @@ def test_lines_are_rows_as_the_hub_has_wikitext(tmp_path):
 def test_bad_texts_are_named(tmp_path, given, message):
     (tmp_path / "EMPTY").write_text("")
     (tmp_path / "BROKEN").write_text("{'a'\n")
+    (tmp_path / "NUMBERS").write_text('{"text": "a"}\n{"text": 3}\n')
+    (tmp_path / "STRINGS").write_text('"a"\n"b"\n')
     files = [str(tmp_path / f) if f.isupper() else f for f in given["files"]]
     with pytest.raises(InputError, match=message):
         read_rows(spec(**{**given, "files": files}))

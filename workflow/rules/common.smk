@@ -1,6 +1,5 @@
 # Configuration, plan, and the functions that rules use for inputs and params. No rule stands here.
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -121,6 +120,7 @@ def overlaps_of_cells():
     return [f"results/texts/overlap/{labels[c]}/{labels[e]}.json" for c, e in pairs]
 
 
-def show_summary():
-    """The summary table and the report's path, in the terminal."""
-    subprocess.run([sys.executable, "-m", "winnow", "show", "results"], check=True)
+def print_report_path():
+    """Where the results are, after a run that made them."""
+    if Path("results/report.html").is_file():
+        print("Table: results/tables/summary.csv (python -m winnow show results). Report: results/report.html")

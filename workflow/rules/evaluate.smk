@@ -16,6 +16,7 @@ rule evaluate_dense:
     threads: 1
     resources:
         gpu=1,
+        batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
         mem_mb=16000,
         runtime=60,
     params:
@@ -41,6 +42,7 @@ rule evaluate_perplexity:
     threads: 1
     resources:
         gpu=1,
+        batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
         mem_mb=24000,  # the compressed and the dense model
         runtime=60,
     params:

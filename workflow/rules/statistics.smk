@@ -17,6 +17,7 @@ rule collect_statistics:
     threads: 2
     resources:
         gpu=1,
+        batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
         mem_mb=16000,  # the model and all its Gram matrices
         runtime=60,
     params:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from winnow.metrics import Metric
+
+
+METHOD, FORMAT_VERSION = "winnow", 1  # `quant_method` and version of the checkpoints that hold these structures
 
 
 class StructureOptions(BaseModel):
@@ -31,6 +34,7 @@ class Problem:
     weights: dict[str, Tensor]
     sites: dict[str, dict[str, Tensor]]
     metric: Metric
+    precision: float = 2.0**-52  # relative rounding error of the statistics
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Structure(ABC):
 
     @classmethod
     def kind(cls) -> str:
-        return cls.Options.model_fields["kind"].default
+        return get_args(cls.Options.model_fields["kind"].annotation)[0]
 
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         """Which matrices are fitted together; by default every matrix alone."""

@@ -19,7 +19,7 @@ class LowRank(Structure):
     bias_name = "left.bias"
 
     class Options(StructureOptions):
-        kind: Literal["low_rank"] = "low_rank"
+        kind: Literal["low_rank"]
 
     def largest(self, group: list[Matrix]) -> int:
         (m, n) = group[0].shape
@@ -33,7 +33,7 @@ class LowRank(Structure):
 
         (weight,) = problem.weights.values()
         columns = problem.metric.columns(weight, next(iter(problem.sites.values()), {}))
-        left, spectrum, error = leading_directions(weight, columns)
+        left, spectrum, error = leading_directions(weight, columns, problem.precision)
         left = left[:, :largest]
         return Fit({"left": left, "right": left.T @ weight}, error[: largest + 1], spectrum)
 
