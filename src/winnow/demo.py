@@ -209,7 +209,7 @@ learned something. It is no use for anything else.
 | parameters | {facts["parameters"]:,} |
 | vocabulary size | {facts["vocab_size"]:,} |
 | perplexity on the evaluation part | {facts["perplexity"]:.2f} ({facts["nll"]:.4f} nats per token, {facts["scored"]:,} tokens) |
-| perplexity on the training part | {facts["train_perplexity"]:.2f} |
+| perplexity on as many tokens of the training part | {facts["train_perplexity"]:.2f} |
 | unigram perplexity on the evaluation part | {facts["unigram_perplexity"]:.2f} |
 | weights stored as | {facts["stored_dtype"]} |
 
@@ -231,7 +231,7 @@ def build(folder: Path, train: str, evaluation: str, spec: dict) -> None:
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     nll, scored = heldout_nll(model.float(), streams["evaluation"], training.length)
-    train_nll, _ = heldout_nll(model, streams["train"], training.length)
+    train_nll, _ = heldout_nll(model, streams["train"][: len(streams["evaluation"])], training.length)
     facts = {
         **asdict(training),
         "python": platform.python_version(),
