@@ -123,4 +123,6 @@ def overlaps_of_cells():
 def print_report_path():
     """Where the results are, after a run that made them."""
     if Path("results/report.html").is_file():
-        print("Table: results/tables/summary.csv (python -m winnow show results). Report: results/report.html")
+        print(
+            "Table: results/tables/summary.csv (python -m winnow show results). Report: results/report.html"
+        )

@@ -13,9 +13,9 @@ rule demo_texts:
         "results/logs/demo_texts.log",
     benchmark:
         "results/benchmarks/demo_texts.tsv"
+    threads: 1
     params:
         **stage("demo_texts"),
-    threads: 1
     script:
         "../../scripts/demo_texts.py"
 
@@ -31,12 +31,6 @@ rule demo_model:
         "results/logs/demo_model.log",
     benchmark:
         "results/benchmarks/demo_model.tsv"
-    threads: 2
-    resources:
-        mem_mb=4000,
-        runtime=60,
-    params:
-        **stage("demo_model"),
     threads: 2
     resources:
         mem_mb=4000,
