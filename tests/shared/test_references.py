@@ -13,10 +13,10 @@ from tests.conftest import ROOT, SHARED
 from winnow.config import Evaluation, Text
 from winnow.config_files import default
 from winnow.io import read_json
-from winnow.loading import load_model, load_tokenizer
+from winnow.loading import load_model
 from winnow.perplexity import evaluate, summarize
 from winnow.texts import read_rows
-from winnow.tokens import encode, evaluation_windows
+from winnow.tokens import encode, evaluation_windows, load_tokenizer
 
 pytestmark = [
     pytest.mark.shared,
