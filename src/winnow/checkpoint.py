@@ -40,7 +40,7 @@ def compress(
             continue
         fit = factors[name].tensors(f"{name}.safetensors")
         for module, tensors in structure.stored(group, fit, sizes[name]).items():
-            matrix = next((m for m in group if m.module == module), group[0])
+            matrix = next(m for m in group if m.module == module)
             dtype = files.tensor(f"{matrix.module}.weight").dtype
             stored[module] = {}
             for part, tensor in tensors.items():
@@ -50,7 +50,7 @@ def compress(
                 stored[module][part] = cast
             if matrix.bias:
                 stored[module][structure.bias_name] = files.tensor(f"{module}.bias")
-            layouts[module] = structure.layout(matrix, sizes[name])
+            layouts[module] = structure.layout(group, matrix, sizes[name])
     return stored, layouts
 
 

@@ -40,16 +40,16 @@ def fit_groups(
         precision = torch.finfo(torch.float64).eps
         if metric.needs:
             assert moments is not None
+            layers = {matrix.layer for matrix in group}
+            cached = {n: cached[n] if n in cached else moments.tensors(moments_file(n)) for n in sorted(layers)}
             for matrix in group:
-                if matrix.layer not in cached:
-                    cached = {matrix.layer: moments.tensors(moments_file(matrix.layer))}
                 found = {need: cached[matrix.layer][f"{matrix.site}.{need}"] for need in metric.needs}
                 precision = max(torch.finfo(value.dtype).eps for value in found.values())
-                sites[matrix.site] = {need: value.double().to(device) for need, value in found.items()}
-        weights = {matrix.role: files.weight(matrix).to(device) for matrix in group}
+                sites[matrix.name] = {need: value.double().to(device) for need, value in found.items()}
+        weights = {matrix.name: files.weight(matrix).to(device) for matrix in group}
         name = group_name(group)
         try:
-            fit = structure.fit(Problem(weights, sites, metric, precision), structure.largest(group))
+            fit = structure.fit(Problem(group, weights, sites, metric, precision), structure.largest(group))
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
             raise InputError(f"{group[0].module}: {error}") from error
         kept = float(1 - fit.error[-1] / fit.error[0]) if fit.error[0] > 0 else 1.0

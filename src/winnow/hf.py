@@ -59,6 +59,8 @@ class WinnowQuantizer(HfQuantizer):
             with torch.device("meta"):
                 module = STRUCTURES[layout["kind"]].module(layout, bias=getattr(dense, "bias", None) is not None)
             _replace_module(model, name, module)
+        for name, layout in self.quantization_config.layers.items():
+            model.all_tied_weights_keys.update(STRUCTURES[layout["kind"]].share(model, name, layout))
         if checkpoint_files is None:
             raise InputError(
                 "this transformers does not say which files it loads, so they cannot be checked; upgrade transformers"

@@ -55,6 +55,25 @@ def leading_directions(weight: Tensor, columns: Tensor, precision: float = EPSIL
     return u, s, tail
 
 
+def principal_components(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `leading_directions`, but the rank-k map is W P_k P_k^T with P_k the leading eigenvectors of C (n, n).
+
+    Returns the rows P^T (K, n), K = min(m, n); the roots of the eigenvalues of C; and the squared error
+    ||W (I - P_k P_k^T) C^{1/2}||_F^2 left at rank 0..K. Raises ValueError for a diagonal C, which has no components.
+    """
+    if columns.dim() == 1:
+        raise ValueError("principal components of the inputs need the metric `gram`")
+    for name, value in (("the weight", weight), ("the metric", columns)):
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{name} is not finite")
+    values, vectors = torch.linalg.eigh(columns)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    lost = values * (weight @ vectors).square().sum(0)
+    tail = torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
+    width = min(weight.shape)
+    return vectors[:, :width].T, values[:width].sqrt(), tail[: width + 1]
+
+
 def _complete(u: Tensor, weight: Tensor, width: int) -> Tensor:
     """`u` followed by the leading directions of what it leaves of `weight`, `width` columns in all."""
     missing = width - u.shape[1]

@@ -77,6 +77,33 @@ class MeanAbs(Metric):
         return site["mean_abs"].pow(2 * self.options.alpha)  # type: ignore[attr-defined]
 
 
+class MaxAbs(Metric):
+    """C = diag(max|x_j|^alpha)^2: as ASVD, with the largest input of a channel."""
+
+    reference = "ASVD, arXiv 2312.05821 (abs_max)"
+    needs = ("max_abs",)
+
+    class Options(MetricOptions):
+        kind: Literal["max_abs"]
+        alpha: float = Field(0.5, gt=0, le=2, description="exponent of the largest absolute input")
+
+    def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
+        return site["max_abs"].pow(2 * self.options.alpha)  # type: ignore[attr-defined]
+
+
+class SecondMoment(Metric):
+    """C = diag(E[x_j^2]): the error of the outputs if channels were uncorrelated."""
+
+    reference = "diagonal of the Gram metric"
+    needs = ("rms",)
+
+    class Options(MetricOptions):
+        kind: Literal["second_moment"]
+
+    def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
+        return site["rms"].square()
+
+
 class Gram(Metric):
     """C = E[x x^T]: the error of the outputs on the calibration tokens."""
 

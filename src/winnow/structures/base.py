@@ -29,12 +29,18 @@ class StructureOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a group of matrices is fitted on, all float64: W (out, in) by role, and statistics by site."""
+    """What a group of matrices is fitted on, all float64: W (out, in) and the statistics of its input, by matrix name."""
 
+    group: list[Matrix]
     weights: dict[str, Tensor]
     sites: dict[str, dict[str, Tensor]]
     metric: Metric
     precision: float = 2.0**-52  # relative rounding error of the statistics
+
+    def columns(self) -> Tensor:
+        """The metric C of the group: the mean over its matrices, since a shared factor serves all of them."""
+        parts = [self.metric.columns(self.weights[m.name], self.sites.get(m.name, {})) for m in self.group]
+        return sum(parts[1:], start=parts[0]) / len(parts)
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,15 @@ class Structure(ABC):
         """{module name: {tensor name below the module: tensor}} of the checkpoint at `size`, biases left out."""
 
     @abstractmethod
-    def layout(self, matrix: Matrix, size: int) -> dict[str, Any]:
+    def layout(self, group: list[Matrix], matrix: Matrix, size: int) -> dict[str, Any]:
         """What the checkpoint's config.json says of one module: enough to build it empty."""
 
     @staticmethod
     @abstractmethod
     def module(layout: dict[str, Any], bias: bool) -> nn.Module:
         """An empty module of this layout; its tensors are those of `stored`, and `bias_name` if it has a bias."""
+
+    @staticmethod
+    def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
+        """Make the module `name` use tensors that another module stores: {name of the tensor: name where it is stored}."""
+        return {}

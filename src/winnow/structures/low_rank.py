@@ -32,8 +32,7 @@ class LowRank(Structure):
         from winnow.linalg import leading_directions
 
         (weight,) = problem.weights.values()
-        columns = problem.metric.columns(weight, next(iter(problem.sites.values()), {}))
-        left, spectrum, error = leading_directions(weight, columns, problem.precision)
+        left, spectrum, error = leading_directions(weight, problem.columns(), problem.precision)
         left = left[:, :largest]
         return Fit({"left": left, "right": left.T @ weight}, error[: largest + 1], spectrum)
 
@@ -41,7 +40,7 @@ class LowRank(Structure):
         left, right = tensors["left"][:, :size], tensors["right"][:size]
         return {group[0].module: {"weight": left.new_empty(0), "left.weight": left, "right.weight": right}}
 
-    def layout(self, matrix: Matrix, size: int) -> dict[str, Any]:
+    def layout(self, group: list[Matrix], matrix: Matrix, size: int) -> dict[str, Any]:
         return {"kind": self.kind(), "out": matrix.shape[0], "in": matrix.shape[1], "rank": size}
 
     @staticmethod

@@ -1,0 +1,36 @@
+"""`basis_sharing`: the same matrix of consecutive layers shares one basis; output and down projections stay private."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from winnow.architectures import ROLES, Matrix
+from winnow.structures.base import StructureOptions
+from winnow.structures.shared_basis import SharedBasis
+
+
+class BasisSharing(SharedBasis):
+    """Layers in groups of `layers` share the right factor of [W_1; W_2; ...] in the metric sum_l C_l. A group of one layer,
+    and a role that is not shared, is `low_rank`."""
+
+    reference = "Basis Sharing, arXiv 2410.03765"
+    stores = "right (k, n) once per group of G layers, left (m, k) per layer: k (n + G m)"
+
+    class Options(StructureOptions):
+        kind: Literal["basis_sharing"]
+        layers: int = Field(2, ge=1, description="consecutive layers that share a basis")
+        roles: list[Literal[ROLES]] = Field(  # type: ignore[valid-type]
+            ["q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj"], description="roles that share; the others do not"
+        )
+        basis: Literal["outputs", "inputs"] = Field("outputs", description="as for shared_basis")
+
+    def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
+        options = self.options
+        found: dict[tuple[int, str], list[Matrix]] = {}
+        for m in matrices:
+            shared = m.role in options.roles  # type: ignore[attr-defined]
+            first = m.layer - m.layer % options.layers if shared else m.layer  # type: ignore[attr-defined]
+            found.setdefault((first, m.role), []).append(m)
+        return list(found.values())

@@ -1,0 +1,84 @@
+"""`shared_basis`: matrices of a layer that read the same input share one basis: left_g (m_g, k) each, right (k, n) once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from winnow.architectures import Matrix
+from winnow.structures.base import Fit, Problem, Structure, StructureOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class SharedBasis(Structure):
+    """The best rank-k map of the stacked matrix [W_1; W_2; ...]: GRC for {q, k, v} and gate/up PCA (in the metric `weights`).
+
+    The stacked matrix M has M_k = U_k U_k^T M; left factors are the blocks of U_k, and U_k^T M is stored once. With `basis:
+    inputs` the right factor spans the principal components of the inputs instead (needs the metric `gram`).
+    """
+
+    reference = "GRC, HyperTensor Paper I; SVD of the stacked matrix (T7)"
+    stores = "right (k, n) once, left (m_g, k) per matrix: k (n + sum m_g)"
+    bias_name = "left.bias"
+
+    class Options(StructureOptions):
+        kind: Literal["shared_basis"]
+        basis: Literal["outputs", "inputs"] = Field(
+            "outputs", description="outputs: the best rank-k map in the metric; inputs: principal components of the inputs"
+        )
+
+    def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
+        found: dict[tuple[int, str], list[Matrix]] = {}
+        for m in matrices:
+            found.setdefault((m.layer, m.site), []).append(m)
+        return list(found.values())
+
+    def numbers(self, group: list[Matrix], size: int) -> int:
+        return size * (group[0].shape[1] + sum(m.shape[0] for m in group))
+
+    def largest(self, group: list[Matrix]) -> int:
+        rows, n = sum(m.shape[0] for m in group), group[0].shape[1]
+        return (rows * n - 1) // (rows + n)
+
+    def fit(self, problem: Problem, largest: int) -> Fit:
+        import torch
+
+        from winnow.linalg import leading_directions, principal_components
+
+        stacked = torch.cat([problem.weights[m.name] for m in problem.group])
+        columns = problem.columns()
+        if self.options.basis == "outputs":  # type: ignore[attr-defined]
+            left, spectrum, error = leading_directions(stacked, columns, problem.precision)
+            right = left.T @ stacked
+        else:
+            right, spectrum, error = principal_components(stacked, columns)
+            left = stacked @ right.T
+        return Fit({"left": left[:, :largest], "right": right[:largest]}, error[: largest + 1], spectrum)
+
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, dict[str, Tensor]]:
+        lefts = tensors["left"][:, :size].split([m.shape[0] for m in group])
+        found = {m.module: {"weight": left.new_empty(0), "left.weight": left} for m, left in zip(group, lefts, strict=True)}
+        found[group[0].module]["right.weight"] = tensors["right"][:size]
+        return found
+
+    def layout(self, group: list[Matrix], matrix: Matrix, size: int) -> dict[str, Any]:
+        own = {"kind": self.kind(), "out": matrix.shape[0], "in": matrix.shape[1], "rank": size}
+        return own if matrix is group[0] else {**own, "basis_of": group[0].module}
+
+    @staticmethod
+    def module(layout: dict[str, Any], bias: bool) -> nn.Module:
+        from winnow.modules import LowRankLinear
+
+        return LowRankLinear(layout["in"], layout["out"], layout["rank"], bias)
+
+    @staticmethod
+    def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
+        if "basis_of" not in layout:
+            return {}
+        own, owner = model.get_submodule(name), layout["basis_of"]
+        own.right = model.get_submodule(owner).right
+        own._tied_weights_keys = {"right.weight": f"{owner}.right.weight"}  # `save_pretrained` stores it once
+        return {f"{name}.right.weight": f"{owner}.right.weight"}
