@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
-from functools import reduce
-from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from winnow.architectures import ROLES
 from winnow.errors import InputError
-from winnow.metrics import METRICS, MetricOptions
-from winnow.structures import STRUCTURES
-from winnow.structures.base import StructureOptions
+from winnow.metrics import METRICS, AnyMetric
+from winnow.structures import AnyStructure
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Target = Literal["ffn", "attention", *ROLES]  # type: ignore[valid-type]
 Dtype = Literal["float32", "bfloat16", "float16"]
-if TYPE_CHECKING:  # the unions of what is registered, which a type checker cannot see
-    Metric = MetricOptions
-    Structure = StructureOptions
-else:
-    Metric = Annotated[reduce(or_, (m.Options for m in METRICS.values())), Field(discriminator="kind")]
-    Structure = Annotated[reduce(or_, (s.Options for s in STRUCTURES.values())), Field(discriminator="kind")]
 
 
 class Strict(BaseModel):
@@ -94,8 +84,8 @@ class Calibration(Strict):
 class Method(Strict):
     """How matrices are replaced: a structure fitted in a metric."""
 
-    structure: Structure = Field(description="what is stored instead of a matrix")
-    metric: Metric = Field(
+    structure: AnyStructure = Field(description="what is stored instead of a matrix")
+    metric: AnyMetric = Field(
         default_factory=lambda: METRICS["weights"].Options(kind="weights"), description="which error the fit minimises"
     )
 
@@ -245,13 +235,22 @@ def _keys_at(path: list[str], config: Any) -> list[str]:
     for part in path:
         if typing.get_origin(annotation) is dict:  # `part` is the name of a preset
             annotation = typing.get_args(annotation)[1]
-        elif typing.get_origin(annotation) in (typing.Union, types.UnionType):  # `part` is a tag
-            annotation = next(o for o in typing.get_args(annotation) if _kind(o) == part)
-        elif part != _kind(annotation):  # a union of one kind has its tag in the path too
-            annotation = annotation.model_fields[part].annotation
-        if typing.get_origin(annotation) is Annotated:
-            annotation = typing.get_args(annotation)[0]
-    return list(annotation.model_fields)
+            continue
+        models = _models(annotation)
+        tagged = [model for model in models if _kind(model) == part]
+        annotation = tagged[0] if tagged else models[0].model_fields[part].annotation
+    return list(_models(annotation)[0].model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models of an annotation: itself, or those of a union."""
+    if isinstance(annotation, typing.ForwardRef):
+        annotation = AnyStructure
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    arguments = typing.get_args(annotation)
+    parts = arguments[:1] if typing.get_origin(annotation) is Annotated else arguments
+    return [model for part in parts for model in _models(part)]
 
 
 def _kind(model: type[BaseModel]) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from winnow.config import Config, load
 from winnow.errors import InputError
@@ -127,18 +128,21 @@ def readme() -> str:
 def _key_rows(model: type[BaseModel]) -> list[str]:
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for key, field in model.model_fields.items():
-        value = field.get_default(call_default_factory=True)
-        shown = value.model_dump() if isinstance(value, BaseModel) else value
-        text = "required" if field.is_required() else f"`{json.dumps(shown)}`"
+        text = "required" if field.is_required() else f"`{_default(field)}`"
         rows.append(f"| `{key}` | {text} | {field.description} |")
     return rows
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return json.dumps(value.model_dump() if isinstance(value, BaseModel) else value)
 
 
 def _kind_rows(registry: dict[str, Any], column: str) -> list[str]:
     rows = [f"| kind | options | {column} | what it is |", "|---|---|---|---|"]
     for kind, cls in registry.items():
         fields = [(key, f) for key, f in cls.Options.model_fields.items() if key != "kind"]
-        options = "; ".join(f"`{key}` ({json.dumps(f.default)}): {f.description}" for key, f in fields) or "none"
+        options = "; ".join(f"`{key}` ({_default(f)}): {f.description}" for key, f in fields) or "none"
         what = " ".join(cls.__doc__.split())
         rows.append(f"| `{kind}` | {options} | {getattr(cls, column)} | {what} |")
     return rows

@@ -38,12 +38,13 @@ def fit_groups(
         began = time.monotonic()
         sites: dict[str, dict[str, Tensor]] = {}
         precision = torch.finfo(torch.float64).eps
-        if metric.needs:
+        needs = dict.fromkeys((*metric.needs, *structure.needs()))
+        if needs:
             assert moments is not None
             layers = {matrix.layer for matrix in group}
             cached = {n: cached[n] if n in cached else moments.tensors(moments_file(n)) for n in sorted(layers)}
             for matrix in group:
-                found = {need: cached[matrix.layer][f"{matrix.site}.{need}"] for need in metric.needs}
+                found = {need: cached[matrix.layer][f"{matrix.site}.{need}"] for need in needs}
                 precision = max(torch.finfo(value.dtype).eps for value in found.values())
                 sites[matrix.name] = {need: value.double().to(device) for need, value in found.items()}
         weights = {matrix.name: files.weight(matrix).to(device) for matrix in group}

@@ -6,7 +6,9 @@ A metric returns C as a vector (its diagonal) or as a full matrix (n, n); the sc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -118,6 +120,11 @@ class Gram(Metric):
 
 
 METRICS: dict[str, type[Metric]] = {cls.kind(): cls for cls in Metric.__subclasses__()}
+
+if TYPE_CHECKING:
+    AnyMetric = MetricOptions
+else:  # a union of what is registered, which a type checker cannot see
+    AnyMetric = Annotated[reduce(or_, (cls.Options for cls in METRICS.values())), Field(discriminator="kind")]
 
 
 def metric_of(spec: dict) -> Metric:

@@ -21,3 +21,16 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(self.right(x))
+
+
+class SumLinear(nn.Module):
+    """y = kept(x) + rest(x); the bias is that of `kept`. `weight` is empty, as in `LowRankLinear`."""
+
+    def __init__(self, kept: nn.Module, rest: nn.Module):
+        super().__init__()
+        self.kept = kept
+        self.rest = rest
+        self.register_buffer("weight", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kept(x) + self.rest(x)

@@ -60,6 +60,12 @@ DEMO_MODEL = {  # the recipe of resources/models/demo
 EXECUTION = {"shards"}  # options that say how a job runs; they are in no label
 
 
+def _kinds(content: dict[str, Any]) -> list[str]:
+    """All kinds in a resolved preset, nested ones too, each once."""
+    inner = [kind for value in content.values() if isinstance(value, dict) for kind in _kinds(value)]
+    return list(dict.fromkeys([*([content["kind"]] if "kind" in content else []), *inner]))
+
+
 @dataclass(frozen=True)
 class Cell:
     """One evaluated point, as preset names. `method` is None for the dense model, and so are its upstream choices."""
@@ -152,7 +158,8 @@ class Plan:
         return [f"{i + 1}-of-{total}" for i in range(total)]
 
     def needs_statistics(self, method_label: str) -> bool:
-        return bool(METRICS[self.preset("methods", method_label).metric.kind].needs)
+        method = self.preset("methods", method_label)
+        return bool(METRICS[method.metric.kind].needs or STRUCTURES[method.structure.kind](method.structure).needs())
 
     # What each stage's result depends on, besides its input files.
 
@@ -166,9 +173,11 @@ class Plan:
         entries = [f"{stage}.py"]
         if "method" in wildcards:
             method = self.preset("methods", wildcards["method"])
-            entries.append(f"winnow.structures.{method.structure.kind}")
+            kinds = _kinds(method.model_dump())
+            entries += [f"winnow.structures.{kind}" for kind in kinds if kind in STRUCTURES]
+            metrics = [METRICS[kind].__name__ for kind in kinds if kind in METRICS]
             if stage == "factorize":
-                entries.append(f"winnow.metrics:{METRICS[method.metric.kind].__name__}")
+                entries.append(f"winnow.metrics:{metrics[0]}" if len(metrics) == 1 else "winnow.metrics")
         return list(self.code.fingerprint(*entries))
 
     def versions(self, stage: str) -> dict[str, str]:

@@ -22,17 +22,18 @@ from winnow.loading import load_model
 from winnow.metrics import metric_of
 from winnow.models import ModelFiles
 from winnow.retrieve import describe
-from winnow.structures import structure_of
+from winnow.structures import STRUCTURES, structure_of
 
 METHOD = {"structure": {"kind": "low_rank"}, "metric": {"kind": "weights"}}
+SMALL = {"bypass": {"kept": 2}}  # options that suit matrices of 32 channels
 IDS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-def build(source: Path, work: Path, targets: list[str], keep: float) -> Path:
+def build(source: Path, work: Path, targets: list[str], keep: float, kind: str = "low_rank") -> Path:
     """All stages from a model directory to a checkpoint, as the scripts run them."""
     write_json(work / "model.json", describe(source))
     files = ModelFiles(work / "model.json")
-    structure, metric = structure_of(METHOD["structure"]), metric_of(METHOD["metric"])
+    structure, metric = structure_of({"kind": kind, **SMALL.get(kind, {})}), metric_of(METHOD["metric"])
     names, errors = [], {}
     for name, fit in fit_groups(files, None, structure, metric, "1-of-1", "cpu"):
         write_tensors(work / "factors" / f"{name}.safetensors", {k: v.float() for k, v in fit.tensors.items()})
@@ -48,9 +49,10 @@ def build(source: Path, work: Path, targets: list[str], keep: float) -> Path:
     return work / "checkpoint"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(saved_model, tmp_path_factory) -> Path:
-    return build(saved_model, tmp_path_factory.mktemp("work"), ["ffn", "attention"], 0.6)
+@pytest.fixture(scope="module", params=STRUCTURES)
+def checkpoint(request, saved_model, tmp_path_factory) -> Path:
+    """Every structure on every family."""
+    return build(saved_model, tmp_path_factory.mktemp("work"), ["ffn", "attention"], 0.6, request.param)
 
 
 @pytest.fixture

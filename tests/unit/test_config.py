@@ -43,6 +43,7 @@ def refused(change, files=()):
     return message
 
 
+BYPASS = {"kind": "bypass", "remainder": {"kind": "shared_basis", "bass": "outputs"}, "remainder_metric": {"kind": "gram"}}
 MISTAKES = [
     (
         lambda c: c["budgets"]["ffn-0.8"].update(keep_byts=0.7),
@@ -51,6 +52,10 @@ MISTAKES = [
     (lambda c: c.update(methds={}), "methds: unknown key; did you mean 'methods'?"),
     (lambda c: c["methods"]["asvd"]["metric"].update(alhpa=1), "methods.asvd.metric.alhpa: unknown key; did you mean 'alpha'?"),
     (lambda c: c["methods"]["asvd"]["structure"].update(rnk=1), "methods.asvd.structure.rnk: unknown key; valid: kind"),
+    (
+        lambda c: c["methods"]["asvd"].update(structure=BYPASS),
+        "asvd.structure.remainder.bass: unknown key; did you mean 'basis'?",
+    ),
     (lambda c: c["methods"]["asvd"].update(metric={"knd": "gram"}), "methods.asvd.metric: `kind` is missing"),
     (lambda c: c["methods"]["asvd"]["metric"].update(kind="gramm"), "there is no kind 'gramm'; did you mean 'gram'?"),
     (lambda c: c["experiments"]["demo"].update(methods=["whitned"]), "there is no 'whitned'; did you mean 'whitened'?"),

@@ -5,8 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated
 
-from winnow.structures.base import Structure
+from pydantic import Field
+
+from winnow.structures.base import Structure, StructureOptions
 
 
 def _scan() -> dict[str, type[Structure]]:
@@ -24,6 +29,12 @@ def _scan() -> dict[str, type[Structure]]:
 
 
 STRUCTURES = _scan()
+if TYPE_CHECKING:
+    AnyStructure = StructureOptions
+else:
+    AnyStructure = Annotated[reduce(or_, (cls.Options for cls in STRUCTURES.values())), Field(discriminator="kind")]
+    for cls in STRUCTURES.values():  # structures that hold another structure name it by a forward reference
+        cls.Options.model_rebuild(_types_namespace={"AnyStructure": AnyStructure})
 
 
 def structure_of(spec: dict) -> Structure:

@@ -5,6 +5,7 @@ Files of this package are read when a workflow is planned, so torch is imported 
 
 from __future__ import annotations
 
+import typing
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -27,6 +28,12 @@ class StructureOptions(BaseModel):
     kind: str
 
 
+if TYPE_CHECKING:
+    AnyStructure = StructureOptions
+else:  # the options of any structure: known when all files of the package are read
+    AnyStructure = typing.ForwardRef("AnyStructure")
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a group of matrices is fitted on, all float64: W (out, in) and the statistics of its input, by matrix name."""
@@ -37,9 +44,12 @@ class Problem:
     metric: Metric
     precision: float = 2.0**-52  # relative rounding error of the statistics
 
+    metric_weights: dict[str, Tensor] | None = None  # what the metric looks at, where it is not `weights`
+
     def columns(self) -> Tensor:
         """The metric C of the group: the mean over its matrices, since a shared factor serves all of them."""
-        parts = [self.metric.columns(self.weights[m.name], self.sites.get(m.name, {})) for m in self.group]
+        weights = self.metric_weights or self.weights
+        parts = [self.metric.columns(weights[m.name], self.sites.get(m.name, {})) for m in self.group]
         return sum(parts[1:], start=parts[0]) / len(parts)
 
 
@@ -47,8 +57,8 @@ class Problem:
 class Fit:
     """Every size at once: tensors whose leading directions are a smaller fit, and the squared error left at each size.
 
-    `error[s]` is the error of size s in the fit's own metric (length: largest size + 1); `error[0]` is that of storing
-    nothing. `spectrum` holds the singular values in that metric.
+    `error[s]` is the error of size s in the fit's own metric (length: largest size + 1); `error[0]` is that of what is
+    stored at every size (usually nothing). `spectrum` holds the singular values in that metric.
     """
 
     tensors: dict[str, Tensor]
@@ -71,6 +81,10 @@ class Structure(ABC):
     @classmethod
     def kind(cls) -> str:
         return get_args(cls.Options.model_fields["kind"].annotation)[0]
+
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that the structure needs besides those of the method's metric."""
+        return ()
 
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         """Which matrices are fitted together; by default every matrix alone."""

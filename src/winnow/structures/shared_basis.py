@@ -80,5 +80,5 @@ class SharedBasis(Structure):
             return {}
         own, owner = model.get_submodule(name), layout["basis_of"]
         own.right = model.get_submodule(owner).right
-        own._tied_weights_keys = {"right.weight": f"{owner}.right.weight"}  # `save_pretrained` stores it once
+        own._tied_weights_keys = {"right.weight": f"{owner}.right.weight"}  # type: ignore[assignment]  # `save_pretrained` stores it once
         return {f"{name}.right.weight": f"{owner}.right.weight"}
