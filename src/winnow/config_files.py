@@ -25,15 +25,26 @@ def default() -> dict[str, Any]:
     parts = ("calibration", "evaluation")
     keeps = (0.9, 0.8, 0.6, 0.4)
     targets = {"ffn": ["ffn"], "all": ["ffn", "attention"]}
-    metrics = {"svd": "weights", "weight_norm": "weight_norm", "asvd": "mean_abs", "whitened": "gram"}
+    methods = {  # name: structure with its options, metric with its options
+        "svd": ({"kind": "low_rank"}, {"kind": "weights"}),
+        "weight_norm": ({"kind": "low_rank"}, {"kind": "weight_norm"}),
+        "asvd": ({"kind": "low_rank"}, {"kind": "mean_abs", "alpha": 0.5}),
+        "whitened": ({"kind": "low_rank"}, {"kind": "gram"}),
+    }
+    others = {  # not part of the default experiment; config/studies/structures.yaml runs them
+        "asvd_max": ({"kind": "low_rank"}, {"kind": "max_abs", "alpha": 0.5}),
+        "second_moment": ({"kind": "low_rank"}, {"kind": "second_moment"}),
+        "grc": ({"kind": "shared_basis"}, {"kind": "weights"}),
+        "grc_whitened": ({"kind": "shared_basis"}, {"kind": "gram"}),
+        "grc_inputs": ({"kind": "shared_basis", "basis": "inputs"}, {"kind": "gram"}),
+        "basis_sharing": ({"kind": "basis_sharing", "layers": 2}, {"kind": "gram"}),
+        "bypass": ({"kind": "bypass", "kept": 8, "remainder": {"kind": "shared_basis"}}, {"kind": "weights"}),
+    }
     return {
         "models": {"demo": {"source": "resources/models/demo"}},
         "texts": {f"demo_{p}": {"files": [f"resources/texts/demo/{p}.jsonl"], "format": "jsonl"} for p in parts},
         "calibrations": {"demo": {"text": "demo_calibration", "windows": 128, "length": 256, "seed": 0}},
-        "methods": {
-            name: {"structure": {"kind": "low_rank"}, "metric": METRICS[kind].Options(kind=kind).model_dump()}
-            for name, kind in metrics.items()
-        },
+        "methods": {name: {"structure": s, "metric": m} for name, (s, m) in {**methods, **others}.items()},
         "budgets": {
             f"{name}-{keep}": {"targets": roles, "keep_bytes": keep} for name, roles in targets.items() for keep in keeps
         },
@@ -43,7 +54,7 @@ def default() -> dict[str, Any]:
             "demo": {
                 "models": ["demo"],
                 "calibrations": ["demo"],
-                "methods": list(metrics),
+                "methods": list(methods),
                 "budgets": [f"{name}-{keep}" for name in targets for keep in keeps],
                 "recoveries": ["none"],
                 "evaluations": ["demo"],

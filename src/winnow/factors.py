@@ -51,7 +51,7 @@ def fit_groups(
         name = group_name(group)
         try:
             fit = structure.fit(Problem(group, weights, sites, metric, precision), structure.largest(group))
-        except (FloatingPointError, torch.linalg.LinAlgError) as error:
+        except (FloatingPointError, ValueError, torch.linalg.LinAlgError) as error:
             raise InputError(f"{group[0].module}: {error}") from error
         kept = float(1 - fit.error[-1] / fit.error[0]) if fit.error[0] > 0 else 1.0
         log.info(

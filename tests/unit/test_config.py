@@ -28,7 +28,7 @@ def merge(base, extra):
     return base
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config" / "models").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*/*.yaml")), ids=lambda p: p.stem)
 def test_shipped_examples_are_valid(path):
     load(merge(default(), yaml.safe_load(path.read_text())))
 
