@@ -31,6 +31,21 @@ def test_formats_give_the_same_rows(tmp_path):
     assert read_rows(spec(files=[str(tmp_path / "a.txt")], separator="|", start=2, stop=3)) == rows[2:]
 
 
+def test_a_data_set_is_read_by_the_datasets_library(tmp_path, monkeypatch):
+    """The loading code of hub data sets, on a data set that lies in a folder; and its one-line refusals."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = ["one", "", "three"]
+    (tmp_path / "set").mkdir()
+    pd.DataFrame({"text": rows}).to_parquet(tmp_path / "set" / "test.parquet")
+    hub = {"dataset": str(tmp_path / "set"), "split": "test", "revision": "0" * 40}
+    assert read_rows(spec(**hub)) == rows
+    with pytest.raises(InputError, match="no column 'body'; it has text"):
+        read_rows(spec(**hub, column="body"))
+    with pytest.raises(InputError, match="neither cached nor to be downloaded") as caught:
+        read_rows(spec(dataset="nobody/nothing", split="test", revision="0" * 40))
+    assert "\n" not in str(caught.value)
+
+
 def test_lines_are_rows_as_the_hub_has_wikitext(tmp_path):
     (tmp_path / "w.txt").write_text(" \n = Title = \n \n Body . \n")
     assert read_rows(spec(files=[str(tmp_path / "w.txt")], format="lines")) == ["", " = Title = \n", "", " Body . \n"]

@@ -15,6 +15,9 @@ rule tables:
         "results/benchmarks/tables.tsv"
     localrule: True
     threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
     params:
         **stage("tables"),
     script:
@@ -35,6 +38,9 @@ rule figures:
         "results/benchmarks/figures.tsv"
     localrule: True
     threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
     params:
         **stage("figures"),
     script:
@@ -57,6 +63,9 @@ rule report:
         "results/benchmarks/report.tsv"
     localrule: True
     threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
     params:
         **stage("report"),
     script:
