@@ -15,7 +15,7 @@ TOLERANCE = 0.005  # of the dense bytes of the chosen matrices
 
 @dataclass(frozen=True)
 class Group:
-    """A group of matrices with its byte counts: `unit` bytes per stored number, `fixed` bytes of biases."""
+    """A group of matrices with its byte counts: `unit` bytes per stored number, `fixed` bytes of biases and indices."""
 
     name: str
     matrices: list[Matrix]
@@ -50,6 +50,7 @@ def chosen_groups(files: ModelFiles, structure: Structure, targets: list[str]) -
             record = files.tensors[f"{matrices[0].module}.weight"]
             unit = tensor_bytes({"shape": [1], "dtype": record["dtype"]})
             fixed = sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in matrices if m.bias)
+            fixed += structure.index_bytes(matrices)
             groups.append(Group(group_name(matrices), matrices, structure, unit, fixed, files.dense_bytes(matrices)))
     return groups
 

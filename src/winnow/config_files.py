@@ -37,6 +37,8 @@ def default() -> dict[str, Any]:
         "grc": ({"kind": "shared_basis"}, {"kind": "weights"}),
         "grc_whitened": ({"kind": "shared_basis"}, {"kind": "gram"}),
         "grc_inputs": ({"kind": "shared_basis", "basis": "inputs"}, {"kind": "gram"}),
+        "svd_gauge_fixed": ({"kind": "gauge_fixed"}, {"kind": "weights"}),
+        "whitened_gauge_fixed": ({"kind": "gauge_fixed"}, {"kind": "gram"}),
         "basis_sharing": ({"kind": "basis_sharing", "layers": 2}, {"kind": "gram"}),
         "bypass": ({"kind": "bypass", "kept": 8, "remainder": {"kind": "shared_basis"}}, {"kind": "weights"}),
     }

@@ -74,6 +74,21 @@ def principal_components(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tenso
     return vectors[:, :width].T, values[:width].sqrt(), tail[: width + 1]
 
 
+def pivot_rows(left: Tensor) -> Tensor:
+    """Indices (k,) of k well-conditioned rows of `left` (m, k), by Gaussian elimination with partial pivoting: the rows'
+    block is invertible, and every other row is a combination of them with moderate coefficients.
+
+    Raises FloatingPointError if `left` has not full rank.
+    """
+    lu, pivots = torch.linalg.lu_factor(left)
+    if not (lu.diagonal().abs() > EPSILON * left.abs().max()).all():
+        raise FloatingPointError("the factors have not full rank; choose a smaller rank")
+    order = torch.arange(len(left))
+    for step, pivot in enumerate((pivots - 1).tolist()):
+        order[[step, pivot]] = order[[pivot, step]]
+    return order[: left.shape[1]].sort().values
+
+
 def _complete(u: Tensor, weight: Tensor, width: int) -> Tensor:
     """`u` followed by the leading directions of what it leaves of `weight`, `width` columns in all."""
     missing = width - u.shape[1]

@@ -98,6 +98,10 @@ class Structure(ABC):
     def numbers(self, group: list[Matrix], size: int) -> int:
         """How many numbers the group stores at `size`, biases not counted."""
 
+    def index_bytes(self, group: list[Matrix]) -> int:
+        """Bytes of stored integers (orders, labels), which are of another dtype than the weights."""
+        return 0
+
     @abstractmethod
     def fit(self, problem: Problem, largest: int) -> Fit:
         """Fit the group once for every size up to `largest`."""

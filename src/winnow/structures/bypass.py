@@ -57,6 +57,9 @@ class Bypass(Structure):
         sizes = range(1, self.inner.largest(group) + 1)
         return max((size for size in sizes if self.numbers(group, size) < dense), default=0)
 
+    def index_bytes(self, group: list[Matrix]) -> int:
+        return self.inner.index_bytes(group)
+
     def _kept(self, matrix: Matrix) -> int:
         return min(self.options.kept, *matrix.shape)
 

@@ -1,0 +1,54 @@
+"""`gauge_fixed`: the rank-k map of `low_rank` in k (m + n - k) numbers: k of its rows are stored, the others as combinations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from winnow.architectures import Matrix
+from winnow.structures.base import StructureOptions
+from winnow.structures.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class GaugeFixed(LowRank):
+    """W_k = left right is unchanged by left M, M^{-1} right; with M^{-1} = left[p] for k rows p, those rows of left are the
+    identity and need not be stored. The rows are chosen by pivoting, which keeps the others' coefficients small."""
+
+    reference = "two factors without their k^2 redundant numbers (no paper known to store it)"
+    stores = "right (k, n): k rows of W_k; left (m - k, k); order of the rows: k (m + n - k) and m indices"
+    bias_name = "bias"
+
+    class Options(StructureOptions):
+        kind: Literal["gauge_fixed"]
+
+    def largest(self, group: list[Matrix]) -> int:
+        return min(group[0].shape) - 1  # k (m + n - k) < m n for every k below
+
+    def numbers(self, group: list[Matrix], size: int) -> int:
+        return size * (sum(group[0].shape) - size)
+
+    def index_bytes(self, group: list[Matrix]) -> int:
+        return group[0].shape[0] * (2 if group[0].shape[0] < 2**15 else 4)
+
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, dict[str, Tensor]]:
+        import torch
+
+        from winnow.linalg import pivot_rows
+
+        left, right = tensors["left"][:, :size].double(), tensors["right"][:size].double()
+        rows = pivot_rows(left)
+        kept = torch.zeros(len(left), dtype=torch.bool).index_fill(0, rows, True)
+        others = (~kept).nonzero().flatten()
+        order = torch.cat([rows, others]).argsort()
+        coefficients = torch.linalg.solve(left[rows].T, left[others].T).T
+        index = torch.int16 if len(left) < 2**15 else torch.int32
+        own = {"left.weight": coefficients, "right.weight": left[rows] @ right, "order": order.to(index)}
+        return {group[0].module: {"weight": left.new_empty(0), **own}}
+
+    @staticmethod
+    def module(layout: dict[str, Any], bias: bool) -> nn.Module:
+        from winnow.modules import RowsLinear
+
+        return RowsLinear(layout["in"], layout["out"], layout["rank"], bias)
