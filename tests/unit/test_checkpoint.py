@@ -75,16 +75,21 @@ def test_bytes_in_the_file_are_the_bytes_reported(checkpoint, saved_model):
     assert manifest["model_stored_bytes"] - manifest["stored_bytes"] == describe(saved_model)["bytes"] - manifest["dense_bytes"]
 
 
-def test_a_new_process_gives_the_same_bits(checkpoint, tmp_path):
-    here = logits(load_model(checkpoint, "float32", "cpu"))
+def test_a_new_process_gives_the_same_bits(saved_model, tmp_path):
+    """Every structure of a family in one process that knows nothing but `import winnow`."""
+    folders = [build(saved_model, tmp_path / kind, ["ffn", "attention"], 0.6, kind) for kind in STRUCTURES]
     code = (
         "import sys, torch, winnow; from safetensors.torch import save_file; from transformers import AutoModelForCausalLM\n"
         f"ids = torch.tensor({IDS.tolist()}); torch.set_num_threads({torch.get_num_threads()})\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
-        "with torch.no_grad(): save_file({'logits': model(input_ids=ids).logits}, sys.argv[2])"
+        "models = {path: AutoModelForCausalLM.from_pretrained(path).eval() for path in sys.argv[2:]}\n"
+        "with torch.no_grad(): save_file({p: m(input_ids=ids).logits for p, m in models.items()}, sys.argv[1])"
     )
-    subprocess.run([sys.executable, "-c", code, str(checkpoint), str(tmp_path / "out.safetensors")], check=True)
-    assert torch.equal(load_file(tmp_path / "out.safetensors")["logits"], here)
+    out = tmp_path / "out.safetensors"
+    subprocess.run([sys.executable, "-c", code, str(out), *map(str, folders)], check=True)
+    there = load_file(out)
+    assert len(there) == len(STRUCTURES)
+    for folder in folders:
+        assert torch.equal(there[str(folder)], logits(load_model(folder, "float32", "cpu")))
 
 
 def test_save_load_save_is_stable_and_generates(checkpoint, tmp_path):
