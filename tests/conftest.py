@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's library
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -18,6 +19,9 @@ from transformers import (
     OPTForCausalLM,
 )
 
+# The same examples in every run: a change is judged by the change. `--hypothesis-profile default` draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 VOCABULARY = 1024  # that of the demo tokenizer, which tests borrow

@@ -78,6 +78,11 @@ def allocate(groups: list[Group], budget: dict[str, Any]) -> dict[str, int]:
 def uniform(groups: list[Group], keep: float) -> dict[str, int]:
     """The same share of bytes for every group, rounded down; what rounding leaves is spent one size step at a time, on
     the groups that rounding took most from (as a share of a step), as long as it fits. Deterministic."""
+    for g in groups:
+        if g.largest < 1:
+            raise InputError(
+                f"{g.structure.kind()} of {g.describe()} stores more than dense at every size; lower what it always keeps"
+            )
     dense = sum(g.dense for g in groups)
     sizes = {g.name: _largest_within(g, keep * g.dense) for g in groups}
     left = keep * dense - sum(g.bytes(sizes[g.name]) for g in groups)
