@@ -9,8 +9,7 @@ from winnow.structures import structure_of
 if __name__ == "__main__":
     job = start_job(snakemake)
     budget = job.spec["budget"]
-    groups = chosen_groups(ModelFiles(snakemake.input.model), structure_of(job.spec["structure"]), budget["targets"])
     spectra = read_parquet(snakemake.input.spectra).set_index("group")
+    groups = chosen_groups(ModelFiles(snakemake.input.model), structure_of(job.spec["structure"]), budget["targets"], spectra)
     sizes = allocate(groups, budget)
-    errors = {g.name: list(spectra.loc[g.name, "error"]) for g in groups}
-    write_json(snakemake.output[0], {"budget": budget, **summarize(groups, sizes, errors)}, job.provenance)
+    write_json(snakemake.output[0], {"budget": budget, **summarize(groups, sizes)}, job.provenance)

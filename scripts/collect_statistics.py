@@ -20,7 +20,7 @@ if __name__ == "__main__":
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
     precision = getattr(torch, job.spec["precision"])
     folder, channels = Path(snakemake.output.moments).parent, []
-    for layer, sites in collect(model, files.matrices, windows, batch, precision):
+    for layer, sites in collect(model, files.matrices, windows, batch, precision, job.spec["first_token"]):
         tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
         write_tensors(folder / moments_file(layer), tensors, job.provenance)
         readers = {s: [files.weight(m) for m in files.matrices if (m.layer, m.site) == (layer, s)] for s in sites}

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     factors = {name: bundle for bundle in bundles for name in bundle.manifest["groups"]}
     allocation = read_json(snakemake.input.allocation)
     sizes = {row["group"]: row["size"] for row in allocation["groups"]}
-    stored, layouts = compress(files, factors, structure, sizes)
+    stored, layouts, reports = compress(files, factors, structure, sizes)
     recipe = recipe_of(spec["names"], spec["presets"], allocation)
     with atomic(Path(snakemake.output[0]).parent) as folder:
-        write_checkpoint(folder, files, stored, layouts, spec["dtype"], recipe, job.provenance)
+        write_checkpoint(folder, files, stored, layouts, reports, spec["dtype"], recipe, job.provenance)

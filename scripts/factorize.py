@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from winnow.factors import fit_groups
-from winnow.io import Bundle, write_manifest, write_tensors
+import torch
+
+from winnow.factors import fit_groups, labels_by_matrix, storable
+from winnow.io import Bundle, read_parquet, write_manifest, write_tensors
 from winnow.metrics import metric_of
 from winnow.models import ModelFiles
 from winnow.runtime import start_job
@@ -12,12 +14,15 @@ from winnow.structures import structure_of
 if __name__ == "__main__":
     job = start_job(snakemake)
     method = job.spec["method"]
-    structure, metric = structure_of(method["structure"]), metric_of(method["metric"])
-    moments = Bundle(snakemake.input.moments) if snakemake.input.get("moments") else None
+    structure, metric = structure_of(method["structure"]), metric_of(method["metric"]) if method["metric"] else None
+    given = snakemake.input
+    moments, gradients = (Bundle(given[name]) if given.get(name) else None for name in ("moments", "gradients"))
+    labels = labels_by_matrix(read_parquet(given.clusters)) if given.get("clusters") else {}
     folder, names = Path(snakemake.output[0]).parent, []
-    for name, fit in fit_groups(ModelFiles(snakemake.input.model), moments, structure, metric, job.spec["shard"], job.device):
-        tensors = {key: value.float().cpu() for key, value in fit.tensors.items()}
-        tensors |= {"spectrum": fit.spectrum.cpu(), "error": fit.error.cpu()}
+    options = (labels, structure, metric, job.spec["shard"], job.device)
+    for name, fit, numbers in fit_groups(ModelFiles(given.model), moments, gradients, *options):
+        tensors = storable(structure, fit) | {"spectrum": fit.spectrum.cpu(), "error": fit.error.cpu()}
+        tensors["numbers"] = torch.tensor(numbers)
         write_tensors(folder / f"{name}.safetensors", tensors, job.provenance)
         names.append(name)
     write_manifest(folder, {"groups": names}, job.provenance)

@@ -13,5 +13,6 @@ if __name__ == "__main__":
         bundle = Bundle(manifest)
         for name in bundle.manifest["groups"]:
             fit = bundle.tensors(f"{name}.safetensors")
-            rows.append(spectrum_row(name, fit["spectrum"].numpy(), fit["error"].numpy(), job.spec["metric"]))
+            curves = (fit[key].numpy() for key in ("spectrum", "error", "numbers"))
+            rows.append(spectrum_row(name, *curves, job.spec["metric"]))
     write_parquet(snakemake.output[0], pd.DataFrame(sorted(rows, key=lambda row: row["group"])), job.provenance)

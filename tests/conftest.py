@@ -19,6 +19,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+torch.set_num_threads(1)  # tests run side by side, on small matrices
 # The same examples in every run: a change is judged by the change. `--hypothesis-profile default` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from winnow.architectures import Matrix, group_name, select
 from winnow.errors import InputError
 from winnow.models import ModelFiles, tensor_bytes
 from winnow.structures.base import Structure
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TOLERANCE = 0.005  # of the dense bytes of the chosen matrices
 
@@ -23,25 +28,27 @@ class Group:
     unit: int
     fixed: int
     dense: int
+    numbers: list[int]  # stored at every size, up to the largest that stores less than dense
+    error: list[float]  # left at every size
 
     def bytes(self, size: int) -> int:
-        return self.structure.numbers(self.matrices, size) * self.unit + self.fixed
+        return self.numbers[size] * self.unit + self.fixed
 
     @property
     def largest(self) -> int:
-        return self.structure.largest(self.matrices)
+        return len(self.numbers) - 1
 
     def describe(self) -> str:
         m = self.matrices[0]
         return f"{m.module} ({m.shape[0]} x {m.shape[1]})"
 
 
-def chosen_groups(files: ModelFiles, structure: Structure, targets: list[str]) -> list[Group]:
-    """The groups of matrices that `targets` name, whole groups only."""
-    chosen = set(select(files.matrices, targets))
+def chosen_groups(files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame) -> list[Group]:
+    """The groups of matrices that `targets` name, whole groups only; `spectra` (index: group) has what each stores."""
+    chosen = {m.name: m for m in select(files.matrices, targets)}
     groups = []
     for matrices in structure.groups(files.matrices):
-        inside = [m for m in matrices if m in chosen]
+        inside = [chosen.pop(m.name) for m in matrices if m.name in chosen]
         if inside and len(inside) < len(matrices):
             raise InputError(
                 f"{structure.kind()} fits {', '.join(m.role for m in matrices)} together; target all or none of them"
@@ -49,9 +56,15 @@ def chosen_groups(files: ModelFiles, structure: Structure, targets: list[str]) -
         if inside:
             record = files.tensors[f"{matrices[0].module}.weight"]
             unit = tensor_bytes({"shape": [1], "dtype": record["dtype"]})
-            fixed = sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in matrices if m.bias)
+            own = structure.bias_name is None  # then its numbers count the biases
+            fixed = 0 if own else sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in matrices if m.bias)
             fixed += structure.index_bytes(matrices)
-            groups.append(Group(group_name(matrices), matrices, structure, unit, fixed, files.dense_bytes(matrices)))
+            name = group_name(matrices)
+            numbers, error = (np.asarray(spectra.at[name, key]).tolist() for key in ("numbers", "error"))
+            groups.append(Group(name, matrices, structure, unit, fixed, files.dense_bytes(matrices), numbers, error))
+    if chosen:
+        left = next(iter(chosen.values()))
+        raise InputError(f"{structure.kind()} does not apply to {left.role} ({left.module}); take it out of the budget's targets")
     return groups
 
 
@@ -64,11 +77,10 @@ def allocate(groups: list[Group], budget: dict[str, Any]) -> dict[str, int]:
         return uniform(groups, budget["keep_bytes"])
     sizes = {}
     for g in groups:
-        smaller = min(g.matrices[0].shape)
-        size = budget["rank"] or max(1, round(budget["rank_fraction"] * smaller))
+        size = budget["rank"] or max(1, round(budget["rank_fraction"] * g.structure.whole(g.matrices)))
         if size > g.largest:
             raise InputError(
-                f"rank {size} of {g.describe()} would store {g.bytes(size):,} bytes, dense stores {g.dense:,}; "
+                f"rank {size} of {g.describe()} would store no less than dense, which stores {g.dense:,} bytes; "
                 f"its break-even rank is {g.largest}: ask for no more than that"
             )
         sizes[g.name] = size
@@ -87,15 +99,17 @@ def uniform(groups: list[Group], keep: float) -> dict[str, int]:
     sizes = {g.name: _largest_within(g, keep * g.dense) for g in groups}
     left = keep * dense - sum(g.bytes(sizes[g.name]) for g in groups)
 
-    def lost(g: Group) -> float:
-        step = g.bytes(sizes[g.name] + 1) - g.bytes(sizes[g.name])
-        return (keep * g.dense - g.bytes(sizes[g.name])) / step
+    def step(g: Group) -> int:
+        return g.bytes(sizes[g.name] + 1) - g.bytes(sizes[g.name])
 
-    for g in sorted(groups, key=lambda g: (-lost(g), g.name)):
-        step = g.bytes(sizes[g.name] + 1) - g.bytes(sizes[g.name])
-        if step <= left and sizes[g.name] < g.largest:
+    def lost(g: Group) -> float:
+        return (keep * g.dense - g.bytes(sizes[g.name])) / max(1, step(g))
+
+    growing = [g for g in groups if sizes[g.name] < g.largest]
+    for g in sorted(growing, key=lambda g: (-lost(g), g.name)):
+        if (more := step(g)) <= left:
             sizes[g.name] += 1
-            left -= step
+            left -= more
     if abs(left) > TOLERANCE * dense:
         stored = keep * dense - left
         g = max(groups, key=lambda g: keep * g.dense - g.bytes(sizes[g.name]))
@@ -115,12 +129,12 @@ def _largest_within(g: Group, allowed: float) -> int:
     return low
 
 
-def summarize(groups: list[Group], sizes: dict[str, int], error: dict[str, list[float]]) -> dict[str, Any]:
-    """What allocation.json holds: sizes, bytes, and the share of the metric's energy that is lost in each group."""
+def summarize(groups: list[Group], sizes: dict[str, int]) -> dict[str, Any]:
+    """What allocation.json holds: sizes, bytes, and the share of the objective that is lost in each group."""
     rows: list[dict[str, Any]] = []
     for g in groups:
-        size, curve = sizes[g.name], error[g.name]
-        lost = curve[size] / curve[0] if curve[0] > 0 else 0.0
+        size = sizes[g.name]
+        lost = g.error[size] / g.error[0] if g.error[0] > 0 else 0.0
         rows.append(
             {"group": g.name, "size": size, "dense_bytes": g.dense, "stored_bytes": g.bytes(size), "relative_error": lost}
         )

@@ -6,9 +6,12 @@ Adding one: name the list of layers, and for each role the module below a layer 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 FFN_ROLES = ("gate_proj", "up_proj", "down_proj")
@@ -29,10 +32,13 @@ SITES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of a family's modules. `transposed`: weights are stored (in, out), as GPT-2's Conv1D does."""
+    """Names of a family's modules; `activation` is the one between an FFN's first and last matrices.
+
+    `transposed`: weights are stored (in, out), as GPT-2's Conv1D does."""
 
     layers: str
     modules: dict[str, str]
+    activation: str
     transposed: bool = False
 
 
@@ -47,6 +53,7 @@ class Matrix:
     shape: tuple[int, int]  # (out, in)
     transposed: bool
     bias: bool
+    activation: str = ""  # the activation module of the layer's FFN
 
     @property
     def name(self) -> str:
@@ -56,15 +63,17 @@ class Matrix:
 _SEPARATE_ATTENTION = {role: f"self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj", "o_proj")}
 
 ARCHITECTURES = {
-    "llama": Architecture("model.layers", _SEPARATE_ATTENTION | {role: f"mlp.{role}" for role in FFN_ROLES}),
+    "llama": Architecture("model.layers", _SEPARATE_ATTENTION | {role: f"mlp.{role}" for role in FFN_ROLES}, "mlp.act_fn"),
     "gpt2": Architecture(
         "transformer.h",
         {"qkv_proj": "attn.c_attn", "o_proj": "attn.c_proj", "up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"},
+        "mlp.act",
         transposed=True,
     ),
     "opt": Architecture(
         "model.decoder.layers",
         _SEPARATE_ATTENTION | {"o_proj": "self_attn.out_proj", "up_proj": "fc1", "down_proj": "fc2"},
+        "activation_fn",
     ),
     "gpt_neox": Architecture(
         "gpt_neox.layers",
@@ -74,6 +83,16 @@ ARCHITECTURES = {
             "up_proj": "mlp.dense_h_to_4h",
             "down_proj": "mlp.dense_4h_to_h",
         },
+        "mlp.act",
+    ),
+    **dict.fromkeys(
+        ("bert", "roberta"),
+        Architecture(
+            "encoder.layer",
+            {role: f"attention.self.{name}" for role, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))}
+            | {"o_proj": "attention.output.dense", "up_proj": "intermediate.dense", "down_proj": "output.dense"},
+            "intermediate.intermediate_act_fn",
+        ),
     ),
 }
 
@@ -89,6 +108,8 @@ def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
         raise InputError(f"model type {model_type!r} is not in src/winnow/architectures.py (known: {known})")
     family = ARCHITECTURES[model_type]
     prefix = family.layers + "."
+    heads = {name[: name.index(prefix)] for name in tensors if prefix in name}  # e.g. `bert.`, where a head is on top
+    prefix = min(heads, key=len, default="") + prefix
     layers = sorted({int(name[len(prefix) :].split(".")[0]) for name in tensors if name.startswith(prefix)})
     found = []
     for layer in layers:
@@ -99,7 +120,8 @@ def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
             rows, columns = tensors[f"{name}.weight"]["shape"]
             shape = (columns, rows) if family.transposed else (rows, columns)
             bias = f"{name}.bias" in tensors
-            found.append(Matrix(layer, role, name, SITES[role], shape, family.transposed, bias))
+            activation = f"{prefix}{layer}.{family.activation}"
+            found.append(Matrix(layer, role, name, SITES[role], shape, family.transposed, bias, activation))
     return found
 
 
@@ -124,3 +146,13 @@ def group_name(group: list[Matrix]) -> str:
 def moments_file(layer: int) -> str:
     """The name of the file that holds the statistics of a layer."""
     return f"layer-{layer:03d}.safetensors"
+
+
+def reads(matrix: Matrix, statistic: str) -> bool:
+    """Whether the matrix's site has the statistic: `cross`, the moment with the FFN's input, exists for its hidden units."""
+    return statistic != "cross" or matrix.site == "ffn_hidden"
+
+
+def tokens_of(x: Tensor, length: int) -> Tensor:
+    """Activations (windows, length, n) from a module's, whatever leading shape the model gave them (OPT flattens its FFN's)."""
+    return x.reshape(-1, length, x.shape[-1])

@@ -26,32 +26,35 @@ COPIED = ("generation_config.json", *TOKENIZER)
 
 def compress(
     files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
-    """({module: {name below it: tensor}}, {module: layout}) for every group of `sizes`, in the dtype of the dense weights.
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """({module: {name below it: tensor}}, {module: layout}, {group: report of its optimisation, where there is one}) for every
+    group of `sizes`, in the dtype of the dense weights.
 
     `factors` maps a group's name to the bundle that holds its fit. Raises InputError, naming the module, if a number is
     not finite in the stored dtype.
     """
     stored: dict[str, dict[str, Tensor]] = {}
     layouts: dict[str, dict[str, Any]] = {}
+    reports: dict[str, dict[str, Any]] = {}
     for group in structure.groups(files.matrices):
         name = group_name(group)
         if name not in sizes:
             continue
         fit = factors[name].tensors(f"{name}.safetensors")
-        for module, tensors in structure.stored(group, fit, sizes[name]).items():
-            matrix = next(m for m in group if m.module == module)
-            dtype = files.tensor(f"{matrix.module}.weight").dtype
-            stored[module] = {}
-            for part, tensor in tensors.items():
+        dtype = files.tensor(f"{group[0].module}.weight").dtype
+        for module, part in structure.stored(group, fit, sizes[name]).items():
+            layouts[module], stored[module] = part.layout, {}
+            for key, tensor in part.tensors.items():
                 cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
                 if not torch.isfinite(cast).all():
-                    raise InputError(f"{module}.{part}: not finite as {dtype}; choose another dtype for the model's weights")
-                stored[module][part] = cast
-            if matrix.bias:
-                stored[module][structure.bias_name] = files.tensor(f"{module}.bias")
-            layouts[module] = structure.layout(group, matrix, sizes[name])
-    return stored, layouts
+                    raise InputError(f"{module}.{key}: not finite as {dtype}; choose another dtype for the model's weights")
+                stored[module][key] = cast
+        if report := structure.report(group, fit, sizes[name]):
+            reports[name] = report
+        if structure.bias_name is not None:
+            for matrix in (m for m in group if m.bias):
+                stored[matrix.module][structure.bias_name] = files.tensor(f"{matrix.module}.bias")
+    return stored, layouts, reports
 
 
 def _all_tensors(files: ModelFiles, stored: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -70,6 +73,7 @@ def write_checkpoint(
     files: ModelFiles,
     stored: dict[str, dict[str, Tensor]],
     layouts: dict[str, dict[str, Any]],
+    reports: dict[str, dict[str, Any]],
     dtype: str,
     recipe: dict[str, Any],
     provenance: dict[str, Any],
@@ -113,6 +117,8 @@ def write_checkpoint(
             shutil.copyfile(source / name, directory / name)
     recipe = {**recipe, **sizes, "model_dense_bytes": files.manifest["bytes"]}
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    if reports:
+        (directory / "optimisation.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(card(recipe), encoding="utf-8")
     write_manifest(directory, sizes, provenance)
     return sizes

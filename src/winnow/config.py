@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from winnow.architectures import ROLES
 from winnow.errors import InputError
-from winnow.metrics import METRICS, AnyMetric
-from winnow.structures import AnyStructure
+from winnow.metrics import GRADIENTS, METRICS, AnyMetric
+from winnow.structures import STRUCTURES, AnyStructure, structure_of
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Target = Literal["ffn", "attention", *ROLES]  # type: ignore[valid-type]
@@ -76,6 +76,10 @@ class Calibration(Strict):
     length: int = Field(2048, ge=2, description="tokens per window")
     seed: int = Field(0, ge=0, description="draws the windows")
     special_tokens: bool = Field(True, description="as the tokenizer does by default (a BOS in front of the text, if it has one)")
+    first_token: bool = Field(True, description="count the first token of every window, whose activations are often massive")
+    gradient_labels: Literal["model", "text"] = Field(
+        "model", description="labels of the backward pass: drawn from the model (Fisher), or the text's (empirical Fisher)"
+    )
     precision: Literal["float64", "float32"] = Field(
         "float64", description="of products and stored moments; float32 halves the bytes and suits wide models (sums are float64)"
     )
@@ -84,10 +88,27 @@ class Calibration(Strict):
 class Method(Strict):
     """How matrices are replaced: a structure fitted in a metric."""
 
+    paper: str | None = Field(None, description="where it was published; for tables, changes no number")
     structure: AnyStructure = Field(description="what is stored instead of a matrix")
-    metric: AnyMetric = Field(
-        default_factory=lambda: METRICS["weights"].Options(kind="weights"), description="which error the fit minimises"
+    metric: AnyMetric | None = Field(
+        None, description="which error the fit minimises; absent for structures that minimise the FFN's output error"
     )
+
+    @model_validator(mode="after")
+    def _one_objective(self) -> Method:
+        structure = STRUCTURES[self.structure.kind]
+        if structure.objective == "metric" and self.metric is None:
+            raise ValueError(f"{structure.kind()} needs a `metric`; {{kind: weights}} is the error of the weights")
+        if structure.objective != "metric" and self.metric is not None:
+            raise ValueError(f"{structure.kind()} minimises the error of the FFN's output; leave `metric` out")
+        if self.metric and not structure.weighs_outputs and set(METRICS[self.metric.kind].needs) & set(GRADIENTS):
+            raise ValueError(f"{structure.kind()} cannot weigh outputs, as {self.metric.kind} does; use a metric of the inputs")
+        return self
+
+    @property
+    def objective(self) -> str:
+        """The metric's kind, or what the structure minimises instead."""
+        return self.metric.kind if self.metric else STRUCTURES[self.structure.kind].objective
 
 
 class Allocation(Strict):
@@ -104,7 +125,9 @@ class Budget(Strict):
         None, gt=0, le=1, description="stored over dense bytes of the chosen matrices, met within 0.5 %"
     )
     rank: int | None = Field(None, ge=1, description="the same rank for every chosen matrix")
-    rank_fraction: float | None = Field(None, gt=0, le=1, description="rank as a share of the smaller side of each matrix")
+    rank_fraction: float | None = Field(
+        None, gt=0, le=1, description="rank as a share of the smaller side of each matrix (or of the structure's largest size)"
+    )
     allocation: Allocation = Field(default_factory=lambda: Allocation(kind="uniform"), description="how the budget is spread")
 
     @model_validator(mode="after")
@@ -148,6 +171,9 @@ class Experiment(Strict):
     budgets: list[Name] = Field(min_length=1)
     recoveries: list[Name] = Field(["none"], min_length=1)
     evaluations: list[Name] = Field(min_length=1)
+    controls: bool = Field(
+        True, description="beside every method that selects neurons, columns or clusters, the same with a random selection"
+    )
 
 
 class Config(Strict):
@@ -170,7 +196,7 @@ class Config(Strict):
             for name, preset in getattr(self, section).items():
                 _known(f"{section}.{name}.text", preset.text, self.texts)
         for name, experiment in self.experiments.items():
-            for section in Experiment.model_fields:
+            for section in (s for s in Experiment.model_fields if s != "controls"):
                 for given in getattr(experiment, section):
                     _known(f"experiments.{name}.{section}", given, getattr(self, section))
             for c in experiment.calibrations:
@@ -181,6 +207,12 @@ class Config(Strict):
                             "calibrate on a text that is not evaluated"
                         )
         return self
+
+
+def random_control(method: Method) -> Method | None:
+    """The method with a random choice of what it selects; None if it selects nothing, or at random already."""
+    control = structure_of(method.structure.model_dump()).control()
+    return None if control is None else Method(paper=None, structure=control, metric=method.metric)
 
 
 def _known(where: str, name: str, presets: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from winnow.config import Config, load
+from winnow import presets
+from winnow.config import Config, Method, load
 from winnow.errors import InputError
 from winnow.metrics import METRICS
 from winnow.structures import STRUCTURES
@@ -25,28 +26,11 @@ def default() -> dict[str, Any]:
     parts = ("calibration", "evaluation")
     keeps = (0.9, 0.8, 0.6, 0.4)
     targets = {"ffn": ["ffn"], "all": ["ffn", "attention"]}
-    methods = {  # name: structure with its options, metric with its options
-        "svd": ({"kind": "low_rank"}, {"kind": "weights"}),
-        "weight_norm": ({"kind": "low_rank"}, {"kind": "weight_norm"}),
-        "asvd": ({"kind": "low_rank"}, {"kind": "mean_abs", "alpha": 0.5}),
-        "whitened": ({"kind": "low_rank"}, {"kind": "gram"}),
-    }
-    others = {  # not part of the default experiment; config/studies/structures.yaml runs them
-        "asvd_max": ({"kind": "low_rank"}, {"kind": "max_abs", "alpha": 0.5}),
-        "second_moment": ({"kind": "low_rank"}, {"kind": "second_moment"}),
-        "grc": ({"kind": "shared_basis"}, {"kind": "weights"}),
-        "grc_whitened": ({"kind": "shared_basis"}, {"kind": "gram"}),
-        "grc_inputs": ({"kind": "shared_basis", "basis": "inputs"}, {"kind": "gram"}),
-        "svd_gauge_fixed": ({"kind": "gauge_fixed"}, {"kind": "weights"}),
-        "whitened_gauge_fixed": ({"kind": "gauge_fixed"}, {"kind": "gram"}),
-        "basis_sharing": ({"kind": "basis_sharing", "layers": 2}, {"kind": "gram"}),
-        "bypass": ({"kind": "bypass", "kept": 8, "remainder": {"kind": "shared_basis"}}, {"kind": "weights"}),
-    }
     return {
         "models": {"demo": {"source": "resources/models/demo"}},
         "texts": {f"demo_{p}": {"files": [f"resources/texts/demo/{p}.jsonl"], "format": "jsonl"} for p in parts},
         "calibrations": {"demo": {"text": "demo_calibration", "windows": 128, "length": 256, "seed": 0}},
-        "methods": {name: {"structure": s, "metric": m} for name, (s, m) in {**methods, **others}.items()},
+        "methods": presets.methods(),
         "budgets": {
             f"{name}-{keep}": {"targets": roles, "keep_bytes": keep} for name, roles in targets.items() for keep in keeps
         },
@@ -56,7 +40,7 @@ def default() -> dict[str, Any]:
             "demo": {
                 "models": ["demo"],
                 "calibrations": ["demo"],
-                "methods": list(methods),
+                "methods": presets.DEMO,
                 "budgets": [f"{name}-{keep}" for name in targets for keep in keeps],
                 "recoveries": ["none"],
                 "evaluations": ["demo"],
@@ -131,6 +115,12 @@ def readme() -> str:
                 "Metrics:",
                 "",
                 *_kind_rows(METRICS, "reference"),
+                "",
+                "Presets of `config/config.yaml`, by the paper that each comes from. m and n are the outputs and inputs of",
+                "a matrix, d and f those of an FFN, k is the size that a budget buys. Indices take 2 bytes each (4 from",
+                "32,768 channels on).",
+                "",
+                *_preset_rows(),
             ]
         if name == "evaluations":
             lines += ["", "| protocol | version | rule |", "|---|---|---|"]
@@ -159,6 +149,23 @@ def _kind_rows(registry: dict[str, Any], column: str) -> list[str]:
         what = " ".join(cls.__doc__.split())
         rows.append(f"| `{kind}` | {options} | {getattr(cls, column)} | {what} |")
     return rows
+
+
+def _preset_rows() -> list[str]:
+    rows = ["| preset | paper | metric | structure | what is stored | numbers stored |", "|---|---|---|---|---|---|"]
+    for name, content in presets.methods().items():
+        method = Method.model_validate(content)
+        structure = STRUCTURES[method.structure.kind]
+        given = [f"{key}: {_short(value)}" for key, value in content["structure"].items() if key != "kind"]
+        what = f"{structure.kind()} ({', '.join(given)})" if given else structure.kind()
+        options = [f"{key} {value}" for key, value in content.get("metric", {}).items() if key != "kind"]
+        metric = f"{method.objective} ({', '.join(options)})" if options else method.objective
+        rows.append(f"| `{name}` | {method.paper} | {metric} | {what} | {structure.stores} | {structure.formula} |")
+    return rows
+
+
+def _short(value: Any) -> Any:
+    return value["kind"] if isinstance(value, dict) else value
 
 
 def generate(root: Path, check: bool) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
+import pandas as pd
 import torch
 from torch import Tensor
 
-from winnow.architectures import Matrix, group_name, moments_file
+from winnow.architectures import Matrix, group_name, moments_file, reads
 from winnow.errors import InputError
 from winnow.io import Bundle
-from winnow.metrics import Metric
+from winnow.metrics import GRADIENTS, Metric
 from winnow.models import ModelFiles
 from winnow.structures.base import Fit, Problem, Structure
 
@@ -25,37 +27,94 @@ def shard_of(groups: list[list[Matrix]], shard: str) -> list[list[Matrix]]:
     return groups[len(groups) * (index - 1) // total : len(groups) * index // total]
 
 
-def fit_groups(
-    files: ModelFiles, moments: Bundle | None, structure: Structure, metric: Metric, shard: str, device: str
-) -> Iterator[tuple[str, Fit]]:
-    """Yield (group name, fit) for the shard's groups of all matrices of the model.
+def labels_by_matrix(table: pd.DataFrame) -> dict[str, Tensor]:
+    """{matrix name: labels (channels,)} of a clusters.parquet."""
+    return {
+        f"{layer:03d}.{role}": torch.tensor(rows["cluster"].tolist())  # rows are in the order of the channels
+        for (layer, role), rows in table.groupby(["layer", "role"], sort=False)
+    }
 
-    Raises InputError naming the matrix if its weight or its statistics are not finite.
+
+def fit_groups(
+    files: ModelFiles,
+    moments: Bundle | None,
+    gradients: Bundle | None,
+    labels: dict[str, Tensor],
+    structure: Structure,
+    metric: Metric | None,
+    shard: str,
+    device: str,
+) -> Iterator[tuple[str, Fit, list[int]]]:
+    """Yield (group name, fit, numbers stored at every size) for the shard's groups of all matrices of the model.
+
+    The last size is the largest that stores less than the dense matrices. `labels` are clusters by matrix name, for structures
+    that ask for them. Raises InputError naming the matrix if its weight or its statistics are not finite.
     """
     groups = shard_of(structure.groups(files.matrices), shard)
-    cached: dict[int, dict[str, Tensor]] = {}
+    inputs, outputs = _Statistics(moments, device), _Statistics(gradients, device)
+    needs = dict.fromkeys((*(metric.needs if metric else ()), *structure.needs()))
     for number, group in enumerate(groups):
         began = time.monotonic()
-        sites: dict[str, dict[str, Tensor]] = {}
-        precision = torch.finfo(torch.float64).eps
-        needs = dict.fromkeys((*metric.needs, *structure.needs()))
-        if needs:
-            assert moments is not None
-            layers = {matrix.layer for matrix in group}
-            cached = {n: cached[n] if n in cached else moments.tensors(moments_file(n)) for n in sorted(layers)}
-            for matrix in group:
-                found = {need: cached[matrix.layer][f"{matrix.site}.{need}"] for need in needs}
-                precision = max(torch.finfo(value.dtype).eps for value in found.values())
-                sites[matrix.name] = {need: value.double().to(device) for need, value in found.items()}
-        weights = {matrix.name: files.weight(matrix).to(device) for matrix in group}
         name = group_name(group)
+        inputs.keep(group)
+        outputs.keep(group)
         try:
-            fit = structure.fit(Problem(group, weights, sites, metric, precision), structure.largest(group))
+            problem = Problem(
+                group,
+                {m.name: files.weight(m).to(device) for m in group},
+                {m.name: inputs.of(m, m.site, [n for n in needs if n not in GRADIENTS and reads(m, n)]) for m in group},
+                metric,
+                inputs.precision,
+                {m.name: files.tensor(f"{m.module}.bias").double().to(device) for m in group if m.bias},
+                {m.name: outputs.of(m, m.role, [n for n in needs if n in GRADIENTS]) for m in group},
+                {m.name: labels[m.name] for m in group if m.name in labels},
+            )
+            fit = structure.fit(problem, structure.largest(group))
         except (FloatingPointError, ValueError, torch.linalg.LinAlgError) as error:
             raise InputError(f"{group[0].module}: {error}") from error
+        if not torch.isfinite(fit.error).all():
+            raise InputError(f"{group[0].module}: the error of the fit is not finite")
+        dense = sum(m.shape[0] * m.shape[1] + (m.shape[0] if m.bias and structure.bias_name is None else 0) for m in group)
+        numbers = [structure.numbers(group, size, fit.tensors) for size in range(len(fit.error))]
+        last = max((size for size, count in enumerate(numbers) if count < dense), default=0)
+        fit, numbers = replace(fit, error=fit.error[: last + 1]), numbers[: last + 1]
         kept = float(1 - fit.error[-1] / fit.error[0]) if fit.error[0] > 0 else 1.0
         log.info(
-            "%d of %d: %s, largest size %d keeps %.6f of the metric's energy, %.2f s",
+            "%d of %d: %s, largest size %d keeps %.6f of the objective, %.2f s",
             number + 1, len(groups), name, len(fit.error) - 1, kept, time.monotonic() - began,
         )  # fmt: skip
-        yield name, fit
+        yield name, fit, numbers
+
+
+def storable(structure: Structure, fit: Fit) -> dict[str, Tensor]:
+    """The fit's tensors as they are cached: float32, but float64 where the structure says so."""
+    tensors = {}
+    for name, tensor in fit.tensors.items():
+        single = tensor.is_floating_point() and name not in structure.in_float64
+        tensors[name] = (tensor.float() if single else tensor).cpu()
+    return tensors
+
+
+class _Statistics:
+    """Statistics of a bundle; a layer is read once for consecutive groups that need it."""
+
+    def __init__(self, bundle: Bundle | None, device: str):
+        self.bundle, self.device = bundle, device
+        self.precision = torch.finfo(torch.float64).eps
+        self.layers: dict[int, dict[str, Tensor]] = {}
+
+    def keep(self, group: list[Matrix]) -> None:
+        """Forget layers that the group does not have."""
+        layers = {m.layer for m in group}
+        self.layers = {layer: tensors for layer, tensors in self.layers.items() if layer in layers}
+
+    def of(self, matrix: Matrix, prefix: str, needs: list[str]) -> dict[str, Tensor]:
+        """{need: float64 tensor}, from the tensors `prefix.need` of the matrix's layer."""
+        if not needs:
+            return {}
+        assert self.bundle is not None
+        if matrix.layer not in self.layers:
+            self.layers[matrix.layer] = self.bundle.tensors(moments_file(matrix.layer))
+        found = {need: self.layers[matrix.layer][f"{prefix}.{need}"] for need in needs}
+        self.precision = max([self.precision, *(torch.finfo(value.dtype).eps for value in found.values())])
+        return {need: value.double().to(self.device) for need, value in found.items()}

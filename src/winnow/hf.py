@@ -57,7 +57,7 @@ class WinnowQuantizer(HfQuantizer):
             except AttributeError as error:
                 raise InputError(f"the checkpoint's config names {name}, which {type(model).__name__} does not have") from error
             with torch.device("meta"):
-                module = STRUCTURES[layout["kind"]].module(layout, bias=getattr(dense, "bias", None) is not None)
+                module = STRUCTURES[layout["kind"]].module(layout, dense)
             _replace_module(model, name, module)
         for name, layout in self.quantization_config.layers.items():
             model.all_tied_weights_keys.update(STRUCTURES[layout["kind"]].share(model, name, layout))

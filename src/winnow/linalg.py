@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+import logging
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 EPSILON = torch.finfo(torch.float64).eps
+
+
+class Directions(NamedTuple):
+    """A fit of every rank: W_k = left[:, :k] @ (right[:k] @ W), with singular values (K,) and squared errors (K + 1,)."""
+
+    left: Tensor  # (m, K)
+    right: Tensor  # (K, m)
+    spectrum: Tensor
+    error: Tensor
+
+
+def regularized(gram: Tensor, ridge: float, what: str) -> Tensor:
+    """gram + ridge * mean(diagonal) * I, for a full (n, n) or diagonal (n,) gram that has to be inverted.
+
+    The ridge is raised tenfold until a Cholesky factorisation exists, and every raise is logged. Raises FloatingPointError,
+    naming `what`, if the gram is not finite, all zero, or cannot be mended by a ridge of 1 % of its mean diagonal.
+    """
+    diagonal = gram.diagonal() if gram.dim() == 2 else gram
+    scale = diagonal.mean()
+    if not torch.isfinite(gram).all() or scale <= 0:
+        raise FloatingPointError(f"{what}: {'is zero' if scale == 0 else 'not finite or negative'}; it cannot be inverted")
+    used = ridge
+    while used <= 0.01:
+        shifted = gram + used * scale * (torch.eye(len(gram), dtype=gram.dtype, device=gram.device) if gram.dim() == 2 else 1)
+        definite = (shifted > 0).all() if gram.dim() == 1 else int(torch.linalg.cholesky_ex(shifted).info) == 0
+        if definite:
+            if used > ridge:
+                log.warning("%s: singular, so the relative ridge was raised from %.1e to %.1e", what, ridge, used)
+            return shifted
+        used = max(10 * used, len(gram) * EPSILON)
+    raise FloatingPointError(f"{what}: singular even with a ridge of 1 % of its mean diagonal")
 
 
 def square_root(gram: Tensor) -> Tensor:
@@ -14,26 +49,42 @@ def square_root(gram: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def leading_directions(weight: Tensor, columns: Tensor, precision: float = EPSILON) -> tuple[Tensor, Tensor, Tensor]:
-    """Directions that solve min over rank(B) <= k of ||(W - B) C^{1/2}||_F for every k at once.
+def leading_directions(weight: Tensor, columns: Tensor, precision: float = EPSILON, rows: Tensor | None = None) -> Directions:
+    """Directions that solve min over rank(B) <= k of ||R^{1/2} (W - B) C^{1/2}||_F for every k at once.
 
-    `weight` (m, n) and `columns`, the metric C as its diagonal (n,) or in full (n, n), are float64; `precision` is the
-    relative rounding error that a full C was computed with. Returns
+    `weight` (m, n), `columns` (the metric C as its diagonal (n,) or in full (n, n)) and `rows` (R likewise, positive
+    definite; None for I) are float64; `precision` is the relative rounding error that a full C was computed with. With U
+    the left singular vectors of R^{1/2} W C^{1/2}, left = R^{-1/2} U and right = U^T R^{1/2}.
 
-    * U (m, K) with orthonormal columns, K = min(m, n): the solution of rank k is U_k (U_k^T W);
-    * the singular values (K,) of W C^{1/2}, falling;
-    * the squared error (K + 1,) left at rank 0..K.
-
-    Neither Cholesky nor an inverse is needed, and a singular C is no special case: directions beyond the rank of
-    W C^{1/2} cost nothing in the metric and are spent on what is left of W itself, so rank K gives W back. The
+    Neither Cholesky nor an inverse of C is needed, and a singular C is no special case: directions beyond the rank of
+    W C^{1/2} cost nothing in the metric and are spent on what is left of W itself, so rank K = min(m, n) gives W back. The
     eigenproblem has the smaller side of W. (methods: T2, T3; Swift-SVD for the left side.)
 
-    Raises FloatingPointError if an input is not finite.
+    Raises FloatingPointError if an input is not finite or R is not positive.
     """
-    m, n = weight.shape
-    for name, value in (("the weight", weight), ("the metric", columns)):
-        if not torch.isfinite(value).all():
+    for name, value in (("the weight", weight), ("the metric", columns), ("the metric of the outputs", rows)):
+        if value is not None and not torch.isfinite(value).all():
             raise FloatingPointError(f"{name} is not finite")
+    if rows is None:
+        left, spectrum, error = _leading(weight, columns, precision)
+        return Directions(left, left.T, spectrum, error)
+    if rows.dim() == 1:
+        if not (rows > 0).all():
+            raise FloatingPointError("the metric of the outputs is not positive")
+        root = rows.sqrt()
+        left, spectrum, error = _leading(root[:, None] * weight, columns, precision)
+        return Directions(left / root[:, None], left.T * root, spectrum, error)
+    values, vectors = torch.linalg.eigh(rows)
+    if not values[0] > 0:
+        raise FloatingPointError("the metric of the outputs is not positive definite")
+    root, inverse = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
+    left, spectrum, error = _leading(root @ weight, columns, precision)
+    return Directions(inverse @ left, left.T @ root, spectrum, error)
+
+
+def _leading(weight: Tensor, columns: Tensor, precision: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal left singular vectors (m, K) of W C^{1/2}, singular values, and squared errors left, for R = I."""
+    m, n = weight.shape
     # Squared singular values below this share of the largest are rounding noise of the metric or of the eigensolver.
     noise = max(m, n) * EPSILON + (16 * precision if precision > EPSILON else 0)
     if columns.dim() == 1:
@@ -56,7 +107,7 @@ def leading_directions(weight: Tensor, columns: Tensor, precision: float = EPSIL
 
 
 def principal_components(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `leading_directions`, but the rank-k map is W P_k P_k^T with P_k the leading eigenvectors of C (n, n).
+    """As `leading_directions` with R = I, but the rank-k map is W P_k P_k^T with P_k the leading eigenvectors of C (n, n).
 
     Returns the rows P^T (K, n), K = min(m, n); the roots of the eigenvalues of C; and the squared error
     ||W (I - P_k P_k^T) C^{1/2}||_F^2 left at rank 0..K. Raises ValueError for a diagonal C, which has no components.

@@ -1,6 +1,6 @@
-"""Metrics: which error a fit minimises, || (W - W_k) C^{1/2} ||_F^2, as a choice of C from weights or statistics.
+"""Metrics: which error a fit minimises, || R^{1/2} (W - W_k) C^{1/2} ||_F^2, as a choice of C and R.
 
-A metric returns C as a vector (its diagonal) or as a full matrix (n, n); the scale of C does not matter to the fit.
+Both come from weights or statistics, as a vector (their diagonal) or as a full matrix; their scale does not matter to the fit.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ class MetricOptions(BaseModel):
     kind: str
 
 
+GRADIENTS = ("fisher", "gradient_gram")  # statistics of output gradients, which need a backward pass
+
+
 class Metric(ABC):
-    """C for a matrix W (m, n) whose inputs x have the statistics `site` (float64 tensors by name)."""
+    """C and R for a matrix W (m, n): `site` holds statistics of its inputs, `output` of the loss's gradient in its outputs
+    (float64 tensors by name)."""
 
     version: ClassVar[int] = 1
     reference: ClassVar[str]
@@ -39,6 +43,10 @@ class Metric(ABC):
     @abstractmethod
     def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
         """C: (n,) if diagonal, (n, n) if full; float64, positive semi-definite."""
+
+    def rows(self, output: dict[str, Tensor]) -> Tensor | None:
+        """R: (m,) if diagonal, (m, m) if full; float64, positive definite. None for I."""
+        return None
 
 
 class Weights(Metric):
@@ -107,16 +115,65 @@ class SecondMoment(Metric):
 
 
 class Gram(Metric):
-    """C = E[x x^T]: the error of the outputs on the calibration tokens."""
+    """C = E[x x^T]: the error of the outputs on the calibration tokens. No ridge is needed: a singular C is solved exactly."""
 
     reference = "SVD-LLM, arXiv 2403.07378, solved as in Swift-SVD"
     needs = ("gram",)
 
     class Options(MetricOptions):
         kind: Literal["gram"]
+        ridge: float = Field(0.0, ge=0, le=1, description="added to the diagonal of C, as a share of its mean")
+
+    def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
+        return _with_ridge(site["gram"], self.options.ridge)  # type: ignore[attr-defined]
+
+
+class Fisher(Metric):
+    """R = diag(sum_j E[(dL/dW_ij)^2]): rows weighted by the diagonal Fisher information of their weights, windows as samples."""
+
+    reference = "FWSVD, arXiv 2207.00112"
+    needs = ("fisher",)
+
+    class Options(MetricOptions):
+        kind: Literal["fisher"]
+        ridge: float = Field(1e-6, gt=0, le=1, description="added to R, as a share of its mean; raised where R is singular")
+
+    def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
+        return weight.new_ones(weight.shape[1])
+
+    def rows(self, output: dict[str, Tensor]) -> Tensor:
+        from winnow.linalg import regularized
+
+        return regularized(output["fisher"], self.options.ridge, "the Fisher information")  # type: ignore[attr-defined]
+
+
+class TwoSided(Metric):
+    """C = E[x x^T], R = E[g g^T] with g the gradient of the loss in the output: the loss to second order, with the two taken
+    as independent (Kronecker-factored Fisher)."""
+
+    reference = "KFAC, arXiv 1503.05671; as a metric for SVD in LEMS/KFAC-SVD"
+    needs = ("gram", "gradient_gram")
+
+    class Options(MetricOptions):
+        kind: Literal["two_sided"]
+        ridge: float = Field(1e-6, gt=0, le=1, description="added to R, as a share of its mean; raised where R is singular")
 
     def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
         return site["gram"]
+
+    def rows(self, output: dict[str, Tensor]) -> Tensor:
+        from winnow.linalg import regularized
+
+        ridge = self.options.ridge  # type: ignore[attr-defined]
+        return regularized(output["gradient_gram"], ridge, "the second moment of the output's gradient")
+
+
+def _with_ridge(gram: Tensor, ridge: float) -> Tensor:
+    if ridge == 0:
+        return gram
+    shifted = gram.clone()
+    shifted.diagonal().add_(ridge * gram.diagonal().mean())
+    return shifted
 
 
 METRICS: dict[str, type[Metric]] = {cls.kind(): cls for cls in Metric.__subclasses__()}

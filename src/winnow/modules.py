@@ -6,6 +6,16 @@ import torch
 from torch import Tensor, nn
 
 
+def has_bias(dense: nn.Module) -> bool:
+    """Whether the module to be replaced has a bias."""
+    return getattr(dense, "bias", None) is not None
+
+
+def index_dtype(channels: int) -> torch.dtype:
+    """The smallest of int16 and int32 that can number so many channels."""
+    return torch.int16 if channels < 2**15 else torch.int32
+
+
 class LowRankLinear(nn.Module):
     """y = left (right x) + b, with right (k, in) and left (out, k), both plain `nn.Linear` (so LoRA finds them).
 
@@ -21,6 +31,21 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(self.right(x))
+
+
+class TwoSidedLinear(nn.Module):
+    """y = left (core (input^T x)) + b: core (k, k), left (out, k), and input (in, k), which is stored as the columns of a basis
+    so that it can be the very tensor that is `left.weight` elsewhere. `weight` is empty, as in `LowRankLinear`."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
+        super().__init__()
+        self.input = nn.Parameter(torch.empty(in_features, rank))
+        self.core = nn.Linear(rank, rank, bias=False)
+        self.left = nn.Linear(rank, out_features, bias=bias)
+        self.register_buffer("weight", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(self.core(x @ self.input))
 
 
 class SumLinear(nn.Module):
@@ -46,11 +71,82 @@ class RowsLinear(nn.Module):
         self.right = nn.Linear(in_features, rank, bias=False)
         self.left = nn.Linear(rank, out_features - rank, bias=False)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        index = torch.int16 if out_features < 2**15 else torch.int32
-        self.register_buffer("order", torch.empty(out_features, dtype=index))
+        self.register_buffer("order", torch.empty(out_features, dtype=index_dtype(out_features)))
         self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.right(x)
         y = torch.cat([rows, self.left(rows)], dim=-1).index_select(-1, self.order.int())
         return y if self.bias is None else y + self.bias
+
+
+class ConcatLinear(nn.Module):
+    """y = [part_1 x; part_2 x; ...] (+ b), then channels put into `order` if there is one. `weight` is empty, as above."""
+
+    order: Tensor
+
+    def __init__(self, parts: dict[str, nn.Module], ordered: int = 0, bias: int = 0):
+        """`ordered`: number of outputs, if they are reordered; `bias`: number of outputs, if a bias is added to them all."""
+        super().__init__()
+        self.names = list(parts)
+        for name, part in parts.items():
+            self.add_module(name, part)
+        if ordered:
+            self.register_buffer("order", torch.empty(ordered, dtype=index_dtype(ordered)))
+        self.ordered = bool(ordered)
+        self.bias = nn.Parameter(torch.empty(bias)) if bias else None
+        self.register_buffer("weight", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.get_submodule(name)(x) for name in self.names], dim=-1)
+        if self.ordered:
+            y = y.index_select(-1, self.order.int())
+        return y if self.bias is None else y + self.bias
+
+
+class SplitLinear(nn.Module):
+    """y = part_1 x_1 + part_2 x_2 + ... + b, with x_i consecutive channels, of x or of x in `order`. `weight` is empty."""
+
+    order: Tensor
+
+    def __init__(self, parts: dict[str, nn.Module], widths: list[int], ordered: bool = False, bias: int = 0):
+        super().__init__()
+        self.names, self.widths, self.ordered = list(parts), widths, ordered
+        for name, part in parts.items():
+            self.add_module(name, part)
+        if ordered:
+            self.register_buffer("order", torch.empty(sum(widths), dtype=index_dtype(sum(widths))))
+        self.bias = nn.Parameter(torch.empty(bias)) if bias else None
+        self.register_buffer("weight", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ordered:
+            x = x.index_select(-1, self.order.int())
+        pieces = x.split(self.widths, dim=-1)
+        y = self.get_submodule(self.names[0])(pieces[0])
+        for name, piece in zip(self.names[1:], pieces[1:], strict=True):
+            y = y + self.get_submodule(name)(piece)
+        return y if self.bias is None else y + self.bias
+
+
+class Constant(nn.Module):
+    """`width` channels of one value: 1 is the gate of channels that pass unchanged, 0 is what is left of a dropped part."""
+
+    def __init__(self, width: int, value: float):
+        super().__init__()
+        self.width, self.value = width, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_full((1,), self.value).expand(*x.shape[:-1], self.width)
+
+
+class PartialActivation(nn.Module):
+    """The activation on the first `width` channels; the others pass unchanged."""
+
+    def __init__(self, activation: nn.Module, width: int):
+        super().__init__()
+        self.activation = activation
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.activation(x[..., : self.width]), x[..., self.width :]], dim=-1)

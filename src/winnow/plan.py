@@ -13,13 +13,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from winnow.config import Config, Strict
+from winnow.clusters import Clustering
+from winnow.config import Config, Method, Strict, random_control
 from winnow.errors import InputError
 from winnow.io import file_digest
-from winnow.metrics import METRICS
+from winnow.metrics import GRADIENTS, METRICS
 from winnow.models import model_files
 from winnow.provenance import CodeTracker, versions
-from winnow.structures import STRUCTURES
+from winnow.structures import STRUCTURES, structure_of
+from winnow.structures.base import Structure
 from winnow.tokens import PROTOCOLS
 
 TORCH = ("torch", "numpy", "safetensors")
@@ -32,6 +34,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "check_overlap": ("numpy",),
     "tokenize": HUGGING_FACE,
     "collect_statistics": HUGGING_FACE,
+    "collect_gradients": HUGGING_FACE,
+    "assign_clusters": (*TORCH, *TABLES, "scikit-learn"),
     "factorize": TORCH,
     "measure_spectra": (*TORCH, *TABLES),
     "allocate": TABLES,
@@ -58,6 +62,21 @@ DEMO_MODEL = {  # the recipe of resources/models/demo
     "training": {"steps": 800, "batch": 16, "length": 256, "rate": 0.003, "decay": 0.5, "seed": 0},
 }
 EXECUTION = {"shards"}  # options that say how a job runs; they are in no label
+OF_STATISTICS = {"precision", "first_token", "gradient_labels"}  # options of a calibration that do not change its tokens
+UNNAMED = EXECUTION | {"paper"}  # what else changes no number
+
+
+def _with_controls(config: Config) -> tuple[dict[str, Method], dict[str, str]]:
+    """All methods with their random controls, and {method: its control} by name. A preset of the same content serves."""
+    methods, controls = dict(config.methods), {}
+    for name, method in config.methods.items():
+        control = random_control(method)
+        if control:
+            content = (control.structure, control.metric)
+            same = sorted(other for other, m in config.methods.items() if (m.structure, m.metric) == content)
+            controls[name] = same[0] if same else f"{name}.random"
+            methods.setdefault(controls[name], control)
+    return methods, controls
 
 
 def _kinds(content: dict[str, Any]) -> list[str]:
@@ -82,18 +101,19 @@ class Plan:
     """Labels and specifications of a validated configuration; knows nothing of Snakemake and starts no job."""
 
     def __init__(self, config: Config, root: Path):
-        self.config = config
+        self.methods, self.controls = _with_controls(config)
+        self.config = config.model_copy(update={"methods": self.methods})
         self.code = CodeTracker(root)
         self.labels: dict[str, dict[str, str]] = {}
         self.names: dict[str, dict[str, str]] = {}
         for section in ("models", "texts", "calibrations", "methods", "budgets", "recoveries", "evaluations"):
-            presets: dict[str, Strict] = getattr(config, section)
+            presets: dict[str, Strict] = getattr(self.config, section)
             self.labels[section] = {name: self._label(section, name, preset) for name, preset in presets.items()}
             self.names[section] = {label: name for name, label in self.labels[section].items()}
         self.cells = self._cells()
 
     def _label(self, section: str, name: str, preset: Strict) -> str:
-        content = preset.model_dump(exclude_defaults=True, exclude=EXECUTION, mode="json")
+        content = preset.model_dump(exclude_defaults=True, exclude=UNNAMED, mode="json")
         if "text" in content:  # the text itself, not what it is called
             content["text"] = self.config.texts[content["text"]].model_dump(exclude_defaults=True, mode="json")
         digest = hashlib.sha256(json.dumps([section, content], sort_keys=True).encode()).hexdigest()
@@ -106,7 +126,8 @@ class Plan:
         for e in self.config.experiments.values():
             for model, evaluation in product(e.models, e.evaluations):
                 dense[Cell(model, evaluation)] = None
-            for row in product(e.models, e.evaluations, e.calibrations, e.methods, e.budgets, e.recoveries):
+            methods = [name for m in e.methods for name in (m, self.controls.get(m) if e.controls else None) if name]
+            for row in product(e.models, e.evaluations, e.calibrations, methods, e.budgets, e.recoveries):
                 compressed[Cell(*row)] = None
         return [*dense, *compressed]
 
@@ -157,9 +178,31 @@ class Plan:
         total = self.preset("models", model_label).shards
         return [f"{i + 1}-of-{total}" for i in range(total)]
 
-    def needs_statistics(self, method_label: str) -> bool:
+    def needs(self, method_label: str) -> set[str]:
+        """Which of `moments`, `gradients` and `clusters` the factors of a method are fitted with."""
         method = self.preset("methods", method_label)
-        return bool(METRICS[method.metric.kind].needs or STRUCTURES[method.structure.kind](method.structure).needs())
+        metric = METRICS[method.metric.kind].needs if method.metric else ()
+        structure = self.structure(method_label)
+        needs = {*metric, *structure.needs()}
+        found = {"gradients" if need in GRADIENTS else "moments" for need in needs}
+        return found | ({"clusters"} if structure.clustering() else set())
+
+    def structure(self, method_label: str) -> Structure:
+        return structure_of(self.preset("methods", method_label).structure.model_dump())
+
+    def clustering_label(self, method_label: str) -> str | None:
+        """The label of a method's assignment of clusters, which methods of other metrics can share."""
+        clustering = self.structure(method_label).clustering()
+        if clustering is None:
+            return None
+        content = clustering.model_dump(mode="json")
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return f"{clustering.by}-{clustering.clusters}-{digest[:6]}"
+
+    def clusterings(self) -> dict[str, Clustering]:
+        """Every assignment of clusters by its label."""
+        found = {self.clustering_label(label): self.structure(label).clustering() for label in self.names["methods"]}
+        return {label: clustering for label, clustering in found.items() if label and clustering}
 
     # What each stage's result depends on, besides its input files.
 
@@ -176,7 +219,7 @@ class Plan:
             kinds = _kinds(method.model_dump())
             entries += [f"winnow.structures.{kind}" for kind in kinds if kind in STRUCTURES]
             metrics = [METRICS[kind].__name__ for kind in kinds if kind in METRICS]
-            if stage == "factorize":
+            if stage == "factorize" and metrics:
                 entries.append(f"winnow.metrics:{metrics[0]}" if len(metrics) == 1 else "winnow.metrics")
         return list(self.code.fingerprint(*entries))
 
@@ -193,27 +236,35 @@ class Plan:
     def _spec_tokenize(self, w: dict[str, str]) -> dict[str, Any]:
         section = "calibrations" if w["windows"] in self.names["calibrations"] else "evaluations"
         preset = self.preset(section, w["windows"])
-        windows = preset.model_dump(exclude={"text", "compare", "precision"})
+        windows = preset.model_dump(exclude={"text", "compare", *OF_STATISTICS})
         if section == "evaluations":
             windows["version"] = PROTOCOLS[preset.protocol].version
         return {"kind": section, "join": self.config.texts[preset.text].join, **windows}
 
     def _spec_collect_statistics(self, w: dict[str, str]) -> dict[str, Any]:
-        precision = self.preset("calibrations", w["calibration"]).precision
-        return {"dtype": self.preset("models", w["model"]).dtype, "precision": precision}
+        spec = self.preset("calibrations", w["calibration"]).model_dump(include={"precision", "first_token"})
+        return {"dtype": self.preset("models", w["model"]).dtype, **spec}
+
+    def _spec_collect_gradients(self, w: dict[str, str]) -> dict[str, Any]:
+        spec = self.preset("calibrations", w["calibration"]).model_dump(include={*OF_STATISTICS, "seed"})
+        return {"dtype": self.preset("models", w["model"]).dtype, **spec}
+
+    def _spec_assign_clusters(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"clustering": self.clusterings()[w["clustering"]].model_dump()}
 
     def _method(self, w: dict[str, str]) -> dict[str, Any]:
         method = self.preset("methods", w["method"])
-        return method.model_dump() | {
+        metric = method.metric
+        return method.model_dump(exclude=UNNAMED) | {
             "structure_version": STRUCTURES[method.structure.kind].version,
-            "metric_version": METRICS[method.metric.kind].version,
+            "metric_version": METRICS[metric.kind].version if metric else None,
         }
 
     def _spec_factorize(self, w: dict[str, str]) -> dict[str, Any]:
         return {"method": self._method(w), "shard": w["shard"]}
 
     def _spec_measure_spectra(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"metric": self._method(w)["metric"]["kind"]}
+        return {"metric": self.preset("methods", w["method"]).objective}
 
     def _spec_allocate(self, w: dict[str, str]) -> dict[str, Any]:
         return {"structure": self._method(w)["structure"], "budget": self.preset("budgets", w["budget"]).model_dump()}
@@ -258,7 +309,7 @@ class Plan:
                     "calibration": cell.calibration or "none",
                     "method": cell.method or "dense",
                     "structure": method.structure.kind if method else "dense",
-                    "metric": method.metric.kind if method else "none",
+                    "metric": method.objective if method else "none",
                     "budget": cell.budget or "dense",
                     "allocation": budget.allocation.kind if budget else "none",
                     "recovery": cell.recovery or "none",

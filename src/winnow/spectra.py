@@ -22,8 +22,9 @@ def effective_ranks(singular_values: np.ndarray) -> dict[str, float]:
     return {**ranks, "stable_rank": total / float(energy.max()), "entropy_rank": float(np.exp(entropy))}
 
 
-def spectrum_row(name: str, spectrum: np.ndarray, error: np.ndarray, metric: str) -> dict[str, Any]:
-    """One row of spectra.parquet: layer(s), role(s), metric, singular values, error left at every size, effective ranks."""
+def spectrum_row(name: str, spectrum: np.ndarray, error: np.ndarray, numbers: np.ndarray, metric: str) -> dict[str, Any]:
+    """One row of spectra.parquet: layer(s), role(s), metric, singular values, error left and numbers stored at every size,
+    effective ranks."""
     layer, _, roles = name.partition(".")
     return {
         "group": name,
@@ -32,5 +33,6 @@ def spectrum_row(name: str, spectrum: np.ndarray, error: np.ndarray, metric: str
         "metric": metric,
         "singular_values": spectrum.tolist(),
         "error": error.tolist(),
+        "numbers": numbers.tolist(),
         **effective_ranks(spectrum),
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from winnow.architectures import Matrix
+from winnow.architectures import Matrix, tokens_of
 from winnow.progress import every
 
 if TYPE_CHECKING:
@@ -33,15 +33,19 @@ class Moments:
     total_abs: Tensor  # (n,): sum |x|
     largest: Tensor  # (n,): max |x|
     active: Tensor  # (n,): how often x > 0
+    cross: Tensor  # (n, d): sum x z^T with z the FFN's input, for its hidden units; (n, 0) elsewhere
 
     @classmethod
-    def empty(cls, width: int, precision: torch.dtype, device: str = "cpu") -> Moments:
-        zeros = torch.zeros(5, width, dtype=torch.float64, device=device)
-        return cls(precision, 0, torch.zeros(width, width, dtype=torch.float64, device=device), *zeros[:4].clone().unbind())
+    def empty(cls, width: int, precision: torch.dtype, device: str = "cpu", other: int = 0) -> Moments:
+        gram, cross = (torch.zeros(width, n, dtype=torch.float64, device=device) for n in (width, other))
+        total, total_abs, largest, active = torch.zeros(4, width, dtype=torch.float64, device=device).unbind()
+        return cls(precision, 0, gram, total, total_abs, largest, active, cross)
 
-    def accumulate(self, x: Tensor) -> None:
-        """Add inputs x (..., n)."""
-        x = x.detach().reshape(-1, x.shape[-1]).to(self.precision)
+    def accumulate(self, x: Tensor, other: Tensor | None = None) -> None:
+        """Add inputs x (tokens, n), and their products with `other` (tokens, d)."""
+        x = x.detach().to(self.precision)
+        if other is not None:
+            self.cross += x.T @ other.detach().to(self.precision)
         self.count += len(x)
         self.gram += x.T @ x
         self.total += x.sum(0, dtype=torch.float64)
@@ -58,10 +62,12 @@ class Moments:
             self.total_abs + other.total_abs,
             torch.maximum(self.largest, other.largest),
             self.active + other.active,
+            self.cross + other.cross,
         )
 
     def finish(self) -> dict[str, Tensor]:
-        """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active; and count (int64)."""
+        """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active, and cross where
+        there is one; and count (int64)."""
         n = self.count
         gram = self.gram / n
         means = {
@@ -71,40 +77,48 @@ class Moments:
             "rms": gram.diagonal().sqrt(),
             "max_abs": self.largest,
             "active": self.active / n,
+            **({"cross": self.cross / n} if self.cross.numel() else {}),
         }
         return {**{k: v.to(self.precision).cpu() for k, v in means.items()}, "count": torch.tensor(n)}
 
 
 @torch.no_grad()
 def collect(
-    model: PreTrainedModel, matrices: list[Matrix], windows: Tensor, batch: int, precision: torch.dtype
+    model: PreTrainedModel, matrices: list[Matrix], windows: Tensor, batch: int, precision: torch.dtype, first_token: bool = True
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Yield (layer, {site: statistics}) after one pass of `windows` (count, length) through the model.
 
-    Raises FloatingPointError with the layer's and site's name if an input is not finite.
+    Without `first_token`, the first token of every window is run but not counted. Raises FloatingPointError with the
+    layer's and site's name if an input is not finite.
     """
     device = next(model.parameters()).device
+    length, skipped = windows.shape[1], 0 if first_token else 1
     sites: dict[tuple[int, str], Moments] = {}
+    inputs: dict[int, Tensor] = {}  # of the FFN that runs, by layer
     hooks = []
 
-    def watch(key: tuple[int, str]):
+    def watch(layer: int, site: str):
         def hook(_module, args):
-            sites[key].accumulate(args[0])
+            x = tokens_of(args[0], length)[:, skipped:].flatten(0, 1)
+            if site == "ffn_input":
+                inputs[layer] = x
+            sites[layer, site].accumulate(x, inputs.pop(layer) if site == "ffn_hidden" else None)
 
         return hook
 
     for matrix in matrices:
         key = (matrix.layer, matrix.site)
         if key not in sites:
-            sites[key] = Moments.empty(matrix.shape[1], precision, str(device))
-            hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(watch(key)))
+            width = next(m.shape[1] for m in matrices if m.site == "ffn_input") if matrix.site == "ffn_hidden" else 0
+            sites[key] = Moments.empty(matrix.shape[1], precision, str(device), width)
+            hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(watch(*key)))
     try:
         for start in every(range(0, len(windows), batch), "calibration batches"):
             model.base_model(input_ids=windows[start : start + batch].to(device).long(), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    expected = windows.numel()
+    expected = len(windows) * (length - skipped)
     for layer in sorted({layer for layer, _ in sites}):
         finished = {}
         for (where, site), moments in sites.items():

@@ -1,12 +1,16 @@
 """Budgets: bytes met, rounding spent, and what cannot be met refused with the break-even rank."""
 
+import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from winnow.allocation import TOLERANCE, Group, allocate, summarize, uniform
-from winnow.architectures import Matrix
+from winnow.allocation import TOLERANCE, Group, allocate, chosen_groups, summarize, uniform
+from winnow.architectures import Matrix, group_name
 from winnow.errors import InputError
+from winnow.io import write_json
+from winnow.models import ModelFiles
+from winnow.retrieve import describe
 from winnow.structures import structure_of
 
 LOW_RANK = structure_of({"kind": "low_rank"})
@@ -15,7 +19,9 @@ LOW_RANK = structure_of({"kind": "low_rank"})
 def group(index, shape, bias=False, unit=2):
     matrix = Matrix(index, "up_proj", f"layers.{index}.up_proj", "ffn_input", shape, False, bias)
     fixed = shape[0] * unit if bias else 0
-    return Group(matrix.name, [matrix], LOW_RANK, unit, fixed, shape[0] * shape[1] * unit + fixed)
+    numbers = [LOW_RANK.numbers([matrix], size, {}) for size in range(LOW_RANK.largest([matrix]) + 1)]
+    error = [float(100 - i) for i in range(len(numbers))]
+    return Group(matrix.name, [matrix], LOW_RANK, unit, fixed, shape[0] * shape[1] * unit + fixed, numbers, error)
 
 
 def budget(**given):
@@ -40,7 +46,7 @@ def test_bytes_are_met_and_never_exceeded(shapes, keep):
     raised = [g for g in groups if g.bytes(sizes[g.name]) > keep * g.dense]
     assert raised or left < max(g.bytes(2) - g.bytes(1) for g in groups), "rounding is spent"
     for g in groups:
-        step = g.bytes(sizes[g.name] + 1) - g.bytes(sizes[g.name])
+        step = g.bytes(sizes[g.name]) - g.bytes(sizes[g.name] - 1)
         assert abs(g.bytes(sizes[g.name]) - keep * g.dense) <= step, "nobody is more than one step from its share"
 
 
@@ -76,14 +82,24 @@ def test_a_form_that_never_saves_is_refused():
     bypass = structure_of({"kind": "bypass", "kept": 16})
     matrix = Matrix(0, "up_proj", "layers.0.up_proj", "ffn_input", (32, 32), False, False)
     with pytest.raises(InputError, match=r"bypass of layers\.0\.up_proj \(32 x 32\) stores more than dense at every size"):
-        uniform([Group(matrix.name, [matrix], bypass, 2, 0, 2048)], 0.8)
+        uniform([Group(matrix.name, [matrix], bypass, 2, 0, 2048, [1024], [1.0])], 0.8)
 
 
 def test_summary_adds_up():
     groups = [group(0, (64, 96), bias=True), group(1, (64, 64))]
     sizes = uniform(groups, 0.5)
-    errors = {g.name: [float(100 - i) for i in range(40)] for g in groups}
-    result = summarize(groups, sizes, errors)
+    result = summarize(groups, sizes)
     assert result["stored_bytes"] == sum(g.bytes(sizes[g.name]) for g in groups)
     assert result["keep_bytes"] == pytest.approx(0.5, abs=TOLERANCE)
     assert result["groups"][0]["relative_error"] == pytest.approx((100 - sizes["000.up_proj"]) / 100)
+
+
+def test_a_form_that_does_not_apply_is_refused_by_the_matrix(saved_llama, tmp_path):
+    write_json(tmp_path / "model.json", describe(saved_llama))
+    files, slices = ModelFiles(tmp_path / "model.json"), structure_of({"kind": "neuron_slice"})
+    names = [group_name(g) for g in slices.groups(files.matrices)]
+    spectra = pd.DataFrame({"group": names, "numbers": [[0, 1]] * len(names), "error": [[1.0, 0.0]] * len(names)})
+    with pytest.raises(InputError, match=r"neuron_slice does not apply to q_proj \(model\.layers\.0\.self_attn\.q_proj\)"):
+        chosen_groups(files, slices, ["ffn", "attention"], spectra.set_index("group"))
+    with pytest.raises(InputError, match="fits gate_proj, up_proj, down_proj together"):
+        chosen_groups(files, slices, ["down_proj"], spectra.set_index("group"))

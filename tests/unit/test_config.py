@@ -77,7 +77,21 @@ MISTAKES = [
         lambda c: c["evaluations"]["demo"].update(text="demo_calibration"),
         "read the same text; calibrate on a text that is not evaluated",
     ),
-    (lambda c: c["methods"].update(dense={"structure": {"kind": "low_rank"}}), "methods.dense: the name is taken"),
+    (lambda c: c["methods"].update(dense=c["methods"]["svd"]), "methods.dense: the name is taken"),
+    (
+        lambda c: c["methods"]["r2lin"].update(metric={"kind": "gram"}),
+        "methods.r2lin: affine_block minimises the error of the FFN",
+    ),
+    (lambda c: c["methods"]["svd"].pop("metric"), "methods.svd: low_rank needs a `metric`"),
+    (
+        lambda c: c["methods"]["bypass"]["structure"].update(remainder={"kind": "split"}),
+        "methods.bypass.structure: split replaces a whole FFN",
+    ),
+    (lambda c: c["methods"]["coupled"].update(metric={"kind": "fisher"}), "methods.coupled: coupled cannot weigh outputs"),
+    (
+        lambda c: c["methods"]["tiers_activation"]["structure"].update(columns=[0.5, 0.4]),
+        "methods.tiers_activation.structure: `columns` and `ranks` are shares",
+    ),
     (lambda c: c["models"].update({"a/b": {"source": "x"}}), "models.a/b"),
     (lambda c: c["experiments"]["demo"].update(methods=[]), "experiments.demo.methods: List should have at least 1 item"),
     (lambda c: c.pop("models"), "models: Field required"),

@@ -39,7 +39,7 @@ def cholesky_svd(weight, gram, k):
 @given(SHAPES, st.integers(0, 10**6))
 def test_plain_metric_is_eckart_young(shape, seed):
     weight = random(shape, seed)
-    u, s, error = leading_directions(weight, weight.new_ones(shape[1]))
+    u, _, s, error = leading_directions(weight, weight.new_ones(shape[1]))
     expected = torch.linalg.svdvals(weight)
     torch.testing.assert_close(s, expected)
     for k in range(min(shape) + 1):
@@ -53,7 +53,7 @@ def test_plain_metric_is_eckart_young(shape, seed):
 def test_whitened_agrees_with_cholesky_and_svd(shape, seed):
     weight, x = random(shape, seed), random((shape[1], 8 * shape[1]), seed + 1)
     gram = gram_of(x)
-    u, s, error = leading_directions(weight, gram)
+    u, _, s, error = leading_directions(weight, gram)
     torch.testing.assert_close(s, torch.linalg.svdvals(weight @ torch.linalg.cholesky(gram)), atol=1e-8, rtol=1e-8)
     for k in range(1, min(shape)):
         ours = output_error(weight, approximation(weight, u, k), gram)
@@ -69,7 +69,7 @@ def test_singular_gram_gives_finite_optimal_factors(shape, tokens, dead, seed):
     weight, x = random(shape, seed), random((shape[1], tokens), seed + 1)
     x[: min(dead, shape[1] - 1)] = 0
     gram = gram_of(x)
-    u, _, error = leading_directions(weight, gram)
+    u, _, _, error = leading_directions(weight, gram)
     assert torch.isfinite(u).all()
     assert u.shape == (shape[0], min(shape))
     torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1], dtype=torch.float64), atol=1e-10, rtol=0)
@@ -86,7 +86,7 @@ def test_singular_gram_gives_finite_optimal_factors(shape, tokens, dead, seed):
 def test_directions_beyond_the_gram_reduce_the_weight_error():
     """With a Gram of rank 1, rank 2 and more are spent on the weights themselves."""
     weight, x = random((9, 6), 1), random((6, 1), 2)
-    u, _, _ = leading_directions(weight, gram_of(x))
+    u, _, _, _ = leading_directions(weight, gram_of(x))
     rest = weight - approximation(weight, u, 1)
     tail = torch.linalg.svdvals(rest).square()
     for k in range(1, 6):
@@ -97,9 +97,9 @@ def test_directions_beyond_the_gram_reduce_the_weight_error():
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7)])
 def test_identity_gram_and_scale_change_nothing(shape):
     weight = random(shape, 3)
-    plain, _, _ = leading_directions(weight, weight.new_ones(shape[1]))
-    full, _, _ = leading_directions(weight, 1e6 * torch.eye(shape[1], dtype=torch.float64))
-    diagonal, _, _ = leading_directions(weight, weight.new_full((shape[1],), 1e-6))
+    plain, _, _, _ = leading_directions(weight, weight.new_ones(shape[1]))
+    full, _, _, _ = leading_directions(weight, 1e6 * torch.eye(shape[1], dtype=torch.float64))
+    diagonal, _, _, _ = leading_directions(weight, weight.new_full((shape[1],), 1e-6))
     for k in (1, 3, 6):
         torch.testing.assert_close(approximation(weight, full, k), approximation(weight, plain, k))
         torch.testing.assert_close(approximation(weight, diagonal, k), approximation(weight, plain, k))
@@ -121,7 +121,7 @@ def test_scales_over_eight_orders_of_magnitude():
     weight, x = random((20, 12), 6), random((12, 400), 7)
     x *= torch.logspace(-4, 4, 12, dtype=torch.float64)[:, None]
     gram = gram_of(x)
-    u, _, _ = leading_directions(weight, gram)
+    u, _, _, _ = leading_directions(weight, gram)
     best = torch.linalg.svdvals(weight @ x / 20).square()
     for k in range(13):
         assert output_error(weight, approximation(weight, u, k), gram) == pytest.approx(
@@ -136,7 +136,7 @@ def test_rank_deficient_weights(shape, rank, full, seed):
     weight = random((shape[0], rank), seed) @ random((rank, shape[1]), seed + 1)
     weight[: shape[0] // 2] = 0
     columns = gram_of(random((shape[1], 50), seed + 2)) if full else random((shape[1],), seed + 2).square() + 0.1
-    u, _, error = leading_directions(weight, columns)
+    u, _, _, error = leading_directions(weight, columns)
     torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1], dtype=torch.float64), atol=1e-10, rtol=0)
     scale = float(weight.square().sum())
     for k in range(rank, min(shape) + 1):
@@ -150,7 +150,7 @@ def test_statistics_in_float32_leave_the_noise_to_the_weights():
     exact = gram_of(x)
     errors = []
     for gram, precision in ((exact, 2.0**-52), (exact.float().double(), 2.0**-23)):
-        u, _, _ = leading_directions(weight, gram, precision)
+        u, _, _, _ = leading_directions(weight, gram, precision)
         assert output_error(weight, approximation(weight, u, 30), exact) <= 1e-5 * output_error(weight, 0 * weight, exact)
         errors.append(float((weight - approximation(weight, u, 30)).square().sum()))
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
@@ -158,7 +158,7 @@ def test_statistics_in_float32_leave_the_noise_to_the_weights():
 
 def test_zero_weight_and_zero_metric():
     for weight, gram in ((torch.zeros(4, 6), torch.eye(6)), (torch.ones(4, 6), torch.zeros(6, 6))):
-        u, s, error = leading_directions(weight.double(), gram.double())
+        u, _, s, error = leading_directions(weight.double(), gram.double())
         assert float(s.abs().max()) == 0
         assert float(error[0]) == 0
         torch.testing.assert_close(approximation(weight.double(), u, 4), weight.double())

@@ -1,16 +1,15 @@
 """Labels, cells and fingerprints: what moves a path, what reruns a stage, and what does neither."""
 
 import copy
-import itertools
 import shutil
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.unit.test_structures import metrics_of
 from winnow.config import load
 from winnow.config_files import default
 from winnow.errors import InputError
-from winnow.metrics import METRICS
 from winnow.plan import STAGES, Plan
 from winnow.provenance import CodeTracker
 from winnow.structures import STRUCTURES
@@ -55,11 +54,12 @@ def test_defaults_order_and_execution_move_nothing():
 def test_every_kind_has_a_label_of_its_own():
     """A default `kind` would drop out of the hash, and other methods would overwrite each other's results."""
     labels = set()
-    for structure, metric in itertools.product(STRUCTURES, METRICS):
-        method = {"structure": {"kind": structure}, "metric": {"kind": metric}}
+    pairs = [(s, m) for s in STRUCTURES for m in metrics_of({"kind": s})]
+    for structure, metric in pairs:
+        method = {"structure": {"kind": structure}} | ({"metric": {"kind": metric}} if metric else {})
         plan = plan_of(lambda c, method=method: c["methods"].update(same=method))
         labels.add(plan.labels["methods"]["same"])
-    assert len(labels) == len(STRUCTURES) * len(METRICS)
+    assert len(labels) == len(pairs)
 
 
 def test_a_calibration_and_an_evaluation_never_share_a_label():
@@ -88,6 +88,8 @@ WILDCARDS = {  # of the rules
     "check_overlap": ("text", "other"),
     "tokenize": ("model", "windows"),
     "collect_statistics": ("model", "calibration"),
+    "collect_gradients": ("model", "calibration"),
+    "assign_clusters": ("model", "calibration", "clustering"),
     "factorize": ("model", "calibration", "method", "shard"),
     "measure_spectra": ("model", "calibration", "method"),
     "allocate": UPSTREAM[:4],
@@ -111,6 +113,7 @@ def wildcards_of(plan, stage):
         "calibration": labels["calibrations"]["demo"],
         "method": labels["methods"]["asvd"],
         "shard": "1-of-1",
+        "clustering": plan.clustering_label(labels["methods"]["clusters_cosine"]),
         "budget": labels["budgets"]["ffn-0.8"],
         "recovery": labels["recoveries"]["none"],
         "evaluation": labels["evaluations"]["demo"],
@@ -151,7 +154,8 @@ def stages_changed(checkout, file, old, new):
 
 
 OF_METHODS = {"factorize", "measure_spectra", "allocate", "compress", "evaluate_perplexity"}  # they reach the structure's file
-NAMES = {"retrieve_model", "collect_statistics", "evaluate_perplexity"}
+MODELS = {"collect_statistics", "collect_gradients", "evaluate_perplexity"}  # they run one
+NAMES = MODELS | {"retrieve_model"}
 EDITS = [
     ("src/winnow/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
     ("src/winnow/linalg.py", '"""Directions that solve', '"""Other words that solve', set()),
@@ -172,9 +176,12 @@ EDITS = [
         "src/winnow/hf.py",
         "requires_calibration = True",
         "requires_calibration = False",
-        {"collect_statistics", "evaluate_perplexity"},
+        MODELS,
     ),
     ("src/winnow/naming.py", "if name in expected", "if name in set(expected)", NAMES),
+    ("src/winnow/clusters.py", "n_init=5", "n_init=6", {"assign_clusters"}),
+    ("src/winnow/gradients.py", "(gram + gram.T) / 2", "(gram + gram.T) / 3", {"collect_gradients"}),
+    ("src/winnow/coupling.py", "import annotations", "import annotations\n\nx = 1", set()),  # of another structure
     ("scripts/factorize.py", "names.append(name)", "names.append(str(name))", {"factorize"}),
 ]
 
@@ -187,8 +194,8 @@ def test_an_edit_changes_exactly_the_stages_that_reach_it(checkout, file, old, n
 
 
 def test_a_structure_belongs_to_the_methods_that_use_it(checkout):
-    file, old = "src/winnow/structures/low_rank.py", "(m * n - 1) // (m + n)"
-    stages = stages_changed(checkout, file, old, "(m * n - 2) // (m + n)")
+    file, old = "src/winnow/structures/low_rank.py", "return size * sum(group[0].shape)"
+    stages = stages_changed(checkout, file, old, "return 1 * size * sum(group[0].shape)")
     assert stages == OF_METHODS
 
 
@@ -204,3 +211,44 @@ def test_missing_sources_are_named(tmp_path, monkeypatch):
         plan_of(lambda c: c["models"]["demo"].update(source="nowhere")).check_sources()
     with pytest.raises(InputError, match=r"texts\.demo_evaluation\.files: gone\.txt"):
         plan_of(lambda c: c["texts"]["demo_evaluation"].update(files=["gone.txt"])).check_sources()
+
+
+def test_a_random_control_stands_beside_every_selection():
+    def change(c):
+        c["experiments"]["demo"]["methods"] = ["svd", "ffsplit", "clusters_norm", "clusters_cosine", "modegpt_mlp"]
+
+    methods = {cell.method for cell in plan_of(change).cells}
+    own = {"svd", "ffsplit", "clusters_norm", "clusters_cosine", "modegpt_mlp"}
+    assert methods == own | {None, "ffsplit.random", "modegpt_mlp.random", "clusters_random"}, (
+        "a preset of the same content serves"
+    )
+    plan = plan_of(change)
+    controls = plan.controls
+    assert plan.methods[controls["ffsplit"]].structure.criterion == "random"
+    reversed_plan = plan_of(lambda c: (change(c), c.update(methods=dict(reversed(c["methods"].items())))))
+    assert reversed_plan.controls == controls
+
+    def without(c):
+        change(c)
+        c["experiments"]["demo"]["controls"] = False
+
+    assert {cell.method for cell in plan_of(without).cells} == own | {None}
+
+
+def test_methods_that_cluster_alike_share_the_clusters():
+    plan = plan_of(lambda c: c["methods"].update(other=c["methods"]["clusters_cosine"] | {"metric": {"kind": "gram"}}))
+    labels = plan.labels["methods"]
+    assert plan.clustering_label(labels["other"]) == plan.clustering_label(labels["clusters_cosine"])
+    assert plan.clustering_label(labels["clusters_norm"]) != plan.clustering_label(labels["clusters_cosine"])
+    assert plan.clustering_label(labels["svd"]) is None
+    assert plan.needs(labels["other"]) == {"moments", "clusters"}
+    assert plan.needs(labels["kfac"]) == {"moments", "gradients"}
+    assert plan.needs(labels["svd"]) == set()
+
+
+def test_a_paper_names_nothing():
+    before = plan_of()
+    after = plan_of(lambda c: c["methods"]["svd"].update(paper="another"))
+    assert before.labels == after.labels
+    wildcards = wildcards_of(before, "compress") | {"method": before.labels["methods"]["svd"]}
+    assert before.spec("compress", wildcards) == after.spec("compress", wildcards)

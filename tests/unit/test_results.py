@@ -112,7 +112,9 @@ def test_the_summary_has_the_contracted_columns():
 
 def test_figures_are_written_and_repeatable(tmp_path):
     table, _ = small_summary()
-    row = spectrum_row("000.up_proj", np.array([3.0, 2.0, 1.0]), np.array([14.0, 5.0, 1.0, 0.0]), "gram")
+    row = spectrum_row(
+        "000.up_proj", np.array([3.0, 2.0, 1.0]), np.array([14.0, 5.0, 1.0, 0.0]), np.array([0, 7, 14, 21]), "gram"
+    )
     for name, draw in (
         ("f", lambda: frontier(table)),
         ("s", lambda: effective_rank({("m-1", "c-1", "x-1"): pd.DataFrame([row])})),

@@ -28,6 +28,7 @@ wildcard_constraints:
     budget=PLAN.pattern("budgets"),
     recovery=PLAN.pattern("recoveries"),
     evaluation=PLAN.pattern("evaluations"),
+    clustering="|".join(PLAN.clusterings()) or "none",
     shard=r"\d+-of-\d+",
 
 
@@ -60,8 +61,22 @@ def text_of_windows(wildcards):
     return f"results/texts/{PLAN.text_label(section, wildcards.windows)}.parquet"
 
 
-def moments_if_needed(wildcards):
-    if PLAN.needs_statistics(wildcards.method):
+def fitted_with(what):
+    """The input `what` (moments, gradients, clusters) of a method's factors, if the method needs it."""
+
+    def path(wildcards):
+        if what not in PLAN.needs(wildcards.method):
+            return []
+        folder = f"results/{wildcards.model}/{wildcards.calibration}"
+        if what == "clusters":
+            return f"{folder}/clusters/{PLAN.clustering_label(wildcards.method)}.parquet"
+        return f"{folder}/statistics/{what}/manifest.json"
+
+    return path
+
+
+def moments_of_clustering(wildcards):
+    if PLAN.clusterings()[wildcards.clustering].needs():
         return "results/{model}/{calibration}/statistics/moments/manifest.json"
     return []
 
@@ -97,6 +112,15 @@ def of_cells(path):
         }
         if all(f"{{{key}}}" not in path or key in labels for key in sections):
             found[path.format(**labels)] = None
+    return list(found)
+
+
+def clusters_of_cells():
+    found = {}
+    for path in of_cells("results/{model}/{calibration}/{method}"):
+        folder, method = path.rsplit("/", 1)
+        if label := PLAN.clustering_label(method):
+            found[f"{folder}/clusters/{label}.parquet"] = None
     return list(found)
 
 

@@ -1,12 +1,35 @@
 # needs: weights, and statistics where the metric asks for them      makes: factors of every rank, spectra
-# steps: factorize (a shard of the layers per job), measure_spectra
+# steps: assign_clusters, factorize (a shard of the layers per job), measure_spectra
+
+
+rule assign_clusters:
+    """Assign the channels of every matrix to clusters, once for all methods that cluster alike."""
+    input:
+        model="results/{model}/model.json",
+        moments=moments_of_clustering,
+    output:
+        "results/{model}/{calibration}/clusters/{clustering}.parquet",
+    log:
+        "results/logs/assign_clusters/{model}/{calibration}/{clustering}.log",
+    benchmark:
+        "results/benchmarks/assign_clusters/{model}/{calibration}/{clustering}.tsv"
+    threads: 1
+    resources:
+        mem_mb=8000,  # one layer's statistics and k-means on one matrix
+        runtime=60,
+    params:
+        **stage("assign_clusters"),
+    script:
+        "../../scripts/assign_clusters.py"
 
 
 rule factorize:
     """Fit every group of matrices once, for all sizes up to the break-even size."""
     input:
         model="results/{model}/model.json",
-        moments=moments_if_needed,
+        moments=fitted_with("moments"),
+        gradients=fitted_with("gradients"),
+        clusters=fitted_with("clusters"),
     output:
         "results/{model}/{calibration}/{method}/factors/{shard}/manifest.json",
     log:
@@ -57,6 +80,12 @@ rule factors:
             ),
             [],
         ),
+
+
+rule clusters:
+    """Assignments of clusters of all methods that have them."""
+    input:
+        clusters_of_cells(),
 
 
 rule spectra:

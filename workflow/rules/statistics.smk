@@ -1,5 +1,6 @@
 # needs: a model, windows of calibration tokens      makes: statistics of every matrix's input
-# steps: collect_statistics (one forward pass for all methods, ranks and budgets)
+# steps: collect_statistics (one forward pass for all methods, ranks and budgets), collect_gradients (one there and back,
+#        where a metric weighs outputs)
 
 
 rule collect_statistics:
@@ -24,6 +25,29 @@ rule collect_statistics:
         **stage("collect_statistics"),
     script:
         "../../scripts/collect_statistics.py"
+
+
+rule collect_gradients:
+    """Run the calibration windows there and back; keep second moments of the loss's gradient in every output."""
+    input:
+        model="results/{model}/model.json",
+        tokens="results/{model}/tokens/{calibration}.safetensors",
+    output:
+        "results/{model}/{calibration}/statistics/gradients/manifest.json",
+    log:
+        "results/logs/collect_gradients/{model}/{calibration}.log",
+    benchmark:
+        "results/benchmarks/collect_gradients/{model}/{calibration}.tsv"
+    threads: 2
+    resources:
+        gpu=1,
+        batch_tokens=2048,
+        mem_mb=16000,  # the model, its activations, and second moments of all outputs
+        runtime=60,
+    params:
+        **stage("collect_gradients"),
+    script:
+        "../../scripts/collect_gradients.py"
 
 
 rule statistics:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import typing
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from winnow.architectures import Matrix
+from winnow.architectures import FFN_ROLES, Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from winnow.clusters import Clustering
     from winnow.metrics import Metric
 
 
@@ -36,29 +37,56 @@ else:  # the options of any structure: known when all files of the package are r
 
 @dataclass(frozen=True)
 class Problem:
-    """What a group of matrices is fitted on, all float64: W (out, in) and the statistics of its input, by matrix name."""
+    """What a group of matrices is fitted on; all dictionaries by matrix name, all numbers float64."""
 
     group: list[Matrix]
-    weights: dict[str, Tensor]
-    sites: dict[str, dict[str, Tensor]]
-    metric: Metric
+    weights: dict[str, Tensor]  # W (out, in)
+    sites: dict[str, dict[str, Tensor]]  # statistics of the input
+    metric: Metric | None  # None where the objective is the FFN's output
     precision: float = 2.0**-52  # relative rounding error of the statistics
-
+    biases: dict[str, Tensor] = field(default_factory=dict)  # (out,), of the matrices that have one
+    outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # statistics of the loss's gradient in the output
+    labels: dict[str, Tensor] = field(default_factory=dict)  # (channels,) clusters, for structures that ask for them
     metric_weights: dict[str, Tensor] | None = None  # what the metric looks at, where it is not `weights`
 
-    def columns(self) -> Tensor:
-        """The metric C of the group: the mean over its matrices, since a shared factor serves all of them."""
-        weights = self.metric_weights or self.weights
-        parts = [self.metric.columns(weights[m.name], self.sites.get(m.name, {})) for m in self.group]
+    def __post_init__(self) -> None:
+        """Raises FloatingPointError, naming the number, if one is not finite."""
+        import torch
+
+        values = [("weight", self.weights.items()), ("bias", self.biases.items())]
+        for name, found in (*self.sites.items(), *self.outputs.items()):
+            values += [(f"statistic {key}", {name: value}.items()) for key, value in found.items()]
+        for what, named in values:
+            for name, value in named:
+                if not torch.isfinite(value).all():
+                    raise FloatingPointError(f"the {what} of {name} is not finite")
+
+    def columns(self, matrices: list[Matrix] | None = None) -> Tensor:
+        """The metric C of matrices (by default of the group): the mean over them, since a shared factor serves all."""
+        assert self.metric is not None
+        weights, matrices = self.metric_weights or self.weights, matrices or self.group
+        parts = [self.metric.columns(weights[m.name], self.sites.get(m.name, {})) for m in matrices]
         return sum(parts[1:], start=parts[0]) / len(parts)
+
+    def rows(self, matrices: list[Matrix] | None = None) -> Tensor | None:
+        """The metric of the outputs of matrices stacked along their outputs, diagonal or full; None where it is I."""
+        import torch
+
+        assert self.metric is not None
+        parts = [self.metric.rows(self.outputs.get(m.name, {})) for m in matrices or self.group]
+        found = [part for part in parts if part is not None]
+        if not found:
+            return None
+        return torch.cat(found) if found[0].dim() == 1 else torch.block_diag(*found)
 
 
 @dataclass(frozen=True)
 class Fit:
     """Every size at once: tensors whose leading directions are a smaller fit, and the squared error left at each size.
 
-    `error[s]` is the error of size s in the fit's own metric (length: largest size + 1); `error[0]` is that of what is
-    stored at every size (usually nothing). `spectrum` holds the singular values in that metric.
+    `error[s]` is the error of size s by the structure's objective (length: largest size + 1); `error[0]` is that of what
+    is stored at every size (usually nothing). `spectrum` holds the singular values (or scores) that sizes are ordered by.
+    A structure that is `optimised_at_size` reports the errors of its start here.
     """
 
     tensors: dict[str, Tensor]
@@ -66,13 +94,28 @@ class Fit:
     spectrum: Tensor
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a checkpoint holds in the place of one module: the layout that builds it empty, and its tensors."""
+
+    layout: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
 class Structure(ABC):
     """One way to store matrices. A size is the integer that a budget buys (for low rank: the rank)."""
 
     version: ClassVar[int] = 1
     reference: ClassVar[str]
-    stores: ClassVar[str]  # for tables of methods: the stored tensors and their count
-    bias_name: ClassVar[str]  # where the module keeps the bias of the matrix that it replaces
+    stores: ClassVar[str]  # for tables of methods: the stored tensors
+    formula: ClassVar[str]  # and how many numbers they hold at size k
+    # What `Fit.error` measures: the method's metric, or the FFN's output on the calibration tokens (then no metric is used).
+    objective: ClassVar[Literal["metric", "ffn_output"]] = "metric"
+    bias_name: ClassVar[str | None]  # where the module keeps the bias of its matrix; None: `stored` has the biases itself
+    weighs_outputs: ClassVar[bool] = True  # whether it can use a metric's R
+    # Whether the fit is finished in `stored`, for the size that is stored; `Fit.error` is then that of its start, a bound.
+    optimised_at_size: ClassVar[bool] = False
+    in_float64: ClassVar[tuple[str, ...]] = ()  # fitted tensors that are cached in float64; the others in float32
     Options: ClassVar[type[StructureOptions]]
 
     def __init__(self, options: StructureOptions):
@@ -83,43 +126,80 @@ class Structure(ABC):
         return get_args(cls.Options.model_fields["kind"].annotation)[0]
 
     def needs(self) -> tuple[str, ...]:
-        """Statistics that the structure needs besides those of the method's metric."""
+        """Statistics of inputs that the structure needs besides those of the method's metric."""
         return ()
 
+    def clustering(self) -> Clustering | None:
+        """The assignment of channels to clusters that the fit reads from `Problem.labels`."""
+        return None
+
+    def control(self) -> StructureOptions | None:
+        """The same structure with a random choice of what it selects; None if it selects nothing, or at random already."""
+        return None
+
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
-        """Which matrices are fitted together; by default every matrix alone."""
+        """Which matrices are fitted together (by default every matrix alone); those in no group cannot be compressed so."""
         return [[m] for m in matrices]
 
-    @abstractmethod
+    def limit(self, group: list[Matrix]) -> int:
+        """The largest size that makes sense, whatever it stores."""
+        return min(sum(m.shape[0] for m in group), group[0].shape[1])
+
+    def whole(self, group: list[Matrix]) -> int:
+        """The size that `rank_fraction: 1` means."""
+        return self.limit(group)
+
     def largest(self, group: list[Matrix]) -> int:
-        """The largest size that stores less than the dense matrices (their break-even size)."""
+        """The largest size that can store less than the dense matrices, to be fitted; by bisection on `numbers`."""
+        dense = sum(m.shape[0] * m.shape[1] for m in group)
+        if self.bias_name is None:
+            dense += sum(m.shape[0] for m in group if m.bias)
+        low, high = 0, self.limit(group)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.numbers(group, middle, {}) < dense else (low, middle - 1)
+        return low
 
     @abstractmethod
-    def numbers(self, group: list[Matrix], size: int) -> int:
-        """How many numbers the group stores at `size`, biases not counted."""
+    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+        """How many numbers the group stores at `size`, biases counted only if `bias_name` is None. `tensors` are those of
+        the fit, for structures whose count depends on data."""
 
     def index_bytes(self, group: list[Matrix]) -> int:
         """Bytes of stored integers (orders, labels), which are of another dtype than the weights."""
         return 0
+
+    def metric_of_error(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        """(C, R) that `Fit.error` is measured in, for the objective `metric`."""
+        return problem.columns(), problem.rows()
 
     @abstractmethod
     def fit(self, problem: Problem, largest: int) -> Fit:
         """Fit the group once for every size up to `largest`."""
 
     @abstractmethod
-    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, dict[str, Tensor]]:
-        """{module name: {tensor name below the module: tensor}} of the checkpoint at `size`, biases left out."""
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+        """{module name: its part of the checkpoint} at `size`; biases left out unless `bias_name` is None."""
 
-    @abstractmethod
-    def layout(self, group: list[Matrix], matrix: Matrix, size: int) -> dict[str, Any]:
-        """What the checkpoint's config.json says of one module: enough to build it empty."""
+    def report(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Any] | None:
+        """How the optimisation at `size` went, for structures that are `optimised_at_size`: numbers, strings and lists."""
+        return None
 
     @staticmethod
     @abstractmethod
-    def module(layout: dict[str, Any], bias: bool) -> nn.Module:
-        """An empty module of this layout; its tensors are those of `stored`, and `bias_name` if it has a bias."""
+    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        """An empty module of this layout for the place of `dense`; its tensors are those of `stored`, and the bias."""
 
     @staticmethod
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
         """Make the module `name` use tensors that another module stores: {name of the tensor: name where it is stored}."""
         return {}
+
+
+def ffn_groups(matrices: list[Matrix]) -> list[list[Matrix]]:
+    """The matrices of each layer's FFN: [gate, up, down], or [up, down] where there is no gate."""
+    found: dict[int, list[Matrix]] = {}
+    for m in matrices:
+        if m.role in FFN_ROLES:
+            found.setdefault(m.layer, []).append(m)
+    return [sorted(group, key=lambda m: FFN_ROLES.index(m.role)) for group in found.values()]

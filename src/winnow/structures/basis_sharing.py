@@ -16,7 +16,8 @@ class BasisSharing(SharedBasis):
     and a role that is not shared, is `low_rank`."""
 
     reference = "Basis Sharing, arXiv 2410.03765"
-    stores = "right (k, n) once per group of G layers, left (m, k) per layer: k (n + G m)"
+    stores = "right (k, n) once per group of G layers, left (m, k) per layer"
+    formula = "k (n + G m) per group"
 
     class Options(StructureOptions):
         kind: Literal["basis_sharing"]

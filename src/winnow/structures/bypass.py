@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from winnow.architectures import Matrix
 from winnow.metrics import AnyMetric, metric_of
-from winnow.structures.base import AnyStructure, Fit, Problem, Structure, StructureOptions
+from winnow.structures.base import AnyStructure, Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from winnow.clusters import Clustering
 
 
 class Bypass(Structure):
@@ -23,7 +25,8 @@ class Bypass(Structure):
     """
 
     reference = "FFN SVD/PCA with residual bypass (HyperTensor Paper VIII)"
-    stores = "kept.left (m, r), kept.right (r, n), and what the remainder stores: r (m + n) + that"
+    stores = "kept.left (m, r), kept.right (r, n), and what the remainder stores"
+    formula = "r (m + n) + remainder"
     bias_name = "kept.left.bias"
 
     class Options(StructureOptions):
@@ -33,6 +36,16 @@ class Bypass(Structure):
             default_factory=lambda: {"kind": "low_rank"}, validate_default=True, description="structure of the remainder"
         )
         remainder_metric: AnyMetric | None = Field(None, description="metric of the remainder; the method's own when absent")
+
+        @model_validator(mode="after")
+        def _of_matrices(self) -> Bypass.Options:
+            from winnow.structures import STRUCTURES
+
+            if STRUCTURES[self.remainder.kind].bias_name is None:
+                raise ValueError(f"{self.remainder.kind} replaces a whole FFN, so it cannot hold the remainder of a matrix")
+            if STRUCTURES[self.remainder.kind].optimised_at_size:
+                raise ValueError(f"{self.remainder.kind} shares tensors between layers by name, so it cannot be a remainder")
+            return self
 
     options: Options
 
@@ -49,13 +62,27 @@ class Bypass(Structure):
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         return self.inner.groups(matrices)
 
-    def numbers(self, group: list[Matrix], size: int) -> int:
-        return sum(self._kept(m) * sum(m.shape) for m in group) + self.inner.numbers(group, size)
+    def clustering(self) -> Clustering | None:
+        return self.inner.clustering()
+
+    def control(self) -> StructureOptions | None:
+        control = self.inner.control()
+        return self.options.model_copy(update={"remainder": control}) if control else None
+
+    def limit(self, group: list[Matrix]) -> int:
+        return self.inner.limit(group)
+
+    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+        return sum(self._kept(m) * sum(m.shape) for m in group) + self.inner.numbers(group, size, _rest(tensors))
+
+    def whole(self, group: list[Matrix]) -> int:
+        return self.inner.whole(group)
 
     def largest(self, group: list[Matrix]) -> int:
-        dense = sum(m.shape[0] * m.shape[1] for m in group)
-        sizes = range(1, self.inner.largest(group) + 1)
-        return max((size for size in sizes if self.numbers(group, size) < dense), default=0)
+        return self.inner.largest(group) if self.inner.clustering() else super().largest(group)
+
+    def metric_of_error(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        return self.inner.metric_of_error(problem)
 
     def index_bytes(self, group: list[Matrix]) -> int:
         return self.inner.index_bytes(group)
@@ -69,10 +96,9 @@ class Bypass(Structure):
         kept: dict[str, Tensor] = {}
         rest: dict[str, Tensor] = {}
         for m in problem.group:
-            weight = problem.weights[m.name]
-            columns = problem.metric.columns(weight, problem.sites.get(m.name, {}))
-            left = leading_directions(weight, columns, problem.precision)[0][:, : self._kept(m)]
-            right = left.T @ weight
+            weight, r = problem.weights[m.name], self._kept(m)
+            found = leading_directions(weight, problem.columns([m]), problem.precision, problem.rows([m]))
+            left, right = found.left[:, :r], found.right[:r] @ weight
             kept |= {f"{m.name}.kept.left": left, f"{m.name}.kept.right": right}
             rest[m.name] = weight - left @ right
         other = self.options.remainder_metric
@@ -80,34 +106,38 @@ class Bypass(Structure):
         inner = self.inner.fit(replace(problem, weights=rest, metric=metric, metric_weights=problem.weights), largest)
         return Fit({**kept, **{f"rest.{name}": t for name, t in inner.tensors.items()}}, inner.error, inner.spectrum)
 
-    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, dict[str, Tensor]]:
-        rest = {name.removeprefix("rest."): t for name, t in tensors.items() if name.startswith("rest.")}
-        inner = self.inner.stored(group, rest, size)
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+        inner = self.inner.stored(group, _rest(tensors), size)
         found = {}
         for m in group:
             left, right = (tensors[f"{m.name}.kept.{side}"] for side in ("left", "right"))
             own = {"kept.left.weight": left, "kept.right.weight": right, "weight": left.new_empty(0)}
             own["kept.weight"] = left.new_empty(0)
-            found[m.module] = {**own, **{f"rest.{name}": t for name, t in inner[m.module].items()}}
+            rest = inner[m.module]
+            if "basis_of" in rest.layout:
+                rest.layout["basis_of"] += ".rest"
+            layout = {"kind": self.kind(), "out": m.shape[0], "in": m.shape[1], "rank": self._kept(m), "rest": rest.layout}
+            found[m.module] = Part(layout, {**own, **{f"rest.{name}": t for name, t in rest.tensors.items()}})
         return found
 
-    def layout(self, group: list[Matrix], matrix: Matrix, size: int) -> dict[str, Any]:
-        inner = self.inner.layout(group, matrix, size)
-        if "basis_of" in inner:
-            inner["basis_of"] += ".rest"
-        own = {"kind": self.kind(), "out": matrix.shape[0], "in": matrix.shape[1], "rank": self._kept(matrix)}
-        return {**own, "rest": inner}
-
     @staticmethod
-    def module(layout: dict[str, Any], bias: bool) -> nn.Module:
-        from winnow.modules import LowRankLinear, SumLinear
+    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        from torch import nn
+
+        from winnow.modules import LowRankLinear, SumLinear, has_bias
         from winnow.structures import STRUCTURES
 
-        kept = LowRankLinear(layout["in"], layout["out"], layout["rank"], bias)
-        return SumLinear(kept, STRUCTURES[layout["rest"]["kind"]].module(layout["rest"], False))
+        kept = LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))
+        without_bias = nn.Linear(1, 1, bias=False)
+        return SumLinear(kept, STRUCTURES[layout["rest"]["kind"]].module(layout["rest"], without_bias))
 
     @staticmethod
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
         from winnow.structures import STRUCTURES
 
         return STRUCTURES[layout["rest"]["kind"]].share(model, f"{name}.rest", layout["rest"])
+
+
+def _rest(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the remainder's fit."""
+    return {name.removeprefix("rest."): t for name, t in tensors.items() if name.startswith("rest.")}

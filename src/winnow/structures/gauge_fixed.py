@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from winnow.architectures import Matrix
-from winnow.structures.base import StructureOptions
+from winnow.structures.base import Part, StructureOptions
 from winnow.structures.low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -17,22 +17,20 @@ class GaugeFixed(LowRank):
     identity and need not be stored. The rows are chosen by pivoting, which keeps the others' coefficients small."""
 
     reference = "two factors without their k^2 redundant numbers (no paper known to store it)"
-    stores = "right (k, n): k rows of W_k; left (m - k, k); order of the rows: k (m + n - k) and m indices"
+    stores = "right (k, n): k rows of W_k; left (m - k, k); order of the rows (m indices)"
+    formula = "k (m + n - k)"
     bias_name = "bias"
 
     class Options(StructureOptions):
         kind: Literal["gauge_fixed"]
 
-    def largest(self, group: list[Matrix]) -> int:
-        return min(group[0].shape) - 1  # k (m + n - k) < m n for every k below
-
-    def numbers(self, group: list[Matrix], size: int) -> int:
+    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return size * (sum(group[0].shape) - size)
 
     def index_bytes(self, group: list[Matrix]) -> int:
         return group[0].shape[0] * (2 if group[0].shape[0] < 2**15 else 4)
 
-    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, dict[str, Tensor]]:
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
 
         from winnow.linalg import pivot_rows
@@ -45,10 +43,11 @@ class GaugeFixed(LowRank):
         coefficients = torch.linalg.solve(left[rows].T, left[others].T).T
         index = torch.int16 if len(left) < 2**15 else torch.int32
         own = {"left.weight": coefficients, "right.weight": left[rows] @ right, "order": order.to(index)}
-        return {group[0].module: {"weight": left.new_empty(0), **own}}
+        layout = {"kind": self.kind(), "out": group[0].shape[0], "in": group[0].shape[1], "rank": size}
+        return {group[0].module: Part(layout, {"weight": left.new_empty(0), **own})}
 
     @staticmethod
-    def module(layout: dict[str, Any], bias: bool) -> nn.Module:
-        from winnow.modules import RowsLinear
+    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        from winnow.modules import RowsLinear, has_bias
 
-        return RowsLinear(layout["in"], layout["out"], layout["rank"], bias)
+        return RowsLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))

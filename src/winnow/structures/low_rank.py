@@ -5,46 +5,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from winnow.architectures import Matrix
-from winnow.structures.base import Fit, Problem, Structure, StructureOptions
+from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 class LowRank(Structure):
-    """The best rank-k map in the metric: left = U_k, right = U_k^T W, with U_k the leading left singular vectors of W C^{1/2}."""
+    """The best rank-k map in the metric: left = U_k, right = U_k^T W, with U_k the leading left singular vectors of W C^{1/2}
+    (R^{-1/2} U_k and U_k^T R^{1/2} W, with U_k of R^{1/2} W C^{1/2}, in a metric that also weighs outputs)."""
 
     reference = "Eckart and Young 1936; weighted as in SVD-LLM, arXiv 2403.07378"
-    stores = "left (m, k), right (k, n): k (m + n)"
+    stores = "left (m, k), right (k, n)"
+    formula = "k (m + n)"
     bias_name = "left.bias"
 
     class Options(StructureOptions):
         kind: Literal["low_rank"]
 
-    def largest(self, group: list[Matrix]) -> int:
-        (m, n) = group[0].shape
-        return (m * n - 1) // (m + n)
-
-    def numbers(self, group: list[Matrix], size: int) -> int:
+    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return size * sum(group[0].shape)
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         from winnow.linalg import leading_directions
 
         (weight,) = problem.weights.values()
-        left, spectrum, error = leading_directions(weight, problem.columns(), problem.precision)
-        left = left[:, :largest]
-        return Fit({"left": left, "right": left.T @ weight}, error[: largest + 1], spectrum)
+        found = leading_directions(weight, problem.columns(), problem.precision, problem.rows())
+        factors = {"left": found.left[:, :largest], "right": found.right[:largest] @ weight}
+        return Fit(factors, found.error[: largest + 1], found.spectrum)
 
-    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, dict[str, Tensor]]:
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         left, right = tensors["left"][:, :size], tensors["right"][:size]
-        return {group[0].module: {"weight": left.new_empty(0), "left.weight": left, "right.weight": right}}
-
-    def layout(self, group: list[Matrix], matrix: Matrix, size: int) -> dict[str, Any]:
-        return {"kind": self.kind(), "out": matrix.shape[0], "in": matrix.shape[1], "rank": size}
+        (m, n) = group[0].shape
+        layout = {"kind": self.kind(), "out": m, "in": n, "rank": size}
+        return {group[0].module: Part(layout, {"weight": left.new_empty(0), "left.weight": left, "right.weight": right})}
 
     @staticmethod
-    def module(layout: dict[str, Any], bias: bool) -> nn.Module:
-        from winnow.modules import LowRankLinear
+    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        from winnow.modules import LowRankLinear, has_bias
 
-        return LowRankLinear(layout["in"], layout["out"], layout["rank"], bias)
+        return LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from winnow.architectures import Matrix
-from winnow.structures.base import Fit, Problem, Structure, StructureOptions
+from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,7 +21,8 @@ class SharedBasis(Structure):
     """
 
     reference = "GRC, HyperTensor Paper I; SVD of the stacked matrix (T7)"
-    stores = "right (k, n) once, left (m_g, k) per matrix: k (n + sum m_g)"
+    stores = "right (k, n) once, left (m_g, k) per matrix"
+    formula = "k (n + sum m_g)"
     bias_name = "left.bias"
 
     class Options(StructureOptions):
@@ -36,12 +37,8 @@ class SharedBasis(Structure):
             found.setdefault((m.layer, m.site), []).append(m)
         return list(found.values())
 
-    def numbers(self, group: list[Matrix], size: int) -> int:
+    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return size * (group[0].shape[1] + sum(m.shape[0] for m in group))
-
-    def largest(self, group: list[Matrix]) -> int:
-        rows, n = sum(m.shape[0] for m in group), group[0].shape[1]
-        return (rows * n - 1) // (rows + n)
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
@@ -51,28 +48,30 @@ class SharedBasis(Structure):
         stacked = torch.cat([problem.weights[m.name] for m in problem.group])
         columns = problem.columns()
         if self.options.basis == "outputs":  # type: ignore[attr-defined]
-            left, spectrum, error = leading_directions(stacked, columns, problem.precision)
-            right = left.T @ stacked
-        else:
+            left, maps, spectrum, error = leading_directions(stacked, columns, problem.precision, problem.rows())
+            right = maps[:largest] @ stacked
+        elif problem.rows() is None:
             right, spectrum, error = principal_components(stacked, columns)
             left = stacked @ right.T
+        else:
+            raise ValueError("principal components of the inputs need the metric `gram`, which does not weigh outputs")
         return Fit({"left": left[:, :largest], "right": right[:largest]}, error[: largest + 1], spectrum)
 
-    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, dict[str, Tensor]]:
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         lefts = tensors["left"][:, :size].split([m.shape[0] for m in group])
-        found = {m.module: {"weight": left.new_empty(0), "left.weight": left} for m, left in zip(group, lefts, strict=True)}
-        found[group[0].module]["right.weight"] = tensors["right"][:size]
+        owner, found = group[0], {}
+        for m, left in zip(group, lefts, strict=True):
+            layout = {"kind": self.kind(), "out": m.shape[0], "in": m.shape[1], "rank": size}
+            layout |= {} if m is owner else {"basis_of": owner.module}
+            found[m.module] = Part(layout, {"weight": left.new_empty(0), "left.weight": left})
+        found[owner.module].tensors["right.weight"] = tensors["right"][:size]
         return found
 
-    def layout(self, group: list[Matrix], matrix: Matrix, size: int) -> dict[str, Any]:
-        own = {"kind": self.kind(), "out": matrix.shape[0], "in": matrix.shape[1], "rank": size}
-        return own if matrix is group[0] else {**own, "basis_of": group[0].module}
-
     @staticmethod
-    def module(layout: dict[str, Any], bias: bool) -> nn.Module:
-        from winnow.modules import LowRankLinear
+    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        from winnow.modules import LowRankLinear, has_bias
 
-        return LowRankLinear(layout["in"], layout["out"], layout["rank"], bias)
+        return LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))
 
     @staticmethod
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:

@@ -1,0 +1,15 @@
+"""Rule `assign_clusters`: one row per clustered channel of every matrix that the structure clusters."""
+
+import pandas as pd
+
+from winnow.clusters import Clustering, assign_all
+from winnow.io import Bundle, write_parquet
+from winnow.models import ModelFiles
+from winnow.runtime import start_job
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    moments = Bundle(snakemake.input.moments) if snakemake.input.get("moments") else None
+    clustering = Clustering.model_validate(job.spec["clustering"])
+    rows = [pd.DataFrame(part) for part in assign_all(ModelFiles(snakemake.input.model), moments, clustering)]
+    write_parquet(snakemake.output[0], pd.concat(rows, ignore_index=True), job.provenance)

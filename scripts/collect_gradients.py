@@ -1,0 +1,26 @@
+"""Rule `collect_gradients`: per layer a file of `{role}.{statistic}` tensors of the loss's gradient."""
+
+from pathlib import Path
+
+import torch
+
+from winnow.architectures import moments_file
+from winnow.gradients import collect_gradients
+from winnow.io import read_tensors, write_manifest, write_tensors
+from winnow.loading import load_model
+from winnow.models import ModelFiles
+from winnow.runtime import start_job
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    spec = job.spec
+    files = ModelFiles(snakemake.input.model)
+    model = load_model(files.verify(), spec["dtype"], job.device)
+    windows = read_tensors(snakemake.input.tokens)[0]["ids"]
+    batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
+    precision, folder = getattr(torch, spec["precision"]), Path(snakemake.output[0]).parent
+    options = (batch, precision, spec["gradient_labels"], spec["seed"], spec["first_token"])
+    for layer, roles in collect_gradients(model, files.matrices, windows, *options):
+        tensors = {f"{role}.{name}": value for role, values in roles.items() for name, value in values.items()}
+        write_tensors(folder / moments_file(layer), tensors, job.provenance)
+    write_manifest(folder, {"tokens": windows.numel()}, job.provenance)

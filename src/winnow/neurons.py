@@ -1,0 +1,83 @@
+"""Neurons of an FFN y = W_down h + b, h = act(W_up x + b_up) or act(W_gate x) * (W_up x): their scores and their order.
+
+Neuron j is row j of gate and up, and column j of down; its contribution to the output is h_j W_down[:, j].
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from winnow.linalg import regularized
+from winnow.structures.base import Problem
+
+Criterion = Literal["activation", "activation_x_row", "weight_norm", "leverage", "random", "lowest"]
+
+
+def statistics_of(criterion: str) -> tuple[str, ...]:
+    """Statistics of the hidden units that a criterion needs."""
+    needs = {"activation": ("rms",), "activation_x_row": ("rms",), "lowest": ("rms",), "leverage": ("gram",)}
+    return needs.get(criterion, ())
+
+
+def order_of(problem: Problem, criterion: str, seed: int, ridge: float = 1e-4) -> Tensor:
+    """(f,): the neurons from the most to the least important; ties by position.
+
+    activation: root mean square of h_j (FFSplit). activation_x_row: the same times ||W_down[:, j]||, the size of what the
+    neuron adds to the output. weight_norm: norm of all weights of the neuron. leverage: ridge leverage score
+    [C (C + ridge * mean(C_jj) I)^{-1}]_jj with C = E[h h^T] (MoDeGPT). lowest: the reverse of activation. random: by `seed`.
+    """
+    *inner, down = problem.group
+    weight = problem.weights[down.name]
+    if criterion == "random":
+        return torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed)).to(weight.device)
+    hidden = problem.sites[down.name] if criterion != "weight_norm" else {}
+    if criterion == "activation":
+        score = hidden["rms"]
+    elif criterion == "lowest":
+        score = -hidden["rms"]
+    elif criterion == "activation_x_row":
+        score = hidden["rms"] * weight.norm(dim=0)
+    elif criterion == "weight_norm":
+        parts = [problem.weights[m.name].square().sum(1) for m in inner]
+        score = (weight.square().sum(0) + sum(parts)).sqrt()
+    else:
+        gram = hidden["gram"]
+        shifted = regularized(gram, ridge, "the second moment of the hidden units")
+        score = torch.linalg.solve(shifted, gram).diagonal()
+    return score.argsort(descending=True, stable=True)
+
+
+def permuted(problem: Problem, order: Tensor) -> dict[str, Tensor]:
+    """The FFN's weights and biases with its neurons in `order`: `{role}.weight`, `{role}.bias`; the function is the same."""
+    *inner, down = problem.group
+    found = {f"{down.role}.weight": problem.weights[down.name][:, order]}
+    for m in inner:
+        found[f"{m.role}.weight"] = problem.weights[m.name][order]
+        if m.name in problem.biases:
+            found[f"{m.role}.bias"] = problem.biases[m.name][order]
+    if down.name in problem.biases:
+        found[f"{down.role}.bias"] = problem.biases[down.name]
+    return found
+
+
+def left_out(products: Tensor) -> Tensor:
+    """error[s] = sum of products[i, j] over i, j >= s (f + 1,): what is lost if the first s neurons are kept, from the
+    matrix of products of the neurons' contributions to the output."""
+    tail = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    return torch.cat([tail, tail.new_zeros(1)]).clamp(min=0)
+
+
+def affine_map(problem: Problem, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The least-squares affine map of the FFN's input to its hidden units: B (f, d), constant (f,), and the second moment
+    (f, f) of what it leaves of them (around no other constant). Needs gram and mean of both, and cross = E[h x^T]."""
+    *inner, down = problem.group
+    x, h = problem.sites[inner[-1].name], problem.sites[down.name]
+    covariance = regularized(x["gram"] - torch.outer(x["mean"], x["mean"]), ridge, "the covariance of the FFN's input")
+    cross = h["cross"] - torch.outer(h["mean"], x["mean"])
+    maps = torch.linalg.solve(covariance, cross.T).T
+    plain = x["gram"] - torch.outer(x["mean"], x["mean"])
+    left = h["gram"] - torch.outer(h["mean"], h["mean"]) - maps @ cross.T - cross @ maps.T + maps @ plain @ maps.T
+    return maps, h["mean"] - maps @ x["mean"], (left + left.T) / 2

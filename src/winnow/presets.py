@@ -1,0 +1,61 @@
+"""The presets of the default configuration: points of the design space, by the paper that each comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DEMO = ["svd", "weight_norm", "asvd", "whitened"]  # those of the default experiment; config/studies/ runs the others
+PAPER_7, PAPER_8 = "HyperTensor Paper VII", "HyperTensor Paper VIII"
+FFSPLIT, SVD_LLM, GRC = "FFSplit, arXiv 2401.04044", "SVD-LLM, arXiv 2403.07378", "GRC, HyperTensor Paper I"
+COUPLING = "cross-layer subspace coupling, arXiv 2605.30836"
+WEIGHTS, GRAM = {"kind": "weights"}, {"kind": "gram"}
+LOW_RANK = {"kind": "low_rank"}
+# name: (paper, structure with its options, metric with its options; None where the structure minimises the output's error)
+_PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "svd": ("Eckart and Young 1936", LOW_RANK, WEIGHTS),
+    "weight_norm": (PAPER_7 + " (proxy)", LOW_RANK, {"kind": "weight_norm"}),
+    "asvd": ("ASVD, arXiv 2312.05821", LOW_RANK, {"kind": "mean_abs", "alpha": 0.5}),
+    "whitened": (SVD_LLM + "; Swift-SVD", LOW_RANK, GRAM),
+    "asvd_max": ("ASVD, arXiv 2312.05821", LOW_RANK, {"kind": "max_abs", "alpha": 0.5}),
+    "second_moment": ("diagonal of the Gram metric", LOW_RANK, {"kind": "second_moment"}),
+    "fwsvd": ("FWSVD, arXiv 2207.00112", LOW_RANK, {"kind": "fisher"}),
+    "kfac": ("LEMS / KFAC-SVD; KFAC, arXiv 1503.05671", LOW_RANK, {"kind": "two_sided"}),
+    "svd_gauge_fixed": ("none known", {"kind": "gauge_fixed"}, WEIGHTS),
+    "whitened_gauge_fixed": ("none known", {"kind": "gauge_fixed"}, GRAM),
+    "grc": (GRC, {"kind": "shared_basis"}, WEIGHTS),
+    "grc_whitened": (GRC + ", whitened", {"kind": "shared_basis"}, GRAM),
+    "grc_inputs": (GRC + ", on activations", {"kind": "shared_basis", "basis": "inputs"}, GRAM),
+    "basis_sharing": ("Basis Sharing, arXiv 2410.03765", {"kind": "basis_sharing", "layers": 2}, GRAM),
+    "bypass": (PAPER_8, {"kind": "bypass", "kept": 8, "remainder": {"kind": "shared_basis"}}, WEIGHTS),
+    "clusters_norm": (PAPER_7, {"kind": "cluster", "clusters": 4, "by": "norm"}, WEIGHTS),
+    "clusters_cosine": (PAPER_7, {"kind": "cluster", "clusters": 4, "by": "cosine"}, WEIGHTS),
+    "clusters_activation": (PAPER_7, {"kind": "cluster", "clusters": 4, "by": "activation"}, WEIGHTS),
+    "clusters_coactivation": (PAPER_7, {"kind": "cluster", "clusters": 4, "by": "co_activation"}, WEIGHTS),
+    "clusters_neurons": (
+        PAPER_7 + ", neuron axis, whitened",
+        {"kind": "cluster", "clusters": 4, "axis": "neurons", "by": "cosine"},
+        GRAM,
+    ),
+    "clusters_random": (PAPER_7 + " (control)", {"kind": "cluster", "clusters": 4, "by": "random"}, WEIGHTS),
+    "tiers_activation": (PAPER_7 + " (activation-weighted)", {"kind": "tiers", "score": "mean_abs"}, WEIGHTS),
+    "tiers_weight_norm": (PAPER_7 + " (weight norm)", {"kind": "tiers", "score": "weight_norm"}, WEIGHTS),
+    "tiers_random": (PAPER_7 + " (control)", {"kind": "tiers", "score": "random"}, WEIGHTS),
+    "ffsplit": (FFSPLIT, {"kind": "split", "exact": 0.25, "criterion": "activation"}, WEIGHTS),
+    "ffsplit_whitened": (FFSPLIT + ", whitened", {"kind": "split", "exact": 0.25, "criterion": "activation_x_row"}, GRAM),
+    "ffsplit_affine": (FFSPLIT + ", with R2_lin", {"kind": "split_affine"}, None),
+    "ffsplit_dropped": (FFSPLIT + ", light part dropped", {"kind": "split_affine", "light": "dropped"}, None),
+    "r2lin": ("R2_lin, arXiv 2606.19379", {"kind": "affine_block"}, None),
+    "coupled": (COUPLING, {"kind": "coupled"}, WEIGHTS),
+    "coupled_tied": (COUPLING, {"kind": "coupled", "tying": "tied"}, WEIGHTS),
+    "coupled_anchored": (COUPLING, {"kind": "coupled", "anchor_strength": 1.0}, GRAM),
+    "coupled_one_sided": (COUPLING + ", one side", {"kind": "coupled", "tying": "grouped", "sides": "one"}, GRAM),
+    "modegpt_mlp": ("MoDeGPT, arXiv 2408.09632", {"kind": "neuron_slice"}, None),
+}
+
+
+def methods() -> dict[str, dict[str, Any]]:
+    """The section `methods` of the default configuration."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, (paper, structure, metric) in _PRESETS.items():
+        found[name] = {"paper": paper, "structure": dict(structure)} | ({} if metric is None else {"metric": dict(metric)})
+    return found

@@ -1,0 +1,95 @@
+"""`affine_block`: the whole FFN as one affine map of its input, of full or of reduced rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from winnow.architectures import Matrix
+from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions, ffn_groups
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class AffineBlock(Structure):
+    """FFN(x) = A x + b by least squares on the calibration tokens, the residual stream outside of the target; at size k the
+    best A of rank k (reduced-rank regression), and from k = d / 2 on the full A, which then stores no more."""
+
+    reference = "R2_lin, arXiv 2606.19379; reduced-rank regression, Izenman 1975"
+    stores = "left (d, k), right (k, d), b (d); or A (d, d), b (d)"
+    formula = "min(2 k d, d^2) + d"
+    objective = "ffn_output"
+    bias_name = None
+
+    class Options(StructureOptions):
+        kind: Literal["affine_block"]
+        ridge: float = Field(1e-8, gt=0, le=1, description="relative ridge of the regression; raised where it is singular")
+
+    options: Options
+
+    def needs(self) -> tuple[str, ...]:
+        return ("gram", "mean", "cross")
+
+    def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
+        return ffn_groups(matrices)
+
+    def limit(self, group: list[Matrix]) -> int:
+        return (group[-1].shape[0] + 1) // 2
+
+    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+        d = group[-1].shape[0]
+        return min(2 * size * d, d * d) + d
+
+    def fit(self, problem: Problem, largest: int) -> Fit:
+        import torch
+
+        from winnow.linalg import leading_directions
+        from winnow.neurons import affine_map
+
+        *inner, down = problem.group
+        x, weight = problem.sites[inner[-1].name], problem.weights[down.name]
+        maps, constant, rest = affine_map(problem, self.options.ridge)
+        whole = weight @ maps
+        bias = weight @ constant + problem.biases.get(down.name, 0.0)
+        found = leading_directions(whole, x["gram"] - torch.outer(x["mean"], x["mean"]), problem.precision)
+        limit = self.limit(problem.group)
+        floor = float(((weight @ rest) * weight).sum())
+        error = floor + found.error[: largest + 1]
+        error[limit:] = floor
+        mean = bias + whole @ x["mean"]  # of the output, which stays right at every rank
+        factors = {"left": found.left[:, :largest], "right": found.right[:largest] @ whole}
+        return Fit({"map": whole, "mean": mean, "input_mean": x["mean"], **factors}, error, found.spectrum)
+
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+        *gates, up, down = group
+        d, full = down.shape[0], size >= self.limit(group)
+        layout = {"kind": self.kind(), "d": d, "rank": None if full else size}
+        found = {m.module: Part({**layout, "part": "gate"}, {}) for m in gates}
+        found[down.activation] = Part({**layout, "part": "activation"}, {})
+        if full:
+            bias = tensors["mean"] - tensors["map"] @ tensors["input_mean"]
+            found[up.module] = Part({**layout, "part": "up"}, {"weight": tensors["map"]})
+            found[down.module] = Part({**layout, "part": "down"}, {"weight": bias.new_empty(0), "bias": bias})
+        else:
+            left, right = tensors["left"][:, :size], tensors["right"][:size]
+            bias = tensors["mean"] - left @ (right @ tensors["input_mean"])
+            found[up.module] = Part({**layout, "part": "up"}, {"weight": right})
+            found[down.module] = Part({**layout, "part": "down"}, {"weight": left, "bias": bias})
+        return found
+
+    @staticmethod
+    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        from torch import nn
+
+        from winnow.modules import ConcatLinear, Constant
+
+        d, width = layout["d"], layout["rank"] or layout["d"]
+        if layout["part"] == "activation":
+            return nn.Identity()
+        if layout["part"] == "gate":
+            return Constant(width, 1.0)
+        if layout["part"] == "up":
+            return nn.Linear(d, width, bias=False)
+        return nn.Linear(width, d) if layout["rank"] else ConcatLinear({"all": nn.Identity()}, bias=d)

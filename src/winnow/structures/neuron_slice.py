@@ -1,0 +1,102 @@
+"""`neuron_slice`: a smaller FFN of the same form: some neurons are kept, and down makes up for the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from winnow.architectures import Matrix
+from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions, ffn_groups
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class NeuronSlice(Structure):
+    """The first k neurons S in order of importance; gate and up keep their rows, and down becomes W_down C_:S C_SS^{-1} with
+    C = E[h h^T], the least-squares prediction of the output from the kept hidden units (Nystrom)."""
+
+    reference = "MoDeGPT (MLP), arXiv 2408.09632"
+    stores = "k rows of gate and up, down (d, k)"
+    formula = "3 k d; 2 k d without gate"
+    objective = "ffn_output"
+    bias_name = None
+    in_float64 = ("factor", "products")
+
+    class Options(StructureOptions):
+        kind: Literal["neuron_slice"]
+        criterion: Literal["leverage", "activation", "activation_x_row", "weight_norm", "random"] = Field(
+            "leverage", description="what makes a neuron important; see winnow/neurons.py"
+        )
+        correction: Literal["nystrom", "none"] = Field("nystrom", description="whether down makes up for the dropped neurons")
+        ridge: float = Field(1e-4, gt=0, le=1, description="of the leverage scores, as a share of the mean second moment")
+        seed: int = Field(0, ge=0, description="of the random criterion")
+
+    options: Options
+
+    def needs(self) -> tuple[str, ...]:
+        from winnow.neurons import statistics_of
+
+        return tuple(dict.fromkeys(("gram", *statistics_of(self.options.criterion))))
+
+    def control(self) -> StructureOptions | None:
+        return None if self.options.criterion == "random" else self.options.model_copy(update={"criterion": "random"})
+
+    def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
+        return ffn_groups(matrices)
+
+    def limit(self, group: list[Matrix]) -> int:
+        return group[-1].shape[1]
+
+    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+        (*inner, down), d = group, group[-1].shape[0]
+        return len(group) * size * d + size * sum(m.bias for m in inner) + (d if down.bias else 0)
+
+    def fit(self, problem: Problem, largest: int) -> Fit:
+        import torch
+
+        from winnow.linalg import regularized
+        from winnow.neurons import left_out, order_of, permuted
+
+        down = problem.group[-1]
+        order = order_of(problem, self.options.criterion, self.options.seed, self.options.ridge)
+        tensors = permuted(problem, order)
+        weight = tensors[f"{down.role}.weight"]
+        gram = problem.sites[down.name]["gram"][order][:, order]
+        if self.options.correction == "none":
+            error = left_out((weight.T @ weight) * gram)
+            return Fit(tensors, error[: largest + 1], gram.diagonal().clamp(min=0).sqrt() * weight.norm(dim=0))
+        # C = L L^T in this order holds the answer for every k: C_:S C_SS^{-1} = L_:S L_SS^{-1}.
+        factor = torch.linalg.cholesky(regularized(gram, 1e-12, "the second moment of the hidden units"))
+        products = weight @ factor
+        gained = products.square().sum(0)
+        error = torch.cat([gained.flip(0).cumsum(0).flip(0), gained.new_zeros(1)])
+        kept = {name: t for name, t in tensors.items() if name != f"{down.role}.weight"}
+        return Fit({**kept, "factor": factor, "products": products}, error[: largest + 1], gained.sqrt())
+
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+        import torch
+
+        down = group[-1]
+        if self.options.correction == "none":
+            weight = tensors[f"{down.role}.weight"][:, :size]
+        else:
+            factor, products = tensors["factor"][:size, :size], tensors["products"][:, :size]
+            weight = torch.linalg.solve_triangular(factor.T, products.T, upper=True).T
+        found = {}
+        for m in group:
+            own = {"weight": weight if m is down else tensors[f"{m.role}.weight"][:size]}
+            if m.bias:
+                own["bias"] = tensors[f"{m.role}.bias"][: None if m is down else size]
+            (rows, columns) = own["weight"].shape
+            found[m.module] = Part({"kind": self.kind(), "out": rows, "in": columns}, own)
+        return found
+
+    @staticmethod
+    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        from torch import nn
+
+        from winnow.modules import has_bias
+
+        return nn.Linear(layout["in"], layout["out"], has_bias(dense))

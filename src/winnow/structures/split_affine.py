@@ -1,0 +1,111 @@
+"""`split_affine`: the FFN's heavy neurons as they are, its light ones as one affine map of the FFN's input, or dropped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from winnow.architectures import Matrix
+from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions, ffn_groups
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class SplitAffine(Structure):
+    """y = W_down[:, heavy] h_heavy + A x + b, with A x + b the exact least-squares fit of what the light neurons add. A size
+    is the number of heavy neurons. With `light: dropped` nothing stands for them, and b is the FFN's own bias."""
+
+    reference = "FFSplit, arXiv 2401.04044, with the linear replacement of R2_lin, arXiv 2606.19379, for the light part"
+    stores = "k rows of gate and up, k columns of down, A (d, d), b (d)"
+    formula = "3 k d + d (d + 1); 2 k d + ... without gate; no A, b if dropped"
+    objective = "ffn_output"
+    bias_name = None
+
+    class Options(StructureOptions):
+        kind: Literal["split_affine"]
+        light: Literal["affine", "dropped"] = Field("affine", description="what stands for the light neurons")
+        criterion: Literal["activation", "activation_x_row", "weight_norm", "leverage", "random", "lowest"] = Field(
+            "activation_x_row", description="what makes a neuron heavy; see winnow/neurons.py"
+        )
+        seed: int = Field(0, ge=0, description="of the random criterion")
+        ridge: float = Field(1e-8, gt=0, le=1, description="relative ridge of the regression; raised where it is singular")
+
+    options: Options
+
+    def needs(self) -> tuple[str, ...]:
+        from winnow.neurons import statistics_of
+
+        affine = ("gram", "mean", "cross") if self.options.light == "affine" else ("gram",)
+        return tuple(dict.fromkeys((*affine, *statistics_of(self.options.criterion))))
+
+    def control(self) -> StructureOptions | None:
+        return None if self.options.criterion == "random" else self.options.model_copy(update={"criterion": "random"})
+
+    def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
+        return ffn_groups(matrices)
+
+    def limit(self, group: list[Matrix]) -> int:
+        return group[-1].shape[1]
+
+    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+        (*inner, down), affine = group, self.options.light == "affine"
+        d = down.shape[0]
+        biases = size * sum(m.bias for m in inner) + (d if affine or down.bias else 0)
+        return len(group) * size * d + (d * d if affine else 0) + biases
+
+    def fit(self, problem: Problem, largest: int) -> Fit:
+        from winnow.neurons import affine_map, left_out, order_of, permuted
+
+        down = problem.group[-1]
+        order = order_of(problem, self.options.criterion, self.options.seed)
+        tensors = permuted(problem, order)
+        if self.options.light == "affine":
+            maps, constant, rest = affine_map(problem, self.options.ridge)
+            tensors |= {"map": maps[order], "constant": constant[order]}
+        else:
+            rest = problem.sites[down.name]["gram"]
+        weight = tensors[f"{down.role}.weight"]
+        error = left_out((weight.T @ weight) * rest[order][:, order])
+        return Fit(tensors, error[: largest + 1], rest.diagonal()[order].clamp(min=0).sqrt() * weight.norm(dim=0))
+
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+        *inner, down = group
+        d, affine = down.shape[0], self.options.light == "affine"
+        layout = {"kind": self.kind(), "d": d, "exact": size, "affine": affine}
+        weight, found = tensors[f"{down.role}.weight"], {}
+        empty = weight.new_empty(0)
+        for m in inner:
+            own = {"exact.weight": tensors[f"{m.role}.weight"][:size], "weight": empty}
+            if m.bias:
+                own["exact.bias"] = tensors[f"{m.role}.bias"][:size]
+            if affine and m is inner[-1]:
+                own["affine.weight"] = weight[:, size:] @ tensors["map"][size:]
+            found[m.module] = Part({**layout, "part": "up" if m is inner[-1] else "gate"}, own)
+        bias = tensors.get(f"{down.role}.bias")
+        if affine:
+            added = weight[:, size:] @ tensors["constant"][size:]
+            bias = added if bias is None else bias + added
+            found[down.activation] = Part({**layout, "part": "activation"}, {})
+        own = {"exact.weight": weight[:, :size], "weight": empty, **({} if bias is None else {"bias": bias})}
+        found[down.module] = Part({**layout, "part": "down"}, own)
+        return found
+
+    @staticmethod
+    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        from torch import nn
+
+        from winnow.modules import ConcatLinear, Constant, PartialActivation, SplitLinear, has_bias
+
+        d, exact, affine = layout["d"], layout["exact"], layout["affine"]
+        if layout["part"] == "activation":
+            return PartialActivation(dense, exact)
+        if layout["part"] == "down":
+            rest: dict[str, nn.Module] = {"affine": nn.Identity()} if affine else {}
+            bias = d if affine or has_bias(dense) else 0
+            return SplitLinear({"exact": nn.Linear(exact, d, bias=False), **rest}, [exact, d][: 1 + affine], bias=bias)
+        parts: dict[str, nn.Module] = {"exact": nn.Linear(d, exact, has_bias(dense))}
+        if affine:
+            parts["affine"] = nn.Linear(d, d, bias=False) if layout["part"] == "up" else Constant(d, 1.0)
+        return ConcatLinear(parts)
