@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -42,10 +44,12 @@ def pico(family: str, seed: int = 0):
         sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
         return OPTForCausalLM(OPTConfig(max_position_embeddings=64, pad_token_id=1, **sizes, **common)).eval()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family == "bert":
+        return BertLMHeadModel(BertConfig(max_position_embeddings=64, is_decoder=True, **sizes, **common)).eval()
     return GPTNeoXForCausalLM(GPTNeoXConfig(max_position_embeddings=64, **sizes, **common)).eval()
 
 
-FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
+FAMILIES = ("llama", "gpt2", "opt", "gpt_neox", "bert")
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

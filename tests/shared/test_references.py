@@ -10,11 +10,13 @@ import torch
 import yaml
 
 from tests.conftest import ROOT, SHARED
+from winnow import presets
 from winnow.config import Evaluation, Text
 from winnow.config_files import default
 from winnow.io import read_json
 from winnow.loading import load_model
 from winnow.perplexity import evaluate, summarize
+from winnow.structures import STRUCTURES
 from winnow.texts import read_rows
 from winnow.tokens import encode, evaluation_windows, load_tokenizer
 
@@ -58,7 +60,7 @@ def experiments() -> dict:
     wt2 = ["wt2-llama", "wt2-gpt2", "wt2-opt", "wt2-neox"]
     stories = {**STORIES, "separator": "<|endoftext|>", "join": "<|endoftext|>"}
     plain = Evaluation(text="x", protocol="plain", length=256, windows=400).model_dump(exclude={"text"})
-    common = {"methods": list(base["methods"]), "budgets": ["ffn-0.8", "ffn-0.4", "all-0.8", "all-0.4"]}
+    common = {"methods": presets.DEMO, "budgets": ["ffn-0.8", "ffn-0.4", "all-0.8", "all-0.4"]}
     few = {"windows": 128, "length": 256, "special_tokens": False}
     return {
         "models": {name: {"source": str(SHARED / "models" / name)} for name in [*wt2, "stories260K"]},
@@ -79,14 +81,33 @@ def experiments() -> dict:
     }
 
 
-@pytest.mark.slow
-def test_all_methods_on_all_models(tmp_path):
-    """About a quarter of an hour on two cores. Keep the results with WINNOW_SHARED_RESULTS=<folder>."""
+def structures() -> dict:
+    """Every structure on the models of four families, in the FFN at two byte budgets, with random controls."""
+    config, keeps = experiments(), ["ffn-0.8", "ffn-0.5"]
+    methods = ["svd", "whitened", "kfac", "whitened_gauge_fixed", "grc_whitened", "basis_sharing", "bypass", "coupled_one_sided"]
+    methods += ["clusters_cosine", "tiers_activation", "ffsplit_whitened", "ffsplit_affine", "modegpt_mlp"]
+    config["evaluations"]["wt2"]["windows"] = 100
+    config["budgets"]["ffn-0.5"] = {"targets": ["ffn"], "keep_bytes": 0.5}
+    config["budgets"]["whole"] = {"targets": ["ffn"], "rank_fraction": 1.0}  # the affine block has one form, of few bytes
+    wt2 = {key: config["experiments"]["wt2"][key] for key in ("models", "calibrations", "evaluations")}
+    config["experiments"] = {
+        "matrices": {**wt2, "methods": methods, "budgets": keeps},
+        "coupled": {**wt2, "methods": ["coupled"], "budgets": ["ffn-0.5"]},
+        "blocks": {**wt2, "methods": ["r2lin"], "budgets": ["whole"]},
+    }
+    config["texts"] = {name: text for name, text in config["texts"].items() if name.startswith("wt2")}
+    config["calibrations"] = {"wt2": config["calibrations"]["wt2"]}
+    config["evaluations"] = {"wt2": config["evaluations"]["wt2"]}
+    config["models"] = {name: model for name, model in config["models"].items() if name.startswith("wt2")}
+    return config
+
+
+def run(config: dict, tmp_path) -> tuple[pd.DataFrame, str]:
+    """The summary table of a configuration, and its folder. Keep the results with WINNOW_SHARED_RESULTS=<folder>."""
     folder = os.environ.get("WINNOW_SHARED_RESULTS", str(tmp_path))
-    config = f"{folder}/config.yaml"
     os.makedirs(folder, exist_ok=True)
-    with open(config, "w") as stream:
-        yaml.safe_dump(experiments(), stream)
+    with open(f"{folder}/config.yaml", "w") as stream:
+        yaml.safe_dump(config, stream)
     command = [
         sys.executable,
         "-m",
@@ -98,13 +119,36 @@ def test_all_methods_on_all_models(tmp_path):
         "--directory",
         folder,
     ]
-    subprocess.run([*command, "--cores", "2", "--replace-workflow-config", "--configfile", config], check=True)
-    table = pd.read_csv(f"{folder}/results/tables/summary.csv")
+    command += ["--cores", "2", "--replace-workflow-config", "--configfile", f"{folder}/config.yaml"]
+    subprocess.run(command, check=True)
+    return pd.read_csv(f"{folder}/results/tables/summary.csv"), folder
+
+
+def check_bytes(row: pd.Series, folder: str) -> None:
+    assert read_json(f"{folder}/{row['checkpoint']}/manifest.json")["stored_bytes"] == row["stored_bytes"]
+    assert pd.isna(row["keep_requested"]) or abs(row["keep_bytes"] - row["keep_requested"]) <= 0.005
+
+
+@pytest.mark.slow
+def test_all_methods_on_all_models(tmp_path):
+    """About a quarter of an hour on two cores."""
+    table, folder = run(experiments(), tmp_path)
     assert len(table) == 5 * (1 + 4 * 4)
     known = {name: nll for name, text, _, nll in REFERENCES if text is not RAW}
     for _, row in table.iterrows():
         if row["method"] == "dense":
             assert row["nll"] == pytest.approx(known[row["model"]], abs=2e-6)
         else:
-            assert abs(row["keep_bytes"] - row["keep_requested"]) <= 0.005
-            assert read_json(f"{folder}/{row['checkpoint']}/manifest.json")["stored_bytes"] == row["stored_bytes"]
+            check_bytes(row, folder)
+
+
+@pytest.mark.slow
+def test_every_structure_on_every_family(tmp_path):
+    """About an hour on two cores."""
+    table, folder = run(structures(), tmp_path)
+    compressed = table[table["method"] != "dense"]
+    assert set(compressed["structure"]) == set(STRUCTURES)
+    for selecting in ("clusters_cosine", "tiers_activation", "ffsplit_whitened", "ffsplit_affine", "modegpt_mlp"):
+        assert any(name in set(compressed["method"]) for name in (f"{selecting}.random", selecting.split("_")[0] + "_random"))
+    for _, row in compressed.iterrows():
+        check_bytes(row, folder)

@@ -71,6 +71,28 @@ def test_statistics_are_those_of_the_inputs(saved_model, tmp_path):
             torch.testing.assert_close(stats["gram"].double(), x.T @ x / 60, atol=1e-6, rtol=1e-4)
 
 
+def test_cross_moments_and_the_first_token(saved_model, tmp_path):
+    """For every family: E[h x^T] of hidden units and FFN inputs; and all statistics without each window's first token."""
+    from winnow.loading import load_model
+
+    files, model = files_of(saved_model, tmp_path), load_model(saved_model, "float32", "cpu")
+    windows = torch.randint(0, VOCABULARY, (6, 10), generator=torch.Generator().manual_seed(0))
+    down = next(m for m in files.matrices if m.site == "ffn_hidden")
+    up = next(m for m in files.matrices if m.site == "ffn_input")
+    seen: dict[str, torch.Tensor] = {}
+    for m in (down, up):
+        hook = lambda _m, a, key=m.site: seen.update({key: a[0].reshape(6, 10, -1).double()})  # noqa: E731
+        model.get_submodule(m.module).register_forward_pre_hook(hook)
+    for first_token, kept in ((True, slice(None)), (False, slice(1, None))):
+        sites = dict(collect(model, files.matrices, windows, 6, torch.float64, first_token))[0]
+        h, x = (seen[key][:, kept].flatten(0, 1) for key in ("ffn_hidden", "ffn_input"))
+        torch.testing.assert_close(sites["ffn_hidden"]["cross"], h.T @ x / len(x))
+        torch.testing.assert_close(sites["ffn_hidden"]["gram"], h.T @ h / len(x))
+        torch.testing.assert_close(sites["ffn_input"]["mean"], x.mean(0))
+        assert int(sites["ffn_input"]["count"]) == len(x)
+        assert "cross" not in sites["ffn_input"]
+
+
 def test_inputs_that_are_not_finite_are_named(saved_llama, tmp_path):
     files = files_of(saved_llama, tmp_path)
     model = pico("llama")
