@@ -20,21 +20,23 @@ def read_summary(results: Path) -> list[dict[str, str]]:
 
 
 def markdown(results: Path) -> None:
-    """Print the loss above dense of every method at every budget, as a table for a README."""
+    """Print the loss above dense of every method (rows) at every budget (columns), as a table for a README."""
     rows = read_summary(results)
     compressed = [row for row in rows if row["method"] != "dense"]
-    methods = list(dict.fromkeys(row["method"] for row in compressed))
-    shown = ("model", "calibration", "recovery", "evaluation", "targets", "budget")
-    varying = [name for name in shown if len({row[name] for row in compressed}) > 1]
+    shown = ("model", "calibration", "recovery", "evaluation", "budget")
+    varying = [name for name in shown if len({row[name] for row in compressed}) > 1] or ["budget"]
+    columns = list(dict.fromkeys(" ".join(row[name] for name in varying) for row in compressed))
     losses = {
-        (*(r[name] for name in shown), r["method"]): f"{float(r['delta_nll']):.3f} ± {float(r['delta_nll_se']):.3f}"
-        for r in compressed
+        (
+            row["method"],
+            " ".join(row[name] for name in varying),
+        ): f"{float(row['delta_nll']):.3f} ± {float(row['delta_nll_se']):.3f}"
+        for row in compressed
     }
-    print(f"| {' | '.join([*varying, *methods])} |")
-    print("|" + "---|" * len(varying) + "---:|" * len(methods))
-    for key in dict.fromkeys(tuple(row[name] for name in shown) for row in compressed):
-        names = [value.replace("+", " + ") for name, value in zip(shown, key, strict=True) if name in varying]
-        print(f"| {' | '.join([*names, *(losses.get((*key, method), '-') for method in methods)])} |")
+    print(f"| method | {' | '.join(columns)} |")
+    print("|---|" + "---:|" * len(columns))
+    for method in dict.fromkeys(row["method"] for row in compressed):
+        print(f"| {method} | {' | '.join(losses.get((method, column), '-') for column in columns)} |")
     for row in (r for r in rows if r["method"] == "dense"):
         print(
             f"\nDense `{row['model']}`: {float(row['nll']):.4f} ± {float(row['nll_se']):.4f} nats per token, perplexity", end=" "

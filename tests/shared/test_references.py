@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.shared,
     pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="no shared models beside the checkout"),
 ]
-DATA = SHARED / "data"
+DATA, DEMO, PARTS = SHARED / "data", ROOT / "resources", ("calibration", "evaluation")
 P1 = {"files": [str(DATA / "wt2raw-test.txt")], "format": "lines"}
 RAW = {"files": [str(DATA / "wt2raw-test.txt")]}
 STORIES = {"files": [str(DATA / "tinystories-train-sample.txt")]}
@@ -82,23 +82,27 @@ def experiments() -> dict:
 
 
 def structures() -> dict:
-    """Every structure on the models of four families, in the FFN at two byte budgets, with random controls."""
-    config, keeps = experiments(), ["ffn-0.8", "ffn-0.5"]
+    """Every structure on the demo model and on four families, in the FFN at two byte budgets, with random controls."""
+    config, keeps, demo = experiments(), ["ffn-0.8", "ffn-0.5"], default()
     methods = ["svd", "whitened", "kfac", "whitened_gauge_fixed", "grc_whitened", "basis_sharing", "bypass", "coupled_one_sided"]
     methods += ["clusters_cosine", "tiers_activation", "ffsplit_whitened", "ffsplit_affine", "modegpt_mlp"]
-    config["evaluations"]["wt2"]["windows"] = 100
     config["budgets"]["ffn-0.5"] = {"targets": ["ffn"], "keep_bytes": 0.5}
     config["budgets"]["whole"] = {"targets": ["ffn"], "rank_fraction": 1.0}  # the affine block has one form, of few bytes
+    texts = {part: {**demo["texts"][f"demo_{part}"], "files": [str(DEMO / f"texts/demo/{part}.jsonl")]} for part in PARTS}
+    config["texts"] |= {f"demo_{part}": text for part, text in texts.items()}
+    config["models"] |= {"demo": {"source": str(DEMO / "models" / "demo")}}
+    config["calibrations"]["demo"] = demo["calibrations"]["demo"]
+    config["evaluations"]["demo"] = demo["evaluations"]["demo"]
+    for evaluation in config["evaluations"].values():
+        evaluation |= {"windows": 64, "compare": False}
     wt2 = {key: config["experiments"]["wt2"][key] for key in ("models", "calibrations", "evaluations")}
-    config["experiments"] = {
-        "matrices": {**wt2, "methods": methods, "budgets": keeps},
-        "coupled": {**wt2, "methods": ["coupled"], "budgets": ["ffn-0.5"]},
-        "blocks": {**wt2, "methods": ["r2lin"], "budgets": ["whole"]},
-    }
-    config["texts"] = {name: text for name, text in config["texts"].items() if name.startswith("wt2")}
-    config["calibrations"] = {"wt2": config["calibrations"]["wt2"]}
-    config["evaluations"] = {"wt2": config["evaluations"]["wt2"]}
-    config["models"] = {name: model for name, model in config["models"].items() if name.startswith("wt2")}
+    config["experiments"] = {}
+    for name, where in (("wt2", wt2), ("demo", {key: ["demo"] for key in wt2})):
+        config["experiments"] |= {
+            f"{name}-matrices": {**where, "methods": methods, "budgets": keeps},
+            f"{name}-coupled": {**where, "methods": ["coupled"], "budgets": ["ffn-0.5"]},
+            f"{name}-blocks": {**where, "methods": ["r2lin"], "budgets": ["whole"]},
+        }
     return config
 
 
