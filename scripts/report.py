@@ -8,7 +8,7 @@ from winnow.runtime import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)
-    figures = {name: Path(snakemake.input[name]).read_text(encoding="utf-8") for name in ("frontier", "spectra")}
+    figures = {name: Path(snakemake.input[name]).read_text(encoding="utf-8") for name in ("frontier", "ranking", "spectra")}
     results = [read_json(path) for path in snakemake.input.results]
     overlaps = [read_json(path) for path in snakemake.input.overlaps]
     write_text(snakemake.output[0], render(read_parquet(snakemake.input.summary), figures, results, overlaps))

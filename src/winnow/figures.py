@@ -1,4 +1,4 @@
-"""Figures: loss against bytes for every method, and effective rank against depth. Legible in print and in grey."""
+"""Figures: loss against bytes, methods in order of their loss, and effective rank against depth. Legible in print and in grey."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from winnow.architectures import ROLES
 
 # Okabe and Ito's palette, safe for colour-blind readers; markers repeat what colours say.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LEGIBLE = 12  # lines in one panel
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 plt.rcParams.update(
     {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "winnow", "svg.fonttype": "none"}
@@ -40,15 +41,12 @@ def _grid(count: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, 
 
 def frontier(summary: pd.DataFrame) -> Figure:
     """Increase of the loss over the dense model against kept bytes; a panel per model, evaluation and targets, a line per
-    method (and per calibration and recovery, where there are several)."""
-    cells = summary[summary["method"] != "dense"]
-    several = [name for name in ("calibration", "recovery") if cells[name].nunique() > 1]
-    cells = cells.assign(line=cells[["method", *several]].agg(", ".join, axis=1))
-    lines = list(dict.fromkeys(cells["line"]))
-    panels = list(cells.groupby(["model", "evaluation", "targets"], sort=False))
+    method (and per calibration and recovery, where there are several). Of many methods, the best of each panel."""
+    cells = _with_lines(summary)
+    panels = [(key, _best(panel)) for key, panel in cells.groupby(["model", "evaluation", "targets"], sort=False)]
+    lines = list(dict.fromkeys(line for _, (panel, _) in panels for line in panel["line"]))
     figure, axes = _grid(len(panels))
-    for axis, ((model, evaluation, targets), panel) in zip(axes, panels, strict=True):
-        same = (summary["method"] == "dense") & (summary["model"] == model) & (summary["evaluation"] == evaluation)
+    for axis, ((model, evaluation, targets), (panel, total)) in zip(axes, panels, strict=True):
         for line, rows in panel.groupby("line", sort=False):
             rows = rows.sort_values("keep_bytes")
             axis.errorbar(
@@ -56,13 +54,61 @@ def frontier(summary: pd.DataFrame) -> Figure:
                 linewidth=1.2, markersize=4.5, capsize=2, **_style(lines.index(str(line))),
             )  # fmt: skip
         axis.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
-        axis.set_title(f"{model}: {str(targets).replace('+', ' + ')}", fontsize=9)
+        shown = panel["line"].nunique()
+        of = "" if shown == total else f" ({shown} lowest of {total} methods)"
+        axis.set_title(f"{model}: {str(targets).replace('+', ' + ')}{of}", fontsize=9)
         axis.set_xlabel("bytes kept of the compressed matrices (share)")
-        dense = summary.loc[same, "nll"].iloc[0]
-        axis.set_ylabel(f"loss above dense (nats per token)\ndense: {dense:.3f} nats, {evaluation}", fontsize=8)
+        axis.set_ylabel(f"loss above dense (nats per token)\n{_dense(summary, str(model), str(evaluation))}", fontsize=8)
         axis.invert_xaxis()
     _legend(figure, axes, "bars: 2 standard errors")
     return figure
+
+
+def ranking(summary: pd.DataFrame) -> Figure:
+    """Loss above the dense model of every method, the lowest on top; a panel per model, evaluation, targets and budget.
+    Open markers are methods that select at random."""
+    cells = _with_lines(summary)
+    panels = list(cells.groupby(["model", "evaluation", "targets", "budget"], sort=False))
+    figure, axes = _grid(len(panels), 4.6, max([1.2, *(0.8 + 0.16 * len(panel) for _, panel in panels)]))
+    for axis, ((model, evaluation, _, budget), panel) in zip(axes, panels, strict=True):
+        rows = panel.sort_values("delta_nll", ascending=False, kind="stable").reset_index(drop=True)
+        for place, row in rows.iterrows():
+            style = {"fillstyle": "none"} if "random" in row["method"] else {}
+            axis.errorbar(
+                row["delta_nll"], place, xerr=2 * row["delta_nll_se"], fmt="o", color=COLOURS[0], markersize=4, capsize=2, **style
+            )
+        axis.set_yticks(rows.index, rows["line"], fontsize=7)
+        axis.grid(axis="x", linewidth=0.4, color="0.85")
+        if (rows["delta_nll"] > 0).all() and rows["delta_nll"].max() > 20 * rows["delta_nll"].min():
+            axis.set_xscale("log")
+        kept = rows["keep_bytes"]
+        share = f"{kept.max():.3f}" if kept.max() - kept.min() < 0.005 else f"{kept.min():.3f} to {kept.max():.3f}"
+        axis.set_title(f"{model}: {budget}, {share} of the bytes", fontsize=9)
+        axis.set_xlabel(f"loss above dense (nats per token); {_dense(summary, str(model), str(evaluation))}", fontsize=8)
+    return figure
+
+
+def _with_lines(summary: pd.DataFrame) -> pd.DataFrame:
+    """Compressed cells with a column `line`: the method, and what else there is several of."""
+    cells = summary[summary["method"] != "dense"]
+    several = [name for name in ("calibration", "recovery") if cells[name].nunique() > 1]
+    return cells.assign(line=cells[["method", *several]].agg(", ".join, axis=1))
+
+
+def _best(panel: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """(the rows of the lines that can be told apart in one panel, number of all lines): those with the lowest mean place in
+    the budgets that they have, among the lines with the most budgets."""
+    places = panel.assign(place=panel.groupby("budget")["delta_nll"].rank()).groupby("line", sort=False)["place"]
+    total = places.ngroups
+    if total <= LEGIBLE:
+        return panel, total
+    full = places.mean()[places.count() == places.count().max()]
+    return panel[panel["line"].isin(full.nsmallest(LEGIBLE).index)], total
+
+
+def _dense(summary: pd.DataFrame, model: str, evaluation: str) -> str:
+    same = (summary["method"] == "dense") & (summary["model"] == model) & (summary["evaluation"] == evaluation)
+    return f"dense: {summary.loc[same, 'nll'].iloc[0]:.3f} nats, {evaluation}"
 
 
 def _legend(figure: Figure, axes: list, title: str | None = None) -> None:

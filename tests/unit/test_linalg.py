@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from winnow.linalg import leading_directions
+from winnow.linalg import leading_directions, regularized
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
 torch.set_default_dtype(torch.float32)
@@ -174,3 +174,50 @@ def test_values_that_are_not_finite_are_named(bad):
     gram[0, 0] = bad
     with pytest.raises(FloatingPointError, match="metric is not finite"):
         leading_directions(weight, gram)
+
+
+def test_a_ridge_is_raised_until_it_helps_and_says_so(caplog):
+    x = random((12, 5), 1)
+    singular = x @ x.T
+    with caplog.at_level("WARNING"):
+        found = regularized(singular, 1e-18, "the moment of layer 3")
+    assert int(torch.linalg.cholesky_ex(found).info) == 0
+    assert "the moment of layer 3: singular, so the relative ridge was raised from 1.0e-18 to" in caplog.text
+    caplog.clear()
+    definite = singular + torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(regularized(definite, 1e-6, "x"), definite + 1e-6 * definite.diagonal().mean() * torch.eye(12))
+    diagonal = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
+    assert (regularized(diagonal, 0.0, "y") > 0).all()
+    assert "y: singular" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("gram", "message"),
+    [
+        (torch.zeros(3, 3, dtype=torch.float64), "z: is zero"),
+        (torch.full((3, 3), float("nan"), dtype=torch.float64), "z: not finite"),
+        (torch.diag(torch.tensor([1.0, 1.0, -1.9], dtype=torch.float64)), "z: singular even with a ridge of 1 %"),
+    ],
+)
+def test_what_no_ridge_mends_is_refused(gram, message):
+    with pytest.raises(FloatingPointError, match=message):
+        regularized(gram, 1e-6, "z")
+
+
+@settings(max_examples=20, deadline=None)
+@given(SHAPES, st.integers(0, 10**6))
+def test_two_sided_is_the_svd_between_the_roots(shape, seed):
+    """R^{-1/2} SVD_k(R^{1/2} W C^{1/2}) C^{-1/2}, for full and for diagonal R."""
+    weight, x, g = random(shape, seed), random((shape[1], 9 * shape[1]), seed + 1), random((shape[0], 9 * shape[0]), seed + 2)
+    columns = gram_of(x)
+    for rows in (gram_of(g), gram_of(g).diagonal()):
+        full = rows if rows.dim() == 2 else torch.diag(rows)
+        left, right = torch.linalg.cholesky(full), torch.linalg.cholesky(columns)
+        u, s, vh = torch.linalg.svd(left.T @ weight @ right, full_matrices=False)
+        found = leading_directions(weight, columns, rows=rows)
+        torch.testing.assert_close(found.spectrum, s, atol=1e-8, rtol=1e-7)
+        for k in range(1, min(shape)):
+            if s[k - 1] - s[k] < 1e-6 * s[0]:
+                continue
+            expected = torch.linalg.solve(left.T, (u[:, :k] * s[:k]) @ vh[:k]) @ torch.linalg.inv(right)
+            torch.testing.assert_close(found.left[:, :k] @ found.right[:k] @ weight, expected, atol=1e-6, rtol=1e-5)

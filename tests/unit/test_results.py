@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from winnow.errors import InputError
-from winnow.figures import effective_rank, frontier, save
+from winnow.figures import LEGIBLE, effective_rank, frontier, ranking, save
 from winnow.io import (
     Bundle,
     atomic,
@@ -117,6 +117,8 @@ def test_figures_are_written_and_repeatable(tmp_path):
     )
     for name, draw in (
         ("f", lambda: frontier(table)),
+        ("r", lambda: ranking(table)),
+        ("e", lambda: effective_rank({})),
         ("s", lambda: effective_rank({("m-1", "c-1", "x-1"): pd.DataFrame([row])})),
     ):
         for ending in ("svg", "png"):
@@ -128,11 +130,23 @@ def test_figures_are_written_and_repeatable(tmp_path):
             assert first == second
 
 
+def test_a_figure_of_many_methods_shows_those_that_can_be_told_apart():
+    table, _ = small_summary()
+    rows = table[table["method"] != "dense"]
+    many = [rows.assign(method=f"m{i:02d}", delta_nll=rows["delta_nll"] + i) for i in range(30)]
+    figure = frontier(pd.concat([table, *many], ignore_index=True))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(labels) == LEGIBLE
+    assert "m00" in labels
+    assert "m29" not in labels
+    assert "lowest of" in figure.axes[0].get_title()
+
+
 def test_the_report_is_one_file_that_needs_no_network(tmp_path):
     table, results = small_summary()
     save(frontier(table), [str(tmp_path / "f.svg")])
     svg = (tmp_path / "f.svg").read_text()
-    page = render(table, {"frontier": svg, "spectra": svg}, results, [OVERLAP])
+    page = render(table, {"frontier": svg, "ranking": svg, "spectra": svg}, results, [OVERLAP])
     assert "<svg" in page
     for attribute in ('src="', "url(http", 'href="http', "@import"):
         assert attribute not in page.replace('xlink:href="#', "")

@@ -69,7 +69,9 @@ def fitted_with(what):
             return []
         folder = f"results/{wildcards.model}/{wildcards.calibration}"
         if what == "clusters":
-            return f"{folder}/clusters/{PLAN.clustering_label(wildcards.method)}.parquet"
+            return (
+                f"{folder}/clusters/{PLAN.clustering_label(wildcards.method)}.parquet"
+            )
         return f"{folder}/statistics/{what}/manifest.json"
 
     return path
@@ -122,6 +124,13 @@ def clusters_of_cells():
         if label := PLAN.clustering_label(method):
             found[f"{folder}/clusters/{label}.parquet"] = None
     return list(found)
+
+
+def spectra_of_matrices():
+    """Spectra of the methods that fit every matrix by itself: only those are spectra of matrices."""
+    paths = of_cells("results/{model}/{calibration}/{method}/spectra.parquet")
+    kind = lambda path: PLAN.structure(path.split("/")[3]).kind()
+    return [path for path in paths if kind(path) == "low_rank"]
 
 
 def windows_of_cells():

@@ -25,12 +25,13 @@ rule tables:
 
 
 rule figures:
-    """Loss against bytes, and effective rank against depth; each as SVG and PNG."""
+    """Loss against bytes, methods in order, and effective rank against depth; each as SVG and PNG."""
     input:
         summary="results/tables/summary.parquet",
-        spectra=rules.spectra.input,
+        spectra=spectra_of_matrices(),
     output:
         frontier=multiext("results/figures/frontier", ".svg", ".png"),
+        ranking=multiext("results/figures/ranking", ".svg", ".png"),
         spectra=multiext("results/figures/effective_rank", ".svg", ".png"),
     log:
         "results/logs/figures.log",
@@ -52,6 +53,7 @@ rule report:
     input:
         summary="results/tables/summary.parquet",
         frontier="results/figures/frontier.svg",
+        ranking="results/figures/ranking.svg",
         spectra="results/figures/effective_rank.svg",
         results=rules.perplexity.input,
         overlaps=overlaps_of_cells(),
