@@ -136,6 +136,15 @@ def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
     return [m for m in matrices if m.role in roles]
 
 
+def ffn_groups(matrices: list[Matrix]) -> list[list[Matrix]]:
+    """The matrices of each layer's FFN: [gate, up, down], or [up, down] where there is no gate."""
+    found: dict[int, list[Matrix]] = {}
+    for m in matrices:
+        if m.role in FFN_ROLES:
+            found.setdefault(m.layer, []).append(m)
+    return [sorted(group, key=lambda m: FFN_ROLES.index(m.role)) for group in found.values()]
+
+
 def group_name(group: list[Matrix]) -> str:
     """The name of a group in files: layer and roles, and the last layer if it spans several."""
     layers = sorted({m.layer for m in group})

@@ -84,7 +84,9 @@ def test_a_matrix_that_cannot_be_clustered_is_named(saved_llama, tmp_path):
     files = ModelFiles(tmp_path / "model.json")
     for layer in (0, 1):
         profile = {key: torch.ones(96) for key in ("rms", "mean_abs", "max_abs", "active", "mean")}
-        sites = {site: {k: v[:n].clone() for k, v in profile.items()} for site, n in (("attention_input", 64), ("ffn_hidden", 96))}
+        sites = {
+            site: {k: v[:n].clone() for k, v in profile.items()} for site, n in (("attention_input", 64), ("ffn_hidden", 96))
+        }
         tensors = {f"{site}.{key}": value for site, values in sites.items() for key, value in values.items()}
         write_tensors(tmp_path / "moments" / f"layer-{layer:03d}.safetensors", tensors)
     write_manifest(tmp_path / "moments", {}, {})

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import Matrix
-from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions, ffn_groups
+from winnow.architectures import Matrix, ffn_groups
+from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from winnow.architectures import FFN_ROLES, Matrix
+from winnow.architectures import Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -194,12 +194,3 @@ class Structure(ABC):
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
         """Make the module `name` use tensors that another module stores: {name of the tensor: name where it is stored}."""
         return {}
-
-
-def ffn_groups(matrices: list[Matrix]) -> list[list[Matrix]]:
-    """The matrices of each layer's FFN: [gate, up, down], or [up, down] where there is no gate."""
-    found: dict[int, list[Matrix]] = {}
-    for m in matrices:
-        if m.role in FFN_ROLES:
-            found.setdefault(m.layer, []).append(m)
-    return [sorted(group, key=lambda m: FFN_ROLES.index(m.role)) for group in found.values()]

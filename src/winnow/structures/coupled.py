@@ -152,8 +152,7 @@ class Coupled(Structure):
         return self._last[2]
 
     def report(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Any]:
-        """Energies after every sweep of every start, the winner, and relative errors in the fit's metric: of what is stored, of
-        the anchors, and of the best maps of that rank."""
+        """Energies of every sweep and start, the winner, and relative errors: stored, of the anchors, and the least possible."""
         return self._solved(tensors, size)[2]
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
