@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import Matrix, ffn_groups
-from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
+from winnow.architectures import Matrix
+from winnow.structures.base import Fit, Part, Problem, StructureOptions
+from winnow.structures.ffn import FfnStructure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class AffineBlock(Structure):
+class AffineBlock(FfnStructure):
     """FFN(x) = A x + b by least squares on the calibration tokens, the residual stream outside of the target; at size k the
     best A of rank k (reduced-rank regression), and from k = d / 2 on the full A, which then stores no more."""
 
@@ -21,7 +22,6 @@ class AffineBlock(Structure):
     stores = "left (d, k), right (k, d), b (d); or A (d, d), b (d)"
     formula = "min(2 k d, d^2) + d"
     objective = "ffn_output"
-    bias_name = None
 
     class Options(StructureOptions):
         kind: Literal["affine_block"]
@@ -31,9 +31,6 @@ class AffineBlock(Structure):
 
     def needs(self) -> tuple[str, ...]:
         return ("gram", "mean", "cross")
-
-    def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
-        return ffn_groups(matrices)
 
     def limit(self, group: list[Matrix]) -> int:
         return (group[-1].shape[0] + 1) // 2

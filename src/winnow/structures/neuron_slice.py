@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import Matrix, ffn_groups
-from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
+from winnow.architectures import Matrix
+from winnow.structures.base import Fit, Part, Problem, StructureOptions
+from winnow.structures.ffn import FfnStructure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class NeuronSlice(Structure):
+class NeuronSlice(FfnStructure):
     """The first k neurons S in order of importance; gate and up keep their rows, and down becomes W_down C_:S C_SS^{-1} with
     C = E[h h^T], the least-squares prediction of the output from the kept hidden units (Nystrom)."""
 
@@ -21,7 +22,6 @@ class NeuronSlice(Structure):
     stores = "k rows of gate and up, down (d, k)"
     formula = "3 k d; 2 k d without gate"
     objective = "ffn_output"
-    bias_name = None
     in_float64 = ("factor", "products")
 
     class Options(StructureOptions):
@@ -39,15 +39,6 @@ class NeuronSlice(Structure):
         from winnow.neurons import statistics_of
 
         return tuple(dict.fromkeys(("gram", *statistics_of(self.options.criterion))))
-
-    def control(self) -> StructureOptions | None:
-        return None if self.options.criterion == "random" else self.options.model_copy(update={"criterion": "random"})
-
-    def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
-        return ffn_groups(matrices)
-
-    def limit(self, group: list[Matrix]) -> int:
-        return group[-1].shape[1]
 
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         (*inner, down), d = group, group[-1].shape[0]

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import Matrix, ffn_groups
-from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
+from winnow.architectures import Matrix
+from winnow.structures.base import Fit, Part, Problem, StructureOptions
+from winnow.structures.ffn import FfnStructure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Split(Structure):
+class Split(FfnStructure):
     """Neurons in order of importance; the first share `exact` is stored as it is. The light rows of gate and up and the light
     columns of down are each the best rank-k map in the method's metric. Reordering neurons costs nothing: all matrices of
     the FFN are reordered alike."""
@@ -21,7 +22,6 @@ class Split(Structure):
     reference = "FFSplit, arXiv 2401.04044"
     stores = "per matrix: heavy rows (h, d), light left (f - h, k) and right (k, d); columns of down likewise"
     formula = "3 (h d + k (f - h + d)); 2 without gate"
-    bias_name = None
 
     class Options(StructureOptions):
         kind: Literal["split"]
@@ -37,12 +37,6 @@ class Split(Structure):
         from winnow.neurons import statistics_of
 
         return statistics_of(self.options.criterion)
-
-    def control(self) -> StructureOptions | None:
-        return None if self.options.criterion == "random" else self.options.model_copy(update={"criterion": "random"})
-
-    def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
-        return ffn_groups(matrices)
 
     def _heavy(self, group: list[Matrix]) -> int:
         return round(self.options.exact * group[-1].shape[1])

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import Matrix, ffn_groups
-from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
+from winnow.architectures import Matrix
+from winnow.structures.base import Fit, Part, Problem, StructureOptions
+from winnow.structures.ffn import FfnStructure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class SplitAffine(Structure):
+class SplitAffine(FfnStructure):
     """y = W_down[:, heavy] h_heavy + A x + b, with A x + b the exact least-squares fit of what the light neurons add. A size
     is the number of heavy neurons. With `light: dropped` nothing stands for them, and b is the FFN's own bias."""
 
@@ -21,7 +22,6 @@ class SplitAffine(Structure):
     stores = "k rows of gate and up, k columns of down, A (d, d), b (d)"
     formula = "3 k d + d (d + 1); 2 k d + ... without gate; no A, b if dropped"
     objective = "ffn_output"
-    bias_name = None
 
     class Options(StructureOptions):
         kind: Literal["split_affine"]
@@ -39,15 +39,6 @@ class SplitAffine(Structure):
 
         affine = ("gram", "mean", "cross") if self.options.light == "affine" else ("gram",)
         return tuple(dict.fromkeys((*affine, *statistics_of(self.options.criterion))))
-
-    def control(self) -> StructureOptions | None:
-        return None if self.options.criterion == "random" else self.options.model_copy(update={"criterion": "random"})
-
-    def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
-        return ffn_groups(matrices)
-
-    def limit(self, group: list[Matrix]) -> int:
-        return group[-1].shape[1]
 
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         (*inner, down), affine = group, self.options.light == "affine"
