@@ -16,7 +16,7 @@ if __name__ == "__main__":
     spec = job.spec
     files = ModelFiles(snakemake.input.model)
     model = load_model(files.verify(), spec["dtype"], job.device)
-    windows = read_tensors(snakemake.input.tokens)[0]["ids"]
+    windows = read_tensors(snakemake.input.tokens, sealed=True)[0]["ids"]
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
     precision, folder = getattr(torch, spec["precision"]), Path(snakemake.output[0]).parent
     options = (batch, precision, spec["gradient_labels"], spec["seed"], spec["first_token"])

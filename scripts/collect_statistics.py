@@ -16,7 +16,7 @@ if __name__ == "__main__":
     job = start_job(snakemake)
     files = ModelFiles(snakemake.input.model)
     model = load_model(files.verify(), job.spec["dtype"], job.device)
-    windows = read_tensors(snakemake.input.tokens)[0]["ids"]
+    windows = read_tensors(snakemake.input.tokens, sealed=True)[0]["ids"]
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
     precision = getattr(torch, job.spec["precision"])
     folder, channels = Path(snakemake.output.moments).parent, []

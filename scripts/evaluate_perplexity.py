@@ -13,7 +13,7 @@ if __name__ == "__main__":
     checkpoint = Bundle(snakemake.input.checkpoint) if snakemake.input.get("checkpoint") else None
     model = load_model((checkpoint or files).verify(), spec["dtype"], job.device)
     reference = load_model(files.verify(), spec["dtype"], job.device) if checkpoint and spec["compare"] else None
-    tokens, facts = read_tensors(snakemake.input.tokens)
+    tokens, facts = read_tensors(snakemake.input.tokens, sealed=True)
     batch = max(1, snakemake.resources.batch_tokens // spec["length"])
     rows = evaluate(model, reference, tokens["ids"], tokens["first"], batch)
     dense = read_json(snakemake.input.dense) if checkpoint else None

@@ -25,4 +25,4 @@ if __name__ == "__main__":
         tensors = {"ids": torch.from_numpy(windows), "first": torch.from_numpy(first)}
     bos = int(tensors["ids"][0, 0]) == tokenizer.bos_token_id
     facts = {"text_digest": text_digest(text), "text_tokens": len(ids), "bos": bos}
-    write_tensors(snakemake.output[0], tensors, {**facts, "provenance": job.provenance})
+    write_tensors(snakemake.output[0], tensors, {**facts, "provenance": job.provenance}, sealed=True)

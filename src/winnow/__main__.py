@@ -6,8 +6,14 @@ import argparse
 import csv
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from winnow.errors import InputError
+
+if TYPE_CHECKING:
+    from winnow.plan import Plan
+
+CHECKOUT = Path(__file__).resolve().parents[2]  # where the workflow and its default configuration are
 
 
 def read_summary(results: Path) -> list[dict[str, str]]:
@@ -86,18 +92,46 @@ def show(results: Path) -> None:
         console.print(f"Report: {report}", soft_wrap=True)
 
 
+def plan_of(files: list[Path], replace: bool) -> Plan:
+    """The plan of a configuration as Snakemake merges it: the default file, then `files`, key by key."""
+    import yaml
+
+    from winnow.config import load
+    from winnow.plan import Plan
+
+    def merge(into: dict, other: dict) -> dict:
+        for key, value in other.items():
+            into[key] = merge(into[key], value) if isinstance(value, dict) and isinstance(into.get(key), dict) else value
+        return into
+
+    given = [*([] if replace else [CHECKOUT / "config" / "config.yaml"]), *files]
+    merged: dict = {}
+    for file in given:
+        merge(merged, yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    return Plan(load(merged, [str(file) for file in given]), CHECKOUT)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="winnow", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="print the summary table of a results folder")
     command.add_argument("results", type=Path)
     command.add_argument("--markdown", action="store_true", help="a table of losses for a README")
+    command = commands.add_parser("explain", help="print what an artefact was made from, and what differs today")
+    command.add_argument("artefact", type=Path)
+    command.add_argument("--configfile", type=Path, nargs="*", default=[], help="as given to snakemake")
+    command.add_argument("--replace-workflow-config", action="store_true", help="as given to snakemake")
     command = commands.add_parser("config", help="write the files that are generated from winnow/config.py, or check them")
     command.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of step")
     arguments = parser.parse_args()
     try:
         if arguments.command == "show":
             (markdown if arguments.markdown else show)(arguments.results)
+        elif arguments.command == "explain":
+            from winnow.explain import explain
+
+            for line in explain(arguments.artefact, plan_of(arguments.configfile, arguments.replace_workflow_config)):
+                print(line)
         else:
             from winnow.config_files import generate
 

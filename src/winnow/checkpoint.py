@@ -127,13 +127,14 @@ def write_checkpoint(
 def card(recipe: dict[str, Any]) -> str:
     """README of a checkpoint."""
     method = recipe["method"]
+    minimised = f"`{method['metric']['kind']}`" if method["metric"] else "none: the error of the FFN's output"
     share = recipe["stored_bytes"] / recipe["dense_bytes"]
     return f"""# {recipe["names"]["model"]}, compressed by winnow
 
 | what | value |
 |---|---|
 | model | `{recipe["model"]["source"]}` |
-| structure, metric | `{method["structure"]["kind"]}`, `{method["metric"]["kind"]}` |
+| structure, metric | `{method["structure"]["kind"]}`, {minimised} |
 | compressed | {", ".join(recipe["budget"]["targets"])} |
 | bytes of the compressed matrices | {recipe["stored_bytes"]:,} of {recipe["dense_bytes"]:,} ({share:.2%}) |
 | bytes of all weights | {recipe["model_stored_bytes"]:,} of {recipe["model_dense_bytes"]:,} |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable
 
@@ -14,6 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from winnow.architectures import ROLES
+from winnow.io import atomic, write_svg
 
 # Okabe and Ito's palette, safe for colour-blind readers; markers repeat what colours say.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -146,11 +148,12 @@ def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
 
 def save(figure: Figure, paths: Iterable[str]) -> None:
     """Write the figure once per path; the format is the path's ending. The same figure gives the same bytes."""
-    from winnow.io import atomic
-
     for path in paths:
-        kind = path.rpartition(".")[2]
-        with atomic(path) as partial:
-            metadata = {"Date": None} if kind == "svg" else None
-            figure.savefig(partial, format=kind, dpi=160, metadata=metadata)
+        if path.endswith(".svg"):
+            text = io.StringIO()
+            figure.savefig(text, format="svg", metadata={"Date": None})
+            write_svg(path, text.getvalue())
+        else:
+            with atomic(path) as partial:
+                figure.savefig(partial, format=path.rpartition(".")[2], dpi=160)
     plt.close(figure)

@@ -1,7 +1,7 @@
 """Reading and writing artefacts: atomic, with their provenance inside, verified when read.
 
-An artefact is a JSON file, a Parquet table, or a bundle: a directory of safetensors files with a `manifest.json` that
-is written last and holds the digest of every file.
+An artefact is a sealed file (JSON, Parquet, SVG, safetensors), which holds the digest of all its bytes, or a bundle: a
+directory of safetensors files with a sealed `manifest.json` that is written last and holds the digest of every file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+MARK = b"winnow-sha256:"
+BLANK = MARK + b"0" * 64  # where a sealed file keeps the digest of itself, with this in the digest's place
+CURE = "delete it and run snakemake again"
 
 
 def file_digest(path: Path | str) -> str:
@@ -58,59 +61,113 @@ def write_text(path: Path | str, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def _seal(path: Path) -> None:
+    """Put the digest of the whole file into the place that `BLANK` keeps for it."""
+    data = path.read_bytes()
+    place = data.rindex(BLANK) + len(MARK)
+    with open(path, "r+b") as stream:
+        stream.seek(place)
+        stream.write(hashlib.sha256(data).hexdigest().encode())
+
+
+def _unsealed(path: Path | str) -> bytes:
+    """The bytes of a sealed file; InputError if it is not whole or was changed."""
+    data = Path(path).read_bytes()
+    place = data.rfind(MARK) + len(MARK)
+    seal, blank = data[place : place + 64], data[:place] + BLANK[len(MARK) :] + data[place + 64 :]
+    if MARK not in data or seal != hashlib.sha256(blank).hexdigest().encode():
+        raise InputError(f"{path}: changed since it was written, or not of winnow; {CURE}")
+    return data
+
+
+def _check_place(path: Path | str, provenance: dict) -> None:
+    """Raise InputError if the file was made for another place: its wildcards are not in its path."""
+    for name, value in provenance.get("wildcards", {}).items():
+        if value not in str(path):
+            raise InputError(f"{path}: made for another place ({name} {value}); {CURE}")
+
+
 def write_json(path: Path | str, content: dict, provenance: dict | None = None) -> None:
-    """Write `content`, with the provenance as its last block; NaN and infinity are refused."""
+    """Write `content`, the provenance as its last block, and a seal; NaN and infinity are refused."""
     block = {} if provenance is None else {"provenance": provenance}
-    write_text(path, json.dumps({**content, **block}, indent=1, allow_nan=False) + "\n")
+    with atomic(path) as partial:
+        text = json.dumps({**content, **block, "seal": BLANK.decode()}, indent=1, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+        _seal(partial)
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a JSON file of winnow ({error}); delete it and run snakemake again") from error
+    """The content of a file of `write_json`; InputError if it is not whole, was changed, or belongs elsewhere."""
+    content = json.loads(_unsealed(path))
+    del content["seal"]
+    _check_place(path, content.get("provenance", {}))
+    return content
+
+
+def write_svg(path: Path | str, svg: str) -> None:
+    """Write an SVG text with a seal in a comment behind it."""
+    with atomic(path) as partial:
+        partial.write_text(f"{svg}<!-- {BLANK.decode()} -->\n", encoding="utf-8")
+        _seal(partial)
+
+
+def read_svg(path: Path | str) -> str:
+    """The SVG text of `write_svg`; InputError if it is not whole or was changed."""
+    return _unsealed(path).decode()
 
 
 def write_parquet(path: Path | str, table: pd.DataFrame, provenance: dict) -> None:
-    """Write a data frame; the provenance goes into the schema's metadata under `winnow`."""
+    """Write a data frame; provenance and seal go into the schema's metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrow = pa.Table.from_pandas(table, preserve_index=False)
-    arrow = arrow.replace_schema_metadata({"winnow": json.dumps(provenance)})
+    arrow = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
     with atomic(path) as partial:
-        pq.write_table(arrow, partial)
+        with pq.ParquetWriter(partial, arrow.schema, store_schema=False) as writer:
+            writer.write_table(arrow)
+            writer.add_key_value_metadata({"winnow": json.dumps(provenance), "seal": BLANK.decode()})
+        _seal(partial)
 
 
 def read_parquet(path: Path | str) -> pd.DataFrame:
+    """The table of a file of `write_parquet`; InputError if it is not whole, was changed, or belongs elsewhere."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        return pq.read_table(path).to_pandas()
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: not a whole Parquet file ({error}); delete it and run snakemake again") from error
+    table = pq.read_table(pa.BufferReader(_unsealed(path)))
+    _check_place(path, json.loads(table.schema.metadata[b"winnow"]))
+    return table.to_pandas()
 
 
-def write_tensors(path: Path | str, tensors: dict[str, torch.Tensor], metadata: dict | None = None) -> None:
-    """Write a safetensors file; `metadata` is stored as one JSON string under `winnow`."""
+def write_tensors(path: Path | str, tensors: dict[str, torch.Tensor], metadata: dict | None = None, sealed: bool = False) -> None:
+    """Write a safetensors file; `metadata` is stored as one JSON string under `winnow`. A file by itself is `sealed`; one of
+    a bundle need not be, since the manifest holds its digest."""
     from safetensors.torch import save_file
 
     block = {"format": "pt", **({} if metadata is None else {"winnow": json.dumps(metadata)})}
+    block |= {"seal": BLANK.decode()} if sealed else {}
     with atomic(path) as partial:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata=block)
+        if sealed:
+            _seal(partial)
 
 
-def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
-    """({name: tensor}, metadata) of a file written by `write_tensors`."""
+def read_tensors(path: Path | str, sealed: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
+    """({name: tensor}, metadata) of a file of `write_tensors`; InputError if it is not whole, and, where it is sealed, if it
+    was changed or belongs elsewhere."""
     from safetensors import SafetensorError, safe_open
 
+    if sealed:
+        _unsealed(path)
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = json.loads((stream.metadata() or {}).get("winnow", "{}"))
-            return {name: stream.get_tensor(name) for name in stream.keys()}, metadata
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}
     except SafetensorError as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); delete it and run snakemake again") from error
+        raise InputError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
+    if sealed:
+        _check_place(path, metadata.get("provenance", {}))
+    return tensors, metadata
 
 
 def write_manifest(directory: Path | str, content: dict, provenance: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,10 @@ def weight_files(directory: Path) -> list[Path]:
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(directory.glob(pattern))]
         seen = f" ({', '.join(pickles)} is a pickle file, which can run code and is refused)" if pickles else ""
         raise InputError(f"{directory}: no model.safetensors and no index of it{seen}; convert the weights with save_pretrained")
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index}: not an index of weight files ({error})") from error
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors") or not (directory / name).is_file():
             raise InputError(f"{index}: names {name!r}, which is no safetensors file of this directory")

@@ -152,6 +152,15 @@ class Plan:
     def preset(self, section: str, label: str) -> Any:
         return getattr(self.config, section)[self.names[section][label]]
 
+    def knows(self, wildcard: str, label: str) -> bool:
+        """Whether a rule's wildcard can have this value."""
+        if wildcard == "shard":
+            return True
+        if wildcard == "clustering":
+            return label in self.clusterings()
+        sections = {"other": ["texts"], "windows": ["calibrations", "evaluations"], "recovery": ["recoveries"]}
+        return any(label in self.names[section] for section in sections.get(wildcard, [f"{wildcard}s"]))
+
     def pattern(self, *sections: str) -> str:
         """A regular expression of all labels of the sections."""
         return "|".join(label.replace(".", r"\.") for s in sections for label in self.names[s])

@@ -79,7 +79,8 @@ def build(source: Path, work: Path, targets: list[str], keep: float | None, kind
     factors = dict.fromkeys(sizes, Bundle(work / "factors" / "manifest.json"))
     stored, layouts, reports = compress(files, factors, structure, sizes)
     total = {"stored_bytes": sum(t.nbytes for part in stored.values() for t in part.values()), "dense_bytes": 1, "groups": []}
-    presets = {"model": {"source": "somewhere"}, "method": METHOD, "budget": {"targets": targets}}
+    method = {"structure": structure.options.model_dump(), "metric": METHOD["metric"] if metric else None}
+    presets = {"model": {"source": "somewhere"}, "method": method, "budget": {"targets": targets}}
     recipe = recipe_of({"model": "pico"}, presets, total if keep is None else summarize(groups, sizes))
     write_checkpoint(work / "checkpoint", files, stored, layouts, reports, "float32", recipe, {})
     return work / "checkpoint"

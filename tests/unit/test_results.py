@@ -14,10 +14,12 @@ from winnow.io import (
     atomic,
     read_json,
     read_parquet,
+    read_svg,
     read_tensors,
     write_json,
     write_manifest,
     write_parquet,
+    write_svg,
     write_tensors,
 )
 from winnow.report import render
@@ -196,9 +198,45 @@ def test_damaged_artefacts_are_refused_by_name(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=r"x\.safetensors: missing from its bundle"):
         bundle.verify()
-    write_parquet(tmp_path / "t.parquet", pd.DataFrame({"a": [1]}), {"rule": "r"})
-    for name, read in (("t.parquet", read_parquet), ("j.json", read_json), ("y.safetensors", read_tensors)):
-        whole = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else b'{"a": '
-        (tmp_path / name).write_bytes(whole[: max(6, len(whole) // 2)])
-        with pytest.raises(InputError, match=name):
-            read(tmp_path / name)
+
+
+PROVENANCE = {"rule": "r", "wildcards": {"model": "demo-123456"}}
+KINDS = {  # of sealed files: how each is written and read
+    "json": (lambda p: write_json(p, {"loss": 1.25, "rows": [1, 2, 3]}, PROVENANCE), read_json),
+    "parquet": (
+        lambda p: write_parquet(p, pd.DataFrame({"a": [1.5, 2.5], "b": [[1], [2, 3]], "c": ["x", "y"]}), PROVENANCE),
+        read_parquet,
+    ),
+    "safetensors": (
+        lambda p: write_tensors(p, {"ids": torch.arange(12, dtype=torch.int32)}, {"provenance": PROVENANCE}, sealed=True),
+        lambda p: read_tensors(p, sealed=True),
+    ),
+    "svg": (lambda p: write_svg(p, "<svg><path d='M 0 0'/></svg>"), read_svg),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_flipped_bit_and_every_truncation_of_a_sealed_file_is_refused_by_name(tmp_path, kind):
+    write, read = KINDS[kind]
+    path = tmp_path / "demo-123456" / f"artefact.{kind}"
+    write(path)
+    read(path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << (place % 8))]) + whole[place + 1 :])
+        with pytest.raises(InputError, match=rf"artefact\.{kind}: changed since it was written, or not of winnow; delete it"):
+            read(path)
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=rf"artefact\.{kind}"):
+            read(path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "svg"])
+def test_a_file_of_another_place_is_refused_by_name(tmp_path, kind):
+    write, read = KINDS[kind]
+    write(tmp_path / "demo-123456" / f"a.{kind}")
+    (tmp_path / "other-654321").mkdir()
+    foreign = (tmp_path / "demo-123456" / f"a.{kind}").rename(tmp_path / "other-654321" / f"a.{kind}")
+    with pytest.raises(InputError, match=rf"other-654321/a\.{kind}: made for another place \(model demo-123456\)"):
+        read(foreign)

@@ -65,12 +65,15 @@ class Workspace:
             "--configfile",
             str(self.folder / "config.yaml"),
         ]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=environment, timeout=500)
+        return subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self.environment(), timeout=500)
 
-    def planned(self) -> Counter:
-        """{rule: jobs} that a plain run would do now."""
-        done = self.run("-n")
+    @staticmethod
+    def environment() -> dict[str, str]:
+        return {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def planned(self, *arguments: str) -> Counter:
+        """{rule: jobs} that a run would do now."""
+        done = self.run("-n", *arguments)
         assert done.returncode == 0, done.stderr
         output = done.stdout + done.stderr
         if "Nothing to be done" in output:

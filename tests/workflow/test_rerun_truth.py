@@ -1,0 +1,239 @@
+"""What an edit recomputes: after one real run, every row edits one thing and compares the planned jobs, exactly."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import ROOT
+from tests.workflow.test_end_to_end import Workspace
+
+pytestmark = pytest.mark.workflow
+METHODS = {
+    "svd": {"structure": {"kind": "low_rank"}, "metric": {"kind": "weights"}},
+    "whitened": {"structure": {"kind": "low_rank"}, "metric": {"kind": "gram"}},
+    "clustered": {"structure": {"kind": "cluster", "clusters": 2, "by": "cosine"}, "metric": {"kind": "weights"}},
+    "kfac": {"structure": {"kind": "low_rank"}, "metric": {"kind": "two_sided"}},
+}
+TAIL = Counter(tables=1, figures=1, report=1, all=1)
+
+
+def cells(count: int) -> Counter:
+    return Counter(allocate=count, compress=count, evaluate_perplexity=count) + TAIL
+
+
+def fits(count: int) -> Counter:
+    return Counter(factorize=count, measure_spectra=count) + cells(count)
+
+
+OF_CALIBRATION = Counter(tokenize=1, collect_statistics=1, collect_gradients=1, assign_clusters=1) + fits(4)
+OF_MODEL = OF_CALIBRATION + Counter(retrieve_model=1, tokenize=1, evaluate_dense=1)
+EVERYTHING = OF_MODEL + Counter(retrieve_text=2, check_overlap=1)
+
+
+class Place(Workspace):
+    """A workspace with a copy of the code beside it, both to be edited."""
+
+    def __init__(self, folder: Path):
+        (folder / "work").mkdir(parents=True)
+        super().__init__(folder / "work")
+        self.code = folder / "code"
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        for name in ("src", "scripts", "workflow", "profiles"):
+            shutil.copytree(ROOT / name, self.code / name, ignore=ignore)
+        shutil.copyfile(ROOT / "Snakefile", self.code / "Snakefile")
+        self.config["models"]["pico"] = {"source": "model"}
+        for part, text in self.config["texts"].items():
+            shutil.copyfile(text["files"][0], folder / "work" / f"{part}.jsonl")
+            text["files"] = [f"{part}.jsonl"]
+        self.config["methods"] = METHODS
+        self.config["budgets"] = {"some": {"targets": ["ffn"], "rank_fraction": 0.4}}
+        self.config["calibrations"]["few"] |= {"windows": 16, "length": 32}
+        self.config["experiments"]["one"] |= {"methods": list(METHODS), "budgets": ["some"], "controls": False}
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+        command = [sys.executable, "-m", "snakemake", *arguments, "--snakefile", str(self.code / "Snakefile")]
+        command += ["--replace-workflow-config", "--configfile", "config.yaml", "--directory", str(self.folder)]
+        command += [] if "--cores" in arguments else ["--cores", "2"]
+        environment = self.environment() | {"PYTHONPATH": str(self.code / "src")}
+        return subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=environment, timeout=500)
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        """Replace a piece of a code file."""
+        path = self.code / file
+        text = path.read_text()
+        assert old in text, (file, old)
+        path.write_text(text.replace(old, new, 1))
+
+    def experiment(self, **changes) -> None:
+        self.config["experiments"]["one"] |= changes
+
+
+def remarks(p: Place) -> None:
+    """A comment, other words in the docstring, and other spacing, in every file."""
+    for path in [*p.code.glob("scripts/*.py"), *p.code.glob("src/**/*.py")]:
+        text = re.sub(r'^"""', '"""Other words. ', path.read_text(), count=1)
+        path.write_text(text.replace("\n\n\n", "\n\n\n\n\n") + "\n# a remark\n")
+
+
+def touched(p: Place) -> None:
+    for path in (*p.code.rglob("*"), *p.folder.rglob("*")):
+        if path.is_file() and ".snakemake" not in path.parts:
+            path.touch()
+
+
+def renamed(p: Place) -> None:
+    methods = p.config["methods"]
+    p.config["methods"] = {("plain" if name == "svd" else name): content for name, content in methods.items()}
+    p.experiment(methods=list(p.config["methods"]))
+
+
+def added(p: Place) -> None:
+    p.config["methods"] = {**METHODS, "asvd": {"structure": {"kind": "low_rank"}, "metric": {"kind": "mean_abs"}}}
+    p.experiment(methods=[*METHODS, "asvd"])
+
+
+def reordered(p: Place) -> None:
+    for section, presets in p.config.items():
+        p.config[section] = {name: dict(reversed(preset.items())) for name, preset in reversed(presets.items())}
+    p.experiment(methods=list(METHODS))  # the order of a list is that of the table
+
+
+def tokenizer(p: Place) -> None:
+    path = p.folder / "model" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"unk"', '"unq"', 1) + " ")
+
+
+def weights(p: Place) -> None:
+    path = p.folder / "model" / "model.safetensors"
+    size, tensors = path.stat().st_size, load_file(path)
+    tensors["model.norm.weight"] += 0.01
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert path.stat().st_size == size
+
+
+def setting(*path: str, value):
+    """An edit of the configuration: the key at `path` becomes `value`."""
+
+    def change(p: Place) -> None:
+        content = p.config
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = value
+
+    return change
+
+
+def code(file: str, old: str, new: str):
+    return lambda p: p.edit(f"src/winnow/{file}", old, new)
+
+
+ROWS = [
+    ("comments, docstrings and spacing in every file", remarks, Counter()),
+    ("touch of every file", touched, Counter()),
+    (
+        "the Gram",
+        code("statistics.py", "gram = self.gram / n", "gram = self.gram / (n + 1)"),
+        Counter(collect_statistics=1) + fits(2),
+    ),
+    (
+        "the gradient's moments",
+        code("gradients.py", "gram + gram.T) / 2", "gram + gram.T) / 3"),
+        Counter(collect_gradients=1) + fits(1),
+    ),
+    ("the clustering", code("clusters.py", "n_init=5", "n_init=6"), Counter(assign_clusters=1) + fits(1)),
+    ("one structure", code("structures/cluster.py", "math.ceil(size", "math.ceil(1 * size"), fits(1)),
+    ("another structure", code("structures/split.py", "round(self", "round(1 * self"), Counter()),
+    ("one metric", code("metrics.py", 'return _with_ridge(site["gram"]', 'return 1 * _with_ridge(site["gram"]'), fits(1)),
+    ("the allocation", code("allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.006"), cells(4)),
+    (
+        "the perplexity loop",
+        code("perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23"),
+        Counter(evaluate_perplexity=4, evaluate_dense=1) + TAIL,
+    ),
+    ("the table", code("tables.py", '"kl": 0.0', '"kl": 0.1'), TAIL),
+    ("the module that all import", code("io.py", 'CURE = "delete', 'CURE = "remove'), EVERYTHING),
+    ("a new method", added, fits(1)),
+    ("a method less", lambda p: p.experiment(methods=list(METHODS)[:3]), TAIL),
+    ("a preset that no experiment uses", setting("budgets", "other", value={"rank": 3}), Counter()),
+    ("a budget", setting("budgets", "some", "rank_fraction", value=0.3), cells(4)),
+    ("calibration windows", setting("calibrations", "few", "windows", value=9), OF_CALIBRATION),
+    ("calibration seed", setting("calibrations", "few", "seed", value=1), OF_CALIBRATION),
+    (
+        "calibration text",
+        setting("texts", "calibration", "stop", value=10),
+        OF_CALIBRATION + Counter(retrieve_text=1, check_overlap=1),
+    ),
+    ("two params swapped", lambda p: p.config["calibrations"]["few"].update(windows=32, length=16), OF_CALIBRATION),
+    ("tokenizer files in place", tokenizer, OF_MODEL),
+    ("model weights in place, same size", weights, OF_MODEL),
+    (
+        "evaluation protocol",
+        setting("evaluations", "short", "protocol", value="plain"),
+        Counter(tokenize=1, evaluate_perplexity=4, evaluate_dense=1) + TAIL,
+    ),
+    ("dtype", setting("models", "pico", "dtype", value="bfloat16"), OF_MODEL),
+    ("a preset renamed: another path, so its own cells", renamed, fits(1)),
+    ("a paper named", setting("methods", "svd", "paper", value="somewhere"), Counter()),
+    ("key order", reordered, Counter()),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = Place(tmp_path_factory.mktemp("truth") / "here")
+    done = place.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert place.planned() == Counter()
+    return place
+
+
+@pytest.fixture
+def restored(place):
+    """The place, put back after the row."""
+    config = yaml.safe_dump(place.config, sort_keys=False)
+    kept = {
+        path: path.read_bytes() for base in (place.code, place.folder / "model") for path in base.rglob("*") if path.is_file()
+    }
+    yield place
+    place.config = yaml.safe_load(config)
+    for path, content in kept.items():
+        if path.read_bytes() != content:
+            path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("edit", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+def test_an_edit_plans_exactly_what_it_reaches(restored, edit, expected):
+    edit(restored)
+    assert restored.planned() == expected
+
+
+def test_how_a_job_runs_plans_nothing(place):
+    options = ["--cores", "1", "--set-threads", "collect_statistics=1", "--set-resources", "collect_statistics:batch_tokens=64"]
+    assert place.planned(*options, "--resources", "gpu=1") == Counter()
+
+
+def test_a_copy_in_another_folder_plans_nothing(place, tmp_path):
+    shutil.copytree(place.code.parent, tmp_path / "there")
+    other = Place.__new__(Place)
+    other.folder, other.code, other.config = tmp_path / "there" / "work", tmp_path / "there" / "code", place.config
+    assert other.planned() == Counter()
+
+
+def test_what_was_planned_runs_and_the_way_back_is_free(restored):
+    before = {path: path.read_bytes() for path in restored.folder.glob("results/pico-*/**/*") if path.is_file()}
+    restored.config["budgets"]["some"]["rank_fraction"] = 0.3
+    assert restored.run().returncode == 0
+    assert restored.planned() == Counter()
+    restored.config["budgets"]["some"]["rank_fraction"] = 0.4
+    assert restored.planned() == TAIL
+    assert restored.run().returncode == 0
+    assert restored.planned() == Counter()
+    assert all(path.read_bytes() == content for path, content in before.items())
