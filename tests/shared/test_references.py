@@ -84,7 +84,7 @@ def experiments() -> dict:
 def structures() -> dict:
     """Every structure on the demo model and on four families, in the FFN at two byte budgets, with random controls."""
     config, keeps, demo = experiments(), ["ffn-0.8", "ffn-0.5"], default()
-    methods = ["svd", "whitened", "kfac", "whitened_gauge_fixed", "grc_whitened", "basis_sharing", "bypass", "coupled_one_sided"]
+    methods = ["svd", "whitened", "kfac", "whitened_gauge_fixed", "grc_whitened", "basis_sharing", "bypass"]
     methods += ["clusters_cosine", "tiers_activation", "ffsplit_whitened", "ffsplit_affine", "modegpt_mlp"]
     config["budgets"]["ffn-0.5"] = {"targets": ["ffn"], "keep_bytes": 0.5}
     config["budgets"]["whole"] = {"targets": ["ffn"], "rank_fraction": 1.0}  # the affine block has one form, of few bytes
@@ -100,7 +100,7 @@ def structures() -> dict:
     for name, where in (("wt2", wt2), ("demo", {key: ["demo"] for key in wt2})):
         config["experiments"] |= {
             f"{name}-matrices": {**where, "methods": methods, "budgets": keeps},
-            f"{name}-coupled": {**where, "methods": ["coupled"], "budgets": ["ffn-0.5"]},
+            f"{name}-coupled": {**where, "methods": ["coupled", "coupled_one_sided"], "budgets": ["ffn-0.5"]},
             f"{name}-blocks": {**where, "methods": ["r2lin"], "budgets": ["whole"]},
         }
     return config

@@ -164,7 +164,7 @@ def refused(workspace: Workspace, *arguments: str) -> str:
     output = done.stdout + done.stderr
     assert done.returncode != 0, output
     lines = [line for line in done.stderr.splitlines() if line.startswith("winnow: ")]
-    assert len(lines) == 1, output
+    assert len(set(lines)) == 1, output  # jobs that run side by side may find the same
     assert "Traceback" not in output
     results = workspace.folder / "results"
     assert not list(results.rglob("*.partial-*"))
