@@ -13,6 +13,7 @@ include: "workflow/rules/factors.smk"
 include: "workflow/rules/compress.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/maintain.smk"
 include: "workflow/rules/demo.smk"
 
 
@@ -23,6 +24,10 @@ rule all:
         rules.tables.output,
         rules.figures.output,
         rules.report.output,
+
+
+onstart:
+    hold_folder()
 
 
 onsuccess:

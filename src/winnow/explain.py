@@ -33,7 +33,7 @@ def provenance_of(path: Path) -> dict[str, Any]:
 
         with safe_open(path, framework="np") as stream:
             metadata = json.loads((stream.metadata() or {}).get("winnow", "null")) or {}
-        found = metadata.get("provenance", metadata)
+        found = {key: value for key, value in metadata.get("provenance", metadata).items() if key != "seal"}
     if not found or "rule" not in found:
         raise InputError(f"{path}: holds no provenance; it is not an artefact of winnow, or one for people only")
     return found

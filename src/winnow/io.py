@@ -144,8 +144,8 @@ def write_tensors(path: Path | str, tensors: dict[str, torch.Tensor], metadata: 
     a bundle need not be, since the manifest holds its digest."""
     from safetensors.torch import save_file
 
-    block = {"format": "pt", **({} if metadata is None else {"winnow": json.dumps(metadata)})}
-    block |= {"seal": BLANK.decode()} if sealed else {}
+    own = {**(metadata or {}), **({"seal": BLANK.decode()} if sealed else {})}
+    block = {"winnow": json.dumps(own)} if own else {"format": "pt"}  # one key: safetensors writes several in random order
     with atomic(path) as partial:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata=block)
         if sealed:
@@ -162,6 +162,7 @@ def read_tensors(path: Path | str, sealed: bool = False) -> tuple[dict[str, torc
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = json.loads((stream.metadata() or {}).get("winnow", "{}"))
+            metadata.pop("seal", None)
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}
     except SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error

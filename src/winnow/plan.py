@@ -152,6 +152,10 @@ class Plan:
     def preset(self, section: str, label: str) -> Any:
         return getattr(self.config, section)[self.names[section][label]]
 
+    def all_labels(self) -> list[str]:
+        """Every label that a path of a result can hold."""
+        return sorted({label for section in self.names.values() for label in section} | set(self.clusterings()))
+
     def knows(self, wildcard: str, label: str) -> bool:
         """Whether a rule's wildcard can have this value."""
         if wildcard == "shard":

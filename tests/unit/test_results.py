@@ -232,6 +232,13 @@ def test_every_flipped_bit_and_every_truncation_of_a_sealed_file_is_refused_by_n
             read(path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_content_gives_the_same_bytes(tmp_path, kind):
+    for i in range(12):
+        KINDS[kind][0](tmp_path / f"{i}.{kind}")
+    assert len({(tmp_path / f"{i}.{kind}").read_bytes() for i in range(12)}) == 1
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "svg"])
 def test_a_file_of_another_place_is_refused_by_name(tmp_path, kind):
     write, read = KINDS[kind]

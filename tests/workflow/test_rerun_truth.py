@@ -57,13 +57,17 @@ class Place(Workspace):
         self.config["calibrations"]["few"] |= {"windows": 16, "length": 32}
         self.config["experiments"]["one"] |= {"methods": list(METHODS), "budgets": ["some"], "controls": False}
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+    def command(self, *arguments: str) -> dict:
+        """What to hand to subprocess for a run."""
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
         command = [sys.executable, "-m", "snakemake", *arguments, "--snakefile", str(self.code / "Snakefile")]
         command += ["--replace-workflow-config", "--configfile", "config.yaml", "--directory", str(self.folder)]
         command += [] if "--cores" in arguments else ["--cores", "2"]
         environment = self.environment() | {"PYTHONPATH": str(self.code / "src")}
-        return subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=environment, timeout=500)
+        return {"args": command, "cwd": self.folder, "env": environment}
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(**self.command(*arguments), capture_output=True, text=True, timeout=500)
 
     def edit(self, file: str, old: str, new: str) -> None:
         """Replace a piece of a code file."""

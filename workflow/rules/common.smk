@@ -10,6 +10,7 @@ from winnow.config import load
 from winnow.errors import InputError
 from winnow.plan import Plan
 
+PRUNE = str(config.pop("prune", False)).lower() == "true"
 try:
     PLAN = Plan(load(config, [str(f) for f in workflow.configfiles]), ROOT)
     PLAN.check_sources()
@@ -151,6 +152,22 @@ def overlaps_of_cells():
             pairs[calibration, evaluation] = None
     labels = PLAN.labels["texts"]
     return [f"results/texts/overlap/{labels[c]}/{labels[e]}.json" for c, e in pairs]
+
+
+def hold_folder():
+    """One run at a time in a folder. Unlike Snakemake's own lock, this one ends with the run, however the run ends."""
+    import fcntl
+
+    held = open(".snakemake/winnow.lock", "w")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print(
+            f"winnow: another run is at work in {Path.cwd()}; wait for it, or give this one a folder of its own with --directory",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    globals()["HELD"] = held  # as long as this process lives
 
 
 def print_report_path():
