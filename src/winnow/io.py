@@ -38,6 +38,11 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """A path beside `path` to write to; renamed to `path` on success, removed on failure. Files and directories alike."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.partial-*"):  # by a killed job: only one at a time writes an artefact
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         yield partial

@@ -232,6 +232,13 @@ def test_every_flipped_bit_and_every_truncation_of_a_sealed_file_is_refused_by_n
             read(path)
 
 
+def test_what_a_killed_job_left_is_cleared_by_the_next(tmp_path):
+    (tmp_path / ".a.json.partial-1").write_text("half")
+    (tmp_path / ".a.json.partial-2").mkdir()
+    write_json(tmp_path / "a.json", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_content_gives_the_same_bytes(tmp_path, kind):
     for i in range(12):
