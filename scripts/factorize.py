@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from winnow.factors import fit_groups, fitted_before, labels_by_matrix, storable
+from winnow.factors import fit_groups, labels_by_matrix, storable
 from winnow.io import Bundle, read_parquet, write_manifest, write_tensors
 from winnow.metrics import metric_of
 from winnow.models import ModelFiles
@@ -18,15 +18,11 @@ if __name__ == "__main__":
     given = snakemake.input
     moments, gradients = (Bundle(given[name]) if given.get(name) else None for name in ("moments", "gradients"))
     labels = labels_by_matrix(read_parquet(given.clusters)) if given.get("clusters") else {}
-    folder, names, record = Path(snakemake.output[0]).parent, [], job.provenance
-
-    def done(name):
-        names.append(name)
-        return fitted_before(folder, name, record)
-
-    options = (labels, structure, metric, job.spec["shard"], job.device, done)
+    folder, names = Path(snakemake.output[0]).parent, []
+    options = (labels, structure, metric, job.spec["shard"], job.device)
     for name, fit, numbers in fit_groups(ModelFiles(given.model), moments, gradients, *options):
         tensors = storable(structure, fit) | {"spectrum": fit.spectrum.cpu(), "error": fit.error.cpu()}
         tensors["numbers"] = torch.tensor(numbers)
-        write_tensors(folder / f"{name}.safetensors", tensors, record, sealed=True)
-    write_manifest(folder, {"groups": names}, record)
+        write_tensors(folder / f"{name}.safetensors", tensors, job.provenance)
+        names.append(name)
+    write_manifest(folder, {"groups": names}, job.provenance)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from winnow.architectures import Matrix, group_name, moments_file, reads
 from winnow.errors import InputError
-from winnow.io import Bundle, read_tensors
+from winnow.io import Bundle
 from winnow.metrics import GRADIENTS, Metric
 from winnow.models import ModelFiles
 from winnow.structures.base import Fit, Problem, Structure
@@ -46,13 +44,11 @@ def fit_groups(
     metric: Metric | None,
     shard: str,
     device: str,
-    done: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[tuple[str, Fit, list[int]]]:
     """Yield (group name, fit, numbers stored at every size) for the shard's groups of all matrices of the model.
 
     The last size is the largest that stores less than the dense matrices. `labels` are clusters by matrix name, for structures
-    that ask for them; groups that are `done` are left out. Raises InputError, naming the matrix, if its weight or its
-    statistics are not finite.
+    that ask for them. Raises InputError naming the matrix if its weight or its statistics are not finite.
     """
     groups = shard_of(structure.groups(files.matrices), shard)
     inputs, outputs = _Statistics(moments, device), _Statistics(gradients, device)
@@ -60,9 +56,6 @@ def fit_groups(
     for number, group in enumerate(groups):
         began = time.monotonic()
         name = group_name(group)
-        if done(name):
-            log.info("%d of %d: %s was fitted before the job was interrupted", number + 1, len(groups), name)
-            continue
         inputs.keep(group)
         outputs.keep(group)
         try:
@@ -91,15 +84,6 @@ def fit_groups(
             number + 1, len(groups), name, len(fit.error) - 1, kept, time.monotonic() - began,
         )  # fmt: skip
         yield name, fit, numbers
-
-
-def fitted_before(folder: Path, name: str, provenance: dict) -> bool:
-    """Whether an interrupted job of the same params, code and inputs left the whole fit of a group."""
-    path = folder / f"{name}.safetensors"
-    try:
-        return path.is_file() and read_tensors(path, sealed=True)[1] == json.loads(json.dumps(provenance))
-    except InputError:
-        return False
 
 
 def storable(structure: Structure, fit: Fit) -> dict[str, Tensor]:

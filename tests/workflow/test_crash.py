@@ -73,24 +73,6 @@ def test_killed_runs_finish_with_the_same_bytes(uninterrupted, tmp_path):
     assert different(found, expected) == []
 
 
-def test_factors_go_on_at_the_group_they_had_reached(uninterrupted, tmp_path):
-    """A shard that lost its manifest and one of its files fits that one group again."""
-    expected, _ = uninterrupted
-    again = place(tmp_path / "here")
-    assert again.run().returncode == 0
-    (folder,) = again.folder.glob("results/pico-*/few-*/whitened-*/factors/1-of-1")
-    groups = sorted(folder.glob("*.safetensors"))
-    groups[3].unlink()
-    damaged = bytearray(groups[5].read_bytes())
-    damaged[-1] ^= 1
-    groups[5].write_bytes(damaged)
-    (folder / "manifest.json").unlink()
-    assert again.run().returncode == 0
-    (log,) = again.folder.glob("results/logs/factorize/pico-*/few-*/whitened-*/1-of-1.log")
-    assert log.read_text().count("was fitted before the job was interrupted") == len(groups) - 2
-    assert different(artefacts(again.folder), expected) == []
-
-
 def test_a_second_run_in_the_folder_is_refused_in_one_line(tmp_path):
     busy = place(tmp_path / "here")
     first = started(busy)
