@@ -56,6 +56,7 @@ def kill_tree(process: subprocess.Popen) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_killed_runs_finish_with_the_same_bytes(uninterrupted, tmp_path):
     expected, seconds = uninterrupted
     broken, draw = place(tmp_path / "here"), random.Random(0)
