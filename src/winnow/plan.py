@@ -67,7 +67,10 @@ UNNAMED = EXECUTION | {"paper"}  # what else changes no number
 
 
 def _with_controls(config: Config) -> tuple[dict[str, Method], dict[str, str]]:
-    """All methods with their random controls, and {method: its control} by name. A preset of the same content serves."""
+    """All methods with their random controls, and {method: its control} by name. A preset of the same content serves.
+
+    Raises InputError if another preset has the name of a control.
+    """
     methods, controls = dict(config.methods), {}
     for name, method in config.methods.items():
         control = random_control(method)
@@ -75,6 +78,9 @@ def _with_controls(config: Config) -> tuple[dict[str, Method], dict[str, str]]:
             content = (control.structure, control.metric)
             same = sorted(other for other, m in config.methods.items() if (m.structure, m.metric) == content)
             controls[name] = same[0] if same else f"{name}.random"
+            if not same and controls[name] in config.methods:
+                where = f"methods.{controls[name]}"
+                raise InputError(f"{where}: the name is taken by the random control of {name!r}; rename the preset")
             methods.setdefault(controls[name], control)
     return methods, controls
 

@@ -235,6 +235,11 @@ def test_a_random_control_stands_beside_every_selection():
     assert {cell.method for cell in plan_of(without).cells} == own | {None}
 
 
+def test_a_preset_cannot_pass_for_a_control():
+    with pytest.raises(InputError, match=r"methods\.ffsplit\.random: the name is taken by the random control of 'ffsplit'"):
+        plan_of(lambda c: c["methods"].update({"ffsplit.random": c["methods"]["svd"]}))
+
+
 def test_methods_that_cluster_alike_share_the_clusters():
     plan = plan_of(lambda c: c["methods"].update(other=c["methods"]["clusters_cosine"] | {"metric": {"kind": "gram"}}))
     labels = plan.labels["methods"]

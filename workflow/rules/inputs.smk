@@ -1,0 +1,110 @@
+# Which files a rule reads (functions of wildcards), and which files a target asks for (of all cells). No rule stands here.
+
+
+def local_files(wildcards):
+    return PLAN.local_model_files(wildcards.model)
+
+
+def text_files(wildcards):
+    return PLAN.preset("texts", wildcards.text).files
+
+
+def text_of_windows(wildcards):
+    section = (
+        "calibrations"
+        if wildcards.windows in PLAN.names["calibrations"]
+        else "evaluations"
+    )
+    return f"results/texts/{PLAN.text_label(section, wildcards.windows)}.parquet"
+
+
+def fitted_with(what):
+    """The input `what` (moments, gradients, clusters) of a method's factors, if the method needs it."""
+
+    def path(wildcards):
+        if what not in PLAN.needs(wildcards.method):
+            return []
+        folder = f"results/{wildcards.model}/{wildcards.calibration}"
+        if what == "clusters":
+            return (
+                f"{folder}/clusters/{PLAN.clustering_label(wildcards.method)}.parquet"
+            )
+        return f"{folder}/statistics/{what}/manifest.json"
+
+    return path
+
+
+def moments_of_clustering(wildcards):
+    if PLAN.clusterings()[wildcards.clustering].needs():
+        return "results/{model}/{calibration}/statistics/moments/manifest.json"
+    return []
+
+
+def factors_of_method(wildcards):
+    folder = (
+        f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}/factors"
+    )
+    return [f"{folder}/{shard}/manifest.json" for shard in PLAN.shards(wildcards.model)]
+
+
+def overlap_check(wildcards):
+    calibration = PLAN.text_label("calibrations", wildcards.calibration)
+    evaluation = PLAN.text_label("evaluations", wildcards.evaluation)
+    return f"results/texts/overlap/{calibration}/{evaluation}.json"
+
+
+def of_cells(path):
+    """All files of a path pattern with the labels of the cells in it; dense cells have no method, budget, ..."""
+    sections = {
+        "model": "models",
+        "calibration": "calibrations",
+        "method": "methods",
+        "budget": "budgets",
+        "recovery": "recoveries",
+        "evaluation": "evaluations",
+    }
+    found = {}
+    for cell in PLAN.cells:
+        names = {key: getattr(cell, key) for key in sections}
+        labels = {
+            key: PLAN.labels[sections[key]][name] for key, name in names.items() if name
+        }
+        if all(f"{{{key}}}" not in path or key in labels for key in sections):
+            found[path.format(**labels)] = None
+    return list(found)
+
+
+def clusters_of_cells():
+    found = {}
+    for path in of_cells("results/{model}/{calibration}/{method}"):
+        folder, method = path.rsplit("/", 1)
+        if label := PLAN.clustering_label(method):
+            found[f"{folder}/clusters/{label}.parquet"] = None
+    return list(found)
+
+
+def spectra_of_matrices():
+    """Spectra of the methods that fit every matrix by itself: only those are spectra of matrices."""
+    paths = of_cells("results/{model}/{calibration}/{method}/spectra.parquet")
+    kind = lambda path: PLAN.structure(path.split("/")[3]).kind()
+    return [path for path in paths if kind(path) == "low_rank"]
+
+
+def windows_of_cells():
+    calibration = of_cells("results/{model}/tokens/{calibration}.safetensors")
+    return calibration + of_cells("results/{model}/tokens/{evaluation}.safetensors")
+
+
+def texts_of_cells():
+    names = dict.fromkeys(text for cell in PLAN.cells for text in PLAN.texts_of(cell))
+    return [f"results/texts/{PLAN.labels['texts'][name]}.parquet" for name in names]
+
+
+def overlaps_of_cells():
+    pairs = {}
+    for cell in PLAN.cells:
+        if cell.calibration:
+            evaluation, calibration = PLAN.texts_of(cell)
+            pairs[calibration, evaluation] = None
+    labels = PLAN.labels["texts"]
+    return [f"results/texts/overlap/{labels[c]}/{labels[e]}.json" for c, e in pairs]
