@@ -9,6 +9,7 @@ from winnow.gradients import collect_gradients
 from winnow.io import read_tensors, write_manifest, write_tensors
 from winnow.loading import load_model
 from winnow.models import ModelFiles
+from winnow.resume import Resume
 from winnow.runtime import start_job
 
 if __name__ == "__main__":
@@ -19,8 +20,10 @@ if __name__ == "__main__":
     windows = read_tensors(snakemake.input.tokens, sealed=True)[0]["ids"]
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
     precision, folder = getattr(torch, spec["precision"]), Path(snakemake.output[0]).parent
-    options = (batch, precision, spec["gradient_labels"], spec["seed"], spec["first_token"])
+    resume = Resume(snakemake.output[0], job.provenance)
+    options = (batch, precision, spec["gradient_labels"], spec["seed"], spec["first_token"], resume)
     for layer, roles in collect_gradients(model, files.matrices, windows, *options):
         tensors = {f"{role}.{name}": value for role, values in roles.items() for name, value in values.items()}
         write_tensors(folder / moments_file(layer), tensors, job.provenance)
     write_manifest(folder, {"tokens": windows.numel()}, job.provenance)
+    resume.clear()

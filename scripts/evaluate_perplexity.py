@@ -4,6 +4,7 @@ from winnow.io import Bundle, read_json, read_tensors, write_json
 from winnow.loading import load_model
 from winnow.models import ModelFiles
 from winnow.perplexity import evaluate, summarize
+from winnow.resume import Resume
 from winnow.runtime import start_job
 
 if __name__ == "__main__":
@@ -15,7 +16,8 @@ if __name__ == "__main__":
     reference = load_model(files.verify(), spec["dtype"], job.device) if checkpoint and spec["compare"] else None
     tokens, facts = read_tensors(snakemake.input.tokens, sealed=True)
     batch = max(1, snakemake.resources.batch_tokens // spec["length"])
-    rows = evaluate(model, reference, tokens["ids"], tokens["first"], batch)
+    resume = Resume(snakemake.output[0], job.provenance)
+    rows = evaluate(model, reference, tokens["ids"], tokens["first"], batch, resume)
     dense = read_json(snakemake.input.dense) if checkpoint else None
     block = files.dense_bytes(files.matrices)
     sizes = {"dense_bytes": block, "stored_bytes": block, "model_stored_bytes": files.manifest["bytes"]}
@@ -31,3 +33,4 @@ if __name__ == "__main__":
         "per_window": rows,
     }
     write_json(snakemake.output[0], result, job.provenance)
+    resume.clear()

@@ -8,6 +8,7 @@ from winnow.factors import fit_groups, labels_by_matrix, storable
 from winnow.io import Bundle, read_parquet, write_manifest, write_tensors
 from winnow.metrics import metric_of
 from winnow.models import ModelFiles
+from winnow.resume import own_files
 from winnow.runtime import start_job
 from winnow.structures import structure_of
 
@@ -18,11 +19,12 @@ if __name__ == "__main__":
     given = snakemake.input
     moments, gradients = (Bundle(given[name]) if given.get(name) else None for name in ("moments", "gradients"))
     labels = labels_by_matrix(read_parquet(given.clusters)) if given.get("clusters") else {}
-    folder, names = Path(snakemake.output[0]).parent, []
-    options = (labels, structure, metric, job.spec["shard"], job.device)
+    folder = Path(snakemake.output[0]).parent
+    names = [name.removesuffix(".safetensors") for name in own_files(folder, job.provenance)]
+    options = (labels, structure, metric, job.spec["shard"], job.device, names)
     for name, fit, numbers in fit_groups(ModelFiles(given.model), moments, gradients, *options):
         tensors = storable(structure, fit) | {"spectrum": fit.spectrum.cpu(), "error": fit.error.cpu()}
         tensors["numbers"] = torch.tensor(numbers)
         write_tensors(folder / f"{name}.safetensors", tensors, job.provenance)
         names.append(name)
-    write_manifest(folder, {"groups": names}, job.provenance)
+    write_manifest(folder, {"groups": sorted(names)}, job.provenance)

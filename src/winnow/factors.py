@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import pandas as pd
@@ -44,13 +44,15 @@ def fit_groups(
     metric: Metric | None,
     shard: str,
     device: str,
+    done: Collection[str] = (),
 ) -> Iterator[tuple[str, Fit, list[int]]]:
     """Yield (group name, fit, numbers stored at every size) for the shard's groups of all matrices of the model.
 
     The last size is the largest that stores less than the dense matrices. `labels` are clusters by matrix name, for structures
-    that ask for them. Raises InputError naming the matrix if its weight or its statistics are not finite.
+    that ask for them; groups named in `done` are left out. Raises InputError naming the matrix if its weight or its statistics
+    are not finite.
     """
-    groups = shard_of(structure.groups(files.matrices), shard)
+    groups = [group for group in shard_of(structure.groups(files.matrices), shard) if group_name(group) not in done]
     inputs, outputs = _Statistics(moments, device), _Statistics(gradients, device)
     needs = dict.fromkeys((*(metric.needs if metric else ()), *structure.needs()))
     for number, group in enumerate(groups):

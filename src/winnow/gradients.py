@@ -15,6 +15,7 @@ from torch import Tensor
 
 from winnow.architectures import Matrix, tokens_of
 from winnow.progress import every
+from winnow.resume import Resume
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ class OutputMoments:
     """Sums of one matrix (m, n), float64; products are made in `precision`."""
 
     precision: torch.dtype
-    count: int
+    count: Tensor  # (): tokens
     gram: Tensor  # (m, m): sum over tokens of g g^T
     fisher: Tensor  # (m,): sum over windows and columns j of (dL/dW_ij)^2
 
@@ -61,10 +62,12 @@ def collect_gradients(
     labels: str,
     seed: int,
     first_token: bool = True,
+    resume: Resume | None = None,
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Yield (layer, {role: statistics}) after one pass of `windows` (count, length) there and back.
 
-    `labels`: `model` (drawn with `seed`) or `text`. Raises FloatingPointError with the module's name if a gradient is not finite.
+    `labels`: `model` (drawn with `seed`) or `text`. With `resume`, goes on after the last window whose sums were saved.
+    Raises FloatingPointError with the module's name if a gradient is not finite.
     """
     model.requires_grad_(False)
     device = next(model.parameters()).device
@@ -82,10 +85,12 @@ def collect_gradients(
     for matrix in matrices:
         m = matrix.shape[0]
         zeros = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((m, m), (m,))]
-        sums[matrix.name] = OutputMoments(precision, 0, *zeros)
+        sums[matrix.name] = OutputMoments(precision, torch.tensor(0), *zeros)
         hooks.append(model.get_submodule(matrix.module).register_forward_hook(watch(matrix)))
+    saved = {f"{n}.{key}": getattr(s, key) for n, s in sums.items() for key in ("count", "gram", "fisher")}
     try:
-        for start in every(range(0, len(windows), batch), "gradient batches"):
+        done = resume.restore(saved) if resume else 0
+        for start in every(range(done, len(windows), batch), "gradient batches"):
             ids = windows[start : start + batch].to(device).long()
             with torch.enable_grad():
                 logits = model(input_ids=ids, use_cache=False).logits
@@ -96,6 +101,8 @@ def collect_gradients(
                     with torch.no_grad():
                         targets = torch.stack([sampled(*pair) for pair in zip(logits, draws, strict=True)])
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+            if resume:
+                resume.save(start + batch, saved)
     finally:
         for hook in hooks:
             hook.remove()
@@ -103,8 +110,8 @@ def collect_gradients(
     for layer in sorted({m.layer for m in matrices}):
         found = {}
         for matrix in (m for m in matrices if m.layer == layer):
-            if sums[matrix.name].count != expected:
-                raise RuntimeError(f"{matrix.module}: saw gradients of {sums[matrix.name].count} tokens of {expected}")
+            if (count := int(sums[matrix.name].count)) != expected:
+                raise RuntimeError(f"{matrix.module}: saw gradients of {count} tokens of {expected}")
             if not torch.isfinite(sums[matrix.name].gram).all():
                 raise FloatingPointError(f"{matrix.module}: the gradient of its output is not finite")
             found[matrix.role] = sums.pop(matrix.name).finish()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from winnow.progress import every
+from winnow.resume import Resume
 from winnow.spread import paired, ratio
 from winnow.tokens import PAD
 
@@ -20,18 +21,26 @@ CHUNK = 1 << 24  # logits held in float64 at a time
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, dense: PreTrainedModel | None, ids: Tensor, first: Tensor, batch: int
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    ids: Tensor,
+    first: Tensor,
+    batch: int,
+    resume: Resume | None = None,
 ) -> dict[str, list[float]]:
     """Per window: `nll` (sum, nats), `tokens` (scored), and with a dense model `kl` (sum of KL(dense || model)) and
     `agree` (tokens on which both put the same token first).
 
     `ids` (windows, length) may end in PAD; `first` is the index of each window's first scored token. Log-softmax is
-    float64 on the model's logits. Raises FloatingPointError, naming the module, if a logit is not finite.
+    float64 on the model's logits. With `resume`, goes on after the last window whose sums were saved. Raises
+    FloatingPointError, naming the module, if a logit is not finite.
     """
     device = next(model.parameters()).device
-    rows: dict[str, list[float]] = {key: [] for key in ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))}
+    keys = ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))
+    sums = {key: torch.zeros(len(ids), dtype=torch.float64) for key in keys}
     lengths = (ids != PAD).sum(1)
-    for group in every(_batches(lengths.tolist(), batch), "evaluation batches"):
+    done = resume.restore(sums) if resume else 0
+    for group in every(_batches(lengths.tolist(), batch, done), "evaluation batches"):
         x = ids[group][:, : int(lengths[group[0]])].to(device).long()
         logits = model(input_ids=x, use_cache=False).logits
         if not torch.isfinite(logits).all():
@@ -41,14 +50,16 @@ def evaluate(
             begin = int(first[window])
             pair = None if reference is None else reference[row, begin - 1 : -1]
             for key, value in _score(logits[row, begin - 1 : -1], x[row, begin:], pair).items():
-                rows[key].append(value)
-    return rows
+                sums[key][window] = value
+        if resume:
+            resume.save(group[-1] + 1, sums)
+    return {key: values.tolist() for key, values in sums.items()}
 
 
-def _batches(lengths: list[int], batch: int) -> list[list[int]]:
-    """Consecutive windows of equal length, at most `batch` at a time."""
+def _batches(lengths: list[int], batch: int, done: int) -> list[list[int]]:
+    """Consecutive windows of equal length, at most `batch` at a time, from window `done` on."""
     groups: list[list[int]] = []
-    for window, length in enumerate(lengths):
+    for window, length in list(enumerate(lengths))[done:]:
         if groups and len(groups[-1]) < batch and lengths[groups[-1][0]] == length:
             groups[-1].append(window)
         else:

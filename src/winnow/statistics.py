@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from winnow.architectures import Matrix, tokens_of
 from winnow.progress import every
+from winnow.resume import Resume
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ class Moments:
     """Sums over tokens (not sequences) of the inputs x (n,) of one site, float64; products are made in `precision`."""
 
     precision: torch.dtype
-    count: int
+    count: Tensor  # (): tokens
     gram: Tensor  # (n, n): sum x x^T
     total: Tensor  # (n,): sum x
     total_abs: Tensor  # (n,): sum |x|
@@ -39,7 +40,11 @@ class Moments:
     def empty(cls, width: int, precision: torch.dtype, device: str = "cpu", other: int = 0) -> Moments:
         gram, cross = (torch.zeros(width, n, dtype=torch.float64, device=device) for n in (width, other))
         total, total_abs, largest, active = torch.zeros(4, width, dtype=torch.float64, device=device).unbind()
-        return cls(precision, 0, gram, total, total_abs, largest, active, cross)
+        return cls(precision, torch.tensor(0), gram, total, total_abs, largest, active, cross)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name; adding tokens changes these very tensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "precision"}
 
     def accumulate(self, x: Tensor, other: Tensor | None = None) -> None:
         """Add inputs x (tokens, n), and their products with `other` (tokens, d)."""
@@ -50,7 +55,7 @@ class Moments:
         self.gram += x.T @ x
         self.total += x.sum(0, dtype=torch.float64)
         self.total_abs += x.abs().sum(0, dtype=torch.float64)
-        self.largest = torch.maximum(self.largest, x.abs().amax(0).double())
+        torch.maximum(self.largest, x.abs().amax(0).double(), out=self.largest)
         self.active += (x > 0).sum(0, dtype=torch.float64)
 
     def merge(self, other: Moments) -> Moments:
@@ -79,17 +84,23 @@ class Moments:
             "active": self.active / n,
             **({"cross": self.cross / n} if self.cross.numel() else {}),
         }
-        return {**{k: v.to(self.precision).cpu() for k, v in means.items()}, "count": torch.tensor(n)}
+        return {**{k: v.to(self.precision).cpu() for k, v in means.items()}, "count": n}
 
 
 @torch.no_grad()
 def collect(
-    model: PreTrainedModel, matrices: list[Matrix], windows: Tensor, batch: int, precision: torch.dtype, first_token: bool = True
+    model: PreTrainedModel,
+    matrices: list[Matrix],
+    windows: Tensor,
+    batch: int,
+    precision: torch.dtype,
+    first_token: bool = True,
+    resume: Resume | None = None,
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Yield (layer, {site: statistics}) after one pass of `windows` (count, length) through the model.
 
-    Without `first_token`, the first token of every window is run but not counted. Raises FloatingPointError with the
-    layer's and site's name if an input is not finite.
+    Without `first_token`, the first token of every window is run but not counted. With `resume`, goes on after the last window
+    whose sums were saved. Raises FloatingPointError with the layer's and site's name if an input is not finite.
     """
     device = next(model.parameters()).device
     length, skipped = windows.shape[1], 0 if first_token else 1
@@ -112,9 +123,13 @@ def collect(
             width = next(m.shape[1] for m in matrices if m.site == "ffn_input") if matrix.site == "ffn_hidden" else 0
             sites[key] = Moments.empty(matrix.shape[1], precision, str(device), width)
             hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(watch(*key)))
+    sums = {f"{layer}.{site}.{name}": t for (layer, site), m in sites.items() for name, t in m.tensors().items()}
     try:
-        for start in every(range(0, len(windows), batch), "calibration batches"):
+        done = resume.restore(sums) if resume else 0
+        for start in every(range(done, len(windows), batch), "calibration batches"):
             model.base_model(input_ids=windows[start : start + batch].to(device).long(), use_cache=False)
+            if resume:
+                resume.save(start + batch, sums)
     finally:
         for hook in hooks:
             hook.remove()
@@ -124,8 +139,8 @@ def collect(
         for (where, site), moments in sites.items():
             if where != layer:
                 continue
-            if moments.count != expected:
-                raise RuntimeError(f"layer {layer}, {site}: saw {moments.count} tokens of {expected}")
+            if int(moments.count) != expected:
+                raise RuntimeError(f"layer {layer}, {site}: saw {int(moments.count)} tokens of {expected}")
             if not torch.isfinite(moments.gram).all():
                 raise FloatingPointError(f"layer {layer}, {site}: inputs are not finite")
             finished[site] = moments.finish()

@@ -1,5 +1,6 @@
 """Killed at any moment, the plain command finishes, with the same bytes as a run that was never interrupted."""
 
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.workflow.test_rerun_truth import Place
+from winnow.io import read_json
+from winnow.resume import SECONDS
 
 pytestmark = pytest.mark.workflow
 KILLS = int(os.environ.get("WINNOW_KILLS", "3"))  # the long form: WINNOW_KILLS=50 pytest tests/workflow/test_crash.py
@@ -46,8 +49,11 @@ def uninterrupted(tmp_path_factory) -> tuple[dict[str, bytes], float]:
 
 
 def started(place: Place) -> subprocess.Popen:
+    """A run in the background, whose long stages save what they have reached all the time."""
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(**place.command(), **silent, start_new_session=True)
+    command = place.command()
+    command["env"] = command["env"] | {SECONDS: "0"}
+    return subprocess.Popen(**command, **silent, start_new_session=True)
 
 
 def kill_tree(process: subprocess.Popen) -> None:
@@ -56,22 +62,31 @@ def kill_tree(process: subprocess.Popen) -> None:
     process.wait()
 
 
-@pytest.mark.slow
-def test_killed_runs_finish_with_the_same_bytes(uninterrupted, tmp_path):
+def test_killed_runs_finish_with_the_same_bytes_in_any_folder(uninterrupted, tmp_path):
     expected, seconds = uninterrupted
     broken, draw = place(tmp_path / "here"), random.Random(0)
-    for _ in range(KILLS):
-        process = subprocess.Popen(
-            **broken.command(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+    for kill in range(KILLS):
+        process = started(broken)
         time.sleep(draw.uniform(3, max(6, 0.8 * seconds)))
         kill_tree(process)
+        print(f"kill {kill + 1}: {len(artefacts(broken.folder))} files")
         if KILLS > 10 and draw.random() < 0.3:  # in the long form, start over now and then
             shutil.rmtree(broken.folder / "results", ignore_errors=True)
     done = broken.run()
     assert done.returncode == 0, done.stdout + done.stderr
-    found = artefacts(broken.folder)
-    assert different(found, expected) == []
+    assert different(artefacts(broken.folder), expected) == []
+
+
+def test_one_thread_and_two_agree(uninterrupted, tmp_path):
+    """The whole run had two for the statistics; what differs is below 1e-6 nats."""
+    single = place(tmp_path / "here")
+    done = single.run("perplexity", "--cores", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [path for path in artefacts(single.folder) if path.endswith(".json") and "/none-" in path]
+    assert len(results) == 2
+    for name in results:
+        whole = json.loads(uninterrupted[0][name])
+        assert read_json(single.folder / "results" / name)["nll"] == pytest.approx(whole["nll"], abs=1e-6)
 
 
 def test_a_second_run_in_the_folder_is_refused_in_one_line(tmp_path):
