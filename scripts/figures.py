@@ -9,7 +9,7 @@ from winnow.runtime import start_job
 if __name__ == "__main__":
     job = start_job(snakemake)
     summary = read_parquet(snakemake.input.summary)
-    save(frontier(summary), snakemake.output.frontier)
-    save(ranking(summary), snakemake.output.ranking)
+    save(frontier(summary), snakemake.output.frontier, job.provenance)
+    save(ranking(summary), snakemake.output.ranking, job.provenance)
     spectra = {Path(path).parts[1:4]: read_parquet(path) for path in snakemake.input.spectra}
-    save(effective_rank(spectra), snakemake.output.spectra)
+    save(effective_rank(spectra), snakemake.output.spectra, job.provenance)

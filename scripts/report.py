@@ -1,12 +1,13 @@
 """Rule `report`: one HTML file with tables, figures, and how each number was made."""
 
-from winnow.io import read_json, read_parquet, read_svg, write_text
+from winnow.io import read_json, read_markup, read_parquet, write_markup
 from winnow.report import render
 from winnow.runtime import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)
-    figures = {name: read_svg(snakemake.input[name]) for name in ("frontier", "ranking", "spectra")}
+    figures = {name: read_markup(snakemake.input[name]) for name in ("frontier", "ranking", "spectra")}
     results = [read_json(path) for path in snakemake.input.results]
     overlaps = [read_json(path) for path in snakemake.input.overlaps]
-    write_text(snakemake.output[0], render(read_parquet(snakemake.input.summary), figures, results, overlaps))
+    html = render(read_parquet(snakemake.input.summary), figures, results, overlaps)
+    write_markup(snakemake.output[0], html, job.provenance)

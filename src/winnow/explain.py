@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.errors import InputError
-from winnow.io import MANIFEST, file_digest, read_json
+from winnow.io import MANIFEST, file_digest, provenance_of_markup, read_json
 from winnow.plan import STAGES, Plan
 
 
@@ -28,6 +28,8 @@ def provenance_of(path: Path) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
         found = json.loads((pq.read_schema(path).metadata or {}).get(b"winnow", b"null"))
+    elif path.suffix in (".svg", ".html"):
+        found = provenance_of_markup(path)
     elif path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -49,12 +51,8 @@ def differences(provenance: dict[str, Any], plan: Plan, directory: Path = Path()
     gone = [f"{name} {label}" for name, label in wildcards.items() if not plan.knows(name, label)]
     if gone:
         return [f"no preset of the configuration has the label of {', '.join(gone)}"]
-    lines = list(_changes("", params.get("spec", {}), plan.spec(stage, wildcards)))
-    then, now = (
-        {line.split()[0]: line.split()[1] for line in part} for part in (params["code"], plan.fingerprint(stage, wildcards))
-    )
-    lines += [f"code: {name} {_change(then, now, name)}" for name in sorted(then | now) if then.get(name) != now.get(name)]
-    lines += [f"version of {change}" for change in _changes("", params["versions"], plan.versions(stage))]
+    today = {"spec": plan.spec(stage, wildcards), "code": plan.fingerprint(stage, wildcards), "versions": plan.versions(stage)}
+    lines = list(_changed_params(params, today))
     for name, digest in provenance["inputs"].items():
         path = directory / name
         if not path.is_file():
@@ -62,6 +60,28 @@ def differences(provenance: dict[str, Any], plan: Plan, directory: Path = Path()
         elif file_digest(path) != digest:
             lines.append(f"input: {name} has other content")
     return lines
+
+
+def difference(outputs: list[str], today: dict[str, Any]) -> str | None:
+    """The first difference between the params that the outputs of a job hold and those of `today`; None if there is none.
+
+    Outputs for people only hold none; one of a job that does speaks for all.
+    """
+    for output in outputs:
+        try:
+            return next(_changed_params(provenance_of(Path(output))["params"], today), None)
+        except InputError as error:
+            reason = str(error).partition(": ")[2]
+    return reason
+
+
+def _changed_params(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    yield from _changes("", then.get("spec", {}), now["spec"])
+    old, new = ({line.split()[0]: line.split()[1] for line in part["code"]} for part in (then, now))
+    for name in sorted(old | new):
+        if old.get(name) != new.get(name):
+            yield f"code: {name} {_change(old, new, name)}"
+    yield from (f"version of {change}" for change in _changes("", then["versions"], now["versions"]))
 
 
 def _changes(where: str, then: Any, now: Any) -> Iterator[str]:

@@ -15,7 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from winnow.architectures import ROLES
-from winnow.io import atomic, write_svg
+from winnow.io import atomic, write_markup
 
 # Okabe and Ito's palette, safe for colour-blind readers; markers repeat what colours say.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -146,13 +146,13 @@ def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
     return figure
 
 
-def save(figure: Figure, paths: Iterable[str]) -> None:
+def save(figure: Figure, paths: Iterable[str], provenance: dict) -> None:
     """Write the figure once per path; the format is the path's ending. The same figure gives the same bytes."""
     for path in paths:
         if path.endswith(".svg"):
             text = io.StringIO()
             figure.savefig(text, format="svg", metadata={"Date": None})
-            write_svg(path, text.getvalue())
+            write_markup(path, text.getvalue(), provenance)
         else:
             with atomic(path) as partial:
                 figure.savefig(partial, format=path.rpartition(".")[2], dpi=160)

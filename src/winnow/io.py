@@ -109,16 +109,27 @@ def read_json(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def write_svg(path: Path | str, svg: str) -> None:
-    """Write an SVG text with a seal in a comment behind it."""
+def write_markup(path: Path | str, text: str, provenance: dict) -> None:
+    """Write SVG or HTML with the provenance and a seal in a comment behind it."""
+    block = json.dumps({"provenance": provenance, "seal": BLANK.decode()}).replace("--", "-\\u002d")  # `--` ends comments
     with atomic(path) as partial:
-        partial.write_text(f"{svg}<!-- {BLANK.decode()} -->\n", encoding="utf-8")
+        partial.write_text(f"{text.rstrip()}\n<!-- {block} -->\n", encoding="utf-8")
         _seal(partial)
 
 
-def read_svg(path: Path | str) -> str:
-    """The SVG text of `write_svg`; InputError if it is not whole or was changed."""
-    return _unsealed(path).decode()
+def read_markup(path: Path | str) -> str:
+    """The text given to `write_markup`; InputError if it is not whole, was changed, or belongs elsewhere."""
+    text = _unsealed(path).decode()
+    _check_place(path, provenance_of_markup(path) or {})
+    return text.rstrip().rpartition("\n")[0]
+
+
+def provenance_of_markup(path: Path | str) -> dict | None:
+    """The provenance in a file of `write_markup`; None if there is none."""
+    last = Path(path).read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
+    if not last.startswith('<!-- {"provenance"'):
+        return None
+    return json.loads(last.removeprefix("<!-- ").removesuffix(" -->"))["provenance"]
 
 
 def write_parquet(path: Path | str, table: pd.DataFrame, provenance: dict) -> None:

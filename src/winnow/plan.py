@@ -106,10 +106,11 @@ class Cell:
 class Plan:
     """Labels and specifications of a validated configuration; knows nothing of Snakemake and starts no job."""
 
-    def __init__(self, config: Config, root: Path):
+    def __init__(self, config: Config, root: Path, memory: Path | None = None):
+        """`root`: the checkout, whose code is tracked; `memory`: a folder where digests of code are kept."""
         self.methods, self.controls = _with_controls(config)
         self.config = config.model_copy(update={"methods": self.methods})
-        self.code = CodeTracker(root)
+        self.code = CodeTracker(root, memory)
         self.labels: dict[str, dict[str, str]] = {}
         self.names: dict[str, dict[str, str]] = {}
         for section in ("models", "texts", "calibrations", "methods", "budgets", "recoveries", "evaluations"):

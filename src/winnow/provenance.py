@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
+import sys
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+
+from winnow.io import write_text
 
 PACKAGE = "winnow"
 DIGITS = 10
@@ -38,11 +42,40 @@ def _without_siblings(tree: ast.Module, kept: str) -> ast.Module:
     return tree
 
 
-class CodeTracker:
-    """Fingerprints of the scripts below `root`/scripts and of the package modules they reach by import statements."""
+def parse(source: bytes, file: str, module: str, only: str) -> tuple[str, frozenset[str]]:
+    """(digest of the code without comments and docstrings, project modules that it imports) of a file's bytes."""
+    tree = _without_type_imports(ast.parse(source))
+    if only:
+        tree = _without_siblings(tree, only)
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                keep = len(module.split(".")) - node.level + (file == "__init__.py")
+                base = ".".join([*module.split(".")[:keep], *([base] if base else [])])
+            found.add(base)
+            found.update(f"{base}.{alias.name}" for alias in node.names)
+    digest = hashlib.sha256(ast.unparse(_without_docstrings(tree)).encode()).hexdigest()[:DIGITS]
+    return digest, frozenset(name for name in found if name.split(".")[0] == PACKAGE)
 
-    def __init__(self, root: Path):
+
+@cache
+def _own_source() -> bytes:
+    return Path(__file__).read_bytes()
+
+
+class CodeTracker:
+    """Fingerprints of the scripts below `root`/scripts and of the package modules they reach by import statements.
+
+    What a file's bytes come to is kept in the folder `memory`, one small file each, since parsing takes most of the time.
+    """
+
+    def __init__(self, root: Path, memory: Path | None = None):
         self.root = Path(root)
+        self.memory = memory
 
     def _file(self, module: str) -> Path | None:
         base = (self.root / "src").joinpath(*module.split("."))
@@ -51,22 +84,17 @@ class CodeTracker:
     @cache  # noqa: B019 - one tracker lives as long as the process
     def _parse(self, path: Path, module: str, only: str) -> tuple[str, frozenset[str]]:
         """(digest of the code without comments and docstrings, project modules that it imports)."""
-        tree = _without_type_imports(ast.parse(path.read_bytes()))
-        if only:
-            tree = _without_siblings(tree, only)
-        found: set[str] = set()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                found.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                base = node.module or ""
-                if node.level:
-                    keep = len(module.split(".")) - node.level + (path.name == "__init__.py")
-                    base = ".".join([*module.split(".")[:keep], *([base] if base else [])])
-                found.add(base)
-                found.update(f"{base}.{alias.name}" for alias in node.names)
-        digest = hashlib.sha256(ast.unparse(_without_docstrings(tree)).encode()).hexdigest()[:DIGITS]
-        return digest, frozenset(name for name in found if name.split(".")[0] == PACKAGE)
+        source = path.read_bytes()
+        if self.memory is None:
+            return parse(source, path.name, module, only)
+        key = hashlib.sha256(repr((source, path.name, module, only, sys.version, _own_source())).encode()).hexdigest()
+        entry = self.memory / f"{key}.json"
+        if entry.is_file():
+            digest, names = json.loads(entry.read_text(encoding="utf-8"))
+            return digest, frozenset(names)
+        digest, names = parse(source, path.name, module, only)
+        write_text(entry, json.dumps([digest, sorted(names)]))
+        return digest, names
 
     @cache  # noqa: B019
     def fingerprint(self, *entries: str) -> tuple[str, ...]:

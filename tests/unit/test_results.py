@@ -13,13 +13,13 @@ from winnow.io import (
     Bundle,
     atomic,
     read_json,
+    read_markup,
     read_parquet,
-    read_svg,
     read_tensors,
     write_json,
     write_manifest,
+    write_markup,
     write_parquet,
-    write_svg,
     write_tensors,
 )
 from winnow.report import render
@@ -126,7 +126,7 @@ def test_figures_are_written_and_repeatable(tmp_path):
         for ending in ("svg", "png"):
             paths = [str(tmp_path / f"{name}{i}.{ending}") for i in range(2)]
             for path in paths:
-                save(draw(), [path])
+                save(draw(), [path], PROVENANCE)
             first, second = (Path(path).read_bytes() for path in paths)
             assert len(first) > 1000
             assert first == second
@@ -146,7 +146,7 @@ def test_a_figure_of_many_methods_shows_those_that_can_be_told_apart():
 
 def test_the_report_is_one_file_that_needs_no_network(tmp_path):
     table, results = small_summary()
-    save(frontier(table), [str(tmp_path / "f.svg")])
+    save(frontier(table), [str(tmp_path / "f.svg")], {})
     svg = (tmp_path / "f.svg").read_text()
     page = render(table, {"frontier": svg, "ranking": svg, "spectra": svg}, results, [OVERLAP])
     assert "<svg" in page
@@ -211,7 +211,7 @@ KINDS = {  # of sealed files: how each is written and read
         lambda p: write_tensors(p, {"ids": torch.arange(12, dtype=torch.int32)}, {"provenance": PROVENANCE}, sealed=True),
         lambda p: read_tensors(p, sealed=True),
     ),
-    "svg": (lambda p: write_svg(p, "<svg><path d='M 0 0'/></svg>"), read_svg),
+    "svg": (lambda p: write_markup(p, "<svg><path d='M 0 0'/></svg>", PROVENANCE | {"rule": "r --x"}), read_markup),
 }
 
 
@@ -246,7 +246,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path, kind):
     assert len({(tmp_path / f"{i}.{kind}").read_bytes() for i in range(12)}) == 1
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "svg"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_of_another_place_is_refused_by_name(tmp_path, kind):
     write, read = KINDS[kind]
     write(tmp_path / "demo-123456" / f"a.{kind}")

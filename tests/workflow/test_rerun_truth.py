@@ -1,5 +1,6 @@
 """What an edit recomputes: after one real run, every row edits one thing and compares the planned jobs, exactly."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -222,6 +223,33 @@ def test_an_edit_plans_exactly_what_it_reaches(restored, edit, expected):
 def test_how_a_job_runs_plans_nothing(place):
     options = ["--cores", "1", "--set-threads", "collect_statistics=1", "--set-resources", "collect_statistics:batch_tokens=64"]
     assert place.planned(*options, "--resources", "gpu=1") == Counter()
+    profile = place.code / "profiles" / "other"
+    shutil.copytree(place.code / "profiles" / "default", profile)
+    (profile / "config.yaml").write_text((profile / "config.yaml").read_text() + "default-resources: [mem_mb=1000]\nretries: 2\n")
+    assert place.planned("--workflow-profile", str(profile)) == Counter()
+
+
+def test_results_without_snakemakes_record_are_judged_by_what_stands_in_them(restored):
+    """.snakemake removed: nothing to do if nothing changed; else one line that names the file and the change."""
+    metadata = restored.folder / ".snakemake" / "metadata"
+    metadata.rename(restored.folder / "elsewhere")
+    for path in (p for p in restored.folder.rglob("*") if p.is_file()):
+        os.utime(path, (1e9, 1e9))  # without its record, Snakemake takes a touched file for a change
+    try:
+        assert restored.planned() == Counter()
+        restored.edit("src/winnow/statistics.py", "gram = self.gram / n", "gram = self.gram / (n + 1)")
+        refused = restored.run("-n")
+        assert refused.returncode == 1
+        (line,) = [line for line in refused.stderr.splitlines() if line.startswith("winnow: ")]
+        assert re.search(r"pico-\w+/few-\w+/\S+: code: winnow\.statistics \w+ then, \w+ now, and Snakemake's own record", line)
+        assert restored.planned("--forceall") == EVERYTHING
+        shutil.rmtree(restored.folder / "results" / "figures")
+        restored.edit("src/winnow/statistics.py", "gram = self.gram / (n + 1)", "gram = self.gram / n")
+        assert restored.planned() == Counter(figures=1, report=1, all=1), "what is missing is made"
+    finally:
+        shutil.rmtree(metadata)
+        (restored.folder / "elsewhere").rename(metadata)
+        assert restored.run("figures", "report").returncode == 0
 
 
 def test_a_copy_in_another_folder_plans_nothing(place, tmp_path):

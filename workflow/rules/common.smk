@@ -1,18 +1,27 @@
 # Configuration, plan, the params of every stage, and what is done around a run. No rule stands here.
 
+import gc
 import sys
 from pathlib import Path
+
+# A plan of thousands of jobs is millions of objects that stay: looking for garbage among them takes a tenth of the time.
+gc.set_threshold(1_000_000)
 
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT / "src"))
 
 from winnow.config import load
 from winnow.errors import InputError
+from winnow.explain import difference
 from winnow.plan import Plan
 
 PRUNE = str(config.pop("prune", False)).lower() == "true"
 try:
-    PLAN = Plan(load(config, [str(f) for f in workflow.configfiles]), ROOT)
+    PLAN = Plan(
+        load(config, [str(f) for f in workflow.configfiles]),
+        ROOT,
+        Path(".snakemake/winnow-code"),
+    )
     PLAN.check_sources()
 except InputError as error:
     print(f"winnow: {error}", file=sys.stderr)
@@ -38,11 +47,36 @@ def stage(name):
 
     One dict each: Snakemake compares the set of values and drops their names.
     """
+    of = lambda wildcards: {
+        "spec": PLAN.spec(name, dict(wildcards.items())),
+        "code": PLAN.fingerprint(name, dict(wildcards.items())),
+        "versions": PLAN.versions(name),
+    }
     return {
-        "spec": lambda wildcards: PLAN.spec(name, dict(wildcards.items())),
+        "spec": lambda wildcards, output: checked(of(wildcards), output)["spec"],
         "code": lambda wildcards: PLAN.fingerprint(name, dict(wildcards.items())),
         "versions": PLAN.versions(name),
     }
+
+
+def checked(params, output):
+    """`params`, after a look at results that Snakemake has no record of: it would call them up to date, whatever they are.
+
+    That happens where .snakemake was removed or results were copied. What they were made from stands in them, too.
+    """
+    if workflow.dag_settings.forceall:
+        return params
+    record, first = workflow.persistence, str(output[0])
+    known = not Path(first).exists() or record._read_record(first)
+    if not known and not record._filter_incomplete_keys([first]):
+        if change := difference(list(output), params):
+            print(
+                f"winnow: {first}: {change}, and Snakemake's own record of it is gone; delete it, or make everything anew "
+                "with --forceall",
+                file=sys.stderr,
+            )
+            sys.exit(1)
+    return params
 
 
 def hold_folder():
