@@ -146,6 +146,19 @@ def test_touched_files_plan_nothing(finished):
     assert finished.planned() == Counter()
 
 
+def test_the_plan_is_printed_before_any_job_and_refuses_what_cannot_fit(finished, workspace):
+    done = workspace.run("plan")
+    assert done.returncode == 0, done.stderr
+    assert "5 cells, 30 jobs to run" in done.stdout
+    assert not list(workspace.folder.glob("results/pico-*")), "nothing was computed"
+    (line,) = {row for row in workspace.run("plan", "--config", "memory_gb=0.1").stderr.splitlines() if row.startswith("winnow")}
+    assert "GB of memory, there are 0.1 GB" in line
+    done = finished.run("plan", "--config", "memory_gb=0.1")
+    assert done.returncode == 0, "all is cached, so nothing needs memory"
+    assert "0 jobs to run" in done.stdout
+    assert "earlier jobs" in done.stdout
+
+
 def test_a_changed_method_option_plans_that_method(finished):
     finished.config["methods"]["svd"]["metric"] = {"kind": "weight_norm"}
     cells = {"factorize": 2, "measure_spectra": 1, "allocate": 2, "compress": 2, "evaluate_perplexity": 2}

@@ -1,5 +1,24 @@
-# needs: results      makes: nothing
-# steps: prune (what no preset reaches)
+# needs: a configuration, results      makes: nothing
+# steps: plan (what a run would do and need), prune (what no preset reaches)
+
+
+rule plan:
+    """Print cells, jobs, bytes, memory, disk and time before any of it; fail if it cannot fit."""
+    log:
+        "results/logs/plan.log",
+    localrule: True
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        spec={
+            "config": dict(config),
+            "root": str(ROOT),
+            "limits": [MEMORY_GB, DISK_GB],
+        },
+    script:
+        "../../scripts/plan.py"
 
 
 rule prune:

@@ -1,0 +1,47 @@
+"""Rule `plan`: what a run would do and need; fails with the number if it cannot fit here. Nothing is computed."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from winnow.config import load
+from winnow.errors import InputError
+from winnow.forecast import GB, arithmetic_rate, forecast, machine, misfit, shape_of
+from winnow.plan import Plan
+from winnow.preview import cells_table, duration, jobs_of, show, size, works_table
+from winnow.runtime import start_job
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    spec = job.spec
+    plan = Plan(load(spec["config"]), Path(spec["root"]))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as stream:
+        yaml.safe_dump(spec["config"], stream)
+        stream.flush()
+        command = [sys.executable, "-m", "snakemake", "all", "--dry-run", "--quiet", "rules", "host", "reason"]
+        command += ["--snakefile", f"{spec['root']}/Snakefile", "--replace-workflow-config", "--configfile", stream.name]
+        dry = subprocess.run(command, capture_output=True, text=True)
+    if dry.returncode:
+        raise InputError(f"the dry run failed: {(dry.stderr.strip() or dry.stdout.strip()).splitlines()[-1]}")
+    to_run = jobs_of(dry.stdout + dry.stderr)
+    shapes, absent = {}, []
+    for name in dict.fromkeys(cell.model for cell in plan.cells):
+        manifest, model = Path("results") / plan.labels["models"][name] / "model.json", plan.config.models[name]
+        if model.local() or manifest.is_file():
+            shapes[name] = shape_of(Path(model.source), manifest)
+        else:
+            absent.append(name)
+    works = forecast(plan, shapes)
+    table, seconds = works_table(works, plan, to_run, Path("results"), arithmetic_rate())
+    show([cells_table(plan, shapes), table])
+    here = machine()
+    memory, disk = (float(given) * GB if given else found for given, found in zip(spec["limits"], here, strict=True))
+    print(f"{len(plan.cells)} cells, {sum(to_run.values())} jobs to run, about {duration(seconds)} one after another")
+    print(f"memory for a job: {size(memory)}; free disk: {size(disk)}")
+    if absent:
+        print(f"not forecast, since not downloaded yet (`snakemake prefetch`): {', '.join(absent)}")
+    if reason := misfit(works, to_run, memory, disk):
+        raise InputError(reason)

@@ -1,0 +1,240 @@
+"""Peak memory, disk and time of every stage, from the configuration and the shapes of the models alone.
+
+Bounds, not promises: memory and disk are sums of the tensors that a stage holds or writes; time is arithmetic over a measured
+rate, or the median of earlier runs of the same stage on the same model where there are any.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from winnow.architectures import Matrix, matrices_of, select
+from winnow.errors import InputError
+from winnow.evaluations import Perplexity
+from winnow.grid import Cell
+from winnow.io import read_json
+from winnow.models import BYTES, model_files, tensor_bytes
+from winnow.plan import Plan
+
+MB, GB = 1e6, 1e9
+BASE = {"torch": 450 * MB, "tables": 200 * MB}  # of a process that imported what it needs, measured on the demo
+START = {"torch": 5.0, "tables": 1.5}  # seconds until such a process computes
+EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
+LOGITS = 1 << 24  # numbers that the loss holds in float64 at a time, several copies
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a forecast needs of a model: its matrices, all numbers and bytes, vocabulary, width and depth."""
+
+    matrices: list[Matrix]
+    numbers: int
+    bytes: int
+    unit: int  # bytes of a stored number of a matrix
+    vocabulary: int
+    width: int
+    layers: int
+
+    def sites(self) -> dict[tuple[int, str], int]:
+        """{distinct input: its width}"""
+        return {(m.layer, m.site): m.shape[1] for m in self.matrices}
+
+    def dense_bytes(self, targets: list[str]) -> int:
+        return sum(m.shape[0] * m.shape[1] for m in select(self.matrices, targets)) * self.unit
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage of one model: how many jobs, and the largest of each kind of need among them; disk is of all of them."""
+
+    stage: str
+    model: str
+    jobs: int
+    memory: float  # bytes, of the largest job
+    disk: float  # bytes, of all jobs
+    operations: float  # floating point, of all jobs
+    kind: str = "torch"
+
+    def seconds(self, rate: float) -> float:
+        return self.jobs * START[self.kind] + self.operations / rate
+
+
+def shape_of(source: Path, manifest: Path | None = None) -> Shape:
+    """The shape of a model directory, from its config and the headers of its weight files (or from a manifest of
+    `retrieve_model`). Raises InputError for a directory that holds no usable weights or an unknown family."""
+    if manifest is not None and manifest.is_file():
+        found = read_json(manifest)
+        source, tensors, family = Path(found["directory"]), found["tensors"], found["model_type"]
+    else:
+        tensors = {}
+        for path in (p for p in model_files(source) if p.suffix == ".safetensors"):
+            tensors |= read_header(path)
+        family = json.loads((source / "config.json").read_text(encoding="utf-8"))["model_type"]
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    matrices = matrices_of(family, tensors)
+    if not matrices:  # files of some families leave the name of the base model out
+        matrices = matrices_of(family, {f"{base}.{name}": t for name, t in tensors.items() for base in ("transformer", "model")})
+    if not matrices:
+        raise InputError(f"{source}: no layer of a {family} model is in its weight files")
+    record = next(t for name, t in tensors.items() if name.endswith(f"{matrices[0].module.partition('.')[2]}.weight"))
+    return Shape(
+        matrices,
+        sum(math.prod(t["shape"]) for t in tensors.values()),
+        sum(tensor_bytes(t) for t in tensors.values()),
+        BYTES[record["dtype"]],
+        int(config.get("vocab_size", 0)),
+        next(m.shape[1] for m in matrices if m.site == "ffn_input"),
+        len({m.layer for m in matrices}),
+    )
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """{tensor: its dtype and shape} of a safetensors file, without reading a tensor."""
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(1 << 27, path.stat().st_size):
+            raise InputError(f"{path}: not a whole safetensors file")
+        header = json.loads(stream.read(length))
+    return {name: record for name, record in header.items() if name != "__metadata__"}
+
+
+def forecast(plan: Plan, shapes: dict[str, Shape], batch_tokens: int = 4096) -> list[Work]:
+    """The work of every stage of every model (by preset name) that has a shape, whether it is cached or not."""
+    found = []
+    for name, shape in shapes.items():
+        cells = [cell for cell in plan.cells if cell.model == name]
+        found += _of_model(plan, name, shape, cells, batch_tokens)
+    return found
+
+
+def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_tokens: int) -> list[Work]:
+    dtype = {"float32": 4, "bfloat16": 2, "float16": 2}[plan.config.models[name].dtype]
+    loaded = shape.numbers * dtype
+    compressed = [cell for cell in cells if cell.method]
+    calibrations = dict.fromkeys(cell.calibration for cell in compressed if cell.calibration)
+    methods = dict.fromkeys((c.calibration, c.method) for c in compressed if c.calibration and c.method)
+    checkpoints = dict.fromkeys((c.calibration, c.method, c.budget) for c in compressed if c.method and c.budget)
+    widest = max(max(m.shape) for m in shape.matrices)
+    largest = max(shape.matrices, key=lambda m: m.shape[0] * m.shape[1])
+    gram = sum(width**2 for width in shape.sites().values())
+    cross = sum(w * shape.width for (_, site), w in shape.sites().items() if site == "ffn_hidden")
+    gradient = sum(m.shape[0] ** 2 for m in shape.matrices)
+    activations = batch_tokens * (8 * shape.width + 4 * widest) * dtype
+    works = [Work("retrieve_model", name, 1, BASE["torch"] + 4 * largest.shape[0] * largest.shape[1] * 8, 1e5, 0)]
+
+    def add(stage: str, jobs: int, memory: float, disk: float, operations: float, kind: str = "torch") -> None:
+        if jobs:
+            works.append(Work(stage, name, jobs, BASE[kind] + memory, disk, operations, kind))
+
+    gradients = {c for c, m in methods if m and "gradients" in plan.needs(plan.labels["methods"][m])}
+    for calibration in calibrations:
+        preset = plan.config.calibrations[calibration]
+        tokens, unit = preset.windows * preset.length, 8 if preset.precision == "float64" else 4
+        add("tokenize", 1, 0, tokens * 4, 0)  # and one per evaluation, below
+        sums = 8 * (gram + cross)
+        passed = 2 * tokens * shape.numbers
+        add("collect_statistics", 1, loaded + sums + activations, unit * (gram + cross), passed + 2 * tokens * (gram + cross))
+        if calibration in gradients:
+            kept = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
+            add("collect_gradients", 1, loaded + 8 * gradient + held, unit * gradient, 3 * passed + 2 * tokens * gradient)
+    fitted = sum(m.shape[0] * m.shape[1] for m in shape.matrices)
+    for _, method in methods:
+        group = plan.structure(plan.labels["methods"][method]).groups(shape.matrices)
+        sides = [(sum(m.shape[0] for m in g), max(m.shape[1] for m in g)) for g in group]
+        fitting = 8 * max((4 * m * n + 3 * n * n + 3 * min(m, n) ** 2) for m, n in sides)
+        operations = 1.0 * sum(2 * m * n * n + EIGEN * min(m, n) ** 3 for m, n in sides)
+        add("factorize", plan.config.models[name].shards, fitting, 4 * fitted, operations)
+        add("measure_spectra", 1, 4 * max(m * n for m, n in sides), 1e6, 0)
+    for _, _, budget in checkpoints:
+        b = plan.config.budgets[budget]
+        dense = shape.dense_bytes(b.targets)
+        kept = (b.keep_bytes or 1.0) * dense
+        add("allocate", 1, 0, 1e5, 0, "tables")
+        add("compress", 1, shape.bytes + kept, shape.bytes - dense + kept, 0)
+    for cell in cells:
+        evaluation = plan.config.evaluations[cell.evaluation]
+        if not isinstance(evaluation, Perplexity):
+            continue
+        if not cell.method:
+            add("tokenize", 1, 0, 1e6, 0)
+        models = 2 if cell.method and evaluation.compare else 1
+        rows = max(evaluation.length, batch_tokens) * shape.vocabulary
+        memory = models * (loaded + rows * dtype) + 4 * 8 * min(LOGITS, rows) + activations
+        scored = (evaluation.windows or 100) * evaluation.length
+        stage = "evaluate_perplexity" if cell.method else "evaluate_dense"
+        add(stage, 1, memory, 1e5, 2 * models * scored * shape.numbers)
+    return _merged(works)
+
+
+def _merged(works: list[Work]) -> list[Work]:
+    """One row per stage and model, in the order of the stages."""
+    rows: dict[tuple[str, str], Work] = {}
+    for w in works:
+        key = (w.stage, w.model)
+        o = rows.get(key)
+        sums = (w.jobs, w.memory, w.disk, w.operations)
+        if o is not None:
+            sums = (o.jobs + w.jobs, max(o.memory, w.memory), o.disk + w.disk, o.operations + w.operations)
+        rows[key] = Work(w.stage, w.model, *sums, w.kind)
+    return list(rows.values())
+
+
+def measured_seconds(results: Path, stage: str, label: str) -> float | None:
+    """Median seconds of earlier jobs of a stage on a model (by label), from Snakemake's benchmark files."""
+    folder = results / "benchmarks" / stage / label
+    files = [*folder.rglob("*.tsv"), *folder.parent.glob(f"{label}.tsv")] if folder.parent.is_dir() else []
+    seconds = []
+    for path in files:
+        with open(path, newline="", encoding="utf-8") as stream:
+            seconds += [float(row["s"]) for row in csv.DictReader(stream, delimiter="\t")]
+    return statistics.median(seconds) if seconds else None
+
+
+def arithmetic_rate() -> float:
+    """Floating-point operations per second of this machine, from a tenth of a second of float32 products; halved, since no
+    stage is products only."""
+    import numpy as np
+
+    one = np.ones((512, 512), dtype=np.float32)
+    one @ one
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.1:
+        one @ one
+        count += 1
+    return 0.5 * count * 2 * 512**3 / (time.perf_counter() - began)
+
+
+def machine() -> tuple[float, float]:
+    """(bytes of memory, free bytes of disk) here; memory as the control group limits it, where it does."""
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, float(text))
+    return memory, float(shutil.disk_usage(".").free)
+
+
+def misfit(works: list[Work], to_run: dict[str, int], memory: float, disk: float) -> str | None:
+    """One line if a stage that has jobs to run cannot fit into `memory`, or all of them into `disk`; else None."""
+    waiting = [w for w in works if to_run.get(w.stage)]
+    worst = max(waiting, key=lambda w: w.memory, default=None)
+    if worst is not None and worst.memory > memory:
+        return (
+            f"{worst.stage} of {worst.model} needs about {worst.memory / GB:.1f} GB of memory, there are {memory / GB:.1f} GB; "
+            "run it where there is more (`--config memory_gb=...` says how much a job gets there)"
+        )
+    need = sum(w.disk * min(1.0, to_run[w.stage] / w.jobs) for w in waiting)
+    if need > disk:
+        return (
+            f"the results need about {need / GB:.1f} GB of disk, {disk / GB:.1f} GB are free; free some (`snakemake prune`), "
+            "or use --directory (`--config disk_gb=...` says how much there is)"
+        )
+    return None

@@ -1,0 +1,85 @@
+"""The forecast: the same from headers and from a manifest, the jobs that a dry run counts, and one line for what cannot fit."""
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.unit.test_plan import plan_of
+from winnow.errors import InputError
+from winnow.forecast import GB, Work, forecast, machine, measured_seconds, misfit, read_header, shape_of
+from winnow.io import write_json
+from winnow.preview import duration, jobs_of, size
+from winnow.retrieve import describe
+
+DEMO = ROOT / "resources" / "models" / "demo"
+DRY_RUN = """Job stats:
+job                    count
+-------------------  -------
+allocate                  32
+retrieve_model             1
+total                     33
+
+Reasons:
+    (check individual jobs above for details)
+"""
+
+
+def test_headers_say_what_the_manifest_says(saved_model, tmp_path):
+    """For every family: nothing but the config and the headers of the weight files is read."""
+    found = describe(saved_model)
+    write_json(tmp_path / "model.json", found)
+    by_headers, by_manifest = shape_of(saved_model), shape_of(saved_model, tmp_path / "model.json")
+    assert by_headers.sites() == by_manifest.sites()
+    assert [m.shape for m in by_headers.matrices] == [m.shape for m in by_manifest.matrices]
+    assert by_manifest.bytes == found["bytes"]
+
+
+def test_jobs_bytes_and_memory_of_the_demo():
+    plan, shape = plan_of(), shape_of(DEMO)
+    works = {work.stage: work for work in forecast(plan, {"demo": shape})}
+    jobs = {"collect_statistics": 1, "factorize": 4, "measure_spectra": 4, "allocate": 32, "compress": 32, "tokenize": 2}
+    assert {stage: works[stage].jobs for stage in jobs} == jobs
+    assert works["evaluate_perplexity"].jobs == 32
+    assert "collect_gradients" not in works, "no metric of the default asks for gradients"
+    gram = 6 * (128**2 * 3 + 352**2 + 352 * 128)  # four inputs a layer, and the FFN's cross moment; float64
+    assert works["collect_statistics"].disk == 8 * gram
+    assert works["collect_statistics"].memory > 8 * gram + 4 * shape.numbers
+    doubled = plan_of(lambda c: c["calibrations"]["demo"].update(windows=256))
+    more = {work.stage: work for work in forecast(doubled, {"demo": shape})}
+    assert more["collect_statistics"].operations == 2 * works["collect_statistics"].operations
+    assert more["factorize"] == works["factorize"]
+
+
+def test_what_cannot_fit_is_refused_with_the_number():
+    works = [Work("factorize", "large", 2, 60 * GB, 10 * GB, 1.0), Work("compress", "large", 4, 1 * GB, 400 * GB, 1.0)]
+    everything = {"factorize": 2, "compress": 4}
+    assert misfit(works, everything, 64 * GB, 500 * GB) is None
+    line = misfit(works, everything, 32 * GB, 500 * GB)
+    assert line.startswith("factorize of large needs about 60.0 GB of memory, there are 32.0 GB")
+    assert "need about 410.0 GB of disk, 100.0 GB are free" in misfit(works, everything, 64 * GB, 100 * GB)
+    assert misfit(works, {"compress": 1}, 32 * GB, 120 * GB) is None, "a quarter of the checkpoints is left to make"
+    assert misfit(works, {}, 0, 0) is None, "all is there"
+    assert min(machine()) > 0
+
+
+def test_a_damaged_header_is_refused_by_name(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):
+        read_header(path)
+
+
+def test_times_of_earlier_jobs_are_preferred(tmp_path):
+    folder = tmp_path / "benchmarks" / "compress" / "demo-1" / "few"
+    folder.mkdir(parents=True)
+    for name, seconds in (("a", 2.0), ("b", 5.0), ("c", 3.0)):
+        (folder / f"{name}.tsv").write_text(f"s\tmax_rss\n{seconds}\t100\n")
+    assert measured_seconds(tmp_path, "compress", "demo-1") == 3.0
+    assert measured_seconds(tmp_path, "compress", "demo-2") is None
+    assert measured_seconds(tmp_path, "allocate", "demo-1") is None
+
+
+def test_words():
+    assert jobs_of(DRY_RUN) == {"allocate": 32, "retrieve_model": 1}
+    assert jobs_of("Nothing to be done") == {}
+    assert (size(1.5e9), size(2e6)) == ("1.5 GB", "2.0 MB")
+    assert (duration(12), duration(600), duration(7200)) == ("12 s", "10 min", "2.0 h")
