@@ -144,7 +144,7 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         passed = 2 * tokens * shape.numbers
         add("collect_statistics", 1, loaded + sums + activations, unit * (gram + cross), passed + 2 * tokens * (gram + cross))
         if calibration in gradients:
-            kept = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
+            held = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
             add("collect_gradients", 1, loaded + 8 * gradient + held, unit * gradient, 3 * passed + 2 * tokens * gradient)
     fitted = sum(m.shape[0] * m.shape[1] for m in shape.matrices)
     for _, method in methods:

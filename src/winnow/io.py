@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,12 +159,18 @@ def read_parquet(path: Path | str) -> pd.DataFrame:
 def write_tensors(path: Path | str, tensors: dict[str, torch.Tensor], metadata: dict | None = None, sealed: bool = False) -> None:
     """Write a safetensors file; `metadata` is stored as one JSON string under `winnow`. A file by itself is `sealed`; one of
     a bundle need not be, since the manifest holds its digest."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     own = {**(metadata or {}), **({"seal": BLANK.decode()} if sealed else {})}
     block = {"winnow": json.dumps(own)} if own else {"format": "pt"}  # one key: safetensors writes several in random order
     with atomic(path) as partial:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata=block)
+        try:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata=block)
+        except SafetensorError as error:
+            if code := re.search(r"\(os error (\d+)\)", str(error)):  # of the operating system: a full disk, a quota
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+            raise
         if sealed:
             _seal(partial)
 

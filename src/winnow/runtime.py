@@ -7,7 +7,9 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from winnow.errors import InputError, first_line
@@ -25,24 +27,12 @@ class Job:
 
 def start_job(snakemake: Any) -> Job:
     """Set up logging and threads for a script of the workflow; called first in every script."""
-    log = Path(snakemake.log[0])
+    log, rule = Path(snakemake.log[0]), snakemake.rule
+    sys.excepthook = partial(_show, rule, log)
     log.parent.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.FileHandler(log, mode="w")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
-    rule = snakemake.rule
-
-    def show(kind, error, trace):
-        if issubclass(kind, InputError):
-            line = f"winnow: {rule}: {first_line(error)}"
-        elif issubclass(kind, OSError) and error.errno is not None:
-            line = f"winnow: {rule}: {error.strerror}: {error.filename}; nothing was written, run snakemake again after curing it"
-        else:
-            logging.error("".join(traceback.format_exception(kind, error, trace)))
-            line = f"winnow: {rule}: {kind.__name__}: {first_line(error)} (traceback in {log})"
-        logging.error(line)
-        print(line, file=sys.stderr)
-
-    sys.excepthook = show
+    logging.raiseExceptions = False  # a log that cannot be written stops no job; what the job writes says so
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     inputs = {str(p): file_digest(p) for p in dict.fromkeys(snakemake.input) if Path(p).is_file()}
     provenance = {
@@ -52,6 +42,20 @@ def start_job(snakemake: Any) -> Job:
         "inputs": inputs,
     }
     return Job(snakemake.params.get("spec", {}), _device(snakemake), provenance)
+
+
+def _show(rule: str, log: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say in one line why the job failed; a traceback only for what nobody foresaw, and only in the log."""
+    if issubclass(kind, InputError):
+        line = f"winnow: {rule}: {first_line(error)}"
+    elif isinstance(error, OSError) and error.errno is not None:
+        where = error.filename or Path.cwd()
+        line = f"winnow: {rule}: {error.strerror}: {where}; nothing was written, run snakemake again after curing it"
+    else:
+        logging.error("".join(traceback.format_exception(kind, error, trace)))
+        line = f"winnow: {rule}: {kind.__name__}: {first_line(error)} (traceback in {log})"
+    logging.error(line)
+    print(line, file=sys.stderr)
 
 
 def _device(snakemake: Any) -> str:
