@@ -84,7 +84,15 @@ def checked(params, output):
 def hold_folder():
     """One run at a time in a folder. Unlike Snakemake's own lock, this one ends with the run, however the run ends."""
     import fcntl
+    import os
 
+    for folder in (Path("results"), Path.cwd()):
+        if folder.exists() and not os.access(folder, os.W_OK):
+            print(
+                f"winnow: {folder} cannot be written to (read-only, or not yours); nothing was changed",
+                file=sys.stderr,
+            )
+            sys.exit(1)
     held = open(".snakemake/winnow.lock", "w")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
