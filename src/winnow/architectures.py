@@ -1,6 +1,8 @@
-"""What is where in each model family, as data. A family is matched by the `model_type` of its config class.
+"""What is where in each model family, as data. A family is matched by the `model_type` of its config class, never by a name.
 
-Adding one: name the list of layers, and for each role the module below a layer and the site that feeds it.
+Adding one is an entry in `ARCHITECTURES`: the list of layers, for each role the module below a layer, and the FFN's activation;
+a new role also needs the site that feeds it. `tests/conftest.py` then needs a tiny configuration of it, and
+`tests/unit/test_architectures.py` checks the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
-FFN_ROLES = ("gate_proj", "up_proj", "down_proj")
+FFN_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # gate_up_proj: gate above up, in one matrix
 ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
 
 # A site is a distinct input: one Gram matrix each, shared by all matrices that read it.
@@ -26,6 +28,7 @@ SITES = {
     "o_proj": "attention_output",
     "gate_proj": "ffn_input",
     "up_proj": "ffn_input",
+    "gate_up_proj": "ffn_input",
     "down_proj": "ffn_hidden",
 }
 
@@ -34,12 +37,14 @@ SITES = {
 class Architecture:
     """Names of a family's modules; `activation` is the one between an FFN's first and last matrices.
 
-    `transposed`: weights are stored (in, out), as GPT-2's Conv1D does."""
+    `transposed`: weights are stored (in, out), as GPT-2's Conv1D does. `positions`: rows of the position embeddings that no
+    token of a text uses, as RoBERTa's."""
 
     layers: str
     modules: dict[str, str]
     activation: str
     transposed: bool = False
+    positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,21 @@ class Matrix:
 
 
 _SEPARATE_ATTENTION = {role: f"self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj", "o_proj")}
+_GATED = _SEPARATE_ATTENTION | {role: f"mlp.{role}" for role in ("gate_proj", "up_proj", "down_proj")}
+_BERT = {role: f"attention.self.{name}" for role, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))}
+_BERT |= {"o_proj": "attention.output.dense", "up_proj": "intermediate.dense", "down_proj": "output.dense"}
 
 ARCHITECTURES = {
-    "llama": Architecture("model.layers", _SEPARATE_ATTENTION | {role: f"mlp.{role}" for role in FFN_ROLES}, "mlp.act_fn"),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), Architecture("model.layers", _GATED, "mlp.act_fn")
+    ),
+    "gemma3": Architecture("language_model.layers", _GATED, "mlp.act_fn"),  # of the text and image model the text part
+    "phi3": Architecture(
+        "model.layers",
+        {"qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj"}
+        | {"gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"},
+        "mlp.activation_fn",
+    ),
     "gpt2": Architecture(
         "transformer.h",
         {"qkv_proj": "attn.c_attn", "o_proj": "attn.c_proj", "up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"},
@@ -85,15 +102,8 @@ ARCHITECTURES = {
         },
         "mlp.act",
     ),
-    **dict.fromkeys(
-        ("bert", "roberta"),
-        Architecture(
-            "encoder.layer",
-            {role: f"attention.self.{name}" for role, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))}
-            | {"o_proj": "attention.output.dense", "up_proj": "intermediate.dense", "down_proj": "output.dense"},
-            "intermediate.intermediate_act_fn",
-        ),
-    ),
+    "bert": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn"),
+    "roberta": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn", positions=2),
 }
 
 
@@ -107,9 +117,7 @@ def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
         known = ", ".join(sorted(ARCHITECTURES))
         raise InputError(f"model type {model_type!r} is not in src/winnow/architectures.py (known: {known})")
     family = ARCHITECTURES[model_type]
-    prefix = family.layers + "."
-    heads = {name[: name.index(prefix)] for name in tensors if prefix in name}  # e.g. `bert.`, where a head is on top
-    prefix = min(heads, key=len, default="") + prefix
+    prefix = _prefix(family.layers, tensors)
     layers = sorted({int(name[len(prefix) :].split(".")[0]) for name in tensors if name.startswith(prefix)})
     found = []
     for layer in layers:
@@ -125,6 +133,18 @@ def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
     return found
 
 
+def _prefix(layers: str, tensors: dict[str, Any]) -> str:
+    """What the names of a layer's tensors begin with: a head on top adds to it, as `bert.`, and a model without one lacks the
+    first part. Raises InputError if there are no layers."""
+    heads = {name[: name.index(f"{layers}.")] for name in tensors if f"{layers}." in name}
+    bare = layers.partition(".")[2] + "."
+    if not heads and any(name.startswith(bare) for name in tensors):
+        return bare
+    if not heads:
+        raise InputError(f"the model has no {layers}: it is not of the form that its config says")
+    return min(heads, key=len) + f"{layers}."
+
+
 def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
     """The matrices that `targets` (ffn, attention, or roles) name; InputError if a target names none."""
     groups = {"ffn": FFN_ROLES, "attention": ATTENTION_ROLES}
@@ -137,7 +157,7 @@ def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
 
 
 def ffn_groups(matrices: list[Matrix]) -> list[list[Matrix]]:
-    """The matrices of each layer's FFN: [gate, up, down], or [up, down] where there is no gate."""
+    """The matrices of each layer's FFN: [gate, up, down], [gate_up, down], or [up, down] where there is no gate."""
     found: dict[int, list[Matrix]] = {}
     for m in matrices:
         if m.role in FFN_ROLES:

@@ -106,7 +106,8 @@ def write_checkpoint(
         write_tensors(directory / name, shard)
     source = files.verify()
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
+    for key in ("torch_dtype", "auto_map"):  # the second names code, which no checkpoint needs
+        config.pop(key, None)
     config |= {
         "dtype": dtype,
         "quantization_config": {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": layouts},

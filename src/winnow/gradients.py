@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from winnow.architectures import Matrix, tokens_of
+from winnow.classes import is_causal
+from winnow.errors import InputError
 from winnow.progress import every
 
 if TYPE_CHECKING:
@@ -52,6 +54,18 @@ def sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(below, uniform * below[:, -1:]).flatten().clamp(max=logits.shape[-1] - 1)
 
 
+def _logits(model: PreTrainedModel, ids: Tensor, labels: str) -> Tensor:
+    """(windows, labelled places, classes): a place per token, or one per window for a classifier. Raises InputError for a model
+    that gives none, or none that the text has labels for."""
+    found = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+    name = type(model).__name__
+    if found is None or found.shape[-1] < 2:
+        raise InputError(f"{name} predicts no classes, so it has no loss to take gradients of; use a metric without gradients")
+    if labels == "text" and not is_causal(model.config):
+        raise InputError(f"gradient_labels: {name} does not predict the text's next tokens; use `model`")
+    return found if found.dim() == 3 else found[:, None]
+
+
 def collect_gradients(
     model: PreTrainedModel,
     matrices: list[Matrix],
@@ -88,7 +102,7 @@ def collect_gradients(
         for start in every(range(0, len(windows), batch), "gradient batches"):
             ids = windows[start : start + batch].to(device).long()
             with torch.enable_grad():
-                logits = model(input_ids=ids, use_cache=False).logits
+                logits = _logits(model, ids, labels)
                 if labels == "text":
                     logits, targets = logits[:, :-1], ids[:, 1:]
                 else:

@@ -44,10 +44,12 @@ def statistics(source: Path, work: Path) -> tuple[Bundle, Bundle]:
     for layer, sites in collect(model, files.matrices, windows, 4, torch.float64):
         tensors = {f"{site}.{key}": value for site, values in sites.items() for key, value in values.items()}
         write_tensors(work / "moments" / moments_file(layer), tensors)
-    for layer, roles in collect_gradients(model, files.matrices, windows, 4, torch.float64, "model", 0):
+    headless = files.manifest["class"] == "BertModel"
+    for layer, roles in () if headless else collect_gradients(model, files.matrices, windows, 4, torch.float64, "model", 0):
         tensors = {f"{role}.{key}": value for role, values in roles.items() for key, value in values.items()}
         write_tensors(work / "gradients" / moments_file(layer), tensors)
     for name in ("moments", "gradients"):
+        (work / name).mkdir(exist_ok=True)
         write_manifest(work / name, {}, {})
     return Bundle(work / "moments" / "manifest.json"), Bundle(work / "gradients" / "manifest.json")
 

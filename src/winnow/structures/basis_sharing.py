@@ -23,7 +23,8 @@ class BasisSharing(SharedBasis):
         kind: Literal["basis_sharing"]
         layers: int = Field(2, ge=1, description="consecutive layers that share a basis")
         roles: list[Literal[ROLES]] = Field(  # type: ignore[valid-type]
-            ["q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj"], description="roles that share; the others do not"
+            ["q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj"],
+            description="roles that share; the others do not",
         )
         basis: Literal["outputs", "inputs"] = Field("outputs", description="as for shared_basis")
 
