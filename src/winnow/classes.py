@@ -72,6 +72,22 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     raise InputError(f"{config.model_type}: `architectures` names {name!r}, which is no class of it in transformers ({valid})")
 
 
+def empty_model(directory: Path | str) -> PreTrainedModel:
+    """The model of a directory without its weights, on the device `meta`, which takes no memory. Raises InputError, naming the
+    config, if none can be made of it."""
+    import torch
+
+    config = read_config(directory)
+    cls = model_class(config)
+    try:
+        with torch.device("meta"):
+            return cls._from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise InputError(
+            f"{Path(directory) / 'config.json'}: no {cls.__name__} can be made of it: {first_line(error)}"
+        ) from error
+
+
 def is_causal(config: PreTrainedConfig) -> bool:
     """Whether the model predicts the next token from those before it, which is what perplexity is about."""
     classes = classes_of(config)

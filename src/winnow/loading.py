@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import winnow.hf  # noqa: F401 - registers the loader of compressed checkpoints, and makes it part of the fingerprint
-from winnow.classes import model_class, read_config
+from winnow.classes import empty_model
 from winnow.errors import InputError
 from winnow.models import weight_files
 
@@ -23,8 +23,8 @@ def load_model(directory: Path | str, dtype: str, device: str) -> PreTrainedMode
     Raises InputError if a tensor is missing or of another shape. (Unexpected ones are refused at retrieval for a dense model,
     and by the loader of checkpoints for a compressed one.)
     """
-    weight_files(Path(directory))
-    loaded: Any = model_class(read_config(directory)).from_pretrained(
+    weight_files(directory)
+    loaded: Any = type(empty_model(directory)).from_pretrained(
         directory,
         dtype=getattr(torch, dtype),
         output_loading_info=True,

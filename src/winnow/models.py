@@ -34,9 +34,10 @@ def model_files(directory: Path | str) -> list[Path]:
     return sorted({*weights, *others})
 
 
-def weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path | str) -> list[Path]:
     """The safetensors files that transformers reads: `model.safetensors`, or those that its index names. Raises InputError for
     other files, for those of another directory, and for a directory that sends the loader elsewhere."""
+    directory = Path(directory)
     if (directory / "adapter_config.json").is_file():
         raise InputError(f"{directory}: holds an adapter (adapter_config.json); merge it into its model and save that")
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"

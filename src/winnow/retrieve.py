@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from winnow.architectures import ARCHITECTURES, matrices_of
-from winnow.classes import is_causal, model_class, read_config
+from winnow.classes import empty_model, is_causal
 from winnow.errors import InputError, first_line
 from winnow.io import file_digest
 from winnow.models import BYTES, WANTED, model_files, tensor_bytes, weight_files
@@ -45,13 +45,8 @@ def describe(directory: Path) -> dict[str, Any]:
     missing, unexpected, of another shape than the config says, or not finite (with its name).
     """
     files = model_files(directory)
-    config = read_config(directory)
-    cls = model_class(config)
-    try:
-        with torch.device("meta"):
-            model = cls._from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise InputError(f"{directory / 'config.json'}: no {cls.__name__} can be made of it: {first_line(error)}") from error
+    model = empty_model(directory)
+    config = model.config
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = {t: s for t, s in model.all_tied_weights_keys.items() if t in expected}
     name_of = canonical_names(model)
@@ -94,7 +89,7 @@ def describe(directory: Path) -> dict[str, Any]:
     return {
         "directory": str(directory),
         "model_type": config.model_type,
-        "class": cls.__name__,
+        "class": type(model).__name__,
         "causal": is_causal(config),
         "max_length": _longest(config),
         "files": {p.name: file_digest(p) for p in files},

@@ -95,7 +95,7 @@ def _parted(problem: Problem) -> Problem:
     if fused is None:
         return problem
     half, parts = fused.shape[0] // 2, _parts(problem.group)
-    weights, sites, biases, outputs = ({**d} for d in (problem.weights, problem.sites, problem.biases, problem.outputs))
+    weights, sites, biases, outputs = dict(problem.weights), dict(problem.sites), dict(problem.biases), dict(problem.outputs)
     rows = {f"{fused.layer:03d}.gate_proj": slice(None, half), f"{fused.layer:03d}.up_proj": slice(half, None)}
     for name, part in rows.items():
         weights[name] = weights[fused.name][part]
@@ -106,6 +106,4 @@ def _parted(problem: Problem) -> Problem:
         if fused.name in outputs:
             both = outputs[fused.name]
             outputs[name] = {key: v[part] if v.dim() == 1 else v[part, part] for key, v in both.items()}
-    for found in (weights, sites, biases, outputs):
-        found.pop(fused.name, None)
     return replace(problem, group=parts, weights=weights, sites=sites, biases=biases, outputs=outputs)
