@@ -27,6 +27,7 @@ LLAMA = {**COMMON, **LAYERS, "hidden_size": 64, "intermediate_size": 96, "num_ke
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1}
 GEMMA = {**GROUPED, "sliding_window": 16, "query_pre_attn_scalar": 8}
+MIXTURE = {"num_experts_per_tok": 2}
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 IMAGES = {"vision_config": {**VISION, "patch_size": 14}, "mm_tokens_per_image": 4}
 MARKS = {f"{name}_token_index": i for i, name in enumerate(("image", "boi", "eoi"), start=2)}
@@ -40,6 +41,8 @@ TINY: dict[str, tuple[str, dict]] = {
     "gemma2": ("Gemma2ForCausalLM", GEMMA),
     "gemma3_text": ("Gemma3ForCausalLM", GEMMA),
     "gemma3": ("Gemma3ForConditionalGeneration", {"text_config": GEMMA, **IMAGES, **MARKS}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**GROUPED, **MIXTURE, "num_experts": 16, "moe_intermediate_size": 16}),
+    "mixtral": ("MixtralForCausalLM", {**GROUPED, **MIXTURE, "num_local_experts": 4, "intermediate_size": 16}),
     "phi3": ("Phi3ForCausalLM", {**PLAIN, "num_key_value_heads": 2, "pad_token_id": 0}),
     "gpt2": ("GPT2LMHeadModel", {**COMMON, **GPT2}),
     "opt": ("OPTForCausalLM", {**PLAIN, **OPT}),

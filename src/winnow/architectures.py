@@ -7,7 +7,7 @@ a new role also needs the site that feeds it. `tests/conftest.py` then needs a t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError
@@ -38,13 +38,16 @@ class Architecture:
     """Names of a family's modules; `activation` is the one between an FFN's first and last matrices.
 
     `transposed`: weights are stored (in, out), as GPT-2's Conv1D does. `positions`: rows of the position embeddings that no
-    token of a text uses, as RoBERTa's."""
+    token of a text uses, as RoBERTa's. `experts`: the module that holds a layer's experts, and `expert_modules` the matrices of
+    one of them as the files name them; layers without experts have those of `modules`."""
 
     layers: str
     modules: dict[str, str]
     activation: str
     transposed: bool = False
     positions: int = 0
+    experts: str = ""
+    expert_modules: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,41 @@ class Matrix:
     transposed: bool
     bias: bool
     activation: str = ""  # the activation module of the layer's FFN
+    expert: int | None = None  # of a mixture; its sites are its own, since it sees tokens of its own
 
     @property
     def name(self) -> str:
-        return f"{self.layer:03d}.{self.role}"
+        return f"{self.layer:03d}.{self.part}"
+
+    @property
+    def part(self) -> str:
+        """What it is within its layer."""
+        return self.role if self.expert is None else f"expert{self.expert:03d}.{self.role}"
+
+    def beside(self, site: str) -> str:
+        """The name of another site of the same FFN."""
+        return site if self.expert is None else f"expert{self.expert:03d}.{site}"
 
 
 _SEPARATE_ATTENTION = {role: f"self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj", "o_proj")}
-_GATED = _SEPARATE_ATTENTION | {role: f"mlp.{role}" for role in ("gate_proj", "up_proj", "down_proj")}
+_GATED_FFN = ("gate_proj", "up_proj", "down_proj")
+_GATED = _SEPARATE_ATTENTION | {role: f"mlp.{role}" for role in _GATED_FFN}
 _BERT = {role: f"attention.self.{name}" for role, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))}
 _BERT |= {"o_proj": "attention.output.dense", "up_proj": "intermediate.dense", "down_proj": "output.dense"}
 
 ARCHITECTURES = {
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), Architecture("model.layers", _GATED, "mlp.act_fn")
+    ),
+    "qwen3_moe": Architecture(
+        "model.layers", _GATED, "mlp.act_fn", experts="mlp.experts", expert_modules={role: role for role in _GATED_FFN}
+    ),
+    "mixtral": Architecture(
+        "model.layers",
+        _SEPARATE_ATTENTION,
+        "",
+        experts="mlp.experts",
+        expert_modules={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     ),
     "gemma3": Architecture("language_model.layers", _GATED, "mlp.act_fn"),  # of the text and image model the text part
     "phi3": Architecture(
@@ -121,8 +145,12 @@ def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
     layers = sorted({int(name[len(prefix) :].split(".")[0]) for name in tensors if name.startswith(prefix)})
     found = []
     for layer in layers:
+        mixture = f"{prefix}{layer}.{family.experts}."
+        experts = sorted({int(n[len(mixture) :].split(".")[0]) for n in tensors if family.experts and n.startswith(mixture)})
         for role, module in family.modules.items():
             name = f"{prefix}{layer}.{module}"
+            if experts and role in FFN_ROLES:
+                continue
             if f"{name}.weight" not in tensors:
                 raise InputError(f"{name}.weight is missing from the {model_type} model")
             rows, columns = tensors[f"{name}.weight"]["shape"]
@@ -130,6 +158,13 @@ def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
             bias = f"{name}.bias" in tensors
             activation = f"{prefix}{layer}.{family.activation}"
             found.append(Matrix(layer, role, name, SITES[role], shape, family.transposed, bias, activation))
+        for expert in experts:
+            for role, module in family.expert_modules.items():
+                name = f"{mixture}{expert}.{module}"
+                if f"{name}.weight" not in tensors:
+                    raise InputError(f"{name}.weight is missing from the {model_type} model")
+                (rows, columns), site = tensors[f"{name}.weight"]["shape"], f"expert{expert:03d}.{SITES[role]}"
+                found.append(Matrix(layer, role, name, site, (rows, columns), False, False, f"{mixture}{expert}.act_fn", expert))
     return found
 
 
@@ -157,11 +192,12 @@ def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
 
 
 def ffn_groups(matrices: list[Matrix]) -> list[list[Matrix]]:
-    """The matrices of each layer's FFN: [gate, up, down], [gate_up, down], or [up, down] where there is no gate."""
-    found: dict[int, list[Matrix]] = {}
+    """The matrices of each layer's FFN, or of each expert's: [gate, up, down]; [gate_up, down] where those are one matrix; or
+    [up, down] where there is no gate."""
+    found: dict[tuple[int, int | None], list[Matrix]] = {}
     for m in matrices:
         if m.role in FFN_ROLES:
-            found.setdefault(m.layer, []).append(m)
+            found.setdefault((m.layer, m.expert), []).append(m)
     return [sorted(group, key=lambda m: FFN_ROLES.index(m.role)) for group in found.values()]
 
 
@@ -169,7 +205,8 @@ def group_name(group: list[Matrix]) -> str:
     """The name of a group in files: layer and roles, and the last layer if it spans several."""
     layers = sorted({m.layer for m in group})
     span = f"{layers[0]:03d}" if len(layers) == 1 else f"{layers[0]:03d}-{layers[-1]:03d}"
-    return ".".join([span, *dict.fromkeys(m.role for m in group)])
+    own = [] if group[0].expert is None else [f"expert{group[0].expert:03d}"]
+    return ".".join([span, *own, *dict.fromkeys(m.role for m in group)])
 
 
 def moments_file(layer: int) -> str:
@@ -179,7 +216,7 @@ def moments_file(layer: int) -> str:
 
 def reads(matrix: Matrix, statistic: str) -> bool:
     """Whether the matrix's site has the statistic: `cross`, the moment with the FFN's input, exists for its hidden units."""
-    return statistic != "cross" or matrix.site == "ffn_hidden"
+    return statistic != "cross" or matrix.site.endswith("ffn_hidden")
 
 
 def tokens_of(x: Tensor, length: int) -> Tensor:

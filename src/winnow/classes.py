@@ -77,11 +77,13 @@ def empty_model(directory: Path | str) -> PreTrainedModel:
     config, if none can be made of it."""
     import torch
 
+    from winnow.experts import unfuse
+
     config = read_config(directory)
     cls = model_class(config)
     try:
         with torch.device("meta"):
-            return cls._from_config(config)
+            return unfuse(cls._from_config(config))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise InputError(
             f"{Path(directory) / 'config.json'}: no {cls.__name__} can be made of it: {first_line(error)}"

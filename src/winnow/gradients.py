@@ -78,8 +78,10 @@ def collect_gradients(
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Yield (layer, {role: statistics}) after one pass of `windows` (count, length) there and back.
 
-    `labels`: `model` (drawn with `seed`) or `text`. Raises FloatingPointError with the module's name if a gradient is not finite.
+    `labels`: `model` (drawn with `seed`) or `text`. Experts of a mixture are left out: what a window's loss says of one rests on
+    few tokens. Raises FloatingPointError with the module's name if a gradient is not finite.
     """
+    matrices = [m for m in matrices if m.expert is None]
     model.requires_grad_(False)
     device = next(model.parameters()).device
     length, skipped = windows.shape[1], 0 if first_token else 1

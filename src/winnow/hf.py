@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -22,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from winnow.classes import model_class
 from winnow.errors import InputError, first_line
+from winnow.experts import unfuse
 from winnow.layouts import check_layouts, install, moved
 from winnow.naming import canonical_names
 from winnow.structures.base import FORMAT_VERSION, METHOD
@@ -57,17 +59,22 @@ class WinnowQuantizer(HfQuantizer):
                 "this transformers does not say which files it loads, so they cannot be checked; upgrade transformers"
             )
         _check_files(model.config, checkpoint_files)
+        unfuse(model)
         layers, written = self.quantization_config.layers, model_class(model.config)
         if type(model) is written:
             install(model, layers)
             _check_tensors(model, checkpoint_files)
             return
         with torch.device("meta"):
-            whole = written._from_config(copy.deepcopy(model.config))
+            whole = unfuse(written._from_config(copy.deepcopy(model.config)))
         install(whole, layers)
         _check_tensors(whole, checkpoint_files)
         self.quantization_config.layers = moved(layers, _base(whole), _base(model))
         install(model, self.quantization_config.layers)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Without those that make one parameter of the matrices of all experts, which are modules of their own here."""
+        return [t for t in weight_conversions if isinstance(t, WeightRenaming)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.is_quantized = False  # nothing is: `.half()` and `.to(dtype)` work as on any model

@@ -12,6 +12,7 @@ from transformers.utils import logging
 import winnow.hf  # noqa: F401 - registers the loader of compressed checkpoints, and makes it part of the fingerprint
 from winnow.classes import empty_model
 from winnow.errors import InputError
+from winnow.experts import unfuse
 from winnow.models import weight_files
 
 logging.disable_progress_bar()  # a bar per model says nothing in a log
@@ -36,4 +37,5 @@ def load_model(directory: Path | str, dtype: str, device: str) -> PreTrainedMode
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report[problem]:
             raise InputError(f"{directory}: {problem.replace('_', ' ')}: {sorted(report[problem])[0]}")
-    return model.to(device).eval()
+    ready: Any = unfuse(model)
+    return ready.to(device).eval()

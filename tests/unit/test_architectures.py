@@ -6,15 +6,18 @@ import shutil
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import TINY, pico
-from tests.unit.test_checkpoint import IDS, build, targets_of
+from tests.unit.test_checkpoint import IDS, build, statistics, targets_of
 from winnow.classes import is_causal
 from winnow.errors import InputError
+from winnow.io import write_json
 from winnow.loading import load_model
 from winnow.models import ModelFiles
 from winnow.retrieve import describe
+from winnow.statistics import collect
 from winnow.tokens import check_causal
 
 FFN = ("split", "split_affine", "neuron_slice", "affine_block")
@@ -88,7 +91,9 @@ def test_full_rank_is_exact_and_saving_is_stable(dense, tmp_path, record_propert
 @pytest.mark.parametrize("kind", ["basis_sharing", "coupled"])
 def test_shared_factors_stay_stored_once(dense, tmp_path, kind):
     options = {"starts": 1, "sweeps": 2} if kind == "coupled" else {}
-    folder = build(dense, tmp_path / "work", TARGETS, 0.6, kind, **options)
+    mixture = any("experts" in name for name in describe(dense)["tensors"])
+    targets = ["attention"] if mixture and kind == "coupled" else TARGETS  # experts of two layers do not correspond
+    folder = build(dense, tmp_path / "work", targets, 0.6, kind, **options)
     model = load_model(folder, "float32", "cpu")
     layouts = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
     assert any(layout.get("basis_of") or layout.get("shared") for layout in layouts.values())
@@ -97,6 +102,75 @@ def test_shared_factors_stay_stored_once(dense, tmp_path, kind):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert unique_bytes(type(model).from_pretrained(tmp_path / "again")) == sum(t.nbytes for t in before.values())
+
+
+def test_experts_with_few_tokens_stay_dense_and_are_listed(tmp_path):
+    """A mixture in the Gram metric: an expert is compressed where its own tokens span its inputs, and listed where not."""
+    pico("qwen3_moe").save_pretrained(tmp_path / "dense")
+    folder = build(tmp_path / "dense", tmp_path / "work", TARGETS, 0.6, "low_rank", metric="gram")
+    moments, _ = statistics(tmp_path / "dense", tmp_path / "dense statistics")
+    files = ModelFiles(tmp_path / "dense statistics" / "model.json")
+    counts = {layer: moments.tensors(f"layer-{layer:03d}.safetensors") for layer in (0, 1)}
+    experts = [m for m in files.matrices if m.expert is not None]
+    assert len(experts) == 2 * 16 * 3
+    assert sum(int(counts[0][f"expert{e:03d}.ffn_input.count"]) for e in range(16)) == 8 * 32 * 2, "two experts per token"
+    seen = {m.name: int(counts[m.layer][f"{m.site}.count"]) for m in experts}
+    few = {name: count for name, count in seen.items() if count < (16 if "down" in name else 32)}
+    assert 0 < len(few) < len(experts)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["left_dense"] == few
+    layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+    assert {m.name for m in files.matrices if m.module in layers} == {m.name for m in files.matrices} - set(few)
+    card = (folder / "README.md").read_text()
+    assert all(f"- `{name}`: {count:,} tokens" in card for name, count in few.items())
+    model = load_model(folder, "float32", "cpu")
+    for m in experts:
+        if m.name in few:
+            assert torch.equal(model.get_parameter(f"{m.module}.weight"), files.tensor(f"{m.module}.weight"))
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(outputs(again), outputs(model))
+
+
+def test_experts_apart_are_the_model_that_transformers_has(tmp_path):
+    for name in ("qwen3_moe", "mixtral"):
+        model = pico(name)
+        model.save_pretrained(tmp_path / name)
+        torch.testing.assert_close(outputs(load_model(tmp_path / name, "float32", "cpu")), outputs(model), atol=1e-6, rtol=1e-5)
+
+
+def test_statistics_of_an_expert_are_those_of_its_tokens(tmp_path):
+    """Against the same sums over what its router sends it, with and without the first token of every window."""
+    pico("mixtral").save_pretrained(tmp_path / "dense")
+    write_json(tmp_path / "model.json", describe(tmp_path / "dense"))
+    files, model = ModelFiles(tmp_path / "model.json"), load_model(tmp_path / "dense", "float32", "cpu")
+    windows = torch.randint(0, 1024, (3, 8), generator=torch.Generator().manual_seed(2))
+    block, calls = model.get_submodule("model.layers.1.mlp"), []
+    hook = block.experts.register_forward_pre_hook(lambda _m, args: calls.append([a.clone() for a in args]))
+    for skipped in (0, 1):
+        calls.clear()
+        sites = dict(collect(model, files.matrices, windows, 3, torch.float64, first_token=not skipped))[1]
+        (x, chosen, _), place = calls[0], torch.arange(3 * 8) % 8
+        for expert in range(4):
+            own = x[(chosen == expert).any(-1) & (place >= skipped)].double()
+            found = sites[f"expert{expert:03d}.ffn_input"]
+            assert int(found["count"]) == len(own) > 0
+            torch.testing.assert_close(found["gram"], own.T @ own / len(own))
+            with torch.no_grad():
+                e = block.experts[expert]
+                hidden = (e.act_fn(e.w1(own.float())) * e.w3(own.float())).double()
+            torch.testing.assert_close(
+                sites[f"expert{expert:03d}.ffn_hidden"]["cross"], hidden.T @ own / len(own), atol=1e-6, rtol=1e-4
+            )
+    hook.remove()
+
+
+@pytest.mark.parametrize("kind", [*FFN, "shared_basis", "cluster", "gauge_fixed", "tiers", "bypass"])
+def test_experts_take_every_form_but_the_coupled_one(tmp_path, kind):
+    pico("mixtral").save_pretrained(tmp_path / "dense")
+    model = load_model(build(tmp_path / "dense", tmp_path / "work", targets_of(kind), 0.6, kind), "float32", "cpu")
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(outputs(load_model(tmp_path / "again", "float32", "cpu")), outputs(model))
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ class Coupled(Structure):
 
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         found: dict[tuple[str, tuple[int, int]], list[Matrix]] = {}
-        for m in matrices:
+        for m in (m for m in matrices if m.expert is None):  # experts of two layers do not correspond
             found.setdefault((m.role, m.shape), []).append(m)
         return [sorted(group, key=lambda m: m.layer) for group in found.values()]
 
