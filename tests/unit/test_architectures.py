@@ -106,7 +106,9 @@ def test_shared_factors_stay_stored_once(dense, tmp_path, kind):
 
 def test_experts_with_few_tokens_stay_dense_and_are_listed(tmp_path):
     """A mixture in the Gram metric: an expert is compressed where its own tokens span its inputs, and listed where not."""
-    pico("qwen3_moe").save_pretrained(tmp_path / "dense")
+    config = transformers.Qwen3MoeConfig(**{**TINY["qwen3_moe"][1], "num_experts": 16})
+    torch.manual_seed(0)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "dense")
     folder = build(tmp_path / "dense", tmp_path / "work", TARGETS, 0.6, "low_rank", metric="gram")
     moments, _ = statistics(tmp_path / "dense", tmp_path / "dense statistics")
     files = ModelFiles(tmp_path / "dense statistics" / "model.json")
