@@ -16,6 +16,8 @@ if __name__ == "__main__":
     bundles = [Bundle(path) for path in snakemake.input.factors]
     factors = {name: bundle for bundle in bundles for name in bundle.manifest["groups"]}
     allocation = read_json(snakemake.input.allocation)
+    tokens = {name: count for bundle in bundles for name, count in bundle.manifest["left_dense"].items()}
+    allocation["left_dense"] = {name: tokens[name] for name in allocation["left_dense"]}
     sizes = {row["group"]: row["size"] for row in allocation["groups"]}
     stored, layouts, reports = compress(files, factors, structure, sizes)
     recipe = recipe_of(spec["names"], spec["presets"], allocation)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from winnow.factors import fit_groups, labels_by_matrix, storable
+from winnow.factors import fit_groups, labels_by_matrix, left_dense, storable
 from winnow.io import Bundle, read_parquet, write_manifest, write_tensors
 from winnow.metrics import metric_of
 from winnow.models import ModelFiles
@@ -16,15 +16,16 @@ if __name__ == "__main__":
     job = start_job(snakemake)
     method = job.spec["method"]
     structure, metric = structure_of(method["structure"]), metric_of(method["metric"]) if method["metric"] else None
-    given = snakemake.input
+    given, files = snakemake.input, ModelFiles(snakemake.input.model)
     moments, gradients = (Bundle(given[name]) if given.get(name) else None for name in ("moments", "gradients"))
     labels = labels_by_matrix(read_parquet(given.clusters)) if given.get("clusters") else {}
     folder = Path(snakemake.output[0]).parent
     names = [name.removesuffix(".safetensors") for name in own_files(folder, job.provenance)]
     options = (labels, structure, metric, job.spec["shard"], job.device, names)
-    for name, fit, numbers in fit_groups(ModelFiles(given.model), moments, gradients, *options):
+    for name, fit, numbers in fit_groups(files, moments, gradients, *options):
         tensors = storable(structure, fit) | {"spectrum": fit.spectrum.cpu(), "error": fit.error.cpu()}
         tensors["numbers"] = torch.tensor(numbers)
         write_tensors(folder / f"{name}.safetensors", tensors, job.provenance)
         names.append(name)
-    write_manifest(folder, {"groups": sorted(names)}, job.provenance)
+    dense = left_dense(files, moments, structure, metric, job.spec["shard"])
+    write_manifest(folder, {"groups": sorted(names), "left_dense": dense}, job.provenance)

@@ -6,12 +6,13 @@ from winnow.io import read_json, read_parquet, write_tensors
 from winnow.models import ModelFiles
 from winnow.runtime import start_job
 from winnow.texts import text_digest
-from winnow.tokens import PROTOCOLS, calibration_windows, check_length, encode, evaluation_windows, load_tokenizer
+from winnow.tokens import PROTOCOLS, calibration_windows, check_causal, check_length, encode, evaluation_windows, load_tokenizer
 
 if __name__ == "__main__":
     job = start_job(snakemake)
     spec = job.spec
-    check_length(spec["length"], read_json(snakemake.input.model)["max_length"])
+    model = read_json(snakemake.input.model)
+    check_length(spec["length"], model["max_length"])
     tokenizer = load_tokenizer(ModelFiles(snakemake.input.model).verify())
     text = spec["join"].join(read_parquet(snakemake.input.text)["text"])
     if spec["kind"] == "calibrations":
@@ -19,6 +20,7 @@ if __name__ == "__main__":
         windows = calibration_windows(ids, spec["windows"], spec["length"], spec["seed"])
         tensors = {"ids": torch.from_numpy(windows)}
     else:
+        check_causal(model)
         ids = encode(tokenizer, text, PROTOCOLS[spec["protocol"]].special_tokens)
         cut = (spec["protocol"], spec["length"], spec["stride"], spec["windows"])
         windows, first = evaluation_windows(ids, *cut, bos=tokenizer.bos_token_id)

@@ -48,6 +48,10 @@ def chosen_groups(files: ModelFiles, structure: Structure, targets: list[str], s
     chosen = {m.name: m for m in select(files.matrices, targets)}
     groups = []
     for matrices in structure.groups(files.matrices):
+        if group_name(matrices) not in spectra.index and matrices[0].expert is not None:
+            for m in matrices:
+                chosen.pop(m.name, None)
+            continue  # too few tokens: it stays dense, and counts in no budget
         inside = [chosen.pop(m.name) for m in matrices if m.name in chosen]
         if inside and len(inside) < len(matrices):
             raise InputError(
@@ -65,7 +69,16 @@ def chosen_groups(files: ModelFiles, structure: Structure, targets: list[str], s
     if chosen:
         left = next(iter(chosen.values()))
         raise InputError(f"{structure.kind()} does not apply to {left.role} ({left.module}); take it out of the budget's targets")
+    if not groups:
+        raise InputError(f"every expert stays dense, and {', '.join(targets)} names nothing else; calibrate on more tokens")
     return groups
+
+
+def experts_left_dense(files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame) -> list[str]:
+    """The groups of experts that `targets` name and that were not fitted, for want of calibration tokens."""
+    roles = {m.role for m in select(files.matrices, targets)}
+    groups = [g for g in structure.groups(files.matrices) if g[0].expert is not None and g[0].role in roles]
+    return [name for name in map(group_name, groups) if name not in spectra.index]
 
 
 def allocate(groups: list[Group], budget: dict[str, Any]) -> dict[str, int]:

@@ -1,11 +1,13 @@
-"""What is where in each model family, as data. A family is matched by the `model_type` of its config class.
+"""What is where in each model family, as data. A family is matched by the `model_type` of its config class, never by a name.
 
-Adding one: name the list of layers, and for each role the module below a layer and the site that feeds it.
+Adding one is an entry in `ARCHITECTURES`: the list of layers, for each role the module below a layer, and the FFN's activation;
+a new role also needs the site that feeds it. `tests/conftest.py` then needs a tiny configuration of it, and
+`tests/unit/test_architectures.py` checks the rest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
-FFN_ROLES = ("gate_proj", "up_proj", "down_proj")
+FFN_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # gate_up_proj: gate above up, in one matrix
 ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
 
 # A site is a distinct input: one Gram matrix each, shared by all matrices that read it.
@@ -26,6 +28,7 @@ SITES = {
     "o_proj": "attention_output",
     "gate_proj": "ffn_input",
     "up_proj": "ffn_input",
+    "gate_up_proj": "ffn_input",
     "down_proj": "ffn_hidden",
 }
 
@@ -34,12 +37,17 @@ SITES = {
 class Architecture:
     """Names of a family's modules; `activation` is the one between an FFN's first and last matrices.
 
-    `transposed`: weights are stored (in, out), as GPT-2's Conv1D does."""
+    `transposed`: weights are stored (in, out), as GPT-2's Conv1D does. `positions`: rows of the position embeddings that no
+    token of a text uses, as RoBERTa's. `experts`: the module that holds a layer's experts, and `expert_modules` the matrices of
+    one of them as the files name them; layers without experts have those of `modules`."""
 
     layers: str
     modules: dict[str, str]
     activation: str
     transposed: bool = False
+    positions: int = 0
+    experts: str = ""
+    expert_modules: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,16 +62,49 @@ class Matrix:
     transposed: bool
     bias: bool
     activation: str = ""  # the activation module of the layer's FFN
+    expert: int | None = None  # of a mixture; its sites are its own, since it sees tokens of its own
 
     @property
     def name(self) -> str:
-        return f"{self.layer:03d}.{self.role}"
+        return f"{self.layer:03d}.{self.part}"
+
+    @property
+    def part(self) -> str:
+        """What it is within its layer."""
+        return self.role if self.expert is None else f"expert{self.expert:03d}.{self.role}"
+
+    def beside(self, site: str) -> str:
+        """The name of another site of the same FFN."""
+        return site if self.expert is None else f"expert{self.expert:03d}.{site}"
 
 
 _SEPARATE_ATTENTION = {role: f"self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj", "o_proj")}
+_GATED_FFN = ("gate_proj", "up_proj", "down_proj")
+_GATED = _SEPARATE_ATTENTION | {role: f"mlp.{role}" for role in _GATED_FFN}
+_BERT = {role: f"attention.self.{name}" for role, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))}
+_BERT |= {"o_proj": "attention.output.dense", "up_proj": "intermediate.dense", "down_proj": "output.dense"}
 
 ARCHITECTURES = {
-    "llama": Architecture("model.layers", _SEPARATE_ATTENTION | {role: f"mlp.{role}" for role in FFN_ROLES}, "mlp.act_fn"),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), Architecture("model.layers", _GATED, "mlp.act_fn")
+    ),
+    "qwen3_moe": Architecture(
+        "model.layers", _GATED, "mlp.act_fn", experts="mlp.experts", expert_modules={role: role for role in _GATED_FFN}
+    ),
+    "mixtral": Architecture(
+        "model.layers",
+        _SEPARATE_ATTENTION,
+        "",
+        experts="mlp.experts",
+        expert_modules={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    ),
+    "gemma3": Architecture("language_model.layers", _GATED, "mlp.act_fn"),  # of the text and image model the text part
+    "phi3": Architecture(
+        "model.layers",
+        {"qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj"}
+        | {"gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"},
+        "mlp.activation_fn",
+    ),
     "gpt2": Architecture(
         "transformer.h",
         {"qkv_proj": "attn.c_attn", "o_proj": "attn.c_proj", "up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"},
@@ -85,15 +126,8 @@ ARCHITECTURES = {
         },
         "mlp.act",
     ),
-    **dict.fromkeys(
-        ("bert", "roberta"),
-        Architecture(
-            "encoder.layer",
-            {role: f"attention.self.{name}" for role, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))}
-            | {"o_proj": "attention.output.dense", "up_proj": "intermediate.dense", "down_proj": "output.dense"},
-            "intermediate.intermediate_act_fn",
-        ),
-    ),
+    "bert": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn"),
+    "roberta": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn", positions=2),
 }
 
 
@@ -107,14 +141,16 @@ def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
         known = ", ".join(sorted(ARCHITECTURES))
         raise InputError(f"model type {model_type!r} is not in src/winnow/architectures.py (known: {known})")
     family = ARCHITECTURES[model_type]
-    prefix = family.layers + "."
-    heads = {name[: name.index(prefix)] for name in tensors if prefix in name}  # e.g. `bert.`, where a head is on top
-    prefix = min(heads, key=len, default="") + prefix
+    prefix = _prefix(family.layers, tensors)
     layers = sorted({int(name[len(prefix) :].split(".")[0]) for name in tensors if name.startswith(prefix)})
     found = []
     for layer in layers:
+        mixture = f"{prefix}{layer}.{family.experts}."
+        experts = sorted({int(n[len(mixture) :].split(".")[0]) for n in tensors if family.experts and n.startswith(mixture)})
         for role, module in family.modules.items():
             name = f"{prefix}{layer}.{module}"
+            if experts and role in FFN_ROLES:
+                continue
             if f"{name}.weight" not in tensors:
                 raise InputError(f"{name}.weight is missing from the {model_type} model")
             rows, columns = tensors[f"{name}.weight"]["shape"]
@@ -122,7 +158,26 @@ def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
             bias = f"{name}.bias" in tensors
             activation = f"{prefix}{layer}.{family.activation}"
             found.append(Matrix(layer, role, name, SITES[role], shape, family.transposed, bias, activation))
+        for expert in experts:
+            for role, module in family.expert_modules.items():
+                name = f"{mixture}{expert}.{module}"
+                if f"{name}.weight" not in tensors:
+                    raise InputError(f"{name}.weight is missing from the {model_type} model")
+                (rows, columns), site = tensors[f"{name}.weight"]["shape"], f"expert{expert:03d}.{SITES[role]}"
+                found.append(Matrix(layer, role, name, site, (rows, columns), False, False, f"{mixture}{expert}.act_fn", expert))
     return found
+
+
+def _prefix(layers: str, tensors: dict[str, Any]) -> str:
+    """What the names of a layer's tensors begin with: a head on top adds to it, as `bert.`, and a model without one lacks the
+    first part. Raises InputError if there are no layers."""
+    heads = {name[: name.index(f"{layers}.")] for name in tensors if f"{layers}." in name}
+    bare = layers.partition(".")[2] + "."
+    if not heads and any(name.startswith(bare) for name in tensors):
+        return bare
+    if not heads:
+        raise InputError(f"the model has no {layers}: it is not of the form that its config says")
+    return min(heads, key=len) + f"{layers}."
 
 
 def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
@@ -137,11 +192,12 @@ def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
 
 
 def ffn_groups(matrices: list[Matrix]) -> list[list[Matrix]]:
-    """The matrices of each layer's FFN: [gate, up, down], or [up, down] where there is no gate."""
-    found: dict[int, list[Matrix]] = {}
+    """The matrices of each layer's FFN, or of each expert's: [gate, up, down]; [gate_up, down] where those are one matrix; or
+    [up, down] where there is no gate."""
+    found: dict[tuple[int, int | None], list[Matrix]] = {}
     for m in matrices:
         if m.role in FFN_ROLES:
-            found.setdefault(m.layer, []).append(m)
+            found.setdefault((m.layer, m.expert), []).append(m)
     return [sorted(group, key=lambda m: FFN_ROLES.index(m.role)) for group in found.values()]
 
 
@@ -149,7 +205,8 @@ def group_name(group: list[Matrix]) -> str:
     """The name of a group in files: layer and roles, and the last layer if it spans several."""
     layers = sorted({m.layer for m in group})
     span = f"{layers[0]:03d}" if len(layers) == 1 else f"{layers[0]:03d}-{layers[-1]:03d}"
-    return ".".join([span, *dict.fromkeys(m.role for m in group)])
+    own = [] if group[0].expert is None else [f"expert{group[0].expert:03d}"]
+    return ".".join([span, *own, *dict.fromkeys(m.role for m in group)])
 
 
 def moments_file(layer: int) -> str:
@@ -159,7 +216,7 @@ def moments_file(layer: int) -> str:
 
 def reads(matrix: Matrix, statistic: str) -> bool:
     """Whether the matrix's site has the statistic: `cross`, the moment with the FFN's input, exists for its hidden units."""
-    return statistic != "cross" or matrix.site == "ffn_hidden"
+    return statistic != "cross" or matrix.site.endswith("ffn_hidden")
 
 
 def tokens_of(x: Tensor, length: int) -> Tensor:

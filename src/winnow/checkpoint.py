@@ -106,7 +106,8 @@ def write_checkpoint(
         write_tensors(directory / name, shard)
     source = files.verify()
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
+    for key in ("torch_dtype", "auto_map"):  # the second names code, which no checkpoint needs
+        config.pop(key, None)
     config |= {
         "dtype": dtype,
         "quantization_config": {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": layouts},
@@ -129,6 +130,10 @@ def card(recipe: dict[str, Any]) -> str:
     method = recipe["method"]
     minimised = f"`{method['metric']['kind']}`" if method["metric"] else "none: the error of the FFN's output"
     share = recipe["stored_bytes"] / recipe["dense_bytes"]
+    left = recipe.get("left_dense", {})
+    rows = "".join(f"- `{name}`: {tokens:,} tokens\n" for name, tokens in left.items())
+    reason = "Parts of experts that stay dense, since fewer calibration tokens than they have inputs reached them"
+    dense = f"{reason}:\n\n{rows}\n" if left else ""
     return f"""# {recipe["names"]["model"]}, compressed by winnow
 
 | what | value |
@@ -147,7 +152,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("this directory")
 ```
 
-`recipe.yaml` holds every parameter, `manifest.json` the digests of all files and of what they were made from.
+{dense}`recipe.yaml` holds every parameter, `manifest.json` the digests of all files and of what they were made from.
 """
 
 
@@ -155,4 +160,5 @@ def recipe_of(names: dict[str, str], presets: dict[str, Any], allocation: dict[s
     """The content of recipe.yaml: preset names, resolved presets, and the size of every group."""
     sizes = {row["group"]: row["size"] for row in allocation["groups"]}
     counts = {key: allocation[key] for key in ("dense_bytes", "stored_bytes")}
-    return {"winnow": version("winnow"), "names": names, **presets, **counts, "sizes": sizes}
+    dense = {"left_dense": allocation["left_dense"]} if allocation.get("left_dense") else {}
+    return {"winnow": version("winnow"), "names": names, **presets, **counts, "sizes": sizes, **dense}

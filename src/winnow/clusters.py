@@ -54,7 +54,7 @@ def site_of(clustering: Clustering, matrix: Matrix) -> str | None:
     """The site whose channels are clustered; None for rows that no site records."""
     if not clustering.on_rows(matrix):
         return matrix.site
-    return "ffn_hidden" if matrix.role in ("gate_proj", "up_proj") else None  # their rows are the neurons
+    return matrix.beside("ffn_hidden") if matrix.role in ("gate_proj", "up_proj") else None  # their rows are the neurons
 
 
 def assign(weight: Tensor, site: dict[str, Tensor], clustering: Clustering, matrix: Matrix) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def rows_of(labels: Tensor, distance: Tensor, clustering: Clustering, matrix: Ma
     count = len(labels)
     return {
         "layer": [matrix.layer] * count,
-        "role": [matrix.role] * count,
+        "role": [matrix.part] * count,
         "axis": ["rows" if clustering.on_rows(matrix) else "columns"] * count,
         "channel": list(range(count)),
         "cluster": labels.tolist(),

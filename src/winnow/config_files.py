@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from winnow import presets
+from winnow.architectures import ARCHITECTURES
 from winnow.config import Config, Method, load
 from winnow.errors import InputError
 from winnow.evaluations import EVALUATIONS
@@ -112,6 +113,8 @@ def readme() -> str:
             if kind == "perplexity":
                 lines += ["", "| protocol | version | rule |", "|---|---|---|"]
                 lines += [f"| `{key}` | {p.version} | {p.rule} |" for key, p in PROTOCOLS.items()]
+        if name == "models":
+            lines += ["", *_families()]
         if name == "methods":
             lines += [
                 "",
@@ -130,6 +133,29 @@ def readme() -> str:
                 *_preset_rows(),
             ]
     return "\n".join(lines) + "\n"
+
+
+def _families() -> list[str]:
+    """Which families are known, and what another one takes."""
+    named = ", ".join(f"`{name}`" for name in sorted(ARCHITECTURES))
+    return [
+        f"Families, by the `model_type` of `config.json` (what a folder is called says nothing): {named}.",
+        "",
+        "The transformers class is the one that `architectures` in `config.json` names: a causal language model, a masked one, a",
+        "classifier, or the encoder alone. Perplexity is for models that predict the next token; an encoder has none.",
+        "",
+        "Another family is an entry in `ARCHITECTURES` of `src/winnow/architectures.py`, data only: `layers`, the list of",
+        "layers; `modules`, for each role the module below a layer; `activation`, the FFN's. Where they apply: `transposed`",
+        "(weights stored as in, out), `positions` (rows of the position embeddings that no token uses), `experts` and",
+        "`expert_modules` (a mixture). With a tiny configuration of it in `TINY` of `tests/conftest.py`,",
+        "`tests/unit/test_architectures.py` checks the rest.",
+        "",
+        "A fused matrix is one matrix of its own role: `qkv_proj`, and `gate_up_proj`, which structures of whole FFNs cut in",
+        "two and put together again. The experts of a mixture are matrices of their own. Where the fit needs statistics, an",
+        "expert that fewer calibration tokens reached than the matrix has inputs stays dense: it counts in no budget, and",
+        "allocation.json, recipe.yaml and the checkpoint's README list it. In metrics with gradients all experts stay dense, and",
+        "`coupled` refuses them.",
+    ]
 
 
 def _key_rows(model: type[BaseModel]) -> list[str]:

@@ -35,6 +35,28 @@ def labels_by_matrix(table: pd.DataFrame) -> dict[str, Tensor]:
     }
 
 
+def left_dense(
+    files: ModelFiles, moments: Bundle | None, structure: Structure, metric: Metric | None, shard: str
+) -> dict[str, int]:
+    """{group name: calibration tokens} of the shard's experts that stay dense: where the fit needs statistics, those that saw
+    fewer tokens than they have inputs, so that their second moment is singular; and all, where it needs gradients."""
+    needs = {*(metric.needs if metric else ()), *structure.needs()}
+    found: dict[str, int] = {}
+    layers: dict[int, dict[str, Tensor]] = {}
+    for group in shard_of(structure.groups(files.matrices), shard):
+        if group[0].expert is None or not needs:
+            continue
+        assert moments is not None or needs <= set(GRADIENTS)
+        tokens = 0
+        if moments is not None:
+            if group[0].layer not in layers:
+                layers = {group[0].layer: moments.tensors(moments_file(group[0].layer))}
+            tokens = int(layers[group[0].layer][f"{group[0].site}.count"])
+        if needs & set(GRADIENTS) or tokens < max(m.shape[1] for m in group):
+            found[group_name(group)] = tokens
+    return found
+
+
 def fit_groups(
     files: ModelFiles,
     moments: Bundle | None,
@@ -53,11 +75,15 @@ def fit_groups(
     are not finite.
     """
     groups = [group for group in shard_of(structure.groups(files.matrices), shard) if group_name(group) not in done]
+    dense_experts = left_dense(files, moments, structure, metric, shard)
     inputs, outputs = _Statistics(moments, device), _Statistics(gradients, device)
     needs = dict.fromkeys((*(metric.needs if metric else ()), *structure.needs()))
     for number, group in enumerate(groups):
         began = time.monotonic()
         name = group_name(group)
+        if name in dense_experts:
+            log.info("%d of %d: %s stays dense: %d tokens", number + 1, len(groups), name, dense_experts[name])
+            continue
         inputs.keep(group)
         outputs.keep(group)
         try:

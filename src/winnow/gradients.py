@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from winnow.architectures import Matrix, tokens_of
+from winnow.classes import is_causal
+from winnow.errors import InputError
 from winnow.progress import every
 from winnow.resume import Resume
 
@@ -53,6 +55,18 @@ def sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(below, uniform * below[:, -1:]).flatten().clamp(max=logits.shape[-1] - 1)
 
 
+def _logits(model: PreTrainedModel, ids: Tensor, labels: str) -> Tensor:
+    """(windows, labelled places, classes): a place per token, or one per window for a classifier. Raises InputError for a model
+    that gives none, or none that the text has labels for."""
+    found = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+    name = type(model).__name__
+    if found is None or found.shape[-1] < 2:
+        raise InputError(f"{name} predicts no classes, so it has no loss to take gradients of; use a metric without gradients")
+    if labels == "text" and not is_causal(model.config):
+        raise InputError(f"gradient_labels: {name} does not predict the text's next tokens; use `model`")
+    return found if found.dim() == 3 else found[:, None]
+
+
 def collect_gradients(
     model: PreTrainedModel,
     matrices: list[Matrix],
@@ -66,9 +80,11 @@ def collect_gradients(
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Yield (layer, {role: statistics}) after one pass of `windows` (count, length) there and back.
 
-    `labels`: `model` (drawn with `seed`) or `text`. With `resume`, goes on after the last window whose sums were saved.
-    Raises FloatingPointError with the module's name if a gradient is not finite.
+    `labels`: `model` (drawn with `seed`) or `text`. Experts of a mixture are left out: what a window's loss says of one rests on
+    few tokens. With `resume`, goes on after the last window whose sums were saved. Raises FloatingPointError with the module's
+    name if a gradient is not finite.
     """
+    matrices = [m for m in matrices if m.expert is None]
     model.requires_grad_(False)
     device = next(model.parameters()).device
     length, skipped = windows.shape[1], 0 if first_token else 1
@@ -93,7 +109,7 @@ def collect_gradients(
         for start in every(range(done, len(windows), batch), "gradient batches"):
             ids = windows[start : start + batch].to(device).long()
             with torch.enable_grad():
-                logits = model(input_ids=ids, use_cache=False).logits
+                logits = _logits(model, ids, labels)
                 if labels == "text":
                     logits, targets = logits[:, :-1], ids[:, 1:]
                 else:

@@ -6,10 +6,13 @@ A compressed checkpoint says in `config.json` what its modules are:
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -18,54 +21,60 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from winnow.errors import InputError
+from winnow.classes import model_class
+from winnow.errors import InputError, first_line
+from winnow.experts import unfuse
+from winnow.layouts import check_layouts, install, moved
 from winnow.naming import canonical_names
-from winnow.structures import STRUCTURES
 from winnow.structures.base import FORMAT_VERSION, METHOD
 
 
 class WinnowConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed checkpoint. Raises InputError for a format this version cannot read."""
 
-    def __init__(self, format_version: int, layers: dict[str, dict[str, Any]], **kwargs: Any):
+    def __init__(self, format_version: Any = None, layers: Any = None, **kwargs: Any):
         if format_version != FORMAT_VERSION:
             raise InputError(
                 f"the checkpoint has winnow format {format_version}, this installation reads format {FORMAT_VERSION}; "
                 "install the version that wrote it (its README.md names it), or the newest: pip install --upgrade winnow"
             )
-        unknown = sorted({layout["kind"] for layout in layers.values()} - set(STRUCTURES))
-        if unknown:
-            raise InputError(f"the checkpoint uses the structure {unknown[0]!r}, which this winnow does not have; upgrade winnow")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
-        self.layers = layers
+        self.layers = check_layouts(layers)
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "format_version": self.format_version, "layers": self.layers}
 
 
 class WinnowQuantizer(HfQuantizer):
-    """Puts the compressed modules into the empty model and refuses files that do not hold exactly its tensors."""
+    """Puts the compressed modules into the empty model, and refuses files that do not hold exactly the tensors of the class that
+    wrote them. A model of another class (the encoder alone, or another head on it) takes from them what it has."""
 
     requires_calibration = True
     quantization_config: WinnowConfig
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
-        for name, layout in self.quantization_config.layers.items():
-            try:
-                dense = model.get_submodule(name)
-            except AttributeError as error:
-                raise InputError(f"the checkpoint's config names {name}, which {type(model).__name__} does not have") from error
-            with torch.device("meta"):
-                module = STRUCTURES[layout["kind"]].module(layout, dense)
-            _replace_module(model, name, module)
-        for name, layout in self.quantization_config.layers.items():
-            model.all_tied_weights_keys.update(STRUCTURES[layout["kind"]].share(model, name, layout))
         if checkpoint_files is None:
             raise InputError(
                 "this transformers does not say which files it loads, so they cannot be checked; upgrade transformers"
             )
-        _check_tensors(model, checkpoint_files)
+        _check_files(model.config, checkpoint_files)
+        unfuse(model)
+        layers, written = self.quantization_config.layers, model_class(model.config)
+        if type(model) is written:
+            install(model, layers)
+            _check_tensors(model, checkpoint_files)
+            return
+        with torch.device("meta"):
+            whole = unfuse(written._from_config(copy.deepcopy(model.config)))
+        install(whole, layers)
+        _check_tensors(whole, checkpoint_files)
+        self.quantization_config.layers = moved(layers, _base(whole), _base(model))
+        install(model, self.quantization_config.layers)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Without those that make one parameter of the matrices of all experts, which are modules of their own here."""
+        return [t for t in weight_conversions if isinstance(t, WeightRenaming)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.is_quantized = False  # nothing is: `.half()` and `.to(dtype)` work as on any model
@@ -82,31 +91,45 @@ class WinnowQuantizer(HfQuantizer):
         return True
 
 
-def _replace_module(model: Any, name: str, module: Any) -> None:
-    """Put `module` in the place of the submodule called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _base(model: Any) -> str:
+    """What the names of the modules below a head begin with; nothing if there is no head."""
+    prefix = model.base_model_prefix
+    return f"{prefix}." if hasattr(model, prefix) else ""
+
+
+def _check_files(config: Any, files: list[str]) -> None:
+    """Raise InputError for files that are not safetensors or not of the model's directory, and for code beside them."""
+    if getattr(config, "auto_map", None):
+        raise InputError(f"{config.name_or_path}: its config names code (auto_map); a checkpoint has none, and none is run")
+    folder = Path(config.name_or_path)
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise InputError(f"{file}: a winnow checkpoint is stored in safetensors; other files are refused")
+        inside = Path(file).is_relative_to(folder) and ".." not in Path(file).relative_to(folder).parts
+        if folder.is_dir() and not inside:
+            raise InputError(f"{file}: not a file of {folder}; a checkpoint's index cannot name files elsewhere")
 
 
 def _check_tensors(model: Any, files: list[str]) -> None:
-    """Raise InputError unless the files hold the model's tensors, each once, in the right shape."""
+    """Raise InputError unless the files hold the model's tensors, each once, in the right shape. Only headers are read."""
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     name_of = canonical_names(model)
     found: set[str] = set()
     for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise InputError(f"{file}: a winnow checkpoint is stored in safetensors; other files are refused")
-        with safe_open(file, framework="pt") as stream:
-            for key in stream.keys():
-                name = name_of(key)
-                if name is None:
-                    continue
-                shape = stream.get_slice(key).get_shape()
-                if shape != expected[name]:
-                    raise InputError(f"{file}: {key} has shape {shape}, the config says {expected[name]}")
-                if name in found:
-                    raise InputError(f"{file}: the tensor {name} is stored twice; the checkpoint is damaged")
-                found.add(name)
+        try:
+            with safe_open(file, framework="pt") as stream:
+                shapes = {key: stream.get_slice(key).get_shape() for key in stream.keys()}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a whole safetensors file ({first_line(error)})") from error
+        for key, shape in shapes.items():
+            name = name_of(key)
+            if name is None:
+                continue
+            if shape != expected[name]:
+                raise InputError(f"{file}: {key} has shape {shape}, the config says {expected[name]}")
+            if name in found:
+                raise InputError(f"{file}: the tensor {name} is stored twice; the checkpoint is damaged")
+            found.add(name)
     for name in sorted(set(expected) - found - set(model.all_tied_weights_keys)):
         raise InputError(f"{files[0]}: the tensor {name} is missing; the checkpoint is damaged or was renamed")
 

@@ -34,8 +34,12 @@ def model_files(directory: Path | str) -> list[Path]:
     return sorted({*weights, *others})
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that transformers reads: `model.safetensors`, or those that its index names."""
+def weight_files(directory: Path | str) -> list[Path]:
+    """The safetensors files that transformers reads: `model.safetensors`, or those that its index names. Raises InputError for
+    other files, for those of another directory, and for a directory that sends the loader elsewhere."""
+    directory = Path(directory)
+    if (directory / "adapter_config.json").is_file():
+        raise InputError(f"{directory}: holds an adapter (adapter_config.json); merge it into its model and save that")
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.is_file():
         return [single]
@@ -45,7 +49,9 @@ def weight_files(directory: Path) -> list[Path]:
         raise InputError(f"{directory}: no model.safetensors and no index of it{seen}; convert the weights with save_pretrained")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("its weight_map names no files")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{index}: not an index of weight files ({error})") from error
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors") or not (directory / name).is_file():

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from winnow.architectures import matrices_of
+from winnow.architectures import ARCHITECTURES, matrices_of
+from winnow.classes import empty_model, is_causal
 from winnow.errors import InputError, first_line
 from winnow.io import file_digest
 from winnow.models import BYTES, WANTED, model_files, tensor_bytes, weight_files
@@ -45,14 +45,8 @@ def describe(directory: Path) -> dict[str, Any]:
     missing, unexpected, of another shape than the config says, or not finite (with its name).
     """
     files = model_files(directory)
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{directory / 'config.json'}: not the config of a causal language model: {first_line(error)}"
-        ) from error
+    model = empty_model(directory)
+    config = model.config
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = {t: s for t, s in model.all_tied_weights_keys.items() if t in expected}
     name_of = canonical_names(model)
@@ -70,9 +64,10 @@ def describe(directory: Path) -> dict[str, Any]:
                     dtype = stream.get_slice(key).get_dtype()
                     if dtype not in BYTES:
                         raise InputError(f"{path}: {key} is stored as {dtype}; winnow reads {', '.join(BYTES)}")
+                    shape = stream.get_slice(key).get_shape()
+                    if shape != expected[name]:
+                        raise InputError(f"{path}: {key} has shape {shape}, the config says {expected[name]}")
                     tensor = stream.get_tensor(key)
-                    if list(tensor.shape) != expected[name]:
-                        raise InputError(f"{path}: {key} has shape {list(tensor.shape)}, the config says {expected[name]}")
                     if not torch.isfinite(tensor).all():
                         count = int((~torch.isfinite(tensor)).sum())
                         raise InputError(f"{path}: {key} holds {count} values that are not finite; the weights are damaged")
@@ -94,12 +89,20 @@ def describe(directory: Path) -> dict[str, Any]:
     return {
         "directory": str(directory),
         "model_type": config.model_type,
-        "max_length": getattr(config, "max_position_embeddings", None),
+        "class": type(model).__name__,
+        "causal": is_causal(config),
+        "max_length": _longest(config),
         "files": {p.name: file_digest(p) for p in files},
         "tied": tied,
         "tensors": dict(sorted(tensors.items())),
         "bytes": sum(tensor_bytes(t) for t in tensors.values()),
     }
+
+
+def _longest(config: Any) -> int | None:
+    """How many tokens the model has positions for."""
+    rows = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return rows and rows - ARCHITECTURES[config.model_type].positions
 
 
 def _stored(directory: Path, record: dict[str, Any]) -> torch.Tensor:

@@ -55,7 +55,8 @@ class Moments:
         self.gram += x.T @ x
         self.total += x.sum(0, dtype=torch.float64)
         self.total_abs += x.abs().sum(0, dtype=torch.float64)
-        torch.maximum(self.largest, x.abs().amax(0).double(), out=self.largest)
+        if len(x):
+            torch.maximum(self.largest, x.abs().amax(0).double(), out=self.largest)
         self.active += (x > 0).sum(0, dtype=torch.float64)
 
     def merge(self, other: Moments) -> Moments:
@@ -73,7 +74,7 @@ class Moments:
     def finish(self) -> dict[str, Tensor]:
         """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active, and cross where
         there is one; and count (int64)."""
-        n = self.count
+        n = self.count.clamp(min=1)  # an expert may have seen none: all are 0 then
         gram = self.gram / n
         means = {
             "gram": (gram + gram.T) / 2,
@@ -84,7 +85,7 @@ class Moments:
             "active": self.active / n,
             **({"cross": self.cross / n} if self.cross.numel() else {}),
         }
-        return {**{k: v.to(self.precision).cpu() for k, v in means.items()}, "count": n}
+        return {**{k: v.to(self.precision).cpu() for k, v in means.items()}, "count": self.count}
 
 
 @torch.no_grad()
@@ -108,21 +109,28 @@ def collect(
     inputs: dict[int, Tensor] = {}  # of the FFN that runs, by layer
     hooks = []
 
-    def watch(layer: int, site: str):
+    def watch(matrix: Matrix):
+        layer, site = matrix.layer, matrix.site
+        expert: Any = None if matrix.expert is None else model.get_submodule(matrix.module.rpartition(".")[0])
+
         def hook(_module, args):
-            x = tokens_of(args[0], length)[:, skipped:].flatten(0, 1)
-            if site == "ffn_input":
+            if expert is None:
+                x = tokens_of(args[0], length)[:, skipped:].flatten(0, 1)
+            else:  # gets some tokens of the batch, and knows which
+                x = args[0][expert.tokens % length >= skipped]
+            if site.endswith("ffn_input"):
                 inputs[layer] = x
-            sites[layer, site].accumulate(x, inputs.pop(layer) if site == "ffn_hidden" else None)
+            sites[layer, site].accumulate(x, inputs.pop(layer) if site.endswith("ffn_hidden") else None)
 
         return hook
 
     for matrix in matrices:
         key = (matrix.layer, matrix.site)
         if key not in sites:
-            width = next(m.shape[1] for m in matrices if m.site == "ffn_input") if matrix.site == "ffn_hidden" else 0
+            hidden = matrix.site.endswith("ffn_hidden")
+            width = next(m.shape[1] for m in matrices if m.site == matrix.beside("ffn_input")) if hidden else 0
             sites[key] = Moments.empty(matrix.shape[1], precision, str(device), width)
-            hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(watch(*key)))
+            hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(watch(matrix)))
     sums = {f"{layer}.{site}.{name}": t for (layer, site), m in sites.items() for name, t in m.tensors().items()}
     try:
         done = resume.restore(sums) if resume else 0
@@ -139,7 +147,7 @@ def collect(
         for (where, site), moments in sites.items():
             if where != layer:
                 continue
-            if int(moments.count) != expected:
+            if int(moments.count) != expected and not site.startswith("expert"):
                 raise RuntimeError(f"layer {layer}, {site}: saw {int(moments.count)} tokens of {expected}")
             if not torch.isfinite(moments.gram).all():
                 raise FloatingPointError(f"layer {layer}, {site}: inputs are not finite")

@@ -52,7 +52,7 @@ def load_tokenizer(directory: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{directory}: no usable tokenizer: {first_line(error)}") from error
 
@@ -66,6 +66,15 @@ def encode(tokenizer: Any, text: str, special_tokens: bool) -> np.ndarray:
 def check_length(length: int, longest: int | None) -> None:
     if longest is not None and length > longest:
         raise InputError(f"windows of {length} tokens are longer than the model's {longest} positions; lower `length`")
+
+
+def check_causal(model: dict[str, Any]) -> None:
+    """Raise InputError if a retrieved model (its manifest) has no perplexity."""
+    if not model["causal"]:
+        raise InputError(
+            f"perplexity is the loss of predicting the next token, which {model['class']} does not do; evaluate an encoder by a "
+            "task of its own, or set is_decoder in its config.json if it was trained as a decoder"
+        )
 
 
 def calibration_windows(ids: np.ndarray, windows: int, length: int, seed: int) -> np.ndarray:

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 import winnow.checkpoint
 from tests.conftest import VOCABULARY
 from tests.unit.worlds import small
-from winnow.allocation import allocate, chosen_groups, summarize
+from winnow.allocation import allocate, chosen_groups, experts_left_dense, summarize
 from winnow.architectures import moments_file
 from winnow.checkpoint import compress, recipe_of, write_checkpoint
 from winnow.clusters import assign_all
 from winnow.errors import InputError
-from winnow.factors import fit_groups, labels_by_matrix, storable
+from winnow.factors import fit_groups, labels_by_matrix, left_dense, storable
 from winnow.gradients import collect_gradients
 from winnow.io import Bundle, write_json, write_manifest, write_tensors
 from winnow.loading import load_model
@@ -44,30 +44,37 @@ def statistics(source: Path, work: Path) -> tuple[Bundle, Bundle]:
     for layer, sites in collect(model, files.matrices, windows, 4, torch.float64):
         tensors = {f"{site}.{key}": value for site, values in sites.items() for key, value in values.items()}
         write_tensors(work / "moments" / moments_file(layer), tensors)
-    for layer, roles in collect_gradients(model, files.matrices, windows, 4, torch.float64, "model", 0):
+    headless = files.manifest["class"] == "BertModel"
+    for layer, roles in () if headless else collect_gradients(model, files.matrices, windows, 4, torch.float64, "model", 0):
         tensors = {f"{role}.{key}": value for role, values in roles.items() for key, value in values.items()}
         write_tensors(work / "gradients" / moments_file(layer), tensors)
     for name in ("moments", "gradients"):
+        (work / name).mkdir(exist_ok=True)
         write_manifest(work / name, {}, {})
     return Bundle(work / "moments" / "manifest.json"), Bundle(work / "gradients" / "manifest.json")
 
 
-def build(source: Path, work: Path, targets: list[str], keep: float | None, kind: str = "low_rank", **options) -> Path:
+def build(
+    source: Path, work: Path, targets: list[str], keep: float | None, kind: str = "low_rank", metric: str = "weights", **options
+) -> Path:
     """All stages from a model directory to a checkpoint, as the scripts run them; without `keep`, at full size."""
     moments, gradients = statistics(source, source.parent / f"{source.name} statistics")
     files = ModelFiles(source.parent / f"{source.name} statistics" / "model.json")
     structure = structure_of({**small(kind), **options})
     if keep is None:
         structure.largest = structure.limit
-    metric = metric_of(METHOD["metric"]) if structure.objective == "metric" else None
+    used = metric_of({"kind": metric}) if structure.objective == "metric" else None
     clustering, labels, rows = structure.clustering(), {}, []
     if clustering:
         labels = labels_by_matrix(pd.concat(pd.DataFrame(part) for part in assign_all(files, moments, clustering)))
-    for name, fit, numbers in fit_groups(files, moments, gradients, labels, structure, metric, "1-of-1", "cpu"):
+    for name, fit, numbers in fit_groups(files, moments, gradients, labels, structure, used, "1-of-1", "cpu"):
         write_tensors(work / "factors" / f"{name}.safetensors", storable(structure, fit))
         rows.append({"group": name, "numbers": numbers, "error": fit.error.tolist()})
     write_manifest(work / "factors", {}, {})
-    groups = chosen_groups(files, structure, targets, pd.DataFrame(rows).set_index("group"))
+    spectra = pd.DataFrame(rows).set_index("group")
+    groups = chosen_groups(files, structure, targets, spectra)
+    tokens = left_dense(files, moments, structure, used, "1-of-1")
+    left = {name: tokens[name] for name in experts_left_dense(files, structure, targets, spectra)}
     budget = {"keep_bytes": keep, "rank": None, "rank_fraction": None}
     if structure.bias_name is None or kind in (
         "cluster",
@@ -79,9 +86,9 @@ def build(source: Path, work: Path, targets: list[str], keep: float | None, kind
     factors = dict.fromkeys(sizes, Bundle(work / "factors" / "manifest.json"))
     stored, layouts, reports = compress(files, factors, structure, sizes)
     total = {"stored_bytes": sum(t.nbytes for part in stored.values() for t in part.values()), "dense_bytes": 1, "groups": []}
-    method = {"structure": structure.options.model_dump(), "metric": METHOD["metric"] if metric else None}
+    method = {"structure": structure.options.model_dump(), "metric": {"kind": metric} if used else None}
     presets = {"model": {"source": "somewhere"}, "method": method, "budget": {"targets": targets}}
-    recipe = recipe_of({"model": "pico"}, presets, total if keep is None else summarize(groups, sizes))
+    recipe = recipe_of({"model": "pico"}, presets, {**(total if keep is None else summarize(groups, sizes)), "left_dense": left})
     write_checkpoint(work / "checkpoint", files, stored, layouts, reports, "float32", recipe, {})
     return work / "checkpoint"
 

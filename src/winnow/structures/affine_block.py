@@ -35,11 +35,11 @@ class AffineBlock(FfnStructure):
     def limit(self, group: list[Matrix]) -> int:
         return (group[-1].shape[0] + 1) // 2
 
-    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+    def count(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         d = group[-1].shape[0]
         return min(2 * size * d, d * d) + d
 
-    def fit(self, problem: Problem, largest: int) -> Fit:
+    def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         import torch
 
         from winnow.linalg import leading_directions
@@ -59,7 +59,7 @@ class AffineBlock(FfnStructure):
         factors = {"left": found.left[:, :largest], "right": found.right[:largest] @ whole}
         return Fit({"map": whole, "mean": mean, "input_mean": x["mean"], **factors}, error, found.spectrum)
 
-    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+    def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         *gates, up, down = group
         d, full = down.shape[0], size >= self.limit(group)
         layout = {"kind": self.kind(), "d": d, "rank": None if full else size}
@@ -77,7 +77,7 @@ class AffineBlock(FfnStructure):
         return found
 
     @staticmethod
-    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+    def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from torch import nn
 
         from winnow.modules import ConcatLinear, Constant

@@ -13,7 +13,7 @@ from winnow.structures.shared_basis import SharedBasis
 
 class BasisSharing(SharedBasis):
     """Layers in groups of `layers` share the right factor of [W_1; W_2; ...] in the metric sum_l C_l. A group of one layer,
-    and a role that is not shared, is `low_rank`."""
+    and a role that is not shared, is `low_rank`; so is every expert of a mixture, since those of two layers do not correspond."""
 
     reference = "Basis Sharing, arXiv 2410.03765"
     stores = "right (k, n) once per group of G layers, left (m, k) per layer"
@@ -23,15 +23,16 @@ class BasisSharing(SharedBasis):
         kind: Literal["basis_sharing"]
         layers: int = Field(2, ge=1, description="consecutive layers that share a basis")
         roles: list[Literal[ROLES]] = Field(  # type: ignore[valid-type]
-            ["q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj"], description="roles that share; the others do not"
+            ["q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj"],
+            description="roles that share; the others do not",
         )
         basis: Literal["outputs", "inputs"] = Field("outputs", description="as for shared_basis")
 
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         options = self.options
-        found: dict[tuple[int, str], list[Matrix]] = {}
+        found: dict[tuple[int, str, int | None], list[Matrix]] = {}
         for m in matrices:
-            shared = m.role in options.roles  # type: ignore[attr-defined]
+            shared = m.role in options.roles and m.expert is None  # type: ignore[attr-defined]
             first = m.layer - m.layer % options.layers if shared else m.layer  # type: ignore[attr-defined]
-            found.setdefault((first, m.role), []).append(m)
+            found.setdefault((first, m.role, m.expert), []).append(m)
         return list(found.values())

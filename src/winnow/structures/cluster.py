@@ -128,13 +128,16 @@ class Cluster(Structure):
         from winnow.modules import ConcatLinear, Constant, LowRankLinear, SplitLinear, has_bias
 
         parts: dict[str, nn.Module] = {}
+        rows = layout["axis"] == "rows"
+        if sum(block[0 if rows else 1] for block in layout["blocks"]) != layout["out" if rows else "in"]:
+            raise ValueError("its blocks do not make up the matrix")
         for cluster, (m, n, rank) in enumerate(layout["blocks"]):
             if rank is None:
                 parts[str(cluster)] = nn.Linear(n, m, bias=False)
             else:
                 parts[str(cluster)] = LowRankLinear(n, m, rank, False) if rank else Constant(m, 0.0)
         bias = layout["out"] if has_bias(dense) else 0
-        if layout["axis"] == "rows":
+        if rows:
             return ConcatLinear(parts, layout["out"], bias)
         return SplitLinear(parts, [n for _, n, _ in layout["blocks"]], True, bias)
 

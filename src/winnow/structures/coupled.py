@@ -75,7 +75,7 @@ class Coupled(Structure):
 
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         found: dict[tuple[str, tuple[int, int]], list[Matrix]] = {}
-        for m in matrices:
+        for m in (m for m in matrices if m.expert is None):  # experts of two layers do not correspond
             found.setdefault((m.role, m.shape), []).append(m)
         return [sorted(group, key=lambda m: m.layer) for group in found.values()]
 
@@ -194,7 +194,9 @@ class Coupled(Structure):
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
         own = model.get_submodule(name)
         for tensor, owner in layout["shared"].items():
-            (inner, _, leaf), (other, _, kept) = tensor.rpartition("."), owner.rpartition(".")
-            setattr(own.get_submodule(inner), leaf, getattr(model.get_submodule(other), kept))
+            (inner, _, leaf), kept = tensor.rpartition("."), model.get_parameter(owner)
+            if kept.shape != own.get_parameter(tensor).shape:
+                raise ValueError(f"{tensor} is not of the shape of {owner}")
+            setattr(own.get_submodule(inner), leaf, kept)
         own._tied_weights_keys = layout["shared"]  # type: ignore[assignment]  # `save_pretrained` stores them once
         return {f"{name}.{tensor}": owner for tensor, owner in layout["shared"].items()}

@@ -1,13 +1,25 @@
-"""What structures that replace a whole FFN have in common."""
+"""What structures that replace a whole FFN have in common, where gate and up are one matrix (Phi-3) as well."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
 from winnow.architectures import Matrix, ffn_groups
-from winnow.structures.base import Structure, StructureOptions
+from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FUSED = "gate_up_proj"
 
 
 class FfnStructure(Structure):
-    """Fits gate, up and down of a layer together, and stores their biases itself."""
+    """Fits gate, up and down of a layer together, and stores their biases itself.
+
+    A structure sees [gate, up, down] or [up, down], in `count`, `fit_ffn`, `store_ffn` and `part_module`. A fused matrix of gate
+    above up is cut in two before and put together after: its module gives the outputs of both, one behind the other."""
 
     bias_name = None
 
@@ -21,3 +33,77 @@ class FfnStructure(Structure):
         """With neurons chosen at random, where the options have a criterion."""
         criterion = getattr(self.options, "criterion", "random")
         return None if criterion == "random" else self.options.model_copy(update={"criterion": "random"})
+
+    @abstractmethod
+    def count(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+        """As `numbers`."""
+
+    @abstractmethod
+    def fit_ffn(self, problem: Problem, largest: int) -> Fit:
+        """As `fit`."""
+
+    @abstractmethod
+    def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+        """As `stored`."""
+
+    @staticmethod
+    @abstractmethod
+    def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        """As `module`."""
+
+    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+        return self.count(_parts(group), size, tensors)
+
+    def fit(self, problem: Problem, largest: int) -> Fit:
+        return self.fit_ffn(_parted(problem), largest)
+
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+        found = self.store_ffn(_parts(group), tensors, size)
+        for m in group:
+            if m.role == FUSED:
+                halves = {half: found.pop(f"{m.module}.{half}") for half in ("gate", "up")}
+                own = {f"{half}.{name}": t for half, part in halves.items() for name, t in part.tensors.items()}
+                own["weight"] = next(iter(own.values())).new_empty(0)
+                layout = {"kind": self.kind(), "fused": {half: part.layout for half, part in halves.items()}}
+                found[m.module] = Part(layout, own)
+        return found
+
+    @classmethod
+    def module(cls, layout: dict[str, Any], dense: nn.Module) -> nn.Module:  # type: ignore[override]
+        from winnow.modules import ConcatLinear
+
+        if "fused" in layout:
+            return ConcatLinear({half: cls.part_module(part, dense) for half, part in layout["fused"].items()})
+        return cls.part_module(layout, dense)
+
+
+def _parts(group: list[Matrix]) -> list[Matrix]:
+    """The group with a fused matrix as two: gate and up, in modules of their own below its module."""
+    found = []
+    for m in group:
+        if m.role != FUSED:
+            found.append(m)
+            continue
+        shape = (m.shape[0] // 2, m.shape[1])
+        found += [replace(m, role=f"{half}_proj", module=f"{m.module}.{half}", shape=shape) for half in ("gate", "up")]
+    return found
+
+
+def _parted(problem: Problem) -> Problem:
+    """The problem of `_parts` of its group: rows of weights, biases and statistics of outputs go to the half they belong to."""
+    fused = next((m for m in problem.group if m.role == FUSED), None)
+    if fused is None:
+        return problem
+    half, parts = fused.shape[0] // 2, _parts(problem.group)
+    weights, sites, biases, outputs = dict(problem.weights), dict(problem.sites), dict(problem.biases), dict(problem.outputs)
+    rows = {f"{fused.layer:03d}.gate_proj": slice(None, half), f"{fused.layer:03d}.up_proj": slice(half, None)}
+    for name, part in rows.items():
+        weights[name] = weights[fused.name][part]
+        if fused.name in sites:
+            sites[name] = sites[fused.name]
+        if fused.name in biases:
+            biases[name] = biases[fused.name][part]
+        if fused.name in outputs:
+            both = outputs[fused.name]
+            outputs[name] = {key: v[part] if v.dim() == 1 else v[part, part] for key, v in both.items()}
+    return replace(problem, group=parts, weights=weights, sites=sites, biases=biases, outputs=outputs)

@@ -40,11 +40,11 @@ class NeuronSlice(FfnStructure):
 
         return tuple(dict.fromkeys(("gram", *statistics_of(self.options.criterion))))
 
-    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+    def count(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         (*inner, down), d = group, group[-1].shape[0]
         return len(group) * size * d + size * sum(m.bias for m in inner) + (d if down.bias else 0)
 
-    def fit(self, problem: Problem, largest: int) -> Fit:
+    def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         import torch
 
         from winnow.linalg import regularized
@@ -66,7 +66,7 @@ class NeuronSlice(FfnStructure):
         kept = {name: t for name, t in tensors.items() if name != f"{down.role}.weight"}
         return Fit({**kept, "factor": factor, "products": products}, error[: largest + 1], gained.sqrt())
 
-    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+    def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
 
         down = group[-1]
@@ -85,7 +85,7 @@ class NeuronSlice(FfnStructure):
         return found
 
     @staticmethod
-    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+    def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from torch import nn
 
         from winnow.modules import has_bias

@@ -78,6 +78,9 @@ class SharedBasis(Structure):
         if "basis_of" not in layout:
             return {}
         own, owner = model.get_submodule(name), layout["basis_of"]
-        own.right = model.get_submodule(owner).right
+        kept = model.get_submodule(f"{owner}.right")
+        if kept.get_parameter("weight").shape != own.get_parameter("right.weight").shape:
+            raise ValueError(f"its basis is not of the shape of that of {owner}")
+        own.right = kept
         own._tied_weights_keys = {"right.weight": f"{owner}.right.weight"}  # type: ignore[assignment]  # `save_pretrained` stores it once
         return {f"{name}.right.weight": f"{owner}.right.weight"}

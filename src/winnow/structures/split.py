@@ -45,12 +45,12 @@ class Split(FfnStructure):
         (d, f) = group[-1].shape
         return min(d, f - self._heavy(group))
 
-    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+    def count(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         (d, f), heavy = group[-1].shape, self._heavy(group)
         light = size * (f - heavy + d) if f > heavy else 0
         return len(group) * (heavy * d + light) + sum(m.shape[0] for m in group if m.bias)
 
-    def fit(self, problem: Problem, largest: int) -> Fit:
+    def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         import torch
 
         from winnow.linalg import leading_directions
@@ -79,7 +79,7 @@ class Split(FfnStructure):
             return Fit(tensors, torch.zeros(largest + 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
         return Fit(tensors, torch.stack(errors).sum(0), torch.cat(spectra).sort(descending=True).values)
 
-    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+    def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         (d, f), heavy, found = group[-1].shape, self._heavy(group), {}
         for m in group:
             own = {"exact.weight": tensors[f"{m.role}.exact"]} if heavy else {}
@@ -98,7 +98,7 @@ class Split(FfnStructure):
         return found
 
     @staticmethod
-    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+    def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from torch import nn
 
         from winnow.modules import ConcatLinear, LowRankLinear, SplitLinear, has_bias

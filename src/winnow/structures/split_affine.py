@@ -40,13 +40,13 @@ class SplitAffine(FfnStructure):
         affine = ("gram", "mean", "cross") if self.options.light == "affine" else ("gram",)
         return tuple(dict.fromkeys((*affine, *statistics_of(self.options.criterion))))
 
-    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+    def count(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         (*inner, down), affine = group, self.options.light == "affine"
         d = down.shape[0]
         biases = size * sum(m.bias for m in inner) + (d if affine or down.bias else 0)
         return len(group) * size * d + (d * d if affine else 0) + biases
 
-    def fit(self, problem: Problem, largest: int) -> Fit:
+    def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         from winnow.neurons import affine_map, left_out, order_of, permuted
 
         down = problem.group[-1]
@@ -61,7 +61,7 @@ class SplitAffine(FfnStructure):
         error = left_out((weight.T @ weight) * rest[order][:, order])
         return Fit(tensors, error[: largest + 1], rest.diagonal()[order].clamp(min=0).sqrt() * weight.norm(dim=0))
 
-    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+    def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         *inner, down = group
         d, affine = down.shape[0], self.options.light == "affine"
         layout = {"kind": self.kind(), "d": d, "exact": size, "affine": affine}
@@ -84,7 +84,7 @@ class SplitAffine(FfnStructure):
         return found
 
     @staticmethod
-    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+    def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from torch import nn
 
         from winnow.modules import ConcatLinear, Constant, PartialActivation, SplitLinear, has_bias

@@ -1,0 +1,97 @@
+"""Which transformers class a model directory is of: by its config alone, and never by code that came with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from winnow.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# What a class of these mappings is for; the first is what a config without `architectures` is taken for.
+PURPOSES = ("CAUSAL_LM", "MASKED_LM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING")
+MOST_LAYERS = 10_000  # a model of that many would take minutes and gigabytes to build even without its weights
+
+
+def read_config(directory: Path | str) -> PreTrainedConfig:
+    """The config of a model directory. Raises InputError, naming the file, if transformers does not know its kind of model, if
+    it needs code of its own, or if it sends the loader to other files than the weights of the directory."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    path = Path(directory) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a model's config: {first_line(error)}") from error
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        code = "; it names code of its own (auto_map), which is never run" if "auto_map" in content else ""
+        raise InputError(f"{path}: not the config of a model that transformers knows: model_type is {kind!r}{code}")
+    if "transformers_weights" in content:
+        raise InputError(f"{path}: names a weight file of its own (transformers_weights), which is refused; rename the file")
+    _check_layers(path, content)
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{path}: not a usable config of {kind}: {first_line(error)}") from error
+
+
+def _check_layers(path: Path, content: dict[str, Any]) -> None:
+    """Raise InputError for a number of layers that no model has: every layer costs memory, even an empty one."""
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        for part in (content, content.get("text_config"), content.get("vision_config")):
+            count = part.get(key, 0) if isinstance(part, dict) else 0
+            if not isinstance(count, int) or not 0 <= count <= MOST_LAYERS:
+                raise InputError(f"{path}: {key} is {count!r}; at most {MOST_LAYERS:,} layers are read")
+
+
+def classes_of(config: PreTrainedConfig) -> dict[str, list[type[PreTrainedModel]]]:
+    """{purpose: transformers classes} that take this config; `BASE` has no head."""
+    from transformers.models.auto import modeling_auto
+
+    found = {p: getattr(modeling_auto, f"MODEL_FOR_{p}_MAPPING").get(type(config), None) for p in PURPOSES}
+    found["BASE"] = modeling_auto.MODEL_MAPPING.get(type(config), None)
+    return {p: list(c) if isinstance(c, tuple) else [c] for p, c in found.items() if c is not None}
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `architectures` in the config names, of those that transformers has for the config; where it names none,
+    the causal language model. Raises InputError if there is no such class."""
+    known = [cls for classes in classes_of(config).values() for cls in classes]
+    named = getattr(config, "architectures", None)
+    name = named[0] if named else None
+    for cls in known:
+        if name is None or cls.__name__ == name:
+            return cls
+    valid = ", ".join(cls.__name__ for cls in known) or "none"
+    raise InputError(f"{config.model_type}: `architectures` names {name!r}, which is no class of it in transformers ({valid})")
+
+
+def empty_model(directory: Path | str) -> PreTrainedModel:
+    """The model of a directory without its weights, on the device `meta`, which takes no memory. Raises InputError, naming the
+    config, if none can be made of it."""
+    import torch
+
+    from winnow.experts import unfuse
+
+    config = read_config(directory)
+    cls = model_class(config)
+    try:
+        with torch.device("meta"):
+            return unfuse(cls._from_config(config))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise InputError(
+            f"{Path(directory) / 'config.json'}: no {cls.__name__} can be made of it: {first_line(error)}"
+        ) from error
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether the model predicts the next token from those before it, which is what perplexity is about."""
+    classes = classes_of(config)
+    decoder = "MASKED_LM" not in classes or config.is_decoder  # an encoder's language model looks ahead unless told not to
+    return bool(model_class(config) in classes.get("CAUSAL_LM", []) and decoder)
