@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import numbers
+from contextlib import redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from winnow.errors import InputError
 from winnow.spread import ratio
@@ -47,7 +50,9 @@ def score(
     logit or a log-likelihood is not finite.
     """
     lm = Harness(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-    found: Any = simple_evaluate(lm, tasks=list(tasks.values()), num_fewshot=num_fewshot, limit=limit)
+    loaded = TaskManager(include_defaults=False)  # of nothing: the tasks are here, and lm-eval need not read all its own
+    with redirect_stderr(io.StringIO()):  # bars of tqdm; warnings go through logging
+        found: Any = simple_evaluate(lm, tasks=list(tasks.values()), num_fewshot=num_fewshot, limit=limit, task_manager=loaded)
     scores: dict[str, dict[str, Any]] = {}
     for name in tasks:
         samples, results = found["samples"][name], found["results"][name]
