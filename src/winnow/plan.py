@@ -17,6 +17,7 @@ from winnow.tokens import PROTOCOLS
 TORCH = ("torch", "numpy", "safetensors")
 HUGGING_FACE = (*TORCH, "transformers", "tokenizers")
 TABLES = ("numpy", "pandas", "pyarrow")
+TASKS = ("datasets", "lm-eval")
 # Stage (rule, script, log folder): libraries whose version can change what it writes.
 STAGES: dict[str, tuple[str, ...]] = {
     "retrieve_model": HUGGING_FACE,
@@ -31,12 +32,16 @@ STAGES: dict[str, tuple[str, ...]] = {
     "allocate": TABLES,
     "compress": TORCH,
     "evaluate_perplexity": HUGGING_FACE,
+    "retrieve_tasks": TASKS,
+    "evaluate_accuracy": (*HUGGING_FACE, *TASKS),
     "tables": TABLES,
+    "tabulate_accuracy": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
     "demo_texts": (),
     "demo_model": HUGGING_FACE,
 }
+DENSE = {"evaluate_dense": "evaluate_perplexity", "evaluate_accuracy_dense": "evaluate_accuracy"}  # rules by the same script
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 DEMO_MODEL = {  # the recipe of resources/models/demo
     "vocab_size": 1024,
@@ -154,6 +159,13 @@ class Plan(Grid):
         dtype = self.preset("models", w["model"]).dtype
         return {**spec, **recovery, "dtype": dtype, "protocol_version": rule.version, "rule": rule.rule}
 
+    def _spec_retrieve_tasks(self, w: dict[str, str]) -> dict[str, Any]:
+        return self.preset("evaluations", w["evaluation"]).model_dump(exclude={"kind"})
+
+    def _spec_evaluate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
+        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        return {**self._spec_retrieve_tasks(w), **recovery, "dtype": self.preset("models", w["model"]).dtype}
+
     def _spec_demo_model(self, w: dict[str, str]) -> dict[str, Any]:
         return DEMO_MODEL
 
@@ -162,6 +174,9 @@ class Plan(Grid):
 
     def _spec_tables(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("perplexity")]}
+
+    def _spec_tabulate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"rows": [self._row(cell) for cell in self.cells_of("accuracy")]}
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         """What a table says of a cell before anything is measured."""
