@@ -167,6 +167,7 @@ def test_statistics_of_an_expert_are_those_of_its_tokens(tmp_path):
     hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*FFN, "shared_basis", "cluster", "gauge_fixed", "tiers", "bypass"])
 def test_experts_take_every_form_but_the_coupled_one(tmp_path, kind):
     pico("mixtral").save_pretrained(tmp_path / "dense")
@@ -275,6 +276,7 @@ def test_other_dtypes(compressed):
         torch.testing.assert_close(outputs(other).float(), expected, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_it_compiles(compressed):
     model = load_model(compressed, "float32", "cpu")
     expected = outputs(model)
