@@ -16,16 +16,47 @@ def index_dtype(channels: int) -> torch.dtype:
     return torch.int16 if channels < 2**15 else torch.int32
 
 
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """The channels (the last axis) of x in `order`. On a CPU `gather` does that several times as fast as `index_select`."""
+    if x.device.type == "cpu":
+        return x.gather(-1, order.long().expand(x.shape))
+    return x.index_select(-1, order.int())
+
+
+class SharedLinear(nn.Linear):
+    """A linear map that several modules apply to the same input one after the other: the first computes, the others reuse.
+
+    The result is kept for the very tensor it was computed from, as long as neither that tensor nor the weight has changed, and
+    until `readers` modules have had it. Where changes cannot be seen (`torch.inference_mode`) or a graph is built, all compute;
+    compiled code has its own way to find equal products."""
+
+    readers: int = 1
+    _kept: tuple[Tensor, Tensor, tuple[int, int], Tensor, int] | None = None  # input, weight, versions, result, readers to come
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference() or self.weight.is_inference():
+            return super().forward(x)
+        weight, kept = self.weight, self._kept
+        versions = (x._version, weight._version)
+        if kept is not None and kept[0] is x and kept[1] is weight and kept[2] == versions:
+            y, left = kept[3], kept[4] - 1
+        else:
+            y, left = super().forward(x), self.readers - 1
+        self._kept = (x, weight, versions, y, left) if left else None
+        return y
+
+
 class LowRankLinear(nn.Module):
-    """y = left (right x) + b, with right (k, in) and left (out, k), both plain `nn.Linear` (so LoRA finds them).
+    """y = left (right x) + b, with right (k, in) and left (out, k), both `nn.Linear` (so LoRA finds them); `shared` where
+    other modules use the same right factor on the same input.
 
     `weight` is an empty tensor. It costs no byte, and makes plain transformers refuse the checkpoint by a size mismatch
     instead of filling the layer with random numbers.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, shared: bool = False):
         super().__init__()
-        self.right = nn.Linear(in_features, rank, bias=False)
+        self.right = (SharedLinear if shared else nn.Linear)(in_features, rank, bias=False)
         self.left = nn.Linear(rank, out_features, bias=bias)
         self.register_buffer("weight", torch.empty(0))
 
@@ -76,7 +107,7 @@ class RowsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.right(x)
-        y = torch.cat([rows, self.left(rows)], dim=-1).index_select(-1, self.order.int())
+        y = reordered(torch.cat([rows, self.left(rows)], dim=-1), self.order)
         return y if self.bias is None else y + self.bias
 
 
@@ -98,9 +129,9 @@ class ConcatLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.cat([self.get_submodule(name)(x) for name in self.names], dim=-1)
+        y = torch.cat([self._modules[name](x) for name in self.names], dim=-1)  # type: ignore[misc]
         if self.ordered:
-            y = y.index_select(-1, self.order.int())
+            y = reordered(y, self.order)
         return y if self.bias is None else y + self.bias
 
 
@@ -121,11 +152,11 @@ class SplitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ordered:
-            x = x.index_select(-1, self.order.int())
+            x = reordered(x, self.order)
         pieces = x.split(self.widths, dim=-1)
-        y = self.get_submodule(self.names[0])(pieces[0])
+        y = self._modules[self.names[0]](pieces[0])  # type: ignore[misc]
         for name, piece in zip(self.names[1:], pieces[1:], strict=True):
-            y = y + self.get_submodule(name)(piece)
+            y = y + self._modules[name](piece)  # type: ignore[misc]
         return y if self.bias is None else y + self.bias
 
 

@@ -71,13 +71,17 @@ class SharedBasis(Structure):
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from winnow.modules import LowRankLinear, has_bias
 
-        return LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))
+        return LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense), shared=True)
 
     @staticmethod
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
+        from winnow.modules import SharedLinear
+
         if "basis_of" not in layout:
             return {}
         own, owner = model.get_submodule(name), layout["basis_of"]
         own.right = model.get_submodule(owner).right
+        if isinstance(own.right, SharedLinear):
+            own.right.readers += 1
         own._tied_weights_keys = {"right.weight": f"{owner}.right.weight"}  # type: ignore[assignment]  # `save_pretrained` stores it once
         return {f"{name}.right.weight": f"{owner}.right.weight"}
