@@ -220,27 +220,27 @@ class Generation:
 @torch.no_grad()
 def evaluate(dense: Any, model: Any | None, spec: dict[str, Any], device: str, clock: Clock | None = None) -> dict[str, Any]:
     """Prefill and decoding of `model` (None: of the dense model alone) beside the dense one, for every batch size and length
-    of `spec` (batch_sizes, lengths, new_tokens, repeats, warmup, seed): {"cases": [...], "machine": {...}}.
+    of `spec` (batches, prompts, decode, repeats, warm_up): {"cases": [...], "machine": {...}}.
 
     Raises InputError if the model is too short for a length.
     """
     clock = clock or clock_of(device)
     config = dense.config.get_text_config()
-    longest, held = max(spec["lengths"]) + spec["new_tokens"] + 1, getattr(config, "max_position_embeddings", None)
+    longest, held = max(spec["prompts"]) + spec["decode"] + 1, getattr(config, "max_position_embeddings", None)
     if held and longest > held:
         raise InputError(
-            f"lengths: {max(spec['lengths'])} tokens and {spec['new_tokens']} + 1 new ones are more than the {held} positions "
-            "of the model; lower `lengths` or `new_tokens`"
+            f"prompts of {max(spec['prompts'])} tokens and {spec['decode']} + 1 new ones are more than the {held} positions of "
+            "the model; lower `prompts` or `decode` of the evaluation"
         )
     subjects = {"dense": dense, "control": dense, **({} if model is None else {"compressed": model})}
     cases: list[dict[str, Any]] = []
-    grid = [(batch, length) for batch in spec["batch_sizes"] for length in spec["lengths"]]
-    for batch, length in every(grid, "batch sizes and lengths"):
-        generator = torch.Generator().manual_seed(spec["seed"])
-        shape = (batch, length + spec["new_tokens"] + 1)
+    grid = [(batch, length) for batch in spec["batches"] for length in spec["prompts"]]
+    for batch, length in every(grid, "batch sizes and prompts"):
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, length + spec["decode"] + 1)
         ids = torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
         runs = {name: Generation(own, ids[:, :length], ids[:, length:]) for name, own in subjects.items()}
-        calls = calls_of({name: run.prefill for name, run in runs.items()}, clock, spec["warmup"])
+        calls = calls_of({name: run.prefill for name, run in runs.items()}, clock, spec["warm_up"])
         resources = {name: run.resources() for name, run in runs.items() if name != "control"}
         seconds = interleaved({name: partial(run.slot, clock, calls) for name, run in runs.items()}, spec["repeats"])
         for phase, tokens in (("prefill", batch * length), ("decode", batch)):

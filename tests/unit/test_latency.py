@@ -27,7 +27,7 @@ from winnow.latency import (
 )
 from winnow.modules import reordered
 
-SPEC = {"batch_sizes": [1, 3], "lengths": [5], "new_tokens": 2, "repeats": 6, "warmup": 1, "seed": 0}
+SPEC = {"batches": [1, 3], "prompts": [5], "decode": 2, "repeats": 6, "warm_up": 1}
 
 
 class Machine:
@@ -72,7 +72,7 @@ def test_dense_against_dense_is_one_and_a_slower_model_is_called_so():
 
 
 def test_a_dense_cell_has_its_control_alone():
-    found = evaluate(pico("llama"), None, {**SPEC, "batch_sizes": [1]}, "cpu")
+    found = evaluate(pico("llama"), None, {**SPEC, "batches": [1]}, "cpu")
     for case in found["cases"]:
         assert "compressed" not in case
         assert case["dense"]["seconds"]["q1"] <= case["dense"]["seconds"]["median"] <= case["dense"]["seconds"]["q3"]
@@ -147,7 +147,7 @@ def test_reads_flops_and_peak_by_hand():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_reads_every_weight_once(family):
     model = pico(family)
-    found = evaluate(model, None, {**SPEC, "batch_sizes": [1], "repeats": 1, "warmup": 0}, "cpu")
+    found = evaluate(model, None, {**SPEC, "batches": [1], "repeats": 1, "warm_up": 0}, "cpu")
     decode = found["cases"][1]["dense"]
     with torch.no_grad(), FlopCounterMode(display=False) as library:
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
@@ -159,8 +159,8 @@ def test_decoding_reads_every_weight_once(family):
 
 
 def test_lengths_beyond_the_model_are_refused():
-    with pytest.raises(InputError, match="63 tokens and 2 \\+ 1 new ones are more than the 64 positions"):
-        evaluate(pico("llama"), None, {**SPEC, "lengths": [63]}, "cpu")
+    with pytest.raises(InputError, match="prompts of 63 tokens and 2 \\+ 1 new ones are more than the 64 positions"):
+        evaluate(pico("llama"), None, {**SPEC, "prompts": [63]}, "cpu")
 
 
 # Fused forward passes.
