@@ -19,12 +19,10 @@ include: "workflow/rules/demo.smk"
 
 
 rule all:
-    """Run the configured experiments: tables, figures and the report."""
+    """Run the configured experiments: tables of what they measure, figures and the report."""
     default_target: True
     input:
-        rules.tables.output,
-        rules.figures.output,
-        rules.report.output,
+        outcome(),
 
 
 onstart:

@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from winnow.architectures import ROLES
 from winnow.errors import InputError
+from winnow.evaluations import PLAIN, AnyEvaluation, Perplexity
+from winnow.fields import Name, Strict
 from winnow.metrics import GRADIENTS, METRICS, AnyMetric
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Target = Literal["ffn", "attention", *ROLES]  # type: ignore[valid-type]
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Model(Strict):
@@ -143,25 +140,6 @@ class Recovery(Strict):
     kind: Literal["none"] = Field(description="none: the checkpoint is evaluated as compressed")
 
 
-class Evaluation(Strict):
-    """A perplexity protocol on a text."""
-
-    text: Name = Field(description="name of a text")
-    protocol: Literal["p1", "p1_bos", "p2", "plain"] = Field("p1", description="see the table of protocols in config/README.md")
-    length: int = Field(2048, ge=2, description="tokens per window")
-    stride: int | None = Field(None, ge=1, description="p2 only: new tokens per window")
-    windows: int | None = Field(None, ge=2, description="only the first so many windows; all when absent")
-    compare: bool = Field(True, description="also run the dense model: KL divergence and top-1 agreement")
-
-    @model_validator(mode="after")
-    def _stride_for_p2(self) -> Evaluation:
-        if (self.protocol == "p2") != (self.stride is not None):
-            raise ValueError("`stride` belongs to protocol p2, which needs it")
-        if self.stride is not None and self.stride >= self.length:
-            raise ValueError("`stride` must be smaller than `length`")
-        return self
-
-
 class Experiment(Strict):
     """A grid: the product of the named presets. The dense model is evaluated beside it."""
 
@@ -185,7 +163,7 @@ class Config(Strict):
     methods: dict[Name, Method] = Field(description="points of the design space: structure x metric")
     budgets: dict[Name, Budget] = Field(description="how much is kept, of which matrices")
     recoveries: dict[Name, Recovery] = Field({"none": Recovery(kind="none")}, description="what follows compression")
-    evaluations: dict[Name, Evaluation] = Field(description="how loss is measured")
+    evaluations: dict[Name, AnyEvaluation] = Field(description="what is measured: loss, accuracy, latency")
     experiments: dict[Name, Experiment] = Field(description="products of the names above; `snakemake` runs them all")
 
     @model_validator(mode="after")
@@ -194,14 +172,18 @@ class Config(Strict):
             raise ValueError("methods.dense: the name is taken by the uncompressed model, which is always evaluated")
         for section in ("calibrations", "evaluations"):
             for name, preset in getattr(self, section).items():
-                _known(f"{section}.{name}.text", preset.text, self.texts)
+                if isinstance(preset, Calibration | Perplexity):
+                    _known(f"{section}.{name}.text", preset.text, self.texts)
         for name, experiment in self.experiments.items():
             for section in (s for s in Experiment.model_fields if s != "controls"):
                 for given in getattr(experiment, section):
                     _known(f"experiments.{name}.{section}", given, getattr(self, section))
             for c in experiment.calibrations:
                 for e in experiment.evaluations:
-                    if self.texts[self.calibrations[c].text] == self.texts[self.evaluations[e].text]:
+                    evaluation = self.evaluations[e]
+                    if not isinstance(evaluation, Perplexity):
+                        continue
+                    if self.texts[self.calibrations[c].text] == self.texts[evaluation.text]:
                         raise ValueError(
                             f"experiments.{name}: calibration {c!r} and evaluation {e!r} read the same text; "
                             "calibrate on a text that is not evaluated"
@@ -231,7 +213,8 @@ def load(config: dict[str, Any], files: typing.Sequence[str | Path] = ()) -> Con
     try:
         return Config.model_validate(config)
     except ValidationError as error:
-        detail = error.errors()[0]
+        errors = error.errors()  # a key with a typo is missing under its right name as well
+        detail = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         path = [str(part) for part in detail["loc"]]
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
@@ -255,7 +238,7 @@ def _as_written(path: list[str], config: Any) -> list[str]:
             config = config[part]
         elif isinstance(config, list) and part.isdigit():
             config = config[int(part)]
-        elif isinstance(config, dict) and config.get("kind") == part:
+        elif isinstance(config, dict) and config.get("kind", PLAIN) == part:
             continue
         keys.append(part)
     return keys

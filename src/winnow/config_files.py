@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from winnow import presets
 from winnow.config import Config, Method, load
 from winnow.errors import InputError
+from winnow.evaluations import EVALUATIONS
 from winnow.metrics import METRICS
 from winnow.structures import STRUCTURES
 from winnow.tokens import PROTOCOLS
@@ -103,8 +104,14 @@ def readme() -> str:
         "(threads, device, memory, batch) stands in `profiles/`.",
     ]
     for name, field in Config.model_fields.items():
-        preset = typing.get_args(field.annotation)[1]
-        lines += ["", f"## `{name}`", "", f"{field.description}.", "", *_key_rows(preset)]
+        lines += ["", f"## `{name}`", "", f"{field.description}."]
+        kinds = EVALUATIONS if name == "evaluations" else {"": typing.get_args(field.annotation)[1]}
+        for kind, preset in kinds.items():
+            lines += ["", f"`kind: {kind}`: {preset.__doc__}"] if kind else []
+            lines += ["", *_key_rows(preset)]
+            if kind == "perplexity":
+                lines += ["", "| protocol | version | rule |", "|---|---|---|"]
+                lines += [f"| `{key}` | {p.version} | {p.rule} |" for key, p in PROTOCOLS.items()]
         if name == "methods":
             lines += [
                 "",
@@ -122,9 +129,6 @@ def readme() -> str:
                 "",
                 *_preset_rows(),
             ]
-        if name == "evaluations":
-            lines += ["", "| protocol | version | rule |", "|---|---|---|"]
-            lines += [f"| `{key}` | {p.version} | {p.rule} |" for key, p in PROTOCOLS.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -1,27 +1,17 @@
-"""From the configuration to stages: labels of presets, cells of experiments, and what every stage depends on.
-
-A label is `name-hash6`, the hash over the preset's own resolved content without values equal to their default. Paths
-nest labels, so a path's beginning names exactly what is upstream of it.
-"""
+"""From the grid to stages: what the result of every stage depends on, besides its input files."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from winnow.clusters import Clustering
-from winnow.config import Config, Method, Strict, random_control
-from winnow.errors import InputError
+from winnow.config import Config
+from winnow.grid import EXECUTION, UNNAMED, Cell, Grid
 from winnow.io import file_digest
-from winnow.metrics import GRADIENTS, METRICS
-from winnow.models import model_files
+from winnow.metrics import METRICS
 from winnow.provenance import CodeTracker, versions
-from winnow.structures import STRUCTURES, structure_of
-from winnow.structures.base import Structure
+from winnow.structures import STRUCTURES
 from winnow.tokens import PROTOCOLS
 
 TORCH = ("torch", "numpy", "safetensors")
@@ -61,28 +51,7 @@ DEMO_MODEL = {  # the recipe of resources/models/demo
     },
     "training": {"steps": 800, "batch": 16, "length": 256, "rate": 0.003, "decay": 0.5, "seed": 0},
 }
-EXECUTION = {"shards"}  # options that say how a job runs; they are in no label
 OF_STATISTICS = {"precision", "first_token", "gradient_labels"}  # options of a calibration that do not change its tokens
-UNNAMED = EXECUTION | {"paper"}  # what else changes no number
-
-
-def _with_controls(config: Config) -> tuple[dict[str, Method], dict[str, str]]:
-    """All methods with their random controls, and {method: its control} by name. A preset of the same content serves.
-
-    Raises InputError if another preset has the name of a control.
-    """
-    methods, controls = dict(config.methods), {}
-    for name, method in config.methods.items():
-        control = random_control(method)
-        if control:
-            content = (control.structure, control.metric)
-            same = sorted(other for other, m in config.methods.items() if (m.structure, m.metric) == content)
-            controls[name] = same[0] if same else f"{name}.random"
-            if not same and controls[name] in config.methods:
-                where = f"methods.{controls[name]}"
-                raise InputError(f"{where}: the name is taken by the random control of {name!r}; rename the preset")
-            methods.setdefault(controls[name], control)
-    return methods, controls
 
 
 def _kinds(content: dict[str, Any]) -> list[str]:
@@ -91,139 +60,12 @@ def _kinds(content: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys([*([content["kind"]] if "kind" in content else []), *inner]))
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One evaluated point, as preset names. `method` is None for the dense model, and so are its upstream choices."""
-
-    model: str
-    evaluation: str
-    calibration: str | None = None
-    method: str | None = None
-    budget: str | None = None
-    recovery: str | None = None
-
-
-class Plan:
-    """Labels and specifications of a validated configuration; knows nothing of Snakemake and starts no job."""
+class Plan(Grid):
+    """Cells and stages of a validated configuration; knows nothing of Snakemake and starts no job."""
 
     def __init__(self, config: Config, root: Path):
-        self.methods, self.controls = _with_controls(config)
-        self.config = config.model_copy(update={"methods": self.methods})
+        super().__init__(config)
         self.code = CodeTracker(root)
-        self.labels: dict[str, dict[str, str]] = {}
-        self.names: dict[str, dict[str, str]] = {}
-        for section in ("models", "texts", "calibrations", "methods", "budgets", "recoveries", "evaluations"):
-            presets: dict[str, Strict] = getattr(self.config, section)
-            self.labels[section] = {name: self._label(section, name, preset) for name, preset in presets.items()}
-            self.names[section] = {label: name for name, label in self.labels[section].items()}
-        self.cells = self._cells()
-
-    def _label(self, section: str, name: str, preset: Strict) -> str:
-        content = preset.model_dump(exclude_defaults=True, exclude=UNNAMED, mode="json")
-        if "text" in content:  # the text itself, not what it is called
-            content["text"] = self.config.texts[content["text"]].model_dump(exclude_defaults=True, mode="json")
-        digest = hashlib.sha256(json.dumps([section, content], sort_keys=True).encode()).hexdigest()
-        return f"{name}-{digest[:6]}"
-
-    def _cells(self) -> list[Cell]:
-        """Cells of all experiments, each once: the dense ones first."""
-        dense: dict[Cell, None] = {}
-        compressed: dict[Cell, None] = {}
-        for e in self.config.experiments.values():
-            for model, evaluation in product(e.models, e.evaluations):
-                dense[Cell(model, evaluation)] = None
-            methods = [name for m in e.methods for name in (m, self.controls.get(m) if e.controls else None) if name]
-            for row in product(e.models, e.evaluations, e.calibrations, methods, e.budgets, e.recoveries):
-                compressed[Cell(*row)] = None
-        return [*dense, *compressed]
-
-    def check_sources(self) -> None:
-        """Raise InputError for a local model or text that an experiment uses and that is not there."""
-        for name in dict.fromkeys(cell.model for cell in self.cells):
-            self.local_model_files(self.labels["models"][name])
-        for name in dict.fromkeys(text for cell in self.cells for text in self.texts_of(cell)):
-            for file in self.config.texts[name].files:
-                if not Path(file).is_file():
-                    raise InputError(f"texts.{name}.files: {file}: there is no such file")
-
-    def texts_of(self, cell: Cell) -> list[str]:
-        texts = [self.config.evaluations[cell.evaluation].text]
-        return texts + ([self.config.calibrations[cell.calibration].text] if cell.calibration else [])
-
-    def local_model_files(self, label: str) -> list[str]:
-        """Files of a local model; none for one on the hub, which `retrieve_model` downloads."""
-        model = self.preset("models", label)
-        return [str(p) for p in model_files(model.source)] if model.local() else []
-
-    def preset(self, section: str, label: str) -> Any:
-        return getattr(self.config, section)[self.names[section][label]]
-
-    def all_labels(self) -> list[str]:
-        """Every label that a path of a result can hold."""
-        return sorted({label for section in self.names.values() for label in section} | set(self.clusterings()))
-
-    def knows(self, wildcard: str, label: str) -> bool:
-        """Whether a rule's wildcard can have this value."""
-        if wildcard == "shard":
-            return True
-        if wildcard == "clustering":
-            return label in self.clusterings()
-        sections = {"other": ["texts"], "windows": ["calibrations", "evaluations"], "recovery": ["recoveries"]}
-        return any(label in self.names[section] for section in sections.get(wildcard, [f"{wildcard}s"]))
-
-    def pattern(self, *sections: str) -> str:
-        """A regular expression of all labels of the sections."""
-        return "|".join(label.replace(".", r"\.") for s in sections for label in self.names[s])
-
-    def text_label(self, section: str, label: str) -> str:
-        """The label of the text that a calibration or an evaluation reads."""
-        return self.labels["texts"][self.preset(section, label).text]
-
-    # Paths of artefacts, from labels.
-
-    def folder(self, cell: Cell, *sections: str) -> str:
-        one = {"models": cell.model, "calibrations": cell.calibration, "methods": cell.method}
-        one |= {"budgets": cell.budget, "recoveries": cell.recovery}
-        return "/".join(["results", *(self.labels[s][one[s]] for s in sections)])  # type: ignore[index]
-
-    def result(self, cell: Cell) -> str:
-        """The path of a cell's perplexity."""
-        evaluation = self.labels["evaluations"][cell.evaluation]
-        if cell.method is None:
-            return f"{self.folder(cell, 'models')}/dense/{evaluation}.json"
-        return f"{self.folder(cell, 'models', 'calibrations', 'methods', 'budgets', 'recoveries')}/{evaluation}.json"
-
-    def shards(self, model_label: str) -> list[str]:
-        total = self.preset("models", model_label).shards
-        return [f"{i + 1}-of-{total}" for i in range(total)]
-
-    def needs(self, method_label: str) -> set[str]:
-        """Which of `moments`, `gradients` and `clusters` the factors of a method are fitted with."""
-        method = self.preset("methods", method_label)
-        metric = METRICS[method.metric.kind].needs if method.metric else ()
-        structure = self.structure(method_label)
-        needs = {*metric, *structure.needs()}
-        found = {"gradients" if need in GRADIENTS else "moments" for need in needs}
-        return found | ({"clusters"} if structure.clustering() else set())
-
-    def structure(self, method_label: str) -> Structure:
-        return structure_of(self.preset("methods", method_label).structure.model_dump())
-
-    def clustering_label(self, method_label: str) -> str | None:
-        """The label of a method's assignment of clusters, which methods of other metrics can share."""
-        clustering = self.structure(method_label).clustering()
-        if clustering is None:
-            return None
-        content = clustering.model_dump(mode="json")
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return f"{clustering.by}-{clustering.clusters}-{digest[:6]}"
-
-    def clusterings(self) -> dict[str, Clustering]:
-        """Every assignment of clusters by its label."""
-        found = {self.clustering_label(label): self.structure(label).clustering() for label in self.names["methods"]}
-        return {label: clustering for label, clustering in found.items() if label and clustering}
-
-    # What each stage's result depends on, besides its input files.
 
     def spec(self, stage: str, wildcards: dict[str, str]) -> dict[str, Any]:
         """The parameters of a stage: builtin types only, keys sorted."""
@@ -255,7 +97,7 @@ class Plan:
     def _spec_tokenize(self, w: dict[str, str]) -> dict[str, Any]:
         section = "calibrations" if w["windows"] in self.names["calibrations"] else "evaluations"
         preset = self.preset(section, w["windows"])
-        windows = preset.model_dump(exclude={"text", "compare", *OF_STATISTICS})
+        windows = preset.model_dump(exclude={"kind", "text", "compare", *OF_STATISTICS})
         if section == "evaluations":
             windows["version"] = PROTOCOLS[preset.protocol].version
         return {"kind": section, "join": self.config.texts[preset.text].join, **windows}
@@ -315,27 +157,26 @@ class Plan:
         return DEMO_MODEL
 
     def _spec_report(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"template": file_digest(TEMPLATE), "cells": len(self.cells)}
+        return {"template": file_digest(TEMPLATE), "cells": len(self.cells_of("perplexity"))}
 
     def _spec_tables(self, w: dict[str, str]) -> dict[str, Any]:
-        rows = []
-        for cell in self.cells:
-            method = self.config.methods[cell.method] if cell.method else None
-            budget = self.config.budgets[cell.budget] if cell.budget else None
-            rows.append(
-                {
-                    "model": cell.model,
-                    "calibration": cell.calibration or "none",
-                    "method": cell.method or "dense",
-                    "structure": method.structure.kind if method else "dense",
-                    "metric": method.objective if method else "none",
-                    "budget": cell.budget or "dense",
-                    "allocation": budget.allocation.kind if budget else "none",
-                    "recovery": cell.recovery or "none",
-                    "evaluation": cell.evaluation,
-                    "targets": "+".join(budget.targets) if budget else "none",
-                    "keep_requested": budget.keep_bytes if budget else 1.0,
-                    "result": self.result(cell),
-                }
-            )
-        return {"rows": rows}
+        return {"rows": [self._row(cell) for cell in self.cells_of("perplexity")]}
+
+    def _row(self, cell: Cell) -> dict[str, Any]:
+        """What a table says of a cell before anything is measured."""
+        method = self.config.methods[cell.method] if cell.method else None
+        budget = self.config.budgets[cell.budget] if cell.budget else None
+        return {
+            "model": cell.model,
+            "calibration": cell.calibration or "none",
+            "method": cell.method or "dense",
+            "structure": method.structure.kind if method else "dense",
+            "metric": method.objective if method else "none",
+            "budget": cell.budget or "dense",
+            "allocation": budget.allocation.kind if budget else "none",
+            "recovery": cell.recovery or "none",
+            "evaluation": cell.evaluation,
+            "targets": "+".join(budget.targets) if budget else "none",
+            "keep_requested": budget.keep_bytes if budget else 1.0,
+            "result": self.result(cell),
+        }

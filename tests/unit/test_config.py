@@ -73,6 +73,24 @@ MISTAKES = [
     ),
     (lambda c: c["texts"].update(hub={"dataset": "wikitext", "split": "test"}), "texts.hub: a hub data set needs"),
     (lambda c: c["evaluations"]["demo"].update(protocol="p2"), "evaluations.demo: `stride` belongs to protocol p2"),
+    (lambda c: c["evaluations"]["demo"].update(lenght=8), "evaluations.demo.lenght: unknown key; did you mean 'length'?"),
+    (lambda c: c["evaluations"]["demo"].update(protocol="p3"), "evaluations.demo.protocol: Input should be 'p1'"),
+    (lambda c: c["evaluations"]["demo"].update(kind="acuracy"), "there is no kind 'acuracy'; did you mean 'accuracy'?"),
+    (lambda c: c["evaluations"].update(a={"tasks": ["x"]}), "evaluations.a.tasks: unknown key; valid: compare, kind, length"),
+    (
+        lambda c: c["evaluations"].update(a={"kind": "accuracy", "tasks": ["x"], "limt": 3}),
+        "evaluations.a.limt: unknown key; did you mean 'limit'?",
+    ),
+    (lambda c: c["evaluations"].update(a={"kind": "accuracy"}), "evaluations.a.tasks: Field required"),
+    (
+        lambda c: c["evaluations"].update(a={"kind": "latency", "batches": [0]}),
+        "evaluations.a.batches.0: Input should be greater than or equal to 1",
+    ),
+    (lambda c: c["evaluations"].update(a=3), "evaluations.a: Input should be a valid dictionary"),
+    (
+        lambda c: c["experiments"].update(x={"models": ["demo"], "mthods": ["svd"]}),
+        "experiments.x.mthods: unknown key; did you mean 'methods'?",
+    ),
     (
         lambda c: c["evaluations"]["demo"].update(text="demo_calibration"),
         "read the same text; calibrate on a text that is not evaluated",

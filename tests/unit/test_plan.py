@@ -62,6 +62,33 @@ def test_every_kind_has_a_label_of_its_own():
     assert len(labels) == len(pairs)
 
 
+def test_evaluations_of_other_kinds_stand_beside_the_old_ones_and_move_none():
+    before = plan_of()
+
+    def change(c):
+        c["evaluations"]["demo"]["kind"] = "perplexity"
+        c["evaluations"]["tasks.1"] = {"kind": "accuracy", "tasks": ["x"]}
+        c["evaluations"]["speed"] = {"kind": "latency"}
+        c["experiments"]["demo"]["evaluations"] += ["tasks.1", "speed"]
+
+    after = plan_of(change)
+    labels = after.labels["evaluations"]
+    assert labels["demo"] == before.labels["evaluations"]["demo"] == "demo-299c6a"  # of results that people have
+    assert after.cells_of("perplexity") == before.cells
+    for kind, name in (("accuracy", "tasks.1"), ("latency", "speed")):
+        cells = after.cells_of(kind)
+        assert len(cells) == 33
+        assert {cell.evaluation for cell in cells} == {name}
+        assert sum(cell.method is None for cell in cells) == 1
+        assert not set(after.texts_of(cells[0]))
+        assert after.texts_of(cells[-1]) == ["demo_calibration"]
+        assert after.pattern("evaluations", kind=kind) == labels[name].replace(".", r"\.")
+    assert after.pattern("calibrations", "evaluations", kind="perplexity").split("|")[1:] == [labels["demo"]]
+    assert before.pattern("evaluations", kind="latency") == "none"
+    for stage in ("tables", "report"):
+        assert after.spec(stage, {}) == before.spec(stage, {})
+
+
 def test_a_calibration_and_an_evaluation_never_share_a_label():
     def change(c):
         c["calibrations"]["w"] = {"text": "demo_calibration", "length": 64}

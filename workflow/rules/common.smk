@@ -23,7 +23,7 @@ wildcard_constraints:
     model=PLAN.pattern("models"),
     text=PLAN.pattern("texts"),
     other=PLAN.pattern("texts"),
-    windows=PLAN.pattern("calibrations", "evaluations"),
+    windows=PLAN.pattern("calibrations", "evaluations", kind="perplexity"),
     calibration=PLAN.pattern("calibrations"),
     method=PLAN.pattern("methods"),
     budget=PLAN.pattern("budgets"),

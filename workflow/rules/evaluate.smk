@@ -13,6 +13,8 @@ rule evaluate_dense:
         "results/logs/evaluate_dense/{model}/{evaluation}.log",
     benchmark:
         "results/benchmarks/evaluate_dense/{model}/{evaluation}.tsv"
+    wildcard_constraints:
+        evaluation=PLAN.pattern("evaluations", kind="perplexity"),
     threads: 1
     resources:
         gpu=1,
@@ -39,6 +41,8 @@ rule evaluate_perplexity:
         "results/logs/evaluate_perplexity/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.log",
     benchmark:
         "results/benchmarks/evaluate_perplexity/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.tsv"
+    wildcard_constraints:
+        evaluation=PLAN.pattern("evaluations", kind="perplexity"),
     threads: 1
     resources:
         gpu=1,
@@ -52,6 +56,6 @@ rule evaluate_perplexity:
 
 
 rule perplexity:
-    """Perplexity of all cells, dense ones included."""
+    """Perplexity of all cells that measure it, dense ones included."""
     input:
-        [PLAN.result(cell) for cell in PLAN.cells],
+        results_of("perplexity"),

@@ -53,8 +53,11 @@ def overlap_check(wildcards):
     return f"results/texts/overlap/{calibration}/{evaluation}.json"
 
 
-def of_cells(path):
-    """All files of a path pattern with the labels of the cells in it; dense cells have no method, budget, ..."""
+def of_cells(path, kind=None):
+    """All files of a path pattern with the labels of the cells in it, of all or of those whose evaluation is of a kind.
+
+    Dense cells have no method, budget, ...
+    """
     sections = {
         "model": "models",
         "calibration": "calibrations",
@@ -64,7 +67,7 @@ def of_cells(path):
         "evaluation": "evaluations",
     }
     found = {}
-    for cell in PLAN.cells:
+    for cell in PLAN.cells_of(kind) if kind else PLAN.cells:
         names = {key: getattr(cell, key) for key in sections}
         labels = {
             key: PLAN.labels[sections[key]][name] for key, name in names.items() if name
@@ -72,6 +75,10 @@ def of_cells(path):
         if all(f"{{{key}}}" not in path or key in labels for key in sections):
             found[path.format(**labels)] = None
     return list(found)
+
+
+def results_of(kind):
+    return [PLAN.result(cell) for cell in PLAN.cells_of(kind)]
 
 
 def clusters_of_cells():
@@ -85,14 +92,18 @@ def clusters_of_cells():
 
 def spectra_of_matrices():
     """Spectra of the methods that fit every matrix by itself: only those are spectra of matrices."""
-    paths = of_cells("results/{model}/{calibration}/{method}/spectra.parquet")
+    paths = of_cells(
+        "results/{model}/{calibration}/{method}/spectra.parquet", "perplexity"
+    )
     kind = lambda path: PLAN.structure(path.split("/")[3]).kind()
     return [path for path in paths if kind(path) == "low_rank"]
 
 
 def windows_of_cells():
     calibration = of_cells("results/{model}/tokens/{calibration}.safetensors")
-    return calibration + of_cells("results/{model}/tokens/{evaluation}.safetensors")
+    return calibration + of_cells(
+        "results/{model}/tokens/{evaluation}.safetensors", "perplexity"
+    )
 
 
 def texts_of_cells():
@@ -102,9 +113,15 @@ def texts_of_cells():
 
 def overlaps_of_cells():
     pairs = {}
-    for cell in PLAN.cells:
+    for cell in PLAN.cells_of("perplexity"):
         if cell.calibration:
             evaluation, calibration = PLAN.texts_of(cell)
             pairs[calibration, evaluation] = None
     labels = PLAN.labels["texts"]
     return [f"results/texts/overlap/{labels[c]}/{labels[e]}.json" for c, e in pairs]
+
+
+def outcome():
+    """What a whole run makes: the table of every kind of evaluation in the experiments, and of losses what is drawn."""
+    made = {"perplexity": [rules.tables, rules.figures, rules.report]}
+    return [one.output for kind in made if PLAN.cells_of(kind) for one in made[kind]]

@@ -1,0 +1,59 @@
+"""What can be measured of a model: the kinds of presets in the section `evaluations`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from winnow.fields import Name, Strict
+
+Positive = Annotated[int, Field(ge=1)]
+PLAIN = "perplexity"  # the kind of a preset that names none
+
+
+class Perplexity(Strict):
+    """Loss on a text, by a named protocol."""
+
+    kind: Literal["perplexity"] = Field("perplexity", description="may be left out: a preset without `kind` is one")
+    text: Name = Field(description="name of a text")
+    protocol: Literal["p1", "p1_bos", "p2", "plain"] = Field("p1", description="see the table of protocols in config/README.md")
+    length: int = Field(2048, ge=2, description="tokens per window")
+    stride: int | None = Field(None, ge=1, description="p2 only: new tokens per window")
+    windows: int | None = Field(None, ge=2, description="only the first so many windows; all when absent")
+    compare: bool = Field(True, description="also run the dense model: KL divergence and top-1 agreement")
+
+    @model_validator(mode="after")
+    def _stride_for_p2(self) -> Perplexity:
+        if (self.protocol == "p2") != (self.stride is not None):
+            raise ValueError("`stride` belongs to protocol p2, which needs it")
+        if self.stride is not None and self.stride >= self.length:
+            raise ValueError("`stride` must be smaller than `length`")
+        return self
+
+
+class Accuracy(Strict):
+    """Tasks of lm-eval (the harness of EleutherAI), paired by document with the dense model."""
+
+    kind: Literal["accuracy"] = Field(description="accuracy")
+    tasks: list[str] = Field(min_length=1, description="names of lm-eval's tasks, or of those in `include_path`")
+    limit: int | None = Field(None, ge=2, description="only the first so many documents of every task; all when absent")
+
+
+class Latency(Strict):
+    """Time per step and peak memory, beside the dense model in the same dtype."""
+
+    kind: Literal["latency"] = Field(description="latency")
+    batches: list[Positive] = Field([1, 8, 32], min_length=1, description="sequences at a time")
+    prompts: list[Positive] = Field([128], min_length=1, description="tokens per sequence that prefill reads")
+    decode: Positive = Field(32, description="tokens per sequence that are decoded after the prompt, one at a time")
+    repeats: int = Field(10, ge=3, description="timed runs of each model, in turns")
+    warm_up: int = Field(3, ge=1, description="runs before those, not timed")
+
+
+def _with_kind(preset: Any) -> Any:
+    return {"kind": PLAIN, **preset} if isinstance(preset, dict) and "kind" not in preset else preset
+
+
+AnyEvaluation = Annotated[Perplexity | Accuracy | Latency, Field(discriminator="kind"), BeforeValidator(_with_kind)]
+EVALUATIONS: dict[str, type[Strict]] = {"perplexity": Perplexity, "accuracy": Accuracy, "latency": Latency}

@@ -1,0 +1,190 @@
+"""From the configuration to what is measured: labels of presets, cells of experiments, paths of artefacts.
+
+A label is `name-hash6`, the hash over the preset's own resolved content without values equal to their default. Paths
+nest labels, so a path's beginning names exactly what is upstream of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from winnow.clusters import Clustering
+from winnow.config import Config, Method, Strict, random_control
+from winnow.errors import InputError
+from winnow.evaluations import PLAIN, Perplexity
+from winnow.metrics import GRADIENTS, METRICS
+from winnow.models import model_files
+from winnow.structures import structure_of
+from winnow.structures.base import Structure
+
+EXECUTION = {"shards"}  # options that say how a job runs; they are in no label
+UNNAMED = EXECUTION | {"paper"}  # what else changes no number
+
+
+def _with_controls(config: Config) -> tuple[dict[str, Method], dict[str, str]]:
+    """All methods with their random controls, and {method: its control} by name. A preset of the same content serves.
+
+    Raises InputError if another preset has the name of a control.
+    """
+    methods, controls = dict(config.methods), {}
+    for name, method in config.methods.items():
+        control = random_control(method)
+        if control:
+            content = (control.structure, control.metric)
+            same = sorted(other for other, m in config.methods.items() if (m.structure, m.metric) == content)
+            controls[name] = same[0] if same else f"{name}.random"
+            if not same and controls[name] in config.methods:
+                where = f"methods.{controls[name]}"
+                raise InputError(f"{where}: the name is taken by the random control of {name!r}; rename the preset")
+            methods.setdefault(controls[name], control)
+    return methods, controls
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluated point, as preset names. `method` is None for the dense model, and so are its upstream choices."""
+
+    model: str
+    evaluation: str
+    calibration: str | None = None
+    method: str | None = None
+    budget: str | None = None
+    recovery: str | None = None
+    kind: str = PLAIN  # of the evaluation
+
+
+class Grid:
+    """Labels, cells and paths of a validated configuration."""
+
+    def __init__(self, config: Config):
+        self.methods, self.controls = _with_controls(config)
+        self.config = config.model_copy(update={"methods": self.methods})
+        self.labels: dict[str, dict[str, str]] = {}
+        self.names: dict[str, dict[str, str]] = {}
+        for section in ("models", "texts", "calibrations", "methods", "budgets", "recoveries", "evaluations"):
+            presets: dict[str, Strict] = getattr(self.config, section)
+            self.labels[section] = {name: self._label(section, name, preset) for name, preset in presets.items()}
+            self.names[section] = {label: name for name, label in self.labels[section].items()}
+        self.cells = self._cells()
+
+    def _label(self, section: str, name: str, preset: Strict) -> str:
+        content = preset.model_dump(exclude_defaults=True, exclude=UNNAMED, mode="json")
+        if "text" in content:  # the text itself, not what it is called
+            content["text"] = self.config.texts[content["text"]].model_dump(exclude_defaults=True, mode="json")
+        digest = hashlib.sha256(json.dumps([section, content], sort_keys=True).encode()).hexdigest()
+        return f"{name}-{digest[:6]}"
+
+    def _cells(self) -> list[Cell]:
+        """Cells of all experiments, each once: the dense ones first."""
+        dense: dict[Cell, None] = {}
+        compressed: dict[Cell, None] = {}
+        for e in self.config.experiments.values():
+            for model, evaluation in product(e.models, e.evaluations):
+                dense[Cell(model, evaluation, kind=self.config.evaluations[evaluation].kind)] = None
+            methods = [name for m in e.methods for name in (m, self.controls.get(m) if e.controls else None) if name]
+            for row in product(e.models, e.evaluations, e.calibrations, methods, e.budgets, e.recoveries):
+                compressed[Cell(*row, kind=self.config.evaluations[row[1]].kind)] = None
+        return [*dense, *compressed]
+
+    def cells_of(self, kind: str) -> list[Cell]:
+        """The cells whose evaluation is of this kind, dense ones first."""
+        return [cell for cell in self.cells if cell.kind == kind]
+
+    def check_sources(self) -> None:
+        """Raise InputError for a local model or text that an experiment uses and that is not there."""
+        for name in dict.fromkeys(cell.model for cell in self.cells):
+            self.local_model_files(self.labels["models"][name])
+        for name in dict.fromkeys(text for cell in self.cells for text in self.texts_of(cell)):
+            for file in self.config.texts[name].files:
+                if not Path(file).is_file():
+                    raise InputError(f"texts.{name}.files: {file}: there is no such file")
+
+    def texts_of(self, cell: Cell) -> list[str]:
+        """Names of the texts that a cell reads: of its evaluation, if it has one, and of its calibration."""
+        evaluation = self.config.evaluations[cell.evaluation]
+        texts = [evaluation.text] if isinstance(evaluation, Perplexity) else []
+        return texts + ([self.config.calibrations[cell.calibration].text] if cell.calibration else [])
+
+    def local_model_files(self, label: str) -> list[str]:
+        """Files of a local model; none for one on the hub, which `retrieve_model` downloads."""
+        model = self.preset("models", label)
+        return [str(p) for p in model_files(model.source)] if model.local() else []
+
+    def preset(self, section: str, label: str) -> Any:
+        return getattr(self.config, section)[self.names[section][label]]
+
+    def all_labels(self) -> list[str]:
+        """Every label that a path of a result can hold."""
+        return sorted({label for section in self.names.values() for label in section} | set(self.clusterings()))
+
+    def knows(self, wildcard: str, label: str) -> bool:
+        """Whether a rule's wildcard can have this value."""
+        if wildcard == "shard":
+            return True
+        if wildcard == "clustering":
+            return label in self.clusterings()
+        sections = {"other": ["texts"], "windows": ["calibrations", "evaluations"], "recovery": ["recoveries"]}
+        return any(label in self.names[section] for section in sections.get(wildcard, [f"{wildcard}s"]))
+
+    def pattern(self, *sections: str, kind: str | None = None) -> str:
+        """A regular expression of all labels of the sections; with `kind` only those evaluations of it. `none` is no label."""
+        labels = [
+            label
+            for section in sections
+            for label in self.names[section]
+            if kind is None or section != "evaluations" or self.preset(section, label).kind == kind
+        ]
+        return "|".join(label.replace(".", r"\.") for label in labels) or "none"
+
+    def text_label(self, section: str, label: str) -> str:
+        """The label of the text that a calibration or an evaluation reads."""
+        return self.labels["texts"][self.preset(section, label).text]
+
+    # Paths of artefacts, from labels.
+
+    def folder(self, cell: Cell, *sections: str) -> str:
+        one = {"models": cell.model, "calibrations": cell.calibration, "methods": cell.method}
+        one |= {"budgets": cell.budget, "recoveries": cell.recovery}
+        return "/".join(["results", *(self.labels[s][one[s]] for s in sections)])  # type: ignore[index]
+
+    def result(self, cell: Cell) -> str:
+        """The path of what was measured at a cell."""
+        evaluation = self.labels["evaluations"][cell.evaluation]
+        if cell.method is None:
+            return f"{self.folder(cell, 'models')}/dense/{evaluation}.json"
+        return f"{self.folder(cell, 'models', 'calibrations', 'methods', 'budgets', 'recoveries')}/{evaluation}.json"
+
+    def shards(self, model_label: str) -> list[str]:
+        total = self.preset("models", model_label).shards
+        return [f"{i + 1}-of-{total}" for i in range(total)]
+
+    def needs(self, method_label: str) -> set[str]:
+        """Which of `moments`, `gradients` and `clusters` the factors of a method are fitted with."""
+        method = self.preset("methods", method_label)
+        metric = METRICS[method.metric.kind].needs if method.metric else ()
+        structure = self.structure(method_label)
+        needs = {*metric, *structure.needs()}
+        found = {"gradients" if need in GRADIENTS else "moments" for need in needs}
+        return found | ({"clusters"} if structure.clustering() else set())
+
+    def structure(self, method_label: str) -> Structure:
+        return structure_of(self.preset("methods", method_label).structure.model_dump())
+
+    def clustering_label(self, method_label: str) -> str | None:
+        """The label of a method's assignment of clusters, which methods of other metrics can share."""
+        clustering = self.structure(method_label).clustering()
+        if clustering is None:
+            return None
+        content = clustering.model_dump(mode="json")
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return f"{clustering.by}-{clustering.clusters}-{digest[:6]}"
+
+    def clusterings(self) -> dict[str, Clustering]:
+        """Every assignment of clusters by its label."""
+        found = {self.clustering_label(label): self.structure(label).clustering() for label in self.names["methods"]}
+        return {label: clustering for label, clustering in found.items() if label and clustering}
