@@ -246,7 +246,7 @@ def evaluate(dense: Any, model: Any | None, spec: dict[str, Any], device: str, c
         for phase, tokens in (("prefill", batch * length), ("decode", batch)):
             of_phase = {name: values[phase] for name, values in seconds.items()}
             own = {name: found[phase] for name, found in resources.items()}
-            cases.append({"phase": phase, "batch": batch, "length": length, **compared(of_phase, own, tokens)})
+            cases.append({"phase": phase, "batch": batch, "prompt": length, **compared(of_phase, own, tokens)})
     return {"cases": cases, "machine": machine(device, dense)}
 
 

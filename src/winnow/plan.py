@@ -31,7 +31,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "allocate": TABLES,
     "compress": TORCH,
     "evaluate_perplexity": HUGGING_FACE,
+    "evaluate_latency": HUGGING_FACE,
     "tables": TABLES,
+    "latency_table": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
     "demo_texts": (),
@@ -153,6 +155,12 @@ class Plan(Grid):
         dtype = self.preset("models", w["model"]).dtype
         return {**spec, **recovery, "dtype": dtype, "protocol_version": rule.version, "rule": rule.rule}
 
+    def _spec_evaluate_latency(self, w: dict[str, str]) -> dict[str, Any]:
+        """What is run, and not on what: device, threads and kernels are in the result, and times are never the same bits."""
+        spec = self.preset("evaluations", w["evaluation"]).model_dump(exclude={"kind"})
+        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        return {**spec, **recovery, "dtype": self.preset("models", w["model"]).dtype}
+
     def _spec_demo_model(self, w: dict[str, str]) -> dict[str, Any]:
         return DEMO_MODEL
 
@@ -161,6 +169,9 @@ class Plan(Grid):
 
     def _spec_tables(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("perplexity")]}
+
+    def _spec_latency_table(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"rows": [self._row(cell) for cell in self.cells_of("latency")]}
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         """What a table says of a cell before anything is measured."""

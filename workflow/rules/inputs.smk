@@ -123,5 +123,8 @@ def overlaps_of_cells():
 
 def outcome():
     """What a whole run makes: the table of every kind of evaluation in the experiments, and of losses what is drawn."""
-    made = {"perplexity": [rules.tables, rules.figures, rules.report]}
+    made = {
+        "perplexity": [rules.tables, rules.figures, rules.report],
+        "latency": [rules.latency_table],
+    }
     return [one.output for kind in made if PLAN.cells_of(kind) for one in made[kind]]
