@@ -10,7 +10,9 @@ from winnow.config import load
 from winnow.errors import InputError
 from winnow.plan import Plan
 
-ALL_CORES = workflow.resource_settings.cores or 4  # of this run: nothing runs beside a job that takes them
+ALL_CORES = (
+    workflow.resource_settings.cores or 4
+)  # of this run: nothing runs beside a job that takes them
 PRUNE = str(config.pop("prune", False)).lower() == "true"
 try:
     PLAN = Plan(load(config, [str(f) for f in workflow.configfiles]), ROOT)

@@ -2,6 +2,7 @@
 # steps: evaluate_latency, for compressed models beside the dense one; evaluate_latency_dense, by the same script, for the
 # dense model beside itself; latency_table
 
+
 rule evaluate_latency:
     """Time of a compressed model, in turns with the dense one in the same process."""
     input:
