@@ -9,7 +9,7 @@ from typing import Any
 
 from winnow.errors import InputError
 from winnow.io import MANIFEST, file_digest, read_json
-from winnow.plan import STAGES, Plan
+from winnow.plan import DENSE, Plan
 
 
 def provenance_of(path: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def differences(provenance: dict[str, Any], plan: Plan, directory: Path = Path()
     `directory` is where the run's relative paths start.
     """
     rule, wildcards, params = provenance["rule"], provenance["wildcards"], provenance["params"]
-    stage = rule if rule in STAGES else "evaluate_perplexity"  # which `evaluate_dense` is too
+    stage = DENSE.get(rule, rule)
     gone = [f"{name} {label}" for name, label in wildcards.items() if not plan.knows(name, label)]
     if gone:
         return [f"no preset of the configuration has the label of {', '.join(gone)}"]

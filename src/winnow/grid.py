@@ -21,6 +21,7 @@ from winnow.metrics import GRADIENTS, METRICS
 from winnow.models import model_files
 from winnow.structures import structure_of
 from winnow.structures.base import Structure
+from winnow.task_files import files_of
 
 EXECUTION = {"shards"}  # options that say how a job runs; they are in no label
 UNNAMED = EXECUTION | {"paper"}  # what else changes no number
@@ -96,13 +97,15 @@ class Grid:
         return [cell for cell in self.cells if cell.kind == kind]
 
     def check_sources(self) -> None:
-        """Raise InputError for a local model or text that an experiment uses and that is not there."""
+        """Raise InputError for a local model, text or file of a task that an experiment uses and that is not there."""
         for name in dict.fromkeys(cell.model for cell in self.cells):
             self.local_model_files(self.labels["models"][name])
         for name in dict.fromkeys(text for cell in self.cells for text in self.texts_of(cell)):
             for file in self.config.texts[name].files:
                 if not Path(file).is_file():
                     raise InputError(f"texts.{name}.files: {file}: there is no such file")
+        for name in dict.fromkeys(cell.evaluation for cell in self.cells_of("accuracy")):
+            self.task_files(self.labels["evaluations"][name])
 
     def texts_of(self, cell: Cell) -> list[str]:
         """Names of the texts that a cell reads: of its evaluation, if it has one, and of its calibration."""
@@ -114,6 +117,10 @@ class Grid:
         """Files of a local model; none for one on the hub, which `retrieve_model` downloads."""
         model = self.preset("models", label)
         return [str(p) for p in model_files(model.source)] if model.local() else []
+
+    def task_files(self, label: str) -> list[str]:
+        """Local files that the tasks of an accuracy preset read."""
+        return files_of(self.names["evaluations"][label], self.preset("evaluations", label))
 
     def preset(self, section: str, label: str) -> Any:
         return getattr(self.config, section)[self.names[section][label]]

@@ -17,6 +17,7 @@ from winnow.tokens import PROTOCOLS
 TORCH = ("torch", "numpy", "safetensors")
 HUGGING_FACE = (*TORCH, "transformers", "tokenizers")
 TABLES = ("numpy", "pandas", "pyarrow")
+TASKS = ("datasets", "lm-eval")
 # Stage (rule, script, log folder): libraries whose version can change what it writes.
 STAGES: dict[str, tuple[str, ...]] = {
     "retrieve_model": HUGGING_FACE,
@@ -32,13 +33,17 @@ STAGES: dict[str, tuple[str, ...]] = {
     "compress": TORCH,
     "evaluate_perplexity": HUGGING_FACE,
     "evaluate_latency": HUGGING_FACE,
+    "retrieve_tasks": TASKS,
+    "evaluate_accuracy": (*HUGGING_FACE, *TASKS),
     "tables": TABLES,
-    "latency_table": TABLES,
+    "tabulate_accuracy": TABLES,
+    "tabulate_latency": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
     "demo_texts": (),
     "demo_model": HUGGING_FACE,
 }
+DENSE = {"evaluate_dense": "evaluate_perplexity", "evaluate_accuracy_dense": "evaluate_accuracy"}  # rules by the same script
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 DEMO_MODEL = {  # the recipe of resources/models/demo
     "vocab_size": 1024,
@@ -161,6 +166,13 @@ class Plan(Grid):
         recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
         return {**spec, **recovery, "dtype": self.preset("models", w["model"]).dtype}
 
+    def _spec_retrieve_tasks(self, w: dict[str, str]) -> dict[str, Any]:
+        return self.preset("evaluations", w["evaluation"]).model_dump(exclude={"kind"})
+
+    def _spec_evaluate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
+        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        return {**self._spec_retrieve_tasks(w), **recovery, "dtype": self.preset("models", w["model"]).dtype}
+
     def _spec_demo_model(self, w: dict[str, str]) -> dict[str, Any]:
         return DEMO_MODEL
 
@@ -170,8 +182,11 @@ class Plan(Grid):
     def _spec_tables(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("perplexity")]}
 
-    def _spec_latency_table(self, w: dict[str, str]) -> dict[str, Any]:
+    def _spec_tabulate_latency(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("latency")]}
+
+    def _spec_tabulate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"rows": [self._row(cell) for cell in self.cells_of("accuracy")]}
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         """What a table says of a cell before anything is measured."""

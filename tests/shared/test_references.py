@@ -11,8 +11,9 @@ import yaml
 
 from tests.conftest import ROOT, SHARED
 from winnow import presets
-from winnow.config import Evaluation, Text
+from winnow.config import Text
 from winnow.config_files import default
+from winnow.evaluations import Perplexity
 from winnow.io import read_json
 from winnow.loading import load_model
 from winnow.perplexity import evaluate, summarize
@@ -59,7 +60,7 @@ def experiments() -> dict:
     base = default()
     wt2 = ["wt2-llama", "wt2-gpt2", "wt2-opt", "wt2-neox"]
     stories = {**STORIES, "separator": "<|endoftext|>", "join": "<|endoftext|>"}
-    plain = Evaluation(text="x", protocol="plain", length=256, windows=400).model_dump(exclude={"text"})
+    plain = Perplexity(text="x", protocol="plain", length=256, windows=400).model_dump(exclude={"text"})
     common = {"methods": presets.DEMO, "budgets": ["ffn-0.8", "ffn-0.4", "all-0.8", "all-0.4"]}
     few = {"windows": 128, "length": 256, "special_tokens": False}
     return {

@@ -36,4 +36,4 @@ def test_latency_is_measured_beside_dense_and_enters_no_other_table(tmp_path):
     assert set(record["provenance"]["params"]["spec"]) == {*speed, "dtype", "recovery"} - {"kind"}
     assert workspace.planned() == Counter()
     workspace.config["evaluations"]["speed"]["decode"] = 3
-    assert workspace.planned() == {"evaluate_latency": 1, "evaluate_latency_dense": 1, "latency_table": 1, "all": 1}
+    assert workspace.planned() == {"evaluate_latency": 1, "evaluate_latency_dense": 1, "tabulate_latency": 1, "all": 1}

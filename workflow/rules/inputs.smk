@@ -9,6 +9,10 @@ def text_files(wildcards):
     return PLAN.preset("texts", wildcards.text).files
 
 
+def task_files(wildcards):
+    return PLAN.task_files(wildcards.evaluation)
+
+
 def text_of_windows(wildcards):
     section = (
         "calibrations"
@@ -81,6 +85,11 @@ def results_of(kind):
     return [PLAN.result(cell) for cell in PLAN.cells_of(kind)]
 
 
+def table_of(kind):
+    """The table of a kind of evaluation, if the experiments have any."""
+    return [f"results/tables/{kind}.csv"] if PLAN.cells_of(kind) else []
+
+
 def clusters_of_cells():
     found = {}
     for path in of_cells("results/{model}/{calibration}/{method}"):
@@ -111,6 +120,10 @@ def texts_of_cells():
     return [f"results/texts/{PLAN.labels['texts'][name]}.parquet" for name in names]
 
 
+def tasks_of_cells():
+    return of_cells("results/tasks/{evaluation}.json", "accuracy")
+
+
 def overlaps_of_cells():
     pairs = {}
     for cell in PLAN.cells_of("perplexity"):
@@ -125,6 +138,7 @@ def outcome():
     """What a whole run makes: the table of every kind of evaluation in the experiments, and of losses what is drawn."""
     made = {
         "perplexity": [rules.tables, rules.figures, rules.report],
-        "latency": [rules.latency_table],
+        "latency": [rules.tabulate_latency],
+        "accuracy": [rules.tabulate_accuracy],
     }
     return [one.output for kind in made if PLAN.cells_of(kind) for one in made[kind]]

@@ -1,6 +1,6 @@
 # needs: models and checkpoints      makes: latency JSON, results/tables/latency
 # steps: evaluate_latency, for compressed models beside the dense one; evaluate_latency_dense, by the same script, for the
-# dense model beside itself; latency_table
+# dense model beside itself; tabulate_latency
 
 
 rule evaluate_latency:
@@ -50,7 +50,7 @@ rule evaluate_latency_dense:
         "../../scripts/evaluate_latency.py"
 
 
-rule latency_table:
+rule tabulate_latency:
     """One row per cell that measures latency, phase, batch size and prompt; times are in no other table."""
     input:
         results_of("latency"),
@@ -58,21 +58,21 @@ rule latency_table:
         csv="results/tables/latency.csv",
         parquet="results/tables/latency.parquet",
     log:
-        "results/logs/latency_table.log",
+        "results/logs/tabulate_latency.log",
     benchmark:
-        "results/benchmarks/latency_table.tsv"
+        "results/benchmarks/tabulate_latency.tsv"
     localrule: True
     threads: 1
     resources:
         mem_mb=2000,
         runtime=10,
     params:
-        **stage("latency_table"),
+        **stage("tabulate_latency"),
     script:
-        "../../scripts/latency_table.py"
+        "../../scripts/tabulate_latency.py"
 
 
 rule latency:
     """Latency of all cells that measure it, as a table."""
     input:
-        rules.latency_table.output,
+        rules.tabulate_latency.output,

@@ -85,10 +85,11 @@ rule tokenize:
 
 
 rule prefetch:
-    """Everything that needs the network: models and texts of the configured experiments."""
+    """Everything that needs the network: models, texts and tasks of the configured experiments."""
     input:
         of_cells("results/{model}/model.json"),
         texts_of_cells(),
+        tasks_of_cells(),
 
 
 rule tokens:

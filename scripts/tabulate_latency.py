@@ -1,4 +1,4 @@
-"""Rule `latency_table`: one row per cell, phase, batch size and prompt."""
+"""Rule `tabulate_latency`: one row per cell, phase, batch size and prompt."""
 
 from winnow.io import read_json, write_parquet, write_text
 from winnow.latency_table import latency_table

@@ -1,0 +1,11 @@
+"""Rule `retrieve_tasks`: tasks of lm-eval that can be run, with the digest of their documents; needs the network for hub data."""
+
+from winnow.io import write_json
+from winnow.runtime import start_job
+from winnow.tasks import documents_of, load_tasks
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    tasks = load_tasks(job.spec)
+    facts = {name: documents_of(task, job.spec["limit"]) for name, task in tasks.items()}
+    write_json(snakemake.output[0], {"tasks": facts}, job.provenance)

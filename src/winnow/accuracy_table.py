@@ -1,0 +1,34 @@
+"""The table of accuracies: one row per evaluated cell, task and measure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+# Contract, as for the summary: other people's tools read these columns. New ones are appended.
+COLUMNS = [
+    *("model", "calibration", "method", "structure", "metric", "budget", "allocation", "recovery", "evaluation"),
+    *("keep_requested", "dense_bytes", "stored_bytes", "keep_bytes", "model_dense_bytes", "model_stored_bytes"),
+    *("task", "measure", "documents", "value", "value_se", "delta", "delta_se", "checkpoint", "targets"),
+]
+
+
+def accuracy_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """One row per cell, task and measure: the cell's names (from `rows`), its bytes, and its scores.
+
+    `delta` is the score above the dense model's, paired by document; 0 for the dense model. A standard error is empty where
+    lm-eval has none, and `delta_se` where the measure is not a mean over documents.
+    """
+    table = []
+    for row in rows:
+        result = results[row["result"]]
+        sizes = {key: result[key] for key in COLUMNS if key in result}
+        sizes["keep_bytes"] = result["stored_bytes"] / result["dense_bytes"]
+        for task, measures in result["scores"].items():
+            for measure, score in measures.items():
+                own = {"delta": 0.0, "delta_se": 0.0} if row["method"] == "dense" else {}
+                documents = result["tasks"][task]["documents"]
+                table.append({**row, **sizes, "task": task, "measure": measure, "documents": documents, **own, **score})
+    frame = pd.DataFrame(table).reindex(columns=COLUMNS)
+    return frame.astype({key: "float64" for key in ("keep_requested", "value", "value_se", "delta", "delta_se")})
