@@ -92,6 +92,16 @@ def show(results: Path) -> None:
         console.print(f"Report: {report}", soft_wrap=True)
 
 
+def latency(results: Path) -> None:
+    """Print the latency table, a line per row. Raises InputError if there is none."""
+    from winnow.latency_table import lines
+
+    path = results / "tables" / "latency.csv"
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such table; `snakemake latency` makes it where an experiment measures latency")
+    print("\n".join(lines(path)))
+
+
 def plan_of(files: list[Path], replace: bool) -> Plan:
     """The plan of a configuration as Snakemake merges it: the default file, then `files`, key by key."""
     import yaml
@@ -117,6 +127,7 @@ def main() -> None:
     command = commands.add_parser("show", help="print the summary table of a results folder")
     command.add_argument("results", type=Path)
     command.add_argument("--markdown", action="store_true", help="a table of losses for a README")
+    command.add_argument("--latency", action="store_true", help="the latency table, a line per row")
     command = commands.add_parser("explain", help="print what an artefact was made from, and what differs today")
     command.add_argument("artefact", type=Path)
     command.add_argument("--configfile", type=Path, nargs="*", default=[], help="as given to snakemake")
@@ -126,7 +137,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.command == "show":
-            (markdown if arguments.markdown else show)(arguments.results)
+            (markdown if arguments.markdown else latency if arguments.latency else show)(arguments.results)
         elif arguments.command == "explain":
             from winnow.explain import explain
 

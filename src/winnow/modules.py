@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 def has_bias(dense: nn.Module) -> bool:
@@ -16,16 +17,52 @@ def index_dtype(channels: int) -> torch.dtype:
     return torch.int16 if channels < 2**15 else torch.int32
 
 
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """The channels (the last axis) of x in `order`. For several rows on a CPU `gather` is much faster than `index_select`."""
+    if x.is_cpu and x.numel() > order.numel():
+        return x.gather(-1, order.long().expand(x.shape))
+    return x.index_select(-1, order.int())
+
+
+class SharedLinear(nn.Linear):
+    """A linear map that several modules apply to the same input one after the other: the first computes, the others reuse.
+
+    The result is kept for the very tensor it was computed from, as long as neither that tensor nor the weight has changed, and
+    until `readers` modules have had it. Where changes cannot be seen (`torch.inference_mode`) or a graph is built, all compute;
+    compiled code has its own way to find equal products."""
+
+    _kept: tuple[Tensor, Tensor, int, int, Tensor, int] | None  # input, weight, their versions, result, readers to come
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+        self.readers = 1
+        self._kept = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, kept = self.weight, self._kept
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference() or weight.is_inference():
+            return functional.linear(x, weight)
+        version, own = x._version, weight._version
+        if kept is not None and kept[0] is x and kept[1] is weight and kept[2] == version and kept[3] == own:
+            y, left = kept[4], kept[5] - 1
+        else:
+            y, left = functional.linear(x, weight), self.readers - 1
+        # One assignment, which threads cannot see half of; by the dictionary, since a module's own way costs microseconds.
+        self.__dict__["_kept"] = (x, weight, version, own, y, left) if left else None
+        return y
+
+
 class LowRankLinear(nn.Module):
-    """y = left (right x) + b, with right (k, in) and left (out, k), both plain `nn.Linear` (so LoRA finds them).
+    """y = left (right x) + b, with right (k, in) and left (out, k), both `nn.Linear` (so LoRA finds them); `shared` where
+    other modules use the same right factor on the same input.
 
     `weight` is an empty tensor. It costs no byte, and makes plain transformers refuse the checkpoint by a size mismatch
     instead of filling the layer with random numbers.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, shared: bool = False):
         super().__init__()
-        self.right = nn.Linear(in_features, rank, bias=False)
+        self.right = SharedLinear(in_features, rank) if shared else nn.Linear(in_features, rank, bias=False)
         self.left = nn.Linear(rank, out_features, bias=bias)
         self.register_buffer("weight", torch.empty(0))
 
@@ -76,7 +113,7 @@ class RowsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.right(x)
-        y = torch.cat([rows, self.left(rows)], dim=-1).index_select(-1, self.order.int())
+        y = reordered(torch.cat([rows, self.left(rows)], dim=-1), self.order)
         return y if self.bias is None else y + self.bias
 
 
@@ -98,9 +135,9 @@ class ConcatLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.cat([self.get_submodule(name)(x) for name in self.names], dim=-1)
+        y = torch.cat([self._modules[name](x) for name in self.names], dim=-1)  # type: ignore[misc]
         if self.ordered:
-            y = y.index_select(-1, self.order.int())
+            y = reordered(y, self.order)
         return y if self.bias is None else y + self.bias
 
 
@@ -121,11 +158,11 @@ class SplitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ordered:
-            x = x.index_select(-1, self.order.int())
+            x = reordered(x, self.order)
         pieces = x.split(self.widths, dim=-1)
-        y = self.get_submodule(self.names[0])(pieces[0])
+        y = self._modules[self.names[0]](pieces[0])  # type: ignore[misc]
         for name, piece in zip(self.names[1:], pieces[1:], strict=True):
-            y = y + self.get_submodule(name)(piece)
+            y = y + self._modules[name](piece)  # type: ignore[misc]
         return y if self.bias is None else y + self.bias
 
 

@@ -32,10 +32,12 @@ STAGES: dict[str, tuple[str, ...]] = {
     "allocate": TABLES,
     "compress": TORCH,
     "evaluate_perplexity": HUGGING_FACE,
+    "evaluate_latency": HUGGING_FACE,
     "retrieve_tasks": TASKS,
     "evaluate_accuracy": (*HUGGING_FACE, *TASKS),
     "tables": TABLES,
     "tabulate_accuracy": TABLES,
+    "tabulate_latency": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
     "demo_texts": (),
@@ -159,6 +161,12 @@ class Plan(Grid):
         dtype = self.preset("models", w["model"]).dtype
         return {**spec, **recovery, "dtype": dtype, "protocol_version": rule.version, "rule": rule.rule}
 
+    def _spec_evaluate_latency(self, w: dict[str, str]) -> dict[str, Any]:
+        """What is run, and not on what: device, threads and kernels are in the result, and times are never the same bits."""
+        spec = self.preset("evaluations", w["evaluation"]).model_dump(exclude={"kind"})
+        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        return {**spec, **recovery, "dtype": self.preset("models", w["model"]).dtype}
+
     def _spec_retrieve_tasks(self, w: dict[str, str]) -> dict[str, Any]:
         return self.preset("evaluations", w["evaluation"]).model_dump(exclude={"kind"})
 
@@ -174,6 +182,9 @@ class Plan(Grid):
 
     def _spec_tables(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("perplexity")]}
+
+    def _spec_tabulate_latency(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"rows": [self._row(cell) for cell in self.cells_of("latency")]}
 
     def _spec_tabulate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("accuracy")]}

@@ -18,6 +18,7 @@ from winnow.structures import STRUCTURES
 def plan_of(change=lambda c: None, root=ROOT):
     config = copy.deepcopy(default())
     config["evaluations"]["tasks"] = {"kind": "accuracy", "tasks": ["hellaswag"]}
+    config["evaluations"]["times"] = {"kind": "latency"}
     change(config)
     return Plan(load(config), root)
 
@@ -85,7 +86,7 @@ def test_evaluations_of_other_kinds_stand_beside_the_old_ones_and_move_none():
         assert after.texts_of(cells[-1]) == ["demo_calibration"]
         assert after.pattern("evaluations", kind=kind).split("|")[-1] == labels[name].replace(".", r"\.")
     assert after.pattern("calibrations", "evaluations", kind="perplexity").split("|")[1:] == [labels["demo"]]
-    assert before.pattern("evaluations", kind="latency") == "none"
+    assert Plan(load(default()), ROOT).pattern("evaluations", kind="latency") == "none"
     for stage in ("tables", "report"):
         assert after.spec(stage, {}) == before.spec(stage, {})
 
@@ -126,6 +127,8 @@ WILDCARDS = {  # of the rules
     "retrieve_tasks": ("evaluation",),
     "evaluate_accuracy": (*UPSTREAM, "evaluation"),
     "tabulate_accuracy": (),
+    "evaluate_latency": (*UPSTREAM, "evaluation"),
+    "tabulate_latency": (),
     "tables": (),
     "figures": (),
     "report": (),
@@ -135,6 +138,7 @@ WILDCARDS = {  # of the rules
 
 
 OF_TASKS = {"retrieve_tasks", "evaluate_accuracy"}
+EVALUATED = dict.fromkeys(OF_TASKS, "tasks") | {"evaluate_latency": "times"}  # by stage; the others read `demo`
 
 
 def wildcards_of(plan, stage):
@@ -150,7 +154,7 @@ def wildcards_of(plan, stage):
         "clustering": plan.clustering_label(labels["methods"]["clusters_cosine"]),
         "budget": labels["budgets"]["ffn-0.8"],
         "recovery": labels["recoveries"]["none"],
-        "evaluation": labels["evaluations"]["tasks" if stage in OF_TASKS else "demo"],
+        "evaluation": labels["evaluations"][EVALUATED.get(stage, "demo")],
     }
     return {name: values[name] for name in WILDCARDS[stage]}
 
@@ -188,8 +192,15 @@ def stages_changed(checkout, file, old, new):
 
 
 EVALUATIONS = {"evaluate_perplexity", "evaluate_accuracy"}
-OF_METHODS = {"factorize", "measure_spectra", "allocate", "compress", *EVALUATIONS}  # they reach the structure's file
-MODELS = {"collect_statistics", "collect_gradients", *EVALUATIONS}  # they run one
+OF_METHODS = {
+    "factorize",
+    "measure_spectra",
+    "allocate",
+    "compress",
+    *EVALUATIONS,
+    "evaluate_latency",
+}  # they reach the structure's file
+MODELS = {"collect_statistics", "collect_gradients", *EVALUATIONS, "evaluate_latency"}  # they run one
 NAMES = MODELS | {"retrieve_model"}
 EDITS = [
     ("src/winnow/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
@@ -205,6 +216,8 @@ EDITS = [
     ("src/winnow/accuracy.py", "return found if", "return found and found if", {"evaluate_accuracy"}),
     ("src/winnow/tasks.py", "not any(is_group", "all(not is_group", OF_TASKS),
     ("src/winnow/accuracy_table.py", '"delta": 0.0', '"delta": 0.1', {"tabulate_accuracy"}),
+    ("src/winnow/latency.py", "SLOT = 0.01", "SLOT = 0.02", {"evaluate_latency"}),
+    ("src/winnow/latency_table.py", 'f"control_{key}"', 'f"dense_{key}"', {"tabulate_latency"}),
     ("src/winnow/io.py", 'MANIFEST = "manifest.json"', 'MANIFEST = "content.json"', set(STAGES)),
     ("src/winnow/metrics.py", "pow(2 * self", "pow(3 * self", {"factorize"}),  # of the method's own metric
     ("src/winnow/metrics.py", 'return site["gram"]', 'return 2 * site["gram"]', set()),  # of another one

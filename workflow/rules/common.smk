@@ -15,6 +15,9 @@ from winnow.errors import InputError
 from winnow.explain import difference
 from winnow.plan import Plan
 
+ALL_CORES = (
+    workflow.resource_settings.cores or 4
+)  # of this run: nothing runs beside a job that takes them
 # Given by --config, about how a target runs; no number depends on them.
 PRUNE = str(config.pop("prune", False)).lower() == "true"
 MEMORY_GB, DISK_GB = (config.pop(key, None) for key in ("memory_gb", "disk_gb"))

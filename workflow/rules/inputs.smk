@@ -138,6 +138,7 @@ def outcome():
     """What a whole run makes: the table of every kind of evaluation in the experiments, and of losses what is drawn."""
     made = {
         "perplexity": [rules.tables, rules.figures, rules.report],
+        "latency": [rules.tabulate_latency],
         "accuracy": [rules.tabulate_accuracy],
     }
     return [one.output for kind in made if PLAN.cells_of(kind) for one in made[kind]]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from winnow.architectures import ROLES, Matrix
 from winnow.structures.base import StructureOptions
 from winnow.structures.shared_basis import SharedBasis
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class BasisSharing(SharedBasis):
@@ -36,3 +39,9 @@ class BasisSharing(SharedBasis):
             first = m.layer - m.layer % options.layers if shared else m.layer  # type: ignore[attr-defined]
             found.setdefault((first, m.role, m.expert), []).append(m)
         return list(found.values())
+
+    @staticmethod
+    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        from winnow.modules import LowRankLinear, has_bias
+
+        return LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))  # each layer has its own input

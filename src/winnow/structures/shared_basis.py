@@ -71,10 +71,12 @@ class SharedBasis(Structure):
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from winnow.modules import LowRankLinear, has_bias
 
-        return LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))
+        return LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense), shared=True)
 
     @staticmethod
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
+        from winnow.modules import SharedLinear
+
         if "basis_of" not in layout:
             return {}
         own, owner = model.get_submodule(name), layout["basis_of"]
@@ -82,5 +84,7 @@ class SharedBasis(Structure):
         if kept.get_parameter("weight").shape != own.get_parameter("right.weight").shape:
             raise ValueError(f"its basis is not of the shape of that of {owner}")
         own.right = kept
+        if isinstance(kept, SharedLinear):
+            kept.readers += 1
         own._tied_weights_keys = {"right.weight": f"{owner}.right.weight"}  # type: ignore[assignment]  # `save_pretrained` stores it once
         return {f"{name}.right.weight": f"{owner}.right.weight"}

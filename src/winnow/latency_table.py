@@ -1,0 +1,83 @@
+"""The latency table: one row per cell, phase, batch size and prompt, the dense model's numbers beside the cell's own."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+COLUMNS = [
+    *("model", "calibration", "method", "structure", "metric", "budget", "allocation", "recovery", "evaluation", "targets"),
+    *("keep_requested", "keep_bytes", "phase", "batch", "prompt", "verdict", "ratio", "ratio_q1", "ratio_q3"),
+    *("ratio_low", "ratio_high", "control_ratio", "control_q1", "control_q3", "repeats", "tokens_per_second"),
+    *("dense_tokens_per_second", "seconds", "seconds_q1", "seconds_q3", "dense_seconds", "dense_seconds_q1", "dense_seconds_q3"),
+    *("peak_bytes", "dense_peak_bytes", "flops_per_token", "dense_flops_per_token", "weight_bytes_per_token"),
+    *("dense_weight_bytes_per_token", "dtype", "device", "machine", "threads", "load", "attention", "torch", "checkpoint"),
+]
+
+
+def latency_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """One row per case of every cell's result (`row["result"]` names it).
+
+    `ratio` is the time over the dense model's in the same repeat (below 1 is faster): median, quartiles, and the 95 % interval
+    of the median; `control_*` the same of the dense model measured against itself, which is the row of a dense cell.
+    Seconds are per prompt or per decoded step, bytes and FLOPs of products with weights per token.
+    """
+    table = []
+    for row in rows:
+        result = results[row["result"]]
+        machine, protocol = result["machine"], result["protocol"]
+        facts = {key: machine[key] for key in ("device", "threads", "load", "attention", "torch")} | {"machine": machine["name"]}
+        facts |= {"dtype": protocol["dtype"], "repeats": protocol["repeats"], "checkpoint": result["checkpoint"]}
+        for case in result["cases"]:
+            dense, control = case["dense"], case["control"]
+            own = case.get("compressed") or {**dense, **control}
+            ratio = own["ratio"]
+            table.append(
+                {
+                    **row,
+                    **facts,
+                    "keep_bytes": result["stored_bytes"] / result["dense_bytes"],
+                    "phase": case["phase"],
+                    "batch": case["batch"],
+                    "prompt": case["prompt"],
+                    "verdict": own["verdict"],
+                    "ratio": ratio["median"],
+                    **{f"ratio_{key}": ratio[key] for key in ("q1", "q3", "low", "high")},
+                    "control_ratio": control["ratio"]["median"],
+                    **{f"control_{key}": control["ratio"][key] for key in ("q1", "q3")},
+                    **_measured(own, ""),
+                    **_measured(dense, "dense_"),
+                }
+            )
+    frame = pd.DataFrame(table).reindex(columns=COLUMNS)
+    return frame.astype({"keep_requested": "float64", "load": "float64"})
+
+
+def _measured(subject: dict[str, Any], prefix: str) -> dict[str, float]:
+    """Columns of one model's own numbers."""
+    seconds = subject["seconds"]
+    return {
+        f"{prefix}tokens_per_second": subject["tokens_per_second"],
+        f"{prefix}seconds": seconds["median"],
+        f"{prefix}seconds_q1": seconds["q1"],
+        f"{prefix}seconds_q3": seconds["q3"],
+        f"{prefix}peak_bytes": subject["peak_bytes"],
+        f"{prefix}flops_per_token": subject["flops"],
+        f"{prefix}weight_bytes_per_token": subject["weight_bytes"],
+    }
+
+
+def lines(path: Path) -> list[str]:
+    """The table as text, one line per row: what it is, time over dense with quartiles, and the verdict in words."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    found = ["time over the dense model's, median [quartiles]; below 1 is faster; `dense` is the dense model against itself"]
+    for row in rows:
+        what = f"{row['model']} {row['method']} {row['budget']}, {row['phase']}, batch {row['batch']}, prompt {row['prompt']}"
+        ratio = f"{float(row['ratio']):.2f} [{float(row['ratio_q1']):.2f}, {float(row['ratio_q3']):.2f}]"
+        speed = f"{float(row['tokens_per_second']):,.0f} tokens/s ({float(row['dense_tokens_per_second']):,.0f} dense)"
+        found.append(f"{what}: {ratio} {row['verdict']}; {speed}")
+    return found
