@@ -19,9 +19,11 @@ include: "workflow/rules/demo.smk"
 
 
 rule all:
-    """Run the configured experiments: tables, figures and the report."""
+    """Run the configured experiments: tables, figures, the report, and the checkpoints' cards."""
     default_target: True
     input:
+        rules.exports.input,
+        rules.cards.output,
         rules.tables.output,
         rules.figures.output,
         rules.report.output,

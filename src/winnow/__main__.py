@@ -111,6 +111,24 @@ def plan_of(files: list[Path], replace: bool) -> Plan:
     return Plan(load(merged, [str(file) for file in given]), CHECKOUT)
 
 
+def hand_on(command: str, checkpoint: Path, directory: Path) -> None:
+    """Write `directory` from a checkpoint: dense (`export`), or as it is (`share`); with what was measured beside it."""
+    from winnow.export import export_dense
+    from winnow.io import atomic
+    from winnow.share import measured_beside, share
+
+    if directory.exists():
+        raise InputError(f"{directory}: is there already; give a new directory")
+    measured = measured_beside(checkpoint)
+    with atomic(directory) as folder:
+        if command == "export":
+            export_dense(checkpoint, folder, {}, measured)
+        else:
+            share(checkpoint, folder, measured)
+    numbers = f"{len(measured)} evaluations in its card" if measured else "no numbers in its card: no evaluation stands beside it"
+    print(f"{directory}: {'dense, needs no winnow' if command == 'export' else 'loads with winnow'}; {numbers}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="winnow", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -121,6 +139,12 @@ def main() -> None:
     command.add_argument("artefact", type=Path)
     command.add_argument("--configfile", type=Path, nargs="*", default=[], help="as given to snakemake")
     command.add_argument("--replace-workflow-config", action="store_true", help="as given to snakemake")
+    command = commands.add_parser("export", help="write a checkpoint as a dense model that needs no winnow")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("directory", type=Path, help="a new directory")
+    command = commands.add_parser("share", help="copy a checkpoint with its measured numbers in the card")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("directory", type=Path, help="a new directory")
     command = commands.add_parser("config", help="write the files that are generated from winnow/config.py, or check them")
     command.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of step")
     arguments = parser.parse_args()
@@ -132,6 +156,8 @@ def main() -> None:
 
             for line in explain(arguments.artefact, plan_of(arguments.configfile, arguments.replace_workflow_config)):
                 print(line)
+        elif arguments.command in ("export", "share"):
+            hand_on(arguments.command, arguments.checkpoint, arguments.directory)
         else:
             from winnow.config_files import generate
 

@@ -174,6 +174,9 @@ class Experiment(Strict):
     controls: bool = Field(
         True, description="beside every method that selects neurons, columns or clusters, the same with a random selection"
     )
+    export: Literal["none", "dense"] = Field(
+        "none", description="dense: also write every checkpoint multiplied out to dense matrices, for programs without winnow"
+    )
 
 
 class Config(Strict):
@@ -196,9 +199,12 @@ class Config(Strict):
             for name, preset in getattr(self, section).items():
                 _known(f"{section}.{name}.text", preset.text, self.texts)
         for name, experiment in self.experiments.items():
-            for section in (s for s in Experiment.model_fields if s != "controls"):
+            for section in (s for s in Experiment.model_fields if s not in ("controls", "export")):
                 for given in getattr(experiment, section):
                     _known(f"experiments.{name}.{section}", given, getattr(self, section))
+            for method in experiment.methods if experiment.export == "dense" else []:
+                if reason := structure_of(self.methods[method].structure.model_dump()).not_dense():
+                    raise ValueError(f"experiments.{name}.export: {method!r} cannot be written as a dense model: {reason}")
             for c in experiment.calibrations:
                 for e in experiment.evaluations:
                     if self.texts[self.calibrations[c].text] == self.texts[self.evaluations[e].text]:

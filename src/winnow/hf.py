@@ -51,21 +51,12 @@ class WinnowQuantizer(HfQuantizer):
     quantization_config: WinnowConfig
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
-        for name, layout in self.quantization_config.layers.items():
-            try:
-                dense = model.get_submodule(name)
-            except AttributeError as error:
-                raise InputError(f"the checkpoint's config names {name}, which {type(model).__name__} does not have") from error
-            with torch.device("meta"):
-                module = STRUCTURES[layout["kind"]].module(layout, dense)
-            _replace_module(model, name, module)
-        for name, layout in self.quantization_config.layers.items():
-            model.all_tied_weights_keys.update(STRUCTURES[layout["kind"]].share(model, name, layout))
+        put_modules(model, self.quantization_config.layers)
         if checkpoint_files is None:
             raise InputError(
                 "this transformers does not say which files it loads, so they cannot be checked; upgrade transformers"
             )
-        _check_tensors(model, checkpoint_files)
+        check_tensors(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.is_quantized = False  # nothing is: `.half()` and `.to(dtype)` work as on any model
@@ -82,13 +73,24 @@ class WinnowQuantizer(HfQuantizer):
         return True
 
 
-def _replace_module(model: Any, name: str, module: Any) -> None:
-    """Put `module` in the place of the submodule called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def put_modules(model: Any, layers: dict[str, dict[str, Any]]) -> None:
+    """Put empty compressed modules of the layouts into the model, and tie what they share.
+
+    Raises InputError for a module that the model does not have."""
+    for name, layout in layers.items():
+        try:
+            dense = model.get_submodule(name)
+        except AttributeError as error:
+            raise InputError(f"the checkpoint's config names {name}, which {type(model).__name__} does not have") from error
+        with torch.device("meta"):
+            module = STRUCTURES[layout["kind"]].module(layout, dense)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    for name, layout in layers.items():
+        model.all_tied_weights_keys.update(STRUCTURES[layout["kind"]].share(model, name, layout))
 
 
-def _check_tensors(model: Any, files: list[str]) -> None:
+def check_tensors(model: Any, files: list[str]) -> None:
     """Raise InputError unless the files hold the model's tensors, each once, in the right shape."""
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     name_of = canonical_names(model)

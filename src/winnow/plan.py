@@ -40,7 +40,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "measure_spectra": (*TORCH, *TABLES),
     "allocate": TABLES,
     "compress": TORCH,
+    "export_dense": HUGGING_FACE,
     "evaluate_perplexity": HUGGING_FACE,
+    "cards": (),
     "tables": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
@@ -291,13 +293,14 @@ class Plan:
     def _spec_compress(self, w: dict[str, str]) -> dict[str, Any]:
         sections = ("models", "calibrations", "methods", "budgets")
         names = {s.removesuffix("s"): self.names[s][w[s.removesuffix("s")]] for s in sections}
-        model = self.preset("models", w["model"])
+        model, calibration = self.preset("models", w["model"]), self.preset("calibrations", w["calibration"])
         return {
             "names": names,
             "dtype": model.dtype,
             "presets": {
                 "model": model.model_dump(exclude=EXECUTION),
-                "calibration": self.preset("calibrations", w["calibration"]).model_dump(),
+                "calibration": calibration.model_dump(),
+                "calibration_text": self.config.texts[calibration.text].model_dump(exclude_defaults=True, mode="json"),
                 "method": self._method(w),
                 "budget": self.preset("budgets", w["budget"]).model_dump(),
             },
@@ -316,6 +319,27 @@ class Plan:
 
     def _spec_report(self, w: dict[str, str]) -> dict[str, Any]:
         return {"template": file_digest(TEMPLATE), "cells": len(self.cells)}
+
+    def exported(self) -> list[Cell]:
+        """Cells whose checkpoints are asked for as dense models: the methods that are named, not their controls."""
+        asked = [e for e in self.config.experiments.values() if e.export == "dense"]
+        rows = [
+            row for e in asked for row in product(e.models, e.evaluations, e.calibrations, e.methods, e.budgets, e.recoveries)
+        ]
+        return [Cell(*row) for row in rows]
+
+    def _spec_cards(self, w: dict[str, str]) -> dict[str, Any]:
+        """{card: the checkpoint that it describes, and {evaluation: the artefacts for it and for the dense model}}."""
+        cards: dict[str, Any] = {}
+        for cell in self.cells:
+            if cell.method is None:
+                continue
+            folder = self.folder(cell, "models", "calibrations", "methods", "budgets")
+            path = f"{self.folder(cell, 'models', 'calibrations', 'methods', 'budgets', 'recoveries')}/README.md"
+            found = cards.setdefault(path, {"checkpoint": f"{folder}/checkpoint/manifest.json", "evaluations": {}})
+            dense = self.result(Cell(cell.model, cell.evaluation))
+            found["evaluations"][cell.evaluation] = {"compressed": self.result(cell), "dense": dense}
+        return {"cards": cards}
 
     def _spec_tables(self, w: dict[str, str]) -> dict[str, Any]:
         rows = []

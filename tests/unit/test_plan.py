@@ -94,7 +94,9 @@ WILDCARDS = {  # of the rules
     "measure_spectra": ("model", "calibration", "method"),
     "allocate": UPSTREAM[:4],
     "compress": UPSTREAM[:4],
+    "export_dense": UPSTREAM[:4],
     "evaluate_perplexity": (*UPSTREAM, "evaluation"),
+    "cards": (),
     "tables": (),
     "figures": (),
     "report": (),
@@ -153,9 +155,11 @@ def stages_changed(checkout, file, old, new):
     return {s for s in STAGES if before[s] != after[s]}
 
 
-OF_METHODS = {"factorize", "measure_spectra", "allocate", "compress", "evaluate_perplexity"}  # they reach the structure's file
+# They reach the structure's file.
+OF_METHODS = {"factorize", "measure_spectra", "allocate", "compress", "export_dense", "evaluate_perplexity"}
 MODELS = {"collect_statistics", "collect_gradients", "evaluate_perplexity"}  # they run one
-NAMES = MODELS | {"retrieve_model"}
+LOADERS = MODELS | {"export_dense"}
+NAMES = LOADERS | {"retrieve_model"}
 EDITS = [
     ("src/winnow/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
     ("src/winnow/linalg.py", '"""Directions that solve', '"""Other words that solve', set()),
@@ -165,6 +169,8 @@ EDITS = [
     ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", {"allocate"}),
     ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity"}),
     ("src/winnow/spread.py", "n / (n - 1)", "n / n", {"evaluate_perplexity", "report"}),
+    ("src/winnow/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
+    ("src/winnow/card.py", "Needs winnow", "It needs winnow", {"compress", "export_dense", "cards"}),
     ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables"}),
     ("src/winnow/tokens.py", "PAD = -1", "PAD = -2", {"tokenize", "evaluate_perplexity"}),
     ("src/winnow/io.py", 'MANIFEST = "manifest.json"', 'MANIFEST = "content.json"', set(STAGES)),
@@ -176,7 +182,7 @@ EDITS = [
         "src/winnow/hf.py",
         "requires_calibration = True",
         "requires_calibration = False",
-        MODELS,
+        LOADERS,
     ),
     ("src/winnow/naming.py", "if name in expected", "if name in set(expected)", NAMES),
     ("src/winnow/clusters.py", "n_init=5", "n_init=6", {"assign_clusters"}),
@@ -257,3 +263,33 @@ def test_a_paper_names_nothing():
     assert before.labels == after.labels
     wildcards = wildcards_of(before, "compress") | {"method": before.labels["methods"]["svd"]}
     assert before.spec("compress", wildcards) == after.spec("compress", wildcards)
+
+
+def test_a_dense_export_is_asked_for_by_name_and_moves_nothing_else():
+    before = plan_of()
+    assert before.exported() == []
+
+    def change(c):
+        c["experiments"]["demo"] |= {"export": "dense", "methods": ["svd", "ffsplit"]}
+
+    after = plan_of(change)
+    assert after.labels == before.labels
+    assert {cell.method for cell in after.exported()} == {"svd", "ffsplit"}, "random controls are compared, not handed on"
+    assert "ffsplit.random" in {cell.method for cell in after.cells}
+    with pytest.raises(InputError, match=r"experiments\.demo\.export: 'r2lin' cannot be written as a dense model: affine_block"):
+        plan_of(lambda c: c["experiments"]["demo"].update(export="dense", methods=["svd", "r2lin"]))
+
+
+def test_a_card_has_every_evaluation_of_its_checkpoint():
+    def change(c):
+        c["evaluations"]["other"] = {**c["evaluations"]["demo"], "length": 64}
+        c["experiments"]["demo"]["evaluations"] = ["demo", "other"]
+
+    plan = plan_of(change)
+    cards = plan.spec("cards", {})["cards"]
+    assert len(cards) == 4 * 8
+    results = {path for of in cards.values() for made in of["evaluations"].values() for path in made.values()}
+    assert results == {plan.result(cell) for cell in plan.cells}
+    for path, of in cards.items():
+        assert list(of["evaluations"]) == ["demo", "other"]
+        assert of["checkpoint"].startswith(path.rsplit("/", 2)[0] + "/checkpoint/")

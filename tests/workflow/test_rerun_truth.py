@@ -21,7 +21,7 @@ METHODS = {
     "clustered": {"structure": {"kind": "cluster", "clusters": 2, "by": "cosine"}, "metric": {"kind": "weights"}},
     "kfac": {"structure": {"kind": "low_rank"}, "metric": {"kind": "two_sided"}},
 }
-TAIL = Counter(tables=1, figures=1, report=1, all=1)
+TAIL = Counter(cards=1, tables=1, figures=1, report=1, all=1)
 
 
 def cells(count: int) -> Counter:
@@ -187,6 +187,7 @@ ROWS = [
     ("a preset renamed: another path, so its own cells", renamed, fits(1)),
     ("a paper named", setting("methods", "svd", "paper", value="somewhere"), Counter()),
     ("key order", reordered, Counter()),
+    ("checkpoints as dense models too", lambda p: p.experiment(export="dense"), Counter(export_dense=4, all=1)),
 ]
 
 

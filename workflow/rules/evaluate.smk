@@ -1,5 +1,5 @@
-# needs: models or checkpoints, windows of evaluation tokens      makes: perplexity JSON
-# steps: evaluate_perplexity, for compressed models; evaluate_dense, by the same script, for the dense one
+# needs: models or checkpoints, windows of evaluation tokens      makes: perplexity JSON, cards with the numbers
+# steps: evaluate_perplexity, for compressed models; evaluate_dense, by the same script, for the dense one; cards
 
 
 rule evaluate_dense:
@@ -55,3 +55,25 @@ rule perplexity:
     """Perplexity of all cells, dense ones included."""
     input:
         [PLAN.result(cell) for cell in PLAN.cells],
+
+
+rule cards:
+    """The README of every checkpoint with its numbers, which are known only after the checkpoint is finished."""
+    input:
+        checkpoints=rules.checkpoints.input,
+        results=rules.perplexity.input,
+    output:
+        list(PLAN.spec("cards", {})["cards"]),
+    log:
+        "results/logs/cards.log",
+    benchmark:
+        "results/benchmarks/cards.tsv"
+    localrule: True
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        **stage("cards"),
+    script:
+        "../../scripts/cards.py"

@@ -53,7 +53,7 @@ def overlap_check(wildcards):
     return f"results/texts/overlap/{calibration}/{evaluation}.json"
 
 
-def of_cells(path):
+def of_cells(path, cells=PLAN.cells):
     """All files of a path pattern with the labels of the cells in it; dense cells have no method, budget, ..."""
     sections = {
         "model": "models",
@@ -64,7 +64,7 @@ def of_cells(path):
         "evaluation": "evaluations",
     }
     found = {}
-    for cell in PLAN.cells:
+    for cell in cells:
         names = {key: getattr(cell, key) for key in sections}
         labels = {
             key: PLAN.labels[sections[key]][name] for key, name in names.items() if name
