@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.clusters import Clustering
-from winnow.config import Config, Method, Strict, random_control
+from winnow.config import Calibration, Config, Method, Strict, random_control
 from winnow.errors import InputError
 from winnow.io import file_digest
 from winnow.metrics import GRADIENTS, METRICS
@@ -87,6 +87,20 @@ def _with_controls(config: Config) -> tuple[dict[str, Method], dict[str, str]]:
     return methods, controls
 
 
+def _by_seed(config: Config) -> tuple[dict[str, Calibration], dict[str, str]]:
+    """All calibrations, one seed each, and {name: the preset that it is a seed of, or is}.
+
+    Raises InputError if a preset has the name of another one's seed."""
+    found: dict[str, Calibration] = {}
+    presets: dict[str, str] = {}
+    for name, preset in config.calibrations.items():
+        for of_seed, calibration in preset.by_seed(name).items():
+            if of_seed != name and of_seed in config.calibrations:
+                raise InputError(f"calibrations.{of_seed}: the name is taken by a seed of {name!r}; rename the preset")
+            found[of_seed], presets[of_seed] = calibration, name
+    return found, presets
+
+
 def _kinds(content: dict[str, Any]) -> list[str]:
     """All kinds in a resolved preset, nested ones too, each once."""
     inner = [kind for value in content.values() if isinstance(value, dict) for kind in _kinds(value)]
@@ -110,7 +124,8 @@ class Plan:
 
     def __init__(self, config: Config, root: Path):
         self.methods, self.controls = _with_controls(config)
-        self.config = config.model_copy(update={"methods": self.methods})
+        calibrations, self.preset_of_seed = _by_seed(config)
+        self.config = config.model_copy(update={"methods": self.methods, "calibrations": calibrations})
         self.code = CodeTracker(root)
         self.labels: dict[str, dict[str, str]] = {}
         self.names: dict[str, dict[str, str]] = {}
@@ -125,7 +140,13 @@ class Plan:
         if "text" in content:  # the text itself, not what it is called
             content["text"] = self.config.texts[content["text"]].model_dump(exclude_defaults=True, mode="json")
         digest = hashlib.sha256(json.dumps([section, content], sort_keys=True).encode()).hexdigest()
+        if section == "calibrations":  # a seed has one label, whether it stands in a list or by itself
+            name = self.preset_of_seed[name]
         return f"{name}-{digest[:6]}"
+
+    def _seeds(self, calibrations: list[str]) -> list[str]:
+        """The names of all seeds of the presets."""
+        return [name for preset in calibrations for name, of in self.preset_of_seed.items() if of == preset]
 
     def _cells(self) -> list[Cell]:
         """Cells of all experiments, each once: the dense ones first."""
@@ -135,7 +156,7 @@ class Plan:
             for model, evaluation in product(e.models, e.evaluations):
                 dense[Cell(model, evaluation)] = None
             methods = [name for m in e.methods for name in (m, self.controls.get(m) if e.controls else None) if name]
-            for row in product(e.models, e.evaluations, e.calibrations, methods, e.budgets, e.recoveries):
+            for row in product(e.models, e.evaluations, self._seeds(e.calibrations), methods, e.budgets, e.recoveries):
                 compressed[Cell(*row)] = None
         return [*dense, *compressed]
 
@@ -293,6 +314,7 @@ class Plan:
     def _spec_compress(self, w: dict[str, str]) -> dict[str, Any]:
         sections = ("models", "calibrations", "methods", "budgets")
         names = {s.removesuffix("s"): self.names[s][w[s.removesuffix("s")]] for s in sections}
+        names["calibration"] = self.preset_of_seed[names["calibration"]]
         model, calibration = self.preset("models", w["model"]), self.preset("calibrations", w["calibration"])
         return {
             "names": names,
@@ -350,6 +372,8 @@ class Plan:
                 {
                     "model": cell.model,
                     "calibration": cell.calibration or "none",
+                    "seeds_of": self.preset_of_seed[cell.calibration] if cell.calibration else "none",
+                    "seed": self.config.calibrations[cell.calibration].seed if cell.calibration else None,
                     "method": cell.method or "dense",
                     "structure": method.structure.kind if method else "dense",
                     "metric": method.objective if method else "none",

@@ -168,7 +168,7 @@ EDITS = [
     ("src/winnow/statistics.py", "gram = self.gram / n", "gram = self.gram / (n - 1)", {"collect_statistics"}),
     ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", {"allocate"}),
     ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity"}),
-    ("src/winnow/spread.py", "n / (n - 1)", "n / n", {"evaluate_perplexity", "report"}),
+    ("src/winnow/spread.py", "n / (n - 1)", "n / n", {"evaluate_perplexity", "tables", "report"}),
     ("src/winnow/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
     ("src/winnow/card.py", "Needs winnow", "It needs winnow", {"compress", "export_dense", "cards"}),
     ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables"}),
@@ -293,3 +293,44 @@ def test_a_card_has_every_evaluation_of_its_checkpoint():
     for path, of in cards.items():
         assert list(of["evaluations"]) == ["demo", "other"]
         assert of["checkpoint"].startswith(path.rsplit("/", 2)[0] + "/checkpoint/")
+
+
+def seeds(*values):
+    return lambda c: c["calibrations"]["demo"].update(seeds=list(values))
+
+
+def test_seeds_are_calibrations_with_the_labels_of_single_ones():
+    labels = plan_of(seeds(0, 1, 7)).labels["calibrations"]
+    assert list(labels) == ["demo.seed-0", "demo.seed-1", "demo.seed-7"]
+    for seed in (0, 1, 7):
+        single = plan_of(lambda c, seed=seed: c["calibrations"]["demo"].update(seed=seed))
+        listed = plan_of(seeds(0, 1, 7))
+        assert labels[f"demo.seed-{seed}"] == single.labels["calibrations"]["demo"]
+        wildcards = wildcards_of(single, "compress")
+        for stage in ("tokenize", "collect_statistics", "collect_gradients", "factorize", "compress"):
+            own = {key: wildcards_of(single, stage)[key] for key in WILDCARDS[stage]}
+            assert listed.spec(stage, own) == single.spec(stage, own), (stage, wildcards)
+
+
+def test_cells_and_tables_run_over_the_seeds():
+    plan = plan_of(seeds(0, 1))
+    assert len(plan.cells) == 1 + 4 * 8 * 2
+    assert len({plan.result(cell) for cell in plan.cells}) == len(plan.cells)
+    rows = plan.spec("tables", {})["rows"]
+    assert {(row["calibration"], row["seeds_of"], row["seed"]) for row in rows} == {
+        ("none", "none", None),
+        ("demo.seed-0", "demo", 0),
+        ("demo.seed-1", "demo", 1),
+    }
+    more = plan_of(seeds(0, 1, 2))
+    assert set(plan.cells) < set(more.cells)
+    assert {plan.result(cell) for cell in plan.cells} < {more.result(cell) for cell in more.cells}
+
+
+def test_a_preset_cannot_pass_for_a_seed():
+    def change(c):
+        c["calibrations"]["demo.seed-1"] = {"text": "demo_calibration"}
+        seeds(0, 1)(c)
+
+    with pytest.raises(InputError, match=r"calibrations\.demo\.seed-1: the name is taken by a seed of 'demo'"):
+        plan_of(change)

@@ -170,6 +170,7 @@ ROWS = [
     ("a budget", setting("budgets", "some", "rank_fraction", value=0.3), cells(4)),
     ("calibration windows", setting("calibrations", "few", "windows", value=9), OF_CALIBRATION),
     ("calibration seed", setting("calibrations", "few", "seed", value=1), OF_CALIBRATION),
+    ("another calibration seed beside the first", setting("calibrations", "few", "seeds", value=[0, 1]), OF_CALIBRATION),
     (
         "calibration text",
         setting("texts", "calibration", "stop", value=10),
