@@ -29,7 +29,8 @@ model = AutoModelForCausalLM.from_pretrained("this directory")
 ```
 
 Needs no winnow: every compressed matrix is multiplied out to its dense shape, so whatever reads the dense model reads this. It
-takes the bytes and the time of the dense model again; only the compressed checkpoint that it was made from is smaller."""
+is as large and as slow as the dense model again: {exported:,} bytes of weights (dense {dense:,}, compressed {compressed:,}). The
+matrices that were multiplied out are stored in the dtype that the checkpoint computes in."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,16 @@ class Measured:
     dense: dict[str, Any]
 
 
-def card(recipe: dict[str, Any], measured: list[Measured] | None = None, dense: bool = False) -> str:
-    """The text. `recipe` is the content of recipe.yaml; `dense` is for the export that needs no winnow."""
+def card(recipe: dict[str, Any], measured: list[Measured] | None = None, exported: int | None = None) -> str:
+    """The text. `recipe` is the content of recipe.yaml; `exported` are the bytes of the dense export, if the card is for one."""
+    dense = exported is not None
     how = WITHOUT_WINNOW if dense else WITH_WINNOW
+    sizes = {"exported": exported, "dense": recipe["model_dense_bytes"], "compressed": recipe["model_stored_bytes"]}
     parts = [
         _front_matter(recipe),
         f"# {recipe['names']['model']}, compressed by winnow{', written as a dense model' if dense else ''}",
         "## Use",
-        how.format(winnow=recipe["winnow"], format=FORMAT_VERSION),
+        how.format(winnow=recipe["winnow"], format=FORMAT_VERSION, **sizes),
         "## Recipe",
         *_recipe(recipe, dense),
         "## Measured",

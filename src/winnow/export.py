@@ -65,10 +65,14 @@ class Checkpoint:
             return stream.get_tensor(key)
 
     def module(self, name: str) -> tuple[nn.Module, torch.dtype]:
-        """(a compressed module by itself with its tensors in float64, the dtype that they are stored in)."""
+        """(a compressed module by itself with its tensors in float64, the dtype that holds what it computes): that of its
+        tensors, or the one that the checkpoint computes in where this is wider, since a product of 16-bit factors is no 16-bit
+        number."""
         module = deepcopy(self.compressed.get_submodule(name))
         stored = {key: self.tensor(f"{name}.{key}") for key in module.state_dict()}
         dtype = next(t.dtype for t in stored.values() if t.is_floating_point())
+        if named := self.config.get("dtype") or self.config.get("torch_dtype"):
+            dtype = torch.promote_types(dtype, getattr(torch, named))
         module.load_state_dict({k: t.double() if t.is_floating_point() else t for k, t in stored.items()}, assign=True)
         return module, dtype
 
@@ -185,7 +189,8 @@ def _dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 def export_dense(source: Path, directory: Path, provenance: dict[str, Any], measured: list[Measured] | None = None) -> int:
     """Write the checkpoint `source` as a dense Hugging Face directory; returns the bytes of its weights.
 
-    Products are taken in float64 and stored in the dtype of the factors. Raises InputError for a checkpoint that is damaged,
+    Products are taken in float64 and rounded once, to the dtype of the factors or the one that the checkpoint computes in, if
+    that is wider; all else is as stored. Raises InputError for a checkpoint that is damaged,
     or that computes what the dense model cannot."""
     checkpoint = Checkpoint(source)
     directory.mkdir(parents=True)
@@ -195,6 +200,6 @@ def export_dense(source: Path, directory: Path, provenance: dict[str, Any], meas
     if (source / "recipe.yaml").is_file():  # not after `save_pretrained`, which writes what transformers knows
         recipe = yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8"))
         shutil.copyfile(source / "recipe.yaml", directory / "recipe.yaml")
-        (directory / "README.md").write_text(card(recipe, measured, dense=True), encoding="utf-8")
+        (directory / "README.md").write_text(card(recipe, measured, exported=total), encoding="utf-8")
     write_manifest(directory, {"model_stored_bytes": total}, provenance)
     return total

@@ -96,14 +96,23 @@ def test_left_out_neurons_come_back_as_zeros_and_kept_ones_as_they_are(saved_lla
     assert kept < len(dense[up])
 
 
-def test_products_are_rounded_once_to_the_stored_dtype(tmp_path):
+def test_products_are_rounded_once_to_the_dtype_that_the_checkpoint_computes_in(tmp_path):
+    """Stored in bfloat16, evaluated in float32: a product of two bfloat16 factors in bfloat16 would be another model."""
     pico("llama").to(torch.bfloat16).save_pretrained(tmp_path / "source")
     checkpoint = build(tmp_path / "source", tmp_path / "work", ["ffn"], 0.6)
     export_dense(checkpoint, tmp_path / "dense", {})
     stored, dense = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "dense" / "model.safetensors")
     name = "model.layers.0.mlp.gate_proj"
     product = stored[f"{name}.left.weight"].double() @ stored[f"{name}.right.weight"].double()
-    assert torch.equal(dense[f"{name}.weight"], product.to(torch.bfloat16))
+    assert torch.equal(dense[f"{name}.weight"], product.float())
+    assert dense["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16, "as stored"
+    one, other = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (checkpoint, tmp_path / "dense"))
+    torch.testing.assert_close(logits(other), logits(one), atol=1e-5, rtol=0)
+    config = json.loads((checkpoint / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "manifest.json").unlink()
+    export_dense(checkpoint, tmp_path / "half", {})
+    assert torch.equal(load_file(tmp_path / "half" / "model.safetensors")[f"{name}.weight"], product.to(torch.bfloat16))
 
 
 def test_a_checkpoint_saved_again_and_one_in_shards_export_alike(saved_llama, tmp_path, monkeypatch):
@@ -228,8 +237,8 @@ def test_a_card_holds_recipe_bytes_loading_and_numbers():
         "3 windows of 8 tokens, 24 scored, in float32, without a leading BOS",
     ):
         assert piece in text, piece
-    assert "import winnow" not in card(recipe, dense=True)
-    assert "winnow export" in card(recipe, dense=True), "how the numbers come in"
+    assert "import winnow" not in card(recipe, exported=21)
+    assert "winnow export" in card(recipe, exported=21), "how the numbers come in"
     assert "base_model" not in card(recipe | {"model": {"source": "a/folder", "revision": None}})
 
 
