@@ -346,7 +346,9 @@ class Plan:
         """Cells whose checkpoints are asked for as dense models: the methods that are named, not their controls."""
         asked = [e for e in self.config.experiments.values() if e.export == "dense"]
         rows = [
-            row for e in asked for row in product(e.models, e.evaluations, e.calibrations, e.methods, e.budgets, e.recoveries)
+            row
+            for e in asked
+            for row in product(e.models, e.evaluations, self._seeds(e.calibrations), e.methods, e.budgets, e.recoveries)
         ]
         return [Cell(*row) for row in rows]
 

@@ -276,6 +276,9 @@ def test_a_dense_export_is_asked_for_by_name_and_moves_nothing_else():
     assert after.labels == before.labels
     assert {cell.method for cell in after.exported()} == {"svd", "ffsplit"}, "random controls are compared, not handed on"
     assert "ffsplit.random" in {cell.method for cell in after.cells}
+    assert set(after.exported()) < set(after.cells)
+    seeded = plan_of(lambda c: (change(c), c["calibrations"]["demo"].update(seeds=[0, 1])))
+    assert {cell.calibration for cell in seeded.exported()} == {"demo.seed-0", "demo.seed-1"}
     with pytest.raises(InputError, match=r"experiments\.demo\.export: 'r2lin' cannot be written as a dense model: affine_block"):
         plan_of(lambda c: c["experiments"]["demo"].update(export="dense", methods=["svd", "r2lin"]))
 
