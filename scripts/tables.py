@@ -1,11 +1,14 @@
-"""Rule `tables`: the summary, one row per evaluated cell, dense rows included."""
+"""Rule `tables`: the summary, one row per evaluated cell, dense rows included; and the spread over calibration seeds."""
 
 from winnow.io import read_json, write_parquet, write_text
 from winnow.runtime import start_job
-from winnow.tables import summary
+from winnow.tables import spread, summary
 
 if __name__ == "__main__":
     job = start_job(snakemake)
-    table = summary(job.spec["rows"], {row["result"]: read_json(row["result"]) for row in job.spec["rows"]})
-    write_parquet(snakemake.output.parquet, table, job.provenance)
-    write_text(snakemake.output.csv, table.to_csv(index=False))
+    rows = job.spec["rows"]
+    results = {row["result"]: read_json(row["result"]) for row in rows}
+    for name, table in (("summary", summary(rows, results)), ("spread", spread(rows, results))):
+        csv, parquet = snakemake.output[name]
+        write_text(csv, table.to_csv(index=False))
+        write_parquet(parquet, table, job.provenance)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parents[2]  # where the workflow and its default configuration are
 
 
-def read_summary(results: Path) -> list[dict[str, str]]:
-    """The rows of the summary table; none if there is no table yet."""
-    path = results / "tables" / "summary.csv"
+def read_table(results: Path, name: str = "summary") -> list[dict[str, str]]:
+    """The rows of a table; none if there is no such table yet."""
+    path = results / "tables" / f"{name}.csv"
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8") as stream:
@@ -26,9 +26,10 @@ def read_summary(results: Path) -> list[dict[str, str]]:
 
 
 def markdown(results: Path) -> None:
-    """Print the loss above dense of every method (rows) at every budget (columns), as a table for a README."""
-    rows = read_summary(results)
-    compressed = [row for row in rows if row["method"] != "dense"]
+    """Print the loss above dense of every method (rows) at every budget (columns), as a table for a README. With several
+    calibration seeds it is their mean, with the error of seeds and windows."""
+    rows = read_table(results)
+    compressed = several_seeds(results) or [row for row in rows if row["method"] != "dense"]
     shown = ("model", "calibration", "recovery", "evaluation", "budget")
     varying = [name for name in shown if len({row[name] for row in compressed}) > 1] or ["budget"]
     columns = list(dict.fromkeys(" ".join(row[name] for name in varying) for row in compressed))
@@ -50,12 +51,36 @@ def markdown(results: Path) -> None:
         print(f"{float(row['perplexity']):.2f}, over {int(row['tokens']):,} tokens in {row['windows']} windows.")
 
 
+def several_seeds(results: Path) -> list[dict[str, str]]:
+    """The rows of the spread table, if any of them has several calibration seeds."""
+    rows = read_table(results, "spread")
+    return rows if any(int(row["seeds"]) > 1 for row in rows) else []
+
+
+def show_spread(results: Path, rows: list[dict[str, str]]) -> None:
+    """Print means over seeds, the best method of every budget first, and which others cannot be told apart from it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(results / "tables" / "spread.csv"), title_justify="left")
+    names = ("model", "calibration", "evaluation", "recovery", "budget", "method")
+    for column in (*names, "seeds", "nats above dense", "of seeds alone", "above the best"):
+        table.add_column(column, justify="left" if column in names else "right", no_wrap=True)
+    for row in sorted(rows, key=lambda row: [*(row[name] for name in names[:-1]), float(row["above_best"])]):
+        above = f"{float(row['above_best']):.4f} ± {float(row['above_best_se']):.4f}"
+        above = "best" if row["method"] == row["best"] else above + (", tie" if row["tie"] == "True" else "")
+        loss = f"{float(row['delta_nll']):.4f} ± {float(row['delta_nll_se']):.4f}"
+        of_seeds = f"± {float(row['delta_nll_seed_se']):.4f}" if row["delta_nll_seed_se"] else "-"
+        table.add_row(*(row[name] for name in names), row["seeds"], loss, of_seeds, above)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
 def show(results: Path) -> None:
     """Print the summary table and the report's path; nothing if there is no summary yet."""
     from rich.console import Console
     from rich.table import Table
 
-    rows = read_summary(results)
+    rows = read_table(results)
     if not rows:
         return
     path = results / "tables" / "summary.csv"
@@ -87,6 +112,8 @@ def show(results: Path) -> None:
         )
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
+    if means := several_seeds(results):
+        show_spread(results, means)
     report = results / "report.html"
     if report.is_file():
         console.print(f"Report: {report}", soft_wrap=True)
@@ -121,6 +148,24 @@ def plan_of(files: list[Path], replace: bool) -> Plan:
     return Plan(load(merged, [str(file) for file in given]), CHECKOUT)
 
 
+def hand_on(command: str, checkpoint: Path, directory: Path) -> None:
+    """Write `directory` from a checkpoint: dense (`export`), or as it is (`share`); with what was measured beside it."""
+    from winnow.export import export_dense
+    from winnow.io import atomic
+    from winnow.share import measured_beside, share
+
+    if directory.exists():
+        raise InputError(f"{directory}: is there already; give a new directory")
+    measured = measured_beside(checkpoint)
+    with atomic(directory) as folder:
+        if command == "export":
+            export_dense(checkpoint, folder, {}, measured)
+        else:
+            share(checkpoint, folder, measured)
+    numbers = f"{len(measured)} evaluations in its card" if measured else "no numbers in its card: no evaluation stands beside it"
+    print(f"{directory}: {'dense, needs no winnow' if command == 'export' else 'loads with winnow'}; {numbers}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="winnow", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -132,6 +177,12 @@ def main() -> None:
     command.add_argument("artefact", type=Path)
     command.add_argument("--configfile", type=Path, nargs="*", default=[], help="as given to snakemake")
     command.add_argument("--replace-workflow-config", action="store_true", help="as given to snakemake")
+    command = commands.add_parser("export", help="write a checkpoint as a dense model that needs no winnow")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("directory", type=Path, help="a new directory")
+    command = commands.add_parser("share", help="copy a checkpoint with its measured numbers in the card")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("directory", type=Path, help="a new directory")
     command = commands.add_parser("config", help="write the files that are generated from winnow/config.py, or check them")
     command.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of step")
     arguments = parser.parse_args()
@@ -143,6 +194,8 @@ def main() -> None:
 
             for line in explain(arguments.artefact, plan_of(arguments.configfile, arguments.replace_workflow_config)):
                 print(line)
+        elif arguments.command in ("export", "share"):
+            hand_on(arguments.command, arguments.checkpoint, arguments.directory)
         else:
             from winnow.config_files import generate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from winnow.architectures import group_name
+from winnow.card import card
 from winnow.errors import InputError
 from winnow.io import Bundle, write_manifest, write_tensors
 from winnow.models import TOKENIZER, ModelFiles
@@ -68,6 +69,42 @@ def _all_tensors(files: ModelFiles, stored: dict[str, dict[str, Tensor]]) -> Ite
             yield name, files.tensor(name)
 
 
+def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> int:
+    """Write tensors in their order to `model.safetensors`, or to shards of at most `limit` bytes and their index; one shard is
+    held at a time. Returns the bytes of all tensors."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        write_tensors(directory / f"model-{len(shards) + 1:05d}.safetensors", held)
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > limit:
+            flush()
+        held[name] = tensor
+        total += tensor.nbytes
+    flush()
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        index = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+    for i, name in enumerate(names):
+        (directory / f"model-{i + 1:05d}.safetensors").rename(directory / name)
+    return total
+
+
+def copy_files(names: Iterable[str], source: Path, directory: Path) -> None:
+    """Copy those of `names` that stand beside weights unchanged: the tokenizer, and defaults of generation."""
+    for name in names:
+        if any(fnmatch(name, pattern) for pattern in COPIED):
+            shutil.copyfile(source / name, directory / name)
+
+
 def write_checkpoint(
     directory: Path,
     files: ModelFiles,
@@ -83,27 +120,11 @@ def write_checkpoint(
     `dtype` is what `from_pretrained` computes in by default: the one that the evaluation uses.
     """
     directory.mkdir(parents=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    held = 0
     compressed = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors.values())
-    sizes = {"dense_bytes": recipe["dense_bytes"], "stored_bytes": compressed, "model_stored_bytes": 0}
     if compressed != recipe["stored_bytes"]:
         raise RuntimeError(f"{compressed} bytes are stored, the allocation counted {recipe['stored_bytes']}")
-    for name, tensor in _all_tensors(files, stored):
-        if held and held + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            held = 0
-        shards[-1][name] = tensor
-        held += tensor.nbytes
-        sizes["model_stored_bytes"] += tensor.nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        index = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        content = {"metadata": {"total_size": sizes["model_stored_bytes"]}, "weight_map": index}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
-    for name, shard in zip(names, shards, strict=True):
-        write_tensors(directory / name, shard)
+    total = write_weights(directory, _all_tensors(files, stored), SHARD_BYTES)
+    sizes = {"dense_bytes": recipe["dense_bytes"], "stored_bytes": compressed, "model_stored_bytes": total}
     source = files.verify()
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "auto_map"):  # the second names code, which no checkpoint needs
@@ -113,9 +134,7 @@ def write_checkpoint(
         "quantization_config": {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": layouts},
     }
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    for name in files.manifest["files"]:
-        if any(fnmatch(name, pattern) for pattern in COPIED):
-            shutil.copyfile(source / name, directory / name)
+    copy_files(files.manifest["files"], source, directory)
     recipe = {**recipe, **sizes, "model_dense_bytes": files.manifest["bytes"]}
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     if reports:
@@ -123,37 +142,6 @@ def write_checkpoint(
     (directory / "README.md").write_text(card(recipe), encoding="utf-8")
     write_manifest(directory, sizes, provenance)
     return sizes
-
-
-def card(recipe: dict[str, Any]) -> str:
-    """README of a checkpoint."""
-    method = recipe["method"]
-    minimised = f"`{method['metric']['kind']}`" if method["metric"] else "none: the error of the FFN's output"
-    share = recipe["stored_bytes"] / recipe["dense_bytes"]
-    left = recipe.get("left_dense", {})
-    rows = "".join(f"- `{name}`: {tokens:,} tokens\n" for name, tokens in left.items())
-    reason = "Parts of experts that stay dense, since fewer calibration tokens than they have inputs reached them"
-    dense = f"{reason}:\n\n{rows}\n" if left else ""
-    return f"""# {recipe["names"]["model"]}, compressed by winnow
-
-| what | value |
-|---|---|
-| model | `{recipe["model"]["source"]}` |
-| structure, metric | `{method["structure"]["kind"]}`, {minimised} |
-| compressed | {", ".join(recipe["budget"]["targets"])} |
-| bytes of the compressed matrices | {recipe["stored_bytes"]:,} of {recipe["dense_bytes"]:,} ({share:.2%}) |
-| bytes of all weights | {recipe["model_stored_bytes"]:,} of {recipe["model_dense_bytes"]:,} |
-| written by | winnow {recipe["winnow"]}, checkpoint format {FORMAT_VERSION} |
-
-```python
-import winnow  # makes transformers know the format
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("this directory")
-```
-
-{dense}`recipe.yaml` holds every parameter, `manifest.json` the digests of all files and of what they were made from.
-"""
 
 
 def recipe_of(names: dict[str, str], presets: dict[str, Any], allocation: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,31 @@ class Calibration(Strict):
     )
 
 
+class Calibrations(Calibration):
+    """A calibration, or with `seeds` one for every seed, compared as one line."""
+
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="several seeds in the place of `seed`: a calibration each; the tables tell their spread",
+    )
+
+    @model_validator(mode="after")
+    def _seed_or_seeds(self) -> Calibrations:
+        if self.seeds is not None and "seed" in self.model_fields_set:
+            raise ValueError("give either `seed` or `seeds`")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("`seeds` holds a seed twice")
+        return self
+
+    def by_seed(self, name: str) -> dict[str, Calibration]:
+        """The calibrations that it stands for: itself, or `name.seed-0`, `name.seed-1`, ..."""
+        content = self.model_dump(exclude={"seed", "seeds"})
+        if self.seeds is None:
+            return {name: Calibration(**content, seed=self.seed)}
+        return {f"{name}.seed-{seed}": Calibration(**content, seed=seed) for seed in self.seeds}
+
+
 class Method(Strict):
     """How matrices are replaced: a structure fitted in a metric."""
 
@@ -152,6 +177,9 @@ class Experiment(Strict):
     controls: bool = Field(
         True, description="beside every method that selects neurons, columns or clusters, the same with a random selection"
     )
+    export: Literal["none", "dense"] = Field(
+        "none", description="dense: also write every checkpoint multiplied out to dense matrices, for programs without winnow"
+    )
 
 
 class Config(Strict):
@@ -159,7 +187,7 @@ class Config(Strict):
 
     models: dict[Name, Model] = Field(description="what is compressed")
     texts: dict[Name, Text] = Field(description="where words come from")
-    calibrations: dict[Name, Calibration] = Field(description="what statistics are collected on")
+    calibrations: dict[Name, Calibrations] = Field(description="what statistics are collected on")
     methods: dict[Name, Method] = Field(description="points of the design space: structure x metric")
     budgets: dict[Name, Budget] = Field(description="how much is kept, of which matrices")
     recoveries: dict[Name, Recovery] = Field({"none": Recovery(kind="none")}, description="what follows compression")
@@ -175,9 +203,12 @@ class Config(Strict):
                 if isinstance(preset, Calibration | Perplexity):
                     _known(f"{section}.{name}.text", preset.text, self.texts)
         for name, experiment in self.experiments.items():
-            for section in (s for s in Experiment.model_fields if s != "controls"):
+            for section in (s for s in Experiment.model_fields if s not in ("controls", "export")):
                 for given in getattr(experiment, section):
                     _known(f"experiments.{name}.{section}", given, getattr(self, section))
+            for method in experiment.methods if experiment.export == "dense" else []:
+                if reason := structure_of(self.methods[method].structure.model_dump()).not_dense():
+                    raise ValueError(f"experiments.{name}.export: {method!r} cannot be written as a dense model: {reason}")
             for c in experiment.calibrations:
                 for e in experiment.evaluations:
                     evaluation = self.evaluations[e]

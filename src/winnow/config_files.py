@@ -31,7 +31,7 @@ def default() -> dict[str, Any]:
     return {
         "models": {"demo": {"source": "resources/models/demo"}},
         "texts": {f"demo_{p}": {"files": [f"resources/texts/demo/{p}.jsonl"], "format": "jsonl"} for p in parts},
-        "calibrations": {"demo": {"text": "demo_calibration", "windows": 128, "length": 256, "seed": 0}},
+        "calibrations": {"demo": {"text": "demo_calibration", "windows": 128, "length": 256}},
         "methods": presets.methods(),
         "budgets": {
             f"{name}-{keep}": {"targets": roles, "keep_bytes": keep} for name, roles in targets.items() for keep in keeps

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.clusters import Clustering
-from winnow.config import Config, Method, Strict, random_control
+from winnow.config import Calibration, Config, Method, Strict, random_control
 from winnow.errors import InputError
 from winnow.evaluations import PLAIN, Perplexity
 from winnow.metrics import GRADIENTS, METRICS
@@ -46,6 +46,20 @@ def _with_controls(config: Config) -> tuple[dict[str, Method], dict[str, str]]:
     return methods, controls
 
 
+def _by_seed(config: Config) -> tuple[dict[str, Calibration], dict[str, str]]:
+    """All calibrations, one seed each, and {name: the preset that it is a seed of, or is}.
+
+    Raises InputError if a preset has the name of another one's seed."""
+    found: dict[str, Calibration] = {}
+    presets: dict[str, str] = {}
+    for name, preset in config.calibrations.items():
+        for of_seed, calibration in preset.by_seed(name).items():
+            if of_seed != name and of_seed in config.calibrations:
+                raise InputError(f"calibrations.{of_seed}: the name is taken by a seed of {name!r}; rename the preset")
+            found[of_seed], presets[of_seed] = calibration, name
+    return found, presets
+
+
 @dataclass(frozen=True)
 class Cell:
     """One evaluated point, as preset names. `method` is None for the dense model, and so are its upstream choices."""
@@ -64,7 +78,8 @@ class Grid:
 
     def __init__(self, config: Config):
         self.methods, self.controls = _with_controls(config)
-        self.config = config.model_copy(update={"methods": self.methods})
+        calibrations, self.preset_of_seed = _by_seed(config)
+        self.config = config.model_copy(update={"methods": self.methods, "calibrations": calibrations})
         self.labels: dict[str, dict[str, str]] = {}
         self.names: dict[str, dict[str, str]] = {}
         for section in ("models", "texts", "calibrations", "methods", "budgets", "recoveries", "evaluations"):
@@ -78,7 +93,13 @@ class Grid:
         if "text" in content:  # the text itself, not what it is called
             content["text"] = self.config.texts[content["text"]].model_dump(exclude_defaults=True, mode="json")
         digest = hashlib.sha256(json.dumps([section, content], sort_keys=True).encode()).hexdigest()
+        if section == "calibrations":  # a seed has one label, whether it stands in a list or by itself
+            name = self.preset_of_seed[name]
         return f"{name}-{digest[:6]}"
+
+    def _seeds(self, calibrations: list[str]) -> list[str]:
+        """The names of all seeds of the presets."""
+        return [name for preset in calibrations for name, of in self.preset_of_seed.items() if of == preset]
 
     def _cells(self) -> list[Cell]:
         """Cells of all experiments, each once: the dense ones first."""
@@ -88,9 +109,19 @@ class Grid:
             for model, evaluation in product(e.models, e.evaluations):
                 dense[Cell(model, evaluation, kind=self.config.evaluations[evaluation].kind)] = None
             methods = [name for m in e.methods for name in (m, self.controls.get(m) if e.controls else None) if name]
-            for row in product(e.models, e.evaluations, e.calibrations, methods, e.budgets, e.recoveries):
+            for row in product(e.models, e.evaluations, self._seeds(e.calibrations), methods, e.budgets, e.recoveries):
                 compressed[Cell(*row, kind=self.config.evaluations[row[1]].kind)] = None
         return [*dense, *compressed]
+
+    def exported(self) -> list[Cell]:
+        """Cells whose checkpoints are asked for as dense models: the methods that are named, not their controls."""
+        asked = [e for e in self.config.experiments.values() if e.export == "dense"]
+        rows = [
+            row
+            for e in asked
+            for row in product(e.models, e.evaluations, self._seeds(e.calibrations), e.methods, e.budgets, e.recoveries)
+        ]
+        return [Cell(*row) for row in rows]
 
     def cells_of(self, kind: str) -> list[Cell]:
         """The cells whose evaluation is of this kind, dense ones first."""

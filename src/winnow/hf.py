@@ -63,12 +63,12 @@ class WinnowQuantizer(HfQuantizer):
         layers, written = self.quantization_config.layers, model_class(model.config)
         if type(model) is written:
             install(model, layers)
-            _check_tensors(model, checkpoint_files)
+            check_tensors(model, checkpoint_files)
             return
         with torch.device("meta"):
             whole = unfuse(written._from_config(copy.deepcopy(model.config)))
         install(whole, layers)
-        _check_tensors(whole, checkpoint_files)
+        check_tensors(whole, checkpoint_files)
         self.quantization_config.layers = moved(layers, _base(whole), _base(model))
         install(model, self.quantization_config.layers)
 
@@ -110,7 +110,7 @@ def _check_files(config: Any, files: list[str]) -> None:
             raise InputError(f"{file}: not a file of {folder}; a checkpoint's index cannot name files elsewhere")
 
 
-def _check_tensors(model: Any, files: list[str]) -> None:
+def check_tensors(model: Any, files: list[str]) -> None:
     """Raise InputError unless the files hold the model's tensors, each once, in the right shape. Only headers are read."""
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     name_of = canonical_names(model)

@@ -31,10 +31,12 @@ STAGES: dict[str, tuple[str, ...]] = {
     "measure_spectra": (*TORCH, *TABLES),
     "allocate": TABLES,
     "compress": TORCH,
+    "export_dense": HUGGING_FACE,
     "evaluate_perplexity": HUGGING_FACE,
     "evaluate_latency": HUGGING_FACE,
     "retrieve_tasks": TASKS,
     "evaluate_accuracy": (*HUGGING_FACE, *TASKS),
+    "cards": (),
     "tables": TABLES,
     "tabulate_accuracy": TABLES,
     "tabulate_latency": TABLES,
@@ -141,13 +143,15 @@ class Plan(Grid):
     def _spec_compress(self, w: dict[str, str]) -> dict[str, Any]:
         sections = ("models", "calibrations", "methods", "budgets")
         names = {s.removesuffix("s"): self.names[s][w[s.removesuffix("s")]] for s in sections}
-        model = self.preset("models", w["model"])
+        names["calibration"] = self.preset_of_seed[names["calibration"]]
+        model, calibration = self.preset("models", w["model"]), self.preset("calibrations", w["calibration"])
         return {
             "names": names,
             "dtype": model.dtype,
             "presets": {
                 "model": model.model_dump(exclude=EXECUTION),
-                "calibration": self.preset("calibrations", w["calibration"]).model_dump(),
+                "calibration": calibration.model_dump(),
+                "calibration_text": self.config.texts[calibration.text].model_dump(exclude_defaults=True, mode="json"),
                 "method": self._method(w),
                 "budget": self.preset("budgets", w["budget"]).model_dump(),
             },
@@ -180,6 +184,17 @@ class Plan(Grid):
     def _spec_report(self, w: dict[str, str]) -> dict[str, Any]:
         return {"template": file_digest(TEMPLATE), "cells": len(self.cells_of("perplexity"))}
 
+    def _spec_cards(self, w: dict[str, str]) -> dict[str, Any]:
+        """{card: the checkpoint that it describes, and {evaluation: the artefacts for it and for the dense model}}."""
+        cards: dict[str, Any] = {}
+        for cell in (cell for cell in self.cells_of("perplexity") if cell.method):
+            folder = self.folder(cell, "models", "calibrations", "methods", "budgets")
+            path = f"{self.folder(cell, 'models', 'calibrations', 'methods', 'budgets', 'recoveries')}/README.md"
+            found = cards.setdefault(path, {"checkpoint": f"{folder}/checkpoint/manifest.json", "evaluations": {}})
+            dense = self.result(Cell(cell.model, cell.evaluation))
+            found["evaluations"][cell.evaluation] = {"compressed": self.result(cell), "dense": dense}
+        return {"cards": cards}
+
     def _spec_tables(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("perplexity")]}
 
@@ -196,6 +211,8 @@ class Plan(Grid):
         return {
             "model": cell.model,
             "calibration": cell.calibration or "none",
+            "seeds_of": self.preset_of_seed[cell.calibration] if cell.calibration else "none",
+            "seed": self.config.calibrations[cell.calibration].seed if cell.calibration else None,
             "method": cell.method or "dense",
             "structure": method.structure.kind if method else "dense",
             "metric": method.objective if method else "none",

@@ -9,12 +9,18 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from winnow.spread import paired
+from winnow.spread import paired, tied
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(summary: pd.DataFrame, figures: dict[str, str], results: list[dict[str, Any]], overlaps: list[dict[str, Any]]) -> str:
+def render(
+    summary: pd.DataFrame,
+    spread: pd.DataFrame,
+    figures: dict[str, str],
+    results: list[dict[str, Any]],
+    overlaps: list[dict[str, Any]],
+) -> str:
     """The page. `figures` are SVG texts, `results` the evaluations behind the summary's rows, in its order."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
     groups = []
@@ -29,9 +35,9 @@ def render(summary: pd.DataFrame, figures: dict[str, str], results: list[dict[st
     compressed = summary[summary["method"] != "dense"]
     several = [name for name in ("calibration", "recovery") if compressed[name].nunique() > 1]
     template = environment.get_template("report.html.j2")
-    return template.render(
-        groups=groups, several=several, figures={k: _inline(k, v) for k, v in figures.items()}, overlaps=overlaps
-    )
+    seeds = spread[spread["seeds"] > 1].sort_values(["model", "evaluation", "budget", "above_best"], kind="stable")
+    inline = {name: _inline(name, svg) for name, svg in figures.items()}
+    return template.render(groups=groups, several=several, seeds=seeds.to_dict("records"), figures=inline, overlaps=overlaps)
 
 
 def _against_best(cells: pd.DataFrame, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -42,7 +48,7 @@ def _against_best(cells: pd.DataFrame, results: list[dict[str, Any]]) -> list[di
     rows: list[dict[str, Any]] = []
     for position, row in zip(cells.index.tolist(), cells.to_dict("records"), strict=True):
         above, error = paired(results[position]["per_window"], best)
-        rows.append({**row, "above_best": above, "above_best_se": error, "tie": above <= 2 * error})  # type: ignore[dict-item]
+        rows.append({**row, "above_best": above, "above_best_se": error, "tie": tied(above, error)})  # type: ignore[dict-item]
     return rows
 
 

@@ -24,3 +24,13 @@ def paired(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
     if one["tokens"] != other["tokens"]:
         raise ValueError("the two models were scored on other windows")
     return ratio(np.subtract(one["nll"], other["nll"]).tolist(), one["tokens"])
+
+
+def tied(difference: float, error: float) -> bool:
+    """Whether two models cannot be told apart: their difference is within two standard errors of 0."""
+    return abs(difference) <= 2 * error
+
+
+def over_seeds(values: Sequence[float]) -> float:
+    """Standard error of a mean over seeds; NaN of a single one."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -123,12 +123,14 @@ WILDCARDS = {  # of the rules
     "measure_spectra": ("model", "calibration", "method"),
     "allocate": UPSTREAM[:4],
     "compress": UPSTREAM[:4],
+    "export_dense": UPSTREAM[:4],
     "evaluate_perplexity": (*UPSTREAM, "evaluation"),
     "retrieve_tasks": ("evaluation",),
     "evaluate_accuracy": (*UPSTREAM, "evaluation"),
     "tabulate_accuracy": (),
     "evaluate_latency": (*UPSTREAM, "evaluation"),
     "tabulate_latency": (),
+    "cards": (),
     "tables": (),
     "figures": (),
     "report": (),
@@ -197,11 +199,13 @@ OF_METHODS = {
     "measure_spectra",
     "allocate",
     "compress",
+    "export_dense",
     *EVALUATIONS,
     "evaluate_latency",
 }  # they reach the structure's file
 MODELS = {"collect_statistics", "collect_gradients", *EVALUATIONS, "evaluate_latency"}  # they run one
-NAMES = MODELS | {"retrieve_model"}
+LOADERS = MODELS | {"export_dense"}
+NAMES = LOADERS | {"retrieve_model"}
 EDITS = [
     ("src/winnow/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
     ("src/winnow/linalg.py", '"""Directions that solve', '"""Other words that solve', set()),
@@ -210,7 +214,9 @@ EDITS = [
     ("src/winnow/statistics.py", "gram = self.gram / n", "gram = self.gram / (n - 1)", {"collect_statistics"}),
     ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", {"allocate"}),
     ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity"}),
-    ("src/winnow/spread.py", "n / (n - 1)", "n / n", {*EVALUATIONS, "report"}),
+    ("src/winnow/spread.py", "n / (n - 1)", "n / n", {*EVALUATIONS, "tables", "report"}),
+    ("src/winnow/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
+    ("src/winnow/card.py", "Needs winnow", "It needs winnow", {"compress", "export_dense", "cards"}),
     ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables"}),
     ("src/winnow/tokens.py", "PAD = -1", "PAD = -2", {"tokenize", *EVALUATIONS}),
     ("src/winnow/accuracy.py", "return found if", "return found and found if", {"evaluate_accuracy"}),
@@ -227,7 +233,7 @@ EDITS = [
         "src/winnow/hf.py",
         "requires_calibration = True",
         "requires_calibration = False",
-        MODELS,
+        LOADERS,
     ),
     ("src/winnow/naming.py", "if name in expected", "if name in set(expected)", NAMES),
     ("src/winnow/clusters.py", "n_init=5", "n_init=6", {"assign_clusters"}),
@@ -308,3 +314,77 @@ def test_a_paper_names_nothing():
     assert before.labels == after.labels
     wildcards = wildcards_of(before, "compress") | {"method": before.labels["methods"]["svd"]}
     assert before.spec("compress", wildcards) == after.spec("compress", wildcards)
+
+
+def test_a_dense_export_is_asked_for_by_name_and_moves_nothing_else():
+    before = plan_of()
+    assert before.exported() == []
+
+    def change(c):
+        c["experiments"]["demo"] |= {"export": "dense", "methods": ["svd", "ffsplit"]}
+
+    after = plan_of(change)
+    assert after.labels == before.labels
+    assert {cell.method for cell in after.exported()} == {"svd", "ffsplit"}, "random controls are compared, not handed on"
+    assert "ffsplit.random" in {cell.method for cell in after.cells}
+    assert set(after.exported()) < set(after.cells)
+    seeded = plan_of(lambda c: (change(c), c["calibrations"]["demo"].update(seeds=[0, 1])))
+    assert {cell.calibration for cell in seeded.exported()} == {"demo.seed-0", "demo.seed-1"}
+    with pytest.raises(InputError, match=r"experiments\.demo\.export: 'r2lin' cannot be written as a dense model: affine_block"):
+        plan_of(lambda c: c["experiments"]["demo"].update(export="dense", methods=["svd", "r2lin"]))
+
+
+def test_a_card_has_every_evaluation_of_its_checkpoint():
+    def change(c):
+        c["evaluations"]["other"] = {**c["evaluations"]["demo"], "length": 64}
+        c["experiments"]["demo"]["evaluations"] = ["demo", "other"]
+
+    plan = plan_of(change)
+    cards = plan.spec("cards", {})["cards"]
+    assert len(cards) == 4 * 8
+    results = {path for of in cards.values() for made in of["evaluations"].values() for path in made.values()}
+    assert results == {plan.result(cell) for cell in plan.cells}
+    for path, of in cards.items():
+        assert list(of["evaluations"]) == ["demo", "other"]
+        assert of["checkpoint"].startswith(path.rsplit("/", 2)[0] + "/checkpoint/")
+
+
+def seeds(*values):
+    return lambda c: c["calibrations"]["demo"].update(seeds=list(values))
+
+
+def test_seeds_are_calibrations_with_the_labels_of_single_ones():
+    labels = plan_of(seeds(0, 1, 7)).labels["calibrations"]
+    assert list(labels) == ["demo.seed-0", "demo.seed-1", "demo.seed-7"]
+    for seed in (0, 1, 7):
+        single = plan_of(lambda c, seed=seed: c["calibrations"]["demo"].update(seed=seed))
+        listed = plan_of(seeds(0, 1, 7))
+        assert labels[f"demo.seed-{seed}"] == single.labels["calibrations"]["demo"]
+        wildcards = wildcards_of(single, "compress")
+        for stage in ("tokenize", "collect_statistics", "collect_gradients", "factorize", "compress"):
+            own = {key: wildcards_of(single, stage)[key] for key in WILDCARDS[stage]}
+            assert listed.spec(stage, own) == single.spec(stage, own), (stage, wildcards)
+
+
+def test_cells_and_tables_run_over_the_seeds():
+    plan = plan_of(seeds(0, 1))
+    assert len(plan.cells) == 1 + 4 * 8 * 2
+    assert len({plan.result(cell) for cell in plan.cells}) == len(plan.cells)
+    rows = plan.spec("tables", {})["rows"]
+    assert {(row["calibration"], row["seeds_of"], row["seed"]) for row in rows} == {
+        ("none", "none", None),
+        ("demo.seed-0", "demo", 0),
+        ("demo.seed-1", "demo", 1),
+    }
+    more = plan_of(seeds(0, 1, 2))
+    assert set(plan.cells) < set(more.cells)
+    assert {plan.result(cell) for cell in plan.cells} < {more.result(cell) for cell in more.cells}
+
+
+def test_a_preset_cannot_pass_for_a_seed():
+    def change(c):
+        c["calibrations"]["demo.seed-1"] = {"text": "demo_calibration"}
+        seeds(0, 1)(c)
+
+    with pytest.raises(InputError, match=r"calibrations\.demo\.seed-1: the name is taken by a seed of 'demo'"):
+        plan_of(change)

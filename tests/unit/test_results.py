@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from winnow.__main__ import markdown, show
 from winnow.errors import InputError
 from winnow.figures import LEGIBLE, effective_rank, frontier, ranking, save
 from winnow.io import (
@@ -24,7 +25,8 @@ from winnow.io import (
 )
 from winnow.report import render
 from winnow.spectra import effective_ranks, spectrum_row
-from winnow.tables import COLUMNS, summary
+from winnow.spread import paired
+from winnow.tables import COLUMNS, SPREAD, spread, summary
 
 CONTRACT = [
     "model",
@@ -85,26 +87,36 @@ OVERLAP = {
 
 
 def small_summary():
-    none = {"calibration": "none", "budget": "dense", "allocation": "none", "recovery": "none", "targets": "none"}
+    none = {
+        "calibration": "none",
+        "budget": "dense",
+        "allocation": "none",
+        "recovery": "none",
+        "targets": "none",
+        "seeds_of": "none",
+        "seed": None,
+    }
     rows = [
         {**NAMES, **none, "method": "dense", "structure": "dense", "metric": "none", "keep_requested": 1.0, "result": "dense"}
     ]
     results = {"dense": {**NUMBERS, **PROTOCOL, "dense_bytes": 1000, "stored_bytes": 1000, "model_stored_bytes": 1500}}
+    results["dense"]["per_window"] = {"nll": [8.0, 20.0, 30.0], "tokens": [10.0] * 3}
     for method, noise in (("svd", 0.0), ("whitened", 0.5)):
         for keep in (0.8, 0.4):
             key = f"{method}{keep}"
             names = {"calibration": "c", "budget": f"b{keep}", "allocation": "uniform", "recovery": "none", "targets": "ffn"}
+            names |= {"seeds_of": "c", "seed": 0}
             kind = {"method": method, "structure": "low_rank", "metric": "gram", "keep_requested": keep, "result": key}
             rows.append({**NAMES, **names, **kind})
             loss = {"delta_nll": 1 - keep, "delta_nll_se": 0.01, "kl": 0.3, "top1_agreement": 0.8}
             size = {"dense_bytes": 1000, "stored_bytes": int(1000 * keep), "model_stored_bytes": int(500 + 1000 * keep)}
             windows = {"nll": [9.0 + noise, 21.0, 30.0 - noise], "tokens": [10.0] * 3}
             results[key] = {**NUMBERS, **PROTOCOL, **loss, **size, "per_window": windows}
-    return summary(rows, results), [results[row["result"]] for row in rows]
+    return summary(rows, results), [results[row["result"]] for row in rows], spread(rows, results)
 
 
 def test_the_summary_has_the_contracted_columns():
-    table, _ = small_summary()
+    table, _, _ = small_summary()
     assert COLUMNS[: len(CONTRACT)] == CONTRACT
     assert list(table.columns) == COLUMNS
     dense = table.iloc[0]
@@ -113,7 +125,7 @@ def test_the_summary_has_the_contracted_columns():
 
 
 def test_figures_are_written_and_repeatable(tmp_path):
-    table, _ = small_summary()
+    table, _, _ = small_summary()
     row = spectrum_row(
         "000.up_proj", np.array([3.0, 2.0, 1.0]), np.array([14.0, 5.0, 1.0, 0.0]), np.array([0, 7, 14, 21]), "gram"
     )
@@ -133,7 +145,7 @@ def test_figures_are_written_and_repeatable(tmp_path):
 
 
 def test_a_figure_of_many_methods_shows_those_that_can_be_told_apart():
-    table, _ = small_summary()
+    table, _, _ = small_summary()
     rows = table[table["method"] != "dense"]
     many = [rows.assign(method=f"m{i:02d}", delta_nll=rows["delta_nll"] + i) for i in range(30)]
     figure = frontier(pd.concat([table, *many], ignore_index=True))
@@ -145,16 +157,114 @@ def test_a_figure_of_many_methods_shows_those_that_can_be_told_apart():
 
 
 def test_the_report_is_one_file_that_needs_no_network(tmp_path):
-    table, results = small_summary()
+    table, results, means = small_summary()
     save(frontier(table), [str(tmp_path / "f.svg")], {})
     svg = (tmp_path / "f.svg").read_text()
-    page = render(table, {"frontier": svg, "ranking": svg, "spectra": svg}, results, [OVERLAP])
+    page = render(table, means, {"frontier": svg, "ranking": svg, "spectra": svg}, results, [OVERLAP])
     assert "<svg" in page
     for attribute in ('src="', "url(http", 'href="http', "@import"):
         assert attribute not in page.replace('xlink:href="#', "")
     assert "0.2000 ± 0.0100" in page
     assert "Rows &lt;joined&gt;." in page, "text is escaped"
     assert page.count('class="best"') == 4, "equal sums over windows are ties"
+
+
+def over_seeds(losses: dict[str, dict[int, list[float]]]) -> pd.DataFrame:
+    """The spread table of per-window losses {method: {seed: nll}}, 10 tokens a window, above a dense loss of 0 in each."""
+    windows = len(next(iter(next(iter(losses.values())).values())))
+    shared = {"model": "m", "evaluation": "e", "budget": "b", "recovery": "none"}
+    rows, results = [{**shared, "method": "dense", "result": "dense"}], {}
+    results["dense"] = {"per_window": {"nll": [0.0] * windows, "tokens": [10.0] * windows}}
+    for method, by_seed in losses.items():
+        for seed, nll in by_seed.items():
+            key = f"{method} {seed}"
+            rows.append({**shared, "method": method, "seeds_of": "c", "seed": seed, "result": key})
+            sizes = {"stored_bytes": 6 + seed, "dense_bytes": 10}
+            results[key] = {**sizes, "per_window": {"nll": nll, "tokens": [10.0] * len(nll)}}
+    return spread(rows, results).set_index("method")
+
+
+def test_with_one_seed_the_spread_is_that_of_the_windows():
+    table, results, means = small_summary()
+    assert list(means.columns) == SPREAD
+    assert means["delta_nll_seed_se"].isna().all()
+    assert (means["seeds"] == 1).all()
+    assert (means["delta_nll_se"] == means["delta_nll_window_se"]).all()
+    for _, row in means.iterrows():
+        one = results[table.index[(table["method"] == row["method"]) & (table["budget"] == row["budget"])][0]]["per_window"]
+        difference, error = paired(one, results[0]["per_window"])
+        assert row["delta_nll"] == pytest.approx(difference, abs=1e-15)
+        assert row["delta_nll_window_se"] == pytest.approx(error, rel=1e-12)
+    assert means["tie"].all(), "equal sums over windows"
+
+
+def test_the_spread_over_seeds_by_hand():
+    """Three seeds, four windows: a mean of 0.2 with values 0.1, 0.2, 0.3 has standard error 0.1 / sqrt(3)."""
+    table = over_seeds({"a": {0: [1.0] * 4, 1: [2.0] * 4, 2: [3.0] * 4}})
+    row = table.loc["a"]
+    assert (row["seeds"], row["best"], row["tie"]) == (3, "a", True)
+    assert row["delta_nll"] == pytest.approx(0.2)
+    assert row["keep_bytes"] == pytest.approx(0.7)
+    assert row["delta_nll_seed_se"] == pytest.approx(0.1 / 3**0.5)
+    assert row["delta_nll_window_se"] == 0
+    assert row["delta_nll_se"] == pytest.approx(0.1 / 3**0.5)
+    assert (row["above_best"], row["above_best_se"]) == (0, 0)
+    table = over_seeds({"a": {0: [1.0, 3.0, 1.0, 3.0], 1: [1.0, 3.0, 1.0, 3.0]}})
+    assert table.loc["a", "delta_nll_seed_se"] == 0
+    assert table.loc["a", "delta_nll_window_se"] == pytest.approx(np.std([0.1, 0.3, 0.1, 0.3], ddof=1) / 2)
+    assert table.loc["a", "delta_nll_se"] == table.loc["a", "delta_nll_window_se"], "seeds that agree do not hide the windows"
+
+
+def test_methods_are_paired_by_seed_and_window():
+    """Two methods far apart in every seed and window, though each varies more between seeds and windows than they differ."""
+    a = {0: [1.0, 9.0, 4.0], 1: [5.0, 12.0, 8.0], 2: [2.0, 11.0, 5.0]}
+    noise = {0: [0.01, -0.01, 0.0], 1: [0.0, 0.01, -0.01], 2: [-0.01, 0.0, 0.01]}
+    b = {seed: [x + 0.5 + e for x, e in zip(nll, noise[seed], strict=True)] for seed, nll in a.items()}
+    table = over_seeds({"a": a, "b": b})
+    assert table["best"].tolist() == ["a", "a"]
+    assert table.loc["b", "above_best"] == pytest.approx(0.05)
+    assert table.loc["b", "delta_nll_se"] > 0.05, "unpaired they could not be told apart"
+    assert table.loc["b", "above_best_se"] < 0.001
+    assert table["tie"].tolist() == [True, False]
+    swings = {seed: [x + by for x in nll] for (seed, nll), by in zip(a.items(), (3.0, -3.0, 0.6), strict=True)}
+    table = over_seeds({"a": a, "b": swings})
+    assert table.loc["b", "above_best"] == pytest.approx(0.02)
+    assert table.loc["b", "above_best_window_se"] == pytest.approx(0, abs=1e-12)
+    assert table.loc["b", "tie"], "the sign changes from seed to seed, which windows alone would not show"
+
+
+def test_seeds_scored_on_other_windows_are_refused():
+    with pytest.raises(ValueError, match="scored on other windows"):
+        over_seeds({"a": {0: [1.0] * 3}, "b": {0: [1.0] * 4}})
+
+
+def test_show_prints_means_and_ties_if_there_are_several_seeds(tmp_path, capsys):
+    table, _, means = small_summary()
+    (tmp_path / "tables").mkdir()
+    table.to_csv(tmp_path / "tables" / "summary.csv", index=False)
+    means.to_csv(tmp_path / "tables" / "spread.csv", index=False)
+    show(tmp_path)
+    assert "spread.csv" not in capsys.readouterr().out
+    a = {0: [1.0, 2.0], 1: [2.0, 3.0]}
+    means = over_seeds({"a": a, "b": {s: [x + 5 for x in nll] for s, nll in a.items()}, "same": a}).reset_index()
+    means.to_csv(tmp_path / "tables" / "spread.csv", index=False)
+    show(tmp_path)
+    lines = [
+        line for line in capsys.readouterr().out.split("spread.csv")[1].splitlines() if "0.2000 ±" in line or "0.7000" in line
+    ]
+    assert ["best" in line for line in lines] == [True, False, False]
+    assert ["tie" in line for line in lines] == [False, True, False]
+    markdown(tmp_path)
+    assert "| a | 0.200 ± " in capsys.readouterr().out
+
+
+def test_the_report_shows_several_seeds():
+    table, results, means = small_summary()
+    figures = dict.fromkeys(("frontier", "ranking", "spectra"), "<svg>")
+    page = render(table, means.assign(seeds=2, delta_nll_seed_se=0.0123), figures, results, [])
+    assert "Spread over calibration seeds" in page
+    assert "± 0.0123" in page
+    assert "Spread" not in render(table, means, figures, results, [])
 
 
 def test_effective_ranks_by_hand():

@@ -130,7 +130,7 @@ def test_nothing_is_planned_again(finished):
 def test_changing_one_budget_plans_its_cells_only(finished):
     finished.config["budgets"]["ffn-0.5"]["keep_bytes"] = 0.6
     cells = {"allocate": 2, "compress": 2, "evaluate_perplexity": 2}
-    aggregation = {"tables": 1, "figures": 1, "report": 1, "all": 1}
+    aggregation = {"cards": 1, "tables": 1, "figures": 1, "report": 1, "all": 1}
     assert finished.planned() == Counter({**cells, **aggregation})
     assert finished.run().returncode == 0
     assert finished.planned() == Counter()
@@ -162,7 +162,7 @@ def test_the_plan_is_printed_before_any_job_and_refuses_what_cannot_fit(finished
 def test_a_changed_method_option_plans_that_method(finished):
     finished.config["methods"]["svd"]["metric"] = {"kind": "weight_norm"}
     cells = {"factorize": 2, "measure_spectra": 1, "allocate": 2, "compress": 2, "evaluate_perplexity": 2}
-    assert finished.planned() == Counter({**cells, "tables": 1, "figures": 1, "report": 1, "all": 1})
+    assert finished.planned() == Counter({**cells, "cards": 1, "tables": 1, "figures": 1, "report": 1, "all": 1})
     finished.config["methods"]["svd"]["metric"] = {"kind": "weights"}
 
 

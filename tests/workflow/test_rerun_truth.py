@@ -22,7 +22,7 @@ METHODS = {
     "clustered": {"structure": {"kind": "cluster", "clusters": 2, "by": "cosine"}, "metric": {"kind": "weights"}},
     "kfac": {"structure": {"kind": "low_rank"}, "metric": {"kind": "two_sided"}},
 }
-TAIL = Counter(tables=1, figures=1, report=1, all=1)
+TAIL = Counter(cards=1, tables=1, figures=1, report=1, all=1)
 
 
 def cells(count: int) -> Counter:
@@ -171,6 +171,7 @@ ROWS = [
     ("a budget", setting("budgets", "some", "rank_fraction", value=0.3), cells(4)),
     ("calibration windows", setting("calibrations", "few", "windows", value=9), OF_CALIBRATION),
     ("calibration seed", setting("calibrations", "few", "seed", value=1), OF_CALIBRATION),
+    ("another calibration seed beside the first", setting("calibrations", "few", "seeds", value=[0, 1]), OF_CALIBRATION),
     (
         "calibration text",
         setting("texts", "calibration", "stop", value=10),
@@ -188,6 +189,7 @@ ROWS = [
     ("a preset renamed: another path, so its own cells", renamed, fits(1)),
     ("a paper named", setting("methods", "svd", "paper", value="somewhere"), Counter()),
     ("key order", reordered, Counter()),
+    ("checkpoints as dense models too", lambda p: p.experiment(export="dense"), Counter(export_dense=4, all=1)),
 ]
 
 

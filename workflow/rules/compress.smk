@@ -1,5 +1,5 @@
-# needs: factors, spectra, a budget      makes: sizes of every group, compressed checkpoints
-# steps: allocate, compress
+# needs: factors, spectra, a budget      makes: sizes of every group, compressed checkpoints, dense models of them
+# steps: allocate, compress, export_dense (where an experiment says `export: dense`)
 
 
 rule allocate:
@@ -50,4 +50,33 @@ rule checkpoints:
     input:
         of_cells(
             "results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json"
+        ),
+
+
+rule export_dense:
+    """Multiply a checkpoint out to a dense model, for programs that know nothing of winnow."""
+    input:
+        "results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
+    output:
+        "results/{model}/{calibration}/{method}/{budget}/dense_export/manifest.json",
+    log:
+        "results/logs/export_dense/{model}/{calibration}/{method}/{budget}.log",
+    benchmark:
+        "results/benchmarks/export_dense/{model}/{calibration}/{method}/{budget}.tsv"
+    threads: 1
+    resources:
+        mem_mb=16000,  # one file of weights, and one matrix in float64
+        runtime=120,
+    params:
+        **stage("export_dense"),
+    script:
+        "../../scripts/export_dense.py"
+
+
+rule exports:
+    """Dense models of the experiments that ask for them."""
+    input:
+        of_cells(
+            "results/{model}/{calibration}/{method}/{budget}/dense_export/manifest.json",
+            cells=PLAN.exported(),
         ),

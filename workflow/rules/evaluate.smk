@@ -1,5 +1,5 @@
-# needs: models or checkpoints, windows of evaluation tokens      makes: perplexity JSON
-# steps: evaluate_perplexity, for compressed models; evaluate_dense, by the same script, for the dense one
+# needs: models or checkpoints, windows of evaluation tokens      makes: perplexity JSON, cards with the numbers
+# steps: evaluate_perplexity, for compressed models; evaluate_dense, by the same script, for the dense one; cards
 
 
 rule evaluate_dense:
@@ -59,3 +59,26 @@ rule perplexity:
     """Perplexity of all cells that measure it, dense ones included."""
     input:
         results_of("perplexity"),
+
+
+rule cards:
+    """The README of every checkpoint with its numbers, which are known only after the checkpoint is finished."""
+    input:
+        checkpoints=rules.checkpoints.input,
+        results=rules.perplexity.input,
+    output:
+        "results/cards.json",  # which card is of which checkpoint
+        list(PLAN.spec("cards", {})["cards"]),
+    log:
+        "results/logs/cards.log",
+    benchmark:
+        "results/benchmarks/cards.tsv"
+    localrule: True
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        **stage("cards"),
+    script:
+        "../../scripts/cards.py"

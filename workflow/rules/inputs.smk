@@ -57,8 +57,8 @@ def overlap_check(wildcards):
     return f"results/texts/overlap/{calibration}/{evaluation}.json"
 
 
-def of_cells(path, kind=None):
-    """All files of a path pattern with the labels of the cells in it, of all or of those whose evaluation is of a kind.
+def of_cells(path, kind=None, cells=None):
+    """All files of a path pattern with the labels of the cells in it: of `cells`, of those whose evaluation is of a kind, or of all.
 
     Dense cells have no method, budget, ...
     """
@@ -71,7 +71,9 @@ def of_cells(path, kind=None):
         "evaluation": "evaluations",
     }
     found = {}
-    for cell in PLAN.cells_of(kind) if kind else PLAN.cells:
+    if cells is None:
+        cells = PLAN.cells_of(kind) if kind else PLAN.cells
+    for cell in cells:
         names = {key: getattr(cell, key) for key in sections}
         labels = {
             key: PLAN.labels[sections[key]][name] for key, name in names.items() if name
@@ -135,10 +137,12 @@ def overlaps_of_cells():
 
 
 def outcome():
-    """What a whole run makes: the table of every kind of evaluation in the experiments, and of losses what is drawn."""
+    """What a whole run makes: the table of every kind of evaluation in the experiments, of losses what is drawn and the
+    checkpoints' cards, and the exports that are asked for."""
     made = {
-        "perplexity": [rules.tables, rules.figures, rules.report],
+        "perplexity": [rules.cards, rules.tables, rules.figures, rules.report],
         "latency": [rules.tabulate_latency],
         "accuracy": [rules.tabulate_accuracy],
     }
-    return [one.output for kind in made if PLAN.cells_of(kind) for one in made[kind]]
+    tables = [one.output for kind in made if PLAN.cells_of(kind) for one in made[kind]]
+    return [tables, rules.exports.input]

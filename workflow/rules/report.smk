@@ -3,12 +3,12 @@
 
 
 rule tables:
-    """One row per evaluated cell."""
+    """One row per evaluated cell; and one per configuration, with the spread over its calibration seeds."""
     input:
         rules.perplexity.input,
     output:
-        csv="results/tables/summary.csv",
-        parquet="results/tables/summary.parquet",
+        summary=multiext("results/tables/summary", ".csv", ".parquet"),
+        spread=multiext("results/tables/spread", ".csv", ".parquet"),
     log:
         "results/logs/tables.log",
     benchmark:
@@ -52,6 +52,7 @@ rule report:
     """A single HTML file that opens without a network."""
     input:
         summary="results/tables/summary.parquet",
+        spread="results/tables/spread.parquet",
         frontier="results/figures/frontier.svg",
         ranking="results/figures/ranking.svg",
         spectra="results/figures/effective_rank.svg",

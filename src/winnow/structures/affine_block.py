@@ -32,6 +32,9 @@ class AffineBlock(FfnStructure):
     def needs(self) -> tuple[str, ...]:
         return ("gram", "mean", "cross")
 
+    def not_dense(self) -> str | None:
+        return "affine_block leaves the FFN no activation"
+
     def limit(self, group: list[Matrix]) -> int:
         return (group[-1].shape[0] + 1) // 2
 

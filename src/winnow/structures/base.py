@@ -137,6 +137,10 @@ class Structure(ABC):
         """The same structure with a random choice of what it selects; None if it selects nothing, or at random already."""
         return None
 
+    def not_dense(self) -> str | None:
+        """Why what it stores is no dense model of the same architecture; None if it is one when multiplied out."""
+        return None
+
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         """Which matrices are fitted together (by default every matrix alone); those in no group cannot be compressed so."""
         return [[m] for m in matrices]

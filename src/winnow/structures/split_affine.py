@@ -40,6 +40,9 @@ class SplitAffine(FfnStructure):
         affine = ("gram", "mean", "cross") if self.options.light == "affine" else ("gram",)
         return tuple(dict.fromkeys((*affine, *statistics_of(self.options.criterion))))
 
+    def not_dense(self) -> str | None:
+        return "split_affine has channels that pass the activation unchanged" if self.options.light == "affine" else None
+
     def count(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         (*inner, down), affine = group, self.options.light == "affine"
         d = down.shape[0]

@@ -1,0 +1,16 @@
+"""Rule `cards`: the README of every checkpoint with its numbers, to be handed on with it."""
+
+from winnow.card import Measured, card
+from winnow.io import Bundle, read_json, write_json, write_text
+from winnow.runtime import start_job
+from winnow.share import recipe_of
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    for path, of in job.spec["cards"].items():
+        bundle = Bundle(of["checkpoint"])
+        measured = [
+            Measured(name, read_json(made["compressed"]), read_json(made["dense"])) for name, made in of["evaluations"].items()
+        ]
+        write_text(path, card(recipe_of(bundle.path("recipe.yaml").parent), measured))
+    write_json(snakemake.output[0], {path: of["checkpoint"] for path, of in job.spec["cards"].items()}, job.provenance)

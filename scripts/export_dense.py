@@ -1,0 +1,12 @@
+"""Rule `export_dense`: a checkpoint multiplied out to a dense Hugging Face directory."""
+
+from pathlib import Path
+
+from winnow.export import export_dense
+from winnow.io import atomic
+from winnow.runtime import start_job
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    with atomic(Path(snakemake.output[0]).parent) as folder:
+        export_dense(Path(snakemake.input[0]).parent, folder, job.provenance)

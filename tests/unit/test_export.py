@@ -1,0 +1,271 @@
+"""The dense export: loads where winnow is not, gives the compressed model's logits, looks like the source; cards and sharing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import winnow.export
+from tests.conftest import pico
+from tests.unit.test_checkpoint import IDS, build, logits, targets_of
+from winnow.__main__ import main
+from winnow.card import Measured, card
+from winnow.errors import InputError
+from winnow.export import Checkpoint, affine_of, export_dense
+from winnow.io import Bundle, file_digest, write_json
+from winnow.loading import load_model
+from winnow.share import measured_beside, share
+from winnow.structures import STRUCTURES, structure_of
+
+REFUSED = ("affine_block", "split_affine")
+WRITABLE = [(kind, {}) for kind in STRUCTURES if kind not in REFUSED] + [("split_affine", {"light": "dropped"})]
+ELSEWHERE = """
+import sys
+sys.modules["winnow"] = sys.modules["snakemake"] = None  # importing either raises
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+ids, found = torch.tensor({ids}), {{}}
+for path in sys.argv[2:]:
+    model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        found[path] = model.eval()(input_ids=ids).logits
+save_file(found, sys.argv[1])
+"""
+
+
+def elsewhere(folders: list[Path], out: Path) -> dict[str, torch.Tensor]:
+    """Logits of model directories in a process that has neither winnow nor Snakemake."""
+    command = [sys.executable, "-c", ELSEWHERE.format(ids=IDS.tolist()), str(out), *map(str, folders)]
+    subprocess.run(command, check=True, env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"})
+    return load_file(out)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_exports_of_every_structure_load_without_winnow(family, tmp_path):
+    source = tmp_path / "source"
+    pico(family).save_pretrained(source)
+    dense = load_file(source / "model.safetensors")
+    uncompressed, expected = logits(load_model(source, "float32", "cpu")), {}
+    for kind, options in WRITABLE:
+        checkpoint = build(source, tmp_path / kind, targets_of(kind), 0.6, kind, **options)
+        export_dense(checkpoint, tmp_path / f"{kind} dense", {})
+        expected[str(tmp_path / f"{kind} dense")] = logits(load_model(checkpoint, "float32", "cpu"))
+        written = load_file(tmp_path / f"{kind} dense" / "model.safetensors")
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in written.items()}
+        assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in dense.items()}, "tied ones once, biases too"
+        config = json.loads((tmp_path / f"{kind} dense" / "config.json").read_text())
+        assert "quantization_config" not in config
+        assert Bundle(tmp_path / f"{kind} dense" / "manifest.json").manifest["model_stored_bytes"] == sum(
+            tensor.nbytes for tensor in dense.values()
+        )
+    found = elsewhere([Path(path) for path in expected], tmp_path / "logits.safetensors")
+    assert len(found) == len(WRITABLE)
+    for path, there in found.items():
+        torch.testing.assert_close(there, expected[path], atol=1e-5, rtol=0, msg=lambda m, path=path: f"{path}: {m}")
+        assert float((there - uncompressed).abs().max()) > 1e-3, "compressed, not the source"
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_dense_model_is_refused_by_name(saved_llama, tmp_path, kind):
+    checkpoint = build(saved_llama, tmp_path, ["ffn"], 0.6, kind)
+    with pytest.raises(InputError, match=rf"model\.layers\.0\.mlp\.act_fn: {kind} replaces the FFN's activation"):
+        export_dense(checkpoint, tmp_path / "dense", {})
+    assert structure_of({"kind": kind}).not_dense()
+
+
+def test_left_out_neurons_come_back_as_zeros_and_kept_ones_as_they_are(saved_llama, tmp_path):
+    checkpoint = build(saved_llama, tmp_path, ["ffn"], 0.6, "neuron_slice")
+    export_dense(checkpoint, tmp_path / "dense", {})
+    stored, dense = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "dense" / "model.safetensors")
+    up, down = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    kept = len(stored[up])
+    assert torch.equal(dense[up][:kept], stored[up])
+    assert torch.equal(dense[down][:, :kept], stored[down])
+    assert not dense[up][kept:].any()
+    assert not dense[down][:, kept:].any()
+    assert kept < len(dense[up])
+
+
+def test_products_are_rounded_once_to_the_dtype_that_the_checkpoint_computes_in(tmp_path):
+    """Stored in bfloat16, evaluated in float32: a product of two bfloat16 factors in bfloat16 would be another model."""
+    pico("llama").to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    checkpoint = build(tmp_path / "source", tmp_path / "work", ["ffn"], 0.6)
+    export_dense(checkpoint, tmp_path / "dense", {})
+    stored, dense = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "dense" / "model.safetensors")
+    name = "model.layers.0.mlp.gate_proj"
+    product = stored[f"{name}.left.weight"].double() @ stored[f"{name}.right.weight"].double()
+    assert torch.equal(dense[f"{name}.weight"], product.float())
+    assert dense["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16, "as stored"
+    one, other = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (checkpoint, tmp_path / "dense"))
+    torch.testing.assert_close(logits(other), logits(one), atol=1e-5, rtol=0)
+    config = json.loads((checkpoint / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "manifest.json").unlink()
+    export_dense(checkpoint, tmp_path / "half", {})
+    assert torch.equal(load_file(tmp_path / "half" / "model.safetensors")[f"{name}.weight"], product.to(torch.bfloat16))
+
+
+def test_a_checkpoint_saved_again_and_one_in_shards_export_alike(saved_llama, tmp_path, monkeypatch):
+    checkpoint = build(saved_llama, tmp_path / "work", ["ffn", "attention"], 0.6, "shared_basis")
+    load_model(checkpoint, "float32", "cpu").save_pretrained(tmp_path / "again")
+    export_dense(checkpoint, tmp_path / "dense", {})
+    export_dense(tmp_path / "again", tmp_path / "dense again", {})
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "dense again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not (tmp_path / "dense again" / "README.md").exists(), "its recipe is not known any more"
+    monkeypatch.setattr(winnow.export, "SHARD_BYTES", 50_000)
+    export_dense(checkpoint, tmp_path / "sharded", {})
+    assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
+    sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded").eval()
+    assert torch.equal(logits(sharded), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()))
+
+
+def test_damaged_and_foreign_directories_are_refused_by_name(saved_llama, tmp_path):
+    with pytest.raises(InputError, match="no quantization_config of winnow; this is no compressed checkpoint"):
+        Checkpoint(saved_llama)
+    with pytest.raises(InputError, match=r"nowhere: no config\.json"):
+        Checkpoint(tmp_path / "nowhere")
+    checkpoint = build(saved_llama, tmp_path / "work", ["ffn"], 0.6)
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.safetensors: changed since it was written"):
+        Checkpoint(checkpoint)
+    tensors.pop("model.layers.1.mlp.up_proj.left.weight")
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.left\.weight is missing"):
+        Checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layers: layers["up_proj"].update(out=60), r"down_proj: its parts do not fit"),
+        (
+            lambda layers: [layers[role].update({side: 97}) for role, side in SIDES],
+            r"\(neuron_slice\) .* is 97 x 64, the dense",
+        ),
+    ],
+)
+def test_modules_that_are_no_part_of_the_dense_model_are_refused(saved_llama, tmp_path, change, message):
+    """Shapes in the config and in the file that agree with each other, but not with the model."""
+    checkpoint = build(saved_llama, tmp_path, ["ffn"], 0.6, "neuron_slice")
+    config, tensors = json.loads((checkpoint / "config.json").read_text()), load_file(checkpoint / "model.safetensors")
+    layers = config["quantization_config"]["layers"]
+    block = "model.layers.0.mlp."
+    change({name.removeprefix(block): layout for name, layout in layers.items() if name.startswith(block)})
+    for name in layers:
+        tensors[f"{name}.weight"] = torch.zeros(layers[name]["out"], layers[name]["in"])
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(InputError, match=message):
+        export_dense(checkpoint, tmp_path / "dense", {})
+
+
+SIDES = (("gate_proj", "out"), ("up_proj", "out"), ("down_proj", "in"))
+
+
+def test_a_map_is_found_by_unit_vectors_in_pieces_and_a_curve_is_refused(monkeypatch):
+    monkeypatch.setattr(winnow.export, "COLUMNS", 3)
+    linear = nn.Linear(7, 4).double()
+    matrix, offset = affine_of(linear, 4, 7)
+    torch.testing.assert_close(matrix, linear.weight.detach(), atol=1e-14, rtol=0)
+    assert torch.equal(offset, linear.bias)
+    with pytest.raises(ValueError, match="not an affine map"):
+        affine_of(nn.Sequential(linear, nn.SiLU()), 4, 7)
+
+
+PROTOCOL = {"protocol": "p1", "protocol_version": 1, "length": 8, "dtype": "float32"}
+RESULT = {
+    **{"nll": 2.5, "nll_se": 0.1, "perplexity": 12.2, "windows": 3, "tokens": 24, "per_window": {}},
+    **{"protocol": PROTOCOL, "text": {"bos": False, "text_tokens": 99, "text_digest": "a" * 64}},
+}
+LOSS = {"delta_nll": 0.25, "delta_nll_se": 0.01, "kl": 0.3, "top1_agreement": 0.875}
+
+
+@pytest.fixture
+def results(saved_llama, tmp_path) -> Path:
+    """A checkpoint where the workflow would put it, with an evaluation beside it; returns the budget's folder."""
+    budget = tmp_path / "m-000000" / "c-000000" / "s-000000" / "b-000000"
+    build(saved_llama, budget, ["ffn"], 0.6)
+    dense = tmp_path / "m-000000" / "dense" / "e-000000.json"
+    write_json(dense, RESULT, {})
+    inputs = {"x/checkpoint/manifest.json": file_digest(budget / "checkpoint" / "manifest.json"), "x/dense": file_digest(dense)}
+    write_json(budget / "none-000000" / "e-000000.json", RESULT | LOSS, {"inputs": inputs})
+    return budget
+
+
+def test_a_card_holds_recipe_bytes_loading_and_numbers():
+    recipe = {
+        "names": {"model": "m"},
+        "winnow": "0.1.0",
+        "model": {"source": "org/name", "revision": "f" * 40},
+        "calibration": {"text": "train", "windows": 5, "length": 16, "seed": 3},
+        "calibration_text": {"dataset": "org/text", "split": "train", "revision": "e" * 40},
+        "method": {"structure": {"kind": "low_rank"}, "metric": {"kind": "mean_abs", "alpha": 0.5}},
+        "budget": {"targets": ["ffn"], "keep_bytes": 0.5, "rank": None},
+        "sizes": {"000.up_proj": 3, "001.up_proj": 4, "000.down_proj": 5},
+        **{"stored_bytes": 5, "dense_bytes": 10, "model_stored_bytes": 15, "model_dense_bytes": 20},
+    }
+    text = card(recipe, [Measured("wiki", RESULT | LOSS, RESULT)])
+    for piece in (
+        "base_model: org/name",
+        f"`org/name`, revision `{'f' * 40}`",
+        "`mean_abs` (alpha 0.5)",
+        "keep_bytes 0.5",
+        f"train: org/text train, revision `{'e' * 40}`",
+        "5 of 16 tokens, seed 3",
+        "up_proj 3 to 4 (2x); down_proj 5 (1x)",
+        "5 of 10 (50.00%)",
+        "15 of 20",
+        "import winnow",
+        "| wiki | dense | 2.5000 ± 0.1000 | | 12.200 | | |",
+        "|  | compressed | 2.5000 ± 0.1000 | 0.2500 ± 0.0100 | 12.200 | 0.3000 | 87.5% |",
+        "3 windows of 8 tokens, 24 scored, in float32, without a leading BOS",
+    ):
+        assert piece in text, piece
+    assert "import winnow" not in card(recipe, exported=21)
+    assert "winnow export" in card(recipe, exported=21), "how the numbers come in"
+    assert "base_model" not in card(recipe | {"model": {"source": "a/folder", "revision": None}})
+
+
+def test_a_shared_folder_is_the_checkpoint_with_its_numbers(results, tmp_path):
+    measured = measured_beside(results / "checkpoint")
+    assert [m.evaluation for m in measured] == ["e"]
+    share(results / "checkpoint", tmp_path / "shared", measured)
+    assert "0.2500 ± 0.0100" in (tmp_path / "shared" / "README.md").read_text()
+    Bundle(tmp_path / "shared" / "manifest.json").verify()
+    one, other = (load_file(folder / "model.safetensors") for folder in (results / "checkpoint", tmp_path / "shared"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    Bundle(results / "checkpoint" / "manifest.json").verify()
+
+
+def test_numbers_of_another_checkpoint_are_left_out(results, tmp_path):
+    write_json(results.parents[2] / "dense" / "e-000000.json", RESULT | {"nll": 3.0}, {})
+    assert measured_beside(results / "checkpoint") == [], "compared with another dense evaluation"
+    alone = shutil.copytree(results / "checkpoint", tmp_path / "alone" / "checkpoint")
+    assert measured_beside(alone) == []
+
+
+def test_the_commands(results, tmp_path, monkeypatch, capsys):
+    """`python -m winnow export` and `share`, which a user has who has only the checkpoint."""
+    for command, said in (("export", "dense, needs no winnow"), ("share", "loads with winnow")):
+        monkeypatch.setattr(sys, "argv", ["winnow", command, str(results / "checkpoint"), str(tmp_path / command)])
+        main()
+        assert f"{said}; 1 evaluations in its card" in capsys.readouterr().out
+        assert "0.2500 ± 0.0100" in (tmp_path / command / "README.md").read_text()
+        with pytest.raises(SystemExit, match=rf"winnow: .*{command}: is there already; give a new directory"):
+            main()
