@@ -87,7 +87,9 @@ def _unsealed(path: Path | str) -> bytes:
 
 
 def _check_place(path: Path | str, provenance: dict) -> None:
-    """Raise InputError if the file was made for another place: its wildcards are not in its path."""
+    """Raise InputError if the file was made for another place: its name is another, or its wildcards are not in its path."""
+    if (name := provenance.get("file", Path(path).name)) != Path(path).name:
+        raise InputError(f"{path}: made for another place ({name}); {CURE}")
     for name, value in provenance.get("wildcards", {}).items():
         if value not in str(path):
             raise InputError(f"{path}: made for another place ({name} {value}); {CURE}")
@@ -95,7 +97,7 @@ def _check_place(path: Path | str, provenance: dict) -> None:
 
 def write_json(path: Path | str, content: dict, provenance: dict | None = None) -> None:
     """Write `content`, the provenance as its last block, and a seal; NaN and infinity are refused."""
-    block = {} if provenance is None else {"provenance": provenance}
+    block = {} if provenance is None else {"provenance": {**provenance, "file": Path(path).name}}
     with atomic(path) as partial:
         text = json.dumps({**content, **block, "seal": BLANK.decode()}, indent=1, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
@@ -112,7 +114,8 @@ def read_json(path: Path | str) -> dict[str, Any]:
 
 def write_markup(path: Path | str, text: str, provenance: dict) -> None:
     """Write SVG or HTML with the provenance and a seal in a comment behind it."""
-    block = json.dumps({"provenance": provenance, "seal": BLANK.decode()}).replace("--", "-\\u002d")  # `--` ends comments
+    block = json.dumps({"provenance": {**provenance, "file": Path(path).name}, "seal": BLANK.decode()})
+    block = block.replace("--", "-\\u002d")  # `--` ends comments
     with atomic(path) as partial:
         partial.write_text(f"{text.rstrip()}\n<!-- {block} -->\n", encoding="utf-8")
         _seal(partial)
@@ -142,7 +145,7 @@ def write_parquet(path: Path | str, table: pd.DataFrame, provenance: dict) -> No
     with atomic(path) as partial:
         with pq.ParquetWriter(partial, arrow.schema, store_schema=False) as writer:
             writer.write_table(arrow)
-            writer.add_key_value_metadata({"winnow": json.dumps(provenance), "seal": BLANK.decode()})
+            writer.add_key_value_metadata({"winnow": json.dumps({**provenance, "file": Path(path).name}), "seal": BLANK.decode()})
         _seal(partial)
 
 

@@ -65,11 +65,12 @@ def kill_tree(process: subprocess.Popen) -> None:
 def test_killed_runs_finish_with_the_same_bytes_in_any_folder(uninterrupted, tmp_path):
     expected, seconds = uninterrupted
     broken, draw = place(tmp_path / "here"), random.Random(0)
+    longest = max(6, 0.8 * seconds) if KILLS <= 10 else 20  # every run goes on where the last one was killed
     for kill in range(KILLS):
         process = started(broken)
-        time.sleep(draw.uniform(3, max(6, 0.8 * seconds)))
+        time.sleep(draw.uniform(3, longest))
         kill_tree(process)
-        print(f"kill {kill + 1}: {len(artefacts(broken.folder))} files")
+        print(f"kill {kill + 1}: {len(artefacts(broken.folder))} files", flush=True)
         if KILLS > 10 and draw.random() < 0.3:  # in the long form, start over now and then
             shutil.rmtree(broken.folder / "results", ignore_errors=True)
     done = broken.run()

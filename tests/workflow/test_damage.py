@@ -17,6 +17,7 @@ import pytest
 from tests.conftest import ROOT, pico
 from tests.workflow.test_end_to_end import Workspace
 from tests.workflow.test_rerun_truth import METHODS
+from winnow.architectures import ROLES
 from winnow.errors import InputError
 from winnow.explain import provenance_of
 
@@ -66,6 +67,7 @@ class Files(list):
         (r"texts/overlap/", "overlaps"),
         (r"results/texts/[^/]+$", "text"),
         (r"summary\.parquet$", "summary"),
+        (r"spread\.parquet$", "spread"),
         (r"figures/frontier", "frontier"),
         (r"figures/ranking", "ranking"),
         (r"figures/effective_rank", "effective_rank"),
@@ -83,12 +85,15 @@ class Files(list):
     def __getattr__(self, name: str):
         return self.get(name)
 
+    def __getitem__(self, key):
+        return self.get(key) if isinstance(key, str) else super().__getitem__(key)
+
 
 class Drawing(Files):
     """Input of `figures` and `report`, whose spectra are a list and a figure."""
 
     def __getitem__(self, key):
-        return self.get("effective_rank" if key == "spectra" else key) if isinstance(key, str) else super().__getitem__(key)
+        return super().__getitem__("effective_rank" if key == "spectra" else key)
 
     def get(self, name: str, default=None):
         if name == "spectra":
@@ -125,15 +130,19 @@ def run_job(made: str, tmp_path: Path) -> Path:
 class Outputs(list):
     """Output paths below a folder, whatever their name."""
 
+    def __getitem__(self, key):
+        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+
     def __init__(self, folder: Path, name: str):
         super().__init__([str(folder / "result" / name)])
         self.folder = folder
 
     def __getattr__(self, name: str):
-        endings = {"csv": "summary.csv", "parquet": "summary.parquet", "channels": "channels.parquet"}
         if name in ("frontier", "ranking", "spectra"):
             return [str(self.folder / f"{name}.svg")]
-        return str(self.folder / "result" / endings.get(name, "manifest.json"))
+        if name in ("summary", "spread"):
+            return [str(self.folder / "result" / f"{name}.{kind}") for kind in ("csv", "parquet")]
+        return str(self.folder / "result" / ("channels.parquet" if name == "channels" else "manifest.json"))
 
 
 class Wildcards(dict):
@@ -202,7 +211,9 @@ def test_damage_is_refused_by_name_and_gives_no_number(finished, artefact, reade
     finally:
         path.write_bytes(whole)
     assert name in str(refused.value)
-    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()], "nothing was written"
+    written = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    unfinished = {f"{layer:03d}.{role}.safetensors" for layer in (0, 1) for role in ROLES} if "/factors/" in reader else set()
+    assert written <= unfinished, "no artefact was made; whole groups of an unfinished bundle may stay"
 
 
 @pytest.mark.parametrize("reader", dict.fromkeys(reader for _, reader in CASES))
