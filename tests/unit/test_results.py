@@ -352,8 +352,8 @@ def test_what_a_killed_job_left_is_cleared_by_the_next(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_content_gives_the_same_bytes(tmp_path, kind):
     for i in range(12):
-        KINDS[kind][0](tmp_path / f"{i}.{kind}")
-    assert len({(tmp_path / f"{i}.{kind}").read_bytes() for i in range(12)}) == 1
+        KINDS[kind][0](tmp_path / str(i) / f"a.{kind}")
+    assert len({(tmp_path / str(i) / f"a.{kind}").read_bytes() for i in range(12)}) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
