@@ -136,7 +136,7 @@ def test_figures_are_written_and_repeatable(tmp_path):
         ("s", lambda: effective_rank({("m-1", "c-1", "x-1"): pd.DataFrame([row])})),
     ):
         for ending in ("svg", "png"):
-            paths = [str(tmp_path / f"{name}{i}.{ending}") for i in range(2)]
+            paths = [str(tmp_path / str(i) / f"{name}.{ending}") for i in range(2)]
             for path in paths:
                 save(draw(), [path], PROVENANCE)
             first, second = (Path(path).read_bytes() for path in paths)
