@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,18 @@ class Plan(Grid):
 
     def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
         """Digests of the stage's script and of every project module that it reaches."""
+        return list(self._fingerprint(stage, wildcards.get("method")))
+
+    @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a method
+    def _fingerprint(self, stage: str, method_label: str | None) -> tuple[str, ...]:
         entries = [f"{stage}.py"]
-        if "method" in wildcards:
-            method = self.preset("methods", wildcards["method"])
-            kinds = _kinds(method.model_dump())
+        if method_label is not None:
+            kinds = _kinds(self.preset("methods", method_label).model_dump())
             entries += [f"winnow.structures.{kind}" for kind in kinds if kind in STRUCTURES]
             metrics = [METRICS[kind].__name__ for kind in kinds if kind in METRICS]
             if stage == "factorize" and metrics:
                 entries.append(f"winnow.metrics:{metrics[0]}" if len(metrics) == 1 else "winnow.metrics")
-        return list(self.code.fingerprint(*entries))
+        return self.code.fingerprint(*entries)
 
     def versions(self, stage: str) -> dict[str, str]:
         return versions(*STAGES[stage])

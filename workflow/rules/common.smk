@@ -1,6 +1,7 @@
 # Configuration, plan, the params of every stage, and what is done around a run. No rule stands here.
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -52,42 +53,43 @@ def stage(name):
 
     One dict each: Snakemake compares the set of values and drops their names.
     """
-    of = lambda wildcards: {
-        "spec": PLAN.spec(name, dict(wildcards.items())),
-        "code": PLAN.fingerprint(name, dict(wildcards.items())),
-        "versions": PLAN.versions(name),
-    }
-    return {
-        "spec": lambda wildcards, output: checked(of(wildcards), output)["spec"],
-        "code": lambda wildcards: PLAN.fingerprint(name, dict(wildcards.items())),
-        "versions": PLAN.versions(name),
-    }
+    spec = lambda wildcards: PLAN.spec(name, dict(wildcards.items()))
+    code = lambda wildcards: PLAN.fingerprint(name, dict(wildcards.items()))
+    versions = PLAN.versions(name)
+
+    def checked(wildcards, output):
+        found = spec(wildcards)
+        check_record(
+            output, {"spec": found, "code": code(wildcards), "versions": versions}
+        )
+        return found
+
+    return {"spec": checked, "code": code, "versions": versions}
 
 
-def checked(params, output):
-    """`params`, after a look at results that Snakemake has no record of: it would call them up to date, whatever they are.
+def check_record(output, params):
+    """Refuse a result that Snakemake has no record of and that was made with other params: it would call it up to date.
 
     That happens where .snakemake was removed or results were copied. What they were made from stands in them, too.
     """
-    if workflow.dag_settings.forceall:
-        return params
-    record, first = workflow.persistence, str(output[0])
-    known = not Path(first).exists() or record._read_record(first)
-    if not known and not record._filter_incomplete_keys([first]):
-        if change := difference(list(output), params):
-            print(
-                f"winnow: {first}: {change}, and Snakemake's own record of it is gone; delete it, or make everything anew "
-                "with --forceall",
-                file=sys.stderr,
-            )
-            sys.exit(1)
-    return params
+    first, record = str(output[0]), workflow.persistence
+    if not Path(first).exists() or workflow.dag_settings.forceall:
+        return
+    known = os.path.exists(record._record_path(record._metadata_path, first))
+    if known or record._filter_incomplete_keys([first]):
+        return
+    if change := difference(list(output), params):
+        print(
+            f"winnow: {first}: {change}, and Snakemake's own record of it is gone; delete it, or make everything anew "
+            "with --forceall",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def hold_folder():
     """One run at a time in a folder. Unlike Snakemake's own lock, this one ends with the run, however the run ends."""
     import fcntl
-    import os
 
     for folder in (Path("results"), Path.cwd()):
         if folder.exists() and not os.access(folder, os.W_OK):
