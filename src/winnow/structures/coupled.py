@@ -18,21 +18,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # JSON has no infinity, so it is a word there; YAML's `.inf` means the same.
-Strength = Annotated[
-    Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["inf"],
-    BeforeValidator(lambda value: "inf" if value == math.inf else value),
-]
+Strength = Annotated[Finite | Literal["inf"], BeforeValidator(lambda value: "inf" if value == math.inf else value)]
 
 
 class Coupled(Structure):
     """Sections P_l (n, k) and Q_l (m, k) minimise sum_l ||A_l - Q_l Q_l^T A_l P_l P_l^T||^2 + (lambda / 2) the squared distances
     of all sections from anchors; A_l = W_l C^{1/2}, C the mean metric of the layers that share P_l.
 
-    Stored is W_l ~ Q_l core_l (C^{-1/2} P_l)^T. Chained sections (square W, metric `weights`) have Q_l = P_{l+1}, one tensor for
-    both. With one side W_l ~ (A_l P_l) (C^{-1/2} P_l)^T minimises sum_l ||A_l - A_l P_l P_l^T||^2 + the same. The descent runs in
-    `stored`. `Fit.error` is that of one of its starts (leading directions of all that a section touches), so an upper bound if
-    lambda = 0 and starts >= 2; the sum of squares of `Fit.spectrum` beyond k is a lower bound."""
+    Stored is W_l ~ Q_l core_l (C^{-1/2} P_l)^T; chained sections (square W, metric `weights`) share a tensor, Q_l = P_{l+1}. With
+    one side W_l ~ (A_l P_l) (C^{-1/2} P_l)^T minimises sum_l ||A_l - A_l P_l P_l^T||^2 + the same. `Fit.error`: that of a start,
+    an upper bound if lambda = 0 and starts >= 2; the sum of squares of `Fit.spectrum` beyond k is a lower bound."""
 
     reference = "cross-layer subspace coupling, arXiv 2605.30836 (reconstructed)"
     stores = "sections (m, k), (n, k) once each, core (k, k) per layer; one side: right (k, n) once, left (m, k) per layer"
