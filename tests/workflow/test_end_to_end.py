@@ -149,7 +149,7 @@ def test_touched_files_plan_nothing(finished):
 def test_the_plan_is_printed_before_any_job_and_refuses_what_cannot_fit(finished, workspace):
     done = workspace.run("plan")
     assert done.returncode == 0, done.stderr
-    assert "5 cells, 30 jobs to run" in done.stdout
+    assert "5 cells, 31 jobs to run" in done.stdout
     assert not list(workspace.folder.glob("results/pico-*")), "nothing was computed"
     (line,) = {row for row in workspace.run("plan", "--config", "memory_gb=0.1").stderr.splitlines() if row.startswith("winnow")}
     assert "GB of memory, there are 0.1 GB" in line
