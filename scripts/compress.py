@@ -1,25 +1,29 @@
-"""Rule `compress`: a Hugging Face directory with the factors cut to the allocated sizes."""
+"""Rule `compress`: a size for every group of matrices, and a Hugging Face directory with the factors cut to them."""
 
 from pathlib import Path
 
+from winnow.allocation import allocate, chosen_groups, experts_left_dense, summarize
 from winnow.checkpoint import compress, recipe_of, write_checkpoint
-from winnow.io import Bundle, atomic, read_json
+from winnow.io import Bundle, atomic, read_parquet, write_json
 from winnow.models import ModelFiles
 from winnow.runtime import start_job
 from winnow.structures import structure_of
 
 if __name__ == "__main__":
     job = start_job(snakemake)
-    spec = job.spec
+    presets = job.spec["presets"]
     files = ModelFiles(snakemake.input.model)
-    structure = structure_of(spec["presets"]["method"]["structure"])
+    structure = structure_of(presets["method"]["structure"])
+    chosen = (files, structure, presets["budget"]["targets"], read_parquet(snakemake.input.spectra).set_index("group"))
+    groups = chosen_groups(*chosen)
+    sizes = allocate(groups, presets["budget"])
     bundles = [Bundle(path) for path in snakemake.input.factors]
     factors = {name: bundle for bundle in bundles for name in bundle.manifest["groups"]}
-    allocation = read_json(snakemake.input.allocation)
     tokens = {name: count for bundle in bundles for name, count in bundle.manifest["left_dense"].items()}
-    allocation["left_dense"] = {name: tokens[name] for name in allocation["left_dense"]}
-    sizes = {row["group"]: row["size"] for row in allocation["groups"]}
+    left_dense = {name: tokens[name] for name in experts_left_dense(*chosen)}
+    allocation = {"budget": presets["budget"], **summarize(groups, sizes), "left_dense": left_dense}
     stored, layouts, reports = compress(files, factors, structure, sizes)
-    recipe = recipe_of(spec["names"], spec["presets"], allocation)
-    with atomic(Path(snakemake.output[0]).parent) as folder:
-        write_checkpoint(folder, files, stored, layouts, reports, spec["dtype"], recipe, job.provenance)
+    recipe = recipe_of(job.spec["names"], presets, allocation)
+    write_json(snakemake.output.allocation, allocation, job.provenance)
+    with atomic(Path(snakemake.output.checkpoint).parent) as folder:
+        write_checkpoint(folder, files, stored, layouts, reports, job.spec["dtype"], recipe, job.provenance)

@@ -26,8 +26,8 @@ from winnow.models import BYTES, model_files, tensor_bytes
 from winnow.plan import Plan
 
 MB, GB = 1e6, 1e9
-BASE = {"torch": 450 * MB, "tables": 200 * MB}  # of a process that imported what it needs, measured on the demo
-START = {"torch": 5.0, "tables": 1.5}  # seconds until such a process computes
+BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
+START = 5.0  # seconds until such a process computes
 EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
 LOGITS = 1 << 24  # numbers that the loss holds in float64 at a time, several copies
 
@@ -62,10 +62,9 @@ class Work:
     memory: float  # bytes, of the largest job
     disk: float  # bytes, of all jobs
     operations: float  # floating point, of all jobs
-    kind: str = "torch"
 
     def seconds(self, rate: float) -> float:
-        return self.jobs * START[self.kind] + self.operations / rate
+        return self.jobs * START + self.operations / rate
 
 
 def shape_of(source: Path, manifest: Path | None = None) -> Shape:
@@ -129,11 +128,11 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
     cross = sum(w * shape.width for (_, site), w in shape.sites().items() if site == "ffn_hidden")
     gradient = sum(m.shape[0] ** 2 for m in shape.matrices)
     activations = batch_tokens * (8 * shape.width + 4 * widest) * dtype
-    works = [Work("retrieve_model", name, 1, BASE["torch"] + 4 * largest.shape[0] * largest.shape[1] * 8, 1e5, 0)]
+    works = [Work("retrieve_model", name, 1, BASE + 4 * largest.shape[0] * largest.shape[1] * 8, 1e5, 0)]
 
-    def add(stage: str, jobs: int, memory: float, disk: float, operations: float, kind: str = "torch") -> None:
+    def add(stage: str, jobs: int, memory: float, disk: float, operations: float) -> None:
         if jobs:
-            works.append(Work(stage, name, jobs, BASE[kind] + memory, disk, operations, kind))
+            works.append(Work(stage, name, jobs, BASE + memory, disk, operations))
 
     gradients = {c for c, m in methods if m and "gradients" in plan.needs(plan.labels["methods"][m])}
     for calibration in calibrations:
@@ -158,7 +157,6 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         b = plan.config.budgets[budget]
         dense = shape.dense_bytes(b.targets)
         kept = (b.keep_bytes or 1.0) * dense
-        add("allocate", 1, 0, 1e5, 0, "tables")
         add("compress", 1, shape.bytes + kept, shape.bytes - dense + kept, 0)
     for cell in cells:
         evaluation = plan.config.evaluations[cell.evaluation]
@@ -184,7 +182,7 @@ def _merged(works: list[Work]) -> list[Work]:
         sums = (w.jobs, w.memory, w.disk, w.operations)
         if o is not None:
             sums = (o.jobs + w.jobs, max(o.memory, w.memory), o.disk + w.disk, o.operations + w.operations)
-        rows[key] = Work(w.stage, w.model, *sums, w.kind)
+        rows[key] = Work(w.stage, w.model, *sums)
     return list(rows.values())
 
 

@@ -30,8 +30,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "assign_clusters": (*TORCH, *TABLES, "scikit-learn"),
     "factorize": TORCH,
     "measure_spectra": (*TORCH, *TABLES),
-    "allocate": TABLES,
-    "compress": TORCH,
+    "compress": (*TORCH, *TABLES),
     "export_dense": HUGGING_FACE,
     "evaluate_perplexity": HUGGING_FACE,
     "evaluate_latency": HUGGING_FACE,
@@ -140,9 +139,6 @@ class Plan(Grid):
 
     def _spec_measure_spectra(self, w: dict[str, str]) -> dict[str, Any]:
         return {"metric": self.preset("methods", w["method"]).objective}
-
-    def _spec_allocate(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"structure": self._method(w)["structure"], "budget": self.preset("budgets", w["budget"]).model_dump()}
 
     def _spec_compress(self, w: dict[str, str]) -> dict[str, Any]:
         sections = ("models", "calibrations", "methods", "budgets")

@@ -31,8 +31,8 @@ def test_an_artefact_made_today_differs_in_nothing_and_an_edit_is_named(tmp_path
     write_json(model, {"a": 1}, provenance(plan, "retrieve_model"))
     spectra = path_of(tmp_path, plan, "measure_spectra", "spectra.parquet")
     write_parquet(spectra, pd.DataFrame({"a": [1]}), provenance(plan, "measure_spectra", [model]))
-    allocation = path_of(tmp_path, plan, "allocate", "allocation.json")
-    write_json(allocation, {"a": 1}, provenance(plan, "allocate", [model, spectra]))
+    allocation = path_of(tmp_path, plan, "compress", "allocation.json")
+    write_json(allocation, {"a": 1}, provenance(plan, "compress", [model, spectra]))
     assert differences(provenance_of(allocation), plan) == []
     lines = list(explain(allocation, plan))
     assert sum("made by" in line for line in lines) == 3
@@ -51,15 +51,15 @@ def test_changed_code_versions_and_params_are_named(tmp_path):
     for folder in ("src", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     plan = plan_of(root=tmp_path)
-    then = json.loads(json.dumps(provenance(plan, "allocate")))
+    then = json.loads(json.dumps(provenance(plan, "compress")))
     path = tmp_path / "src" / "winnow" / "allocation.py"
     path.write_text(path.read_text().replace("TOLERANCE = 0.005", "TOLERANCE = 0.006"))
     (line,) = differences(then, plan_of(root=tmp_path))
     assert line.startswith("code: winnow.allocation ")
     then["params"]["versions"]["pandas"] = "0.1"
-    then["params"]["spec"]["budget"]["keep_bytes"] = 0.5
+    then["params"]["spec"]["presets"]["budget"]["keep_bytes"] = 0.5
     found = differences(then, plan)
-    assert "budget.keep_bytes: 0.5 then, 0.8 now" in found
+    assert "presets.budget.keep_bytes: 0.5 then, 0.8 now" in found
     assert any(line.startswith('version of pandas: "0.1" then, ') for line in found)
 
 

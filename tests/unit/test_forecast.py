@@ -14,7 +14,7 @@ DEMO = ROOT / "resources" / "models" / "demo"
 DRY_RUN = """Job stats:
 job                    count
 -------------------  -------
-allocate                  32
+compress                  32
 retrieve_model             1
 total                     33
 
@@ -36,7 +36,7 @@ def test_headers_say_what_the_manifest_says(saved_model, tmp_path):
 def test_jobs_bytes_and_memory_of_the_demo():
     plan, shape = plan_of(), shape_of(DEMO)
     works = {work.stage: work for work in forecast(plan, {"demo": shape})}
-    jobs = {"collect_statistics": 1, "factorize": 4, "measure_spectra": 4, "allocate": 32, "compress": 32, "tokenize": 2}
+    jobs = {"collect_statistics": 1, "factorize": 4, "measure_spectra": 4, "compress": 32, "tokenize": 2}
     assert {stage: works[stage].jobs for stage in jobs} == jobs
     assert works["evaluate_perplexity"].jobs == 32
     assert "collect_gradients" not in works, "no metric of the default asks for gradients"
@@ -75,11 +75,11 @@ def test_times_of_earlier_jobs_are_preferred(tmp_path):
         (folder / f"{name}.tsv").write_text(f"s\tmax_rss\n{seconds}\t100\n")
     assert measured_seconds(tmp_path, "compress", "demo-1") == 3.0
     assert measured_seconds(tmp_path, "compress", "demo-2") is None
-    assert measured_seconds(tmp_path, "allocate", "demo-1") is None
+    assert measured_seconds(tmp_path, "factorize", "demo-1") is None
 
 
 def test_words():
-    assert jobs_of(DRY_RUN) == {"allocate": 32, "retrieve_model": 1}
+    assert jobs_of(DRY_RUN) == {"compress": 32, "retrieve_model": 1}
     assert jobs_of("Nothing to be done") == {}
     assert (size(1.5e9), size(2e6)) == ("1.5 GB", "2.0 MB")
     assert (duration(12), duration(600), duration(7200)) == ("12 s", "10 min", "2.0 h")

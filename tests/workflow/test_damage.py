@@ -62,7 +62,6 @@ class Files(list):
         (r"/gradients/", "gradients"),
         (r"/clusters/", "clusters"),
         (r"/factors/", "factors"),
-        (r"/allocation\.json$", "allocation"),
         (r"/spectra\.parquet$", "spectra"),
         (r"texts/overlap/", "overlaps"),
         (r"results/texts/[^/]+$", "text"),
@@ -142,6 +141,8 @@ class Outputs(list):
             return [str(self.folder / f"{name}.svg")]
         if name in ("summary", "spread"):
             return [str(self.folder / "result" / f"{name}.{kind}") for kind in ("csv", "parquet")]
+        if name == "allocation":
+            return str(self.folder / "allocation.json")
         return str(self.folder / "result" / ("channels.parquet" if name == "channels" else "manifest.json"))
 
 
@@ -163,8 +164,7 @@ CASES = [
     (f"{C}/clusters/cosine-*.parquet", f"{C}/clustered-*/factors/1-of-1/manifest.json"),
     (f"{C}/whitened-*/factors/1-of-1/000.up_proj.safetensors", f"{C}/whitened-*/spectra.parquet"),
     (f"{C}/whitened-*/factors/1-of-1/000.up_proj.safetensors", f"{C}/whitened-*/some-*/checkpoint/manifest.json"),
-    (f"{C}/whitened-*/spectra.parquet", f"{C}/whitened-*/some-*/allocation.json"),
-    (f"{C}/whitened-*/some-*/allocation.json", f"{C}/whitened-*/some-*/checkpoint/manifest.json"),
+    (f"{C}/whitened-*/spectra.parquet", f"{C}/whitened-*/some-*/checkpoint/manifest.json"),
     (f"{C}/whitened-*/some-*/checkpoint/model.safetensors", f"{C}/whitened-*/some-*/none-*/short-*.json"),
     (f"{C}/whitened-*/some-*/checkpoint/config.json", f"{C}/whitened-*/some-*/none-*/short-*.json"),
     ("results/pico-*/dense/short-*.json", f"{C}/whitened-*/some-*/none-*/short-*.json"),

@@ -129,7 +129,7 @@ def test_nothing_is_planned_again(finished):
 
 def test_changing_one_budget_plans_its_cells_only(finished):
     finished.config["budgets"]["ffn-0.5"]["keep_bytes"] = 0.6
-    cells = {"allocate": 2, "compress": 2, "evaluate_perplexity": 2}
+    cells = {"compress": 2, "evaluate_perplexity": 2}
     aggregation = {"cards": 1, "tables": 1, "figures": 1, "report": 1, "all": 1}
     assert finished.planned() == Counter({**cells, **aggregation})
     assert finished.run().returncode == 0
@@ -149,7 +149,7 @@ def test_touched_files_plan_nothing(finished):
 def test_the_plan_is_printed_before_any_job_and_refuses_what_cannot_fit(finished, workspace):
     done = workspace.run("plan")
     assert done.returncode == 0, done.stderr
-    assert "5 cells, 31 jobs to run" in done.stdout
+    assert "5 cells, 27 jobs to run" in done.stdout
     assert not list(workspace.folder.glob("results/pico-*")), "nothing was computed"
     (line,) = {row for row in workspace.run("plan", "--config", "memory_gb=0.1").stderr.splitlines() if row.startswith("winnow")}
     assert "GB of memory, there are 0.1 GB" in line
@@ -161,7 +161,7 @@ def test_the_plan_is_printed_before_any_job_and_refuses_what_cannot_fit(finished
 
 def test_a_changed_method_option_plans_that_method(finished):
     finished.config["methods"]["svd"]["metric"] = {"kind": "weight_norm"}
-    cells = {"factorize": 2, "measure_spectra": 1, "allocate": 2, "compress": 2, "evaluate_perplexity": 2}
+    cells = {"factorize": 2, "measure_spectra": 1, "compress": 2, "evaluate_perplexity": 2}
     assert finished.planned() == Counter({**cells, "cards": 1, "tables": 1, "figures": 1, "report": 1, "all": 1})
     finished.config["methods"]["svd"]["metric"] = {"kind": "weights"}
 
@@ -213,7 +213,7 @@ def test_bad_input_that_a_job_finds(workspace):
     assert "overlap" in refused(workspace, "--until=check_overlap")
     workspace.config = configuration(workspace.folder)
     workspace.config["budgets"]["ffn-0.5"] = {"targets": ["ffn"], "rank": 60}
-    assert "its break-even rank is 38" in refused(workspace, "--until=allocate")
+    assert "its break-even rank is 38" in refused(workspace, "--until=compress")
     weights = workspace.folder / "model" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")

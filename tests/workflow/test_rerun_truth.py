@@ -26,7 +26,7 @@ TAIL = Counter(cards=1, tables=1, figures=1, report=1, all=1)
 
 
 def cells(count: int) -> Counter:
-    return Counter(allocate=count, compress=count, evaluate_perplexity=count) + TAIL
+    return Counter(compress=count, evaluate_perplexity=count) + TAIL
 
 
 def fits(count: int) -> Counter:
@@ -164,6 +164,8 @@ ROWS = [
         Counter(evaluate_perplexity=4, evaluate_dense=1) + TAIL,
     ),
     ("the table", code("tables.py", '"kl": 0.0', '"kl": 0.1'), TAIL - Counter(cards=1)),
+    ("the order of the table", lambda p: p.experiment(methods=list(METHODS)[::-1]), TAIL - Counter(cards=1)),
+    ("the report's template", code("templates/report.html.j2", "<h1>winnow", "<h1>Winnow"), Counter(report=1, all=1)),
     ("the module that all import", code("io.py", 'CURE = "delete', 'CURE = "remove'), EVERYTHING),
     ("a new method", added, fits(1)),
     ("a method less", lambda p: p.experiment(methods=list(METHODS)[:3]), TAIL),

@@ -3,10 +3,21 @@
 import gc
 import os
 import sys
+from functools import cache
 from pathlib import Path
+
+import snakemake.common
+import snakemake.rules
+import snakemake.sourcecache
+from snakemake.output_index import OutputIndex
 
 # A plan of thousands of jobs is millions of objects that stay: looking for garbage among them takes a tenth of the time.
 gc.set_threshold(1_000_000)
+# Snakemake works these out anew for every job or input, though a few arguments come again and again: a quarter of the time.
+snakemake.rules.get_function_params = cache(snakemake.common.get_function_params)
+snakemake.common.get_function_params = snakemake.rules.get_function_params
+snakemake.sourcecache.parse_uri = cache(snakemake.sourcecache.parse_uri)
+OutputIndex.match_producers = cache(OutputIndex.match_producers)
 
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT / "src"))
@@ -49,38 +60,42 @@ wildcard_constraints:
 
 
 def stage(name):
-    """The three params of a stage: its specification, the fingerprints of its code, the versions of its libraries.
+    """The params of a stage: its specification, the fingerprints of its code, the versions of its libraries.
 
-    One dict each: Snakemake compares the set of values and drops their names.
+    One dict each: Snakemake compares the set of values and drops their names. `unrecorded` is for its effect only: a param
+    that depends on the output is no part of Snakemake's record, and nothing else that a job depends on may be one.
     """
     spec = lambda wildcards: PLAN.spec(name, dict(wildcards.items()))
     code = lambda wildcards: PLAN.fingerprint(name, dict(wildcards.items()))
     versions = PLAN.versions(name)
 
-    def checked(wildcards, output):
-        found = spec(wildcards)
-        check_record(
-            output, {"spec": found, "code": code(wildcards), "versions": versions}
-        )
-        return found
+    def unrecorded(wildcards, output):
+        first = str(output[0])
+        if is_unrecorded(first):
+            today = {"spec": spec(wildcards), "code": code(wildcards), "versions": versions}
+            refuse_if_other(first, list(output), today)
+        return ""
 
-    return {"spec": checked, "code": code, "versions": versions}
+    return {"spec": spec, "code": code, "versions": versions, "unrecorded": unrecorded}
 
 
-def check_record(output, params):
-    """Refuse a result that Snakemake has no record of and that was made with other params: it would call it up to date.
+def is_unrecorded(path):
+    """Whether a result is there that Snakemake has no record of: it would call it up to date.
 
-    That happens where .snakemake was removed or results were copied. What they were made from stands in them, too.
+    That happens where .snakemake was removed or results were copied.
     """
-    first, record = str(output[0]), workflow.persistence
-    if not Path(first).exists() or workflow.dag_settings.forceall:
-        return
-    known = os.path.exists(record._record_path(record._metadata_path, first))
-    if known or record._filter_incomplete_keys([first]):
-        return
-    if change := difference(list(output), params):
+    record = workflow.persistence
+    if not os.path.exists(path) or workflow.dag_settings.forceall:
+        return False
+    known = os.path.exists(record._record_path(record._metadata_path, path))
+    return not known and not record._filter_incomplete_keys([path])
+
+
+def refuse_if_other(path, outputs, today):
+    """Stop if an unrecorded result was made with other params than today's: what it was made from stands in it, too."""
+    if change := difference(outputs, today):
         print(
-            f"winnow: {first}: {change}, and Snakemake's own record of it is gone; delete it, or make everything anew "
+            f"winnow: {path}: {change}, and Snakemake's own record of it is gone; delete it, or make everything anew "
             "with --forceall",
             file=sys.stderr,
         )

@@ -1,36 +1,16 @@
 # needs: factors, spectra, a budget      makes: sizes of every group, compressed checkpoints, dense models of them
-# steps: allocate, compress, export_dense (where an experiment says `export: dense`)
-
-
-rule allocate:
-    """Turn a budget into one size per group of matrices."""
-    input:
-        model="results/{model}/model.json",
-        spectra="results/{model}/{calibration}/{method}/spectra.parquet",
-    output:
-        "results/{model}/{calibration}/{method}/{budget}/allocation.json",
-    log:
-        "results/logs/allocate/{model}/{calibration}/{method}/{budget}.log",
-    benchmark:
-        "results/benchmarks/allocate/{model}/{calibration}/{method}/{budget}.tsv"
-    threads: 1
-    resources:
-        mem_mb=4000,
-        runtime=20,
-    params:
-        **stage("allocate"),
-    script:
-        "../../scripts/allocate.py"
+# steps: compress, export_dense (where an experiment says `export: dense`)
 
 
 rule compress:
-    """Cut the factors to size and write a checkpoint that `from_pretrained` loads."""
+    """Turn the budget into one size per group, cut the factors to it and write a checkpoint that `from_pretrained` loads."""
     input:
         model="results/{model}/model.json",
         factors=factors_of_method,
-        allocation="results/{model}/{calibration}/{method}/{budget}/allocation.json",
+        spectra="results/{model}/{calibration}/{method}/spectra.parquet",
     output:
-        "results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
+        allocation="results/{model}/{calibration}/{method}/{budget}/allocation.json",
+        checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
     log:
         "results/logs/compress/{model}/{calibration}/{method}/{budget}.log",
     benchmark:
