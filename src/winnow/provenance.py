@@ -8,8 +8,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import sys
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -77,9 +78,15 @@ class CodeTracker:
         self.root = Path(root)
         self.memory = memory
 
-    def _file(self, module: str) -> Path | None:
-        base = (self.root / "src").joinpath(*module.split("."))
-        return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """{module: its file}; listed once, since most names that are looked up are imported from modules and are none."""
+        found = {}
+        for folder, _, names in os.walk(self.root / "src" / PACKAGE):
+            package = ".".join(Path(folder).relative_to(self.root / "src").parts)
+            for name in (name for name in names if name.endswith(".py")):
+                found[package if name == "__init__.py" else f"{package}.{name[:-3]}"] = Path(folder, name)
+        return found
 
     @cache  # noqa: B019 - one tracker lives as long as the process
     def _parse(self, path: Path, module: str, only: str) -> tuple[str, frozenset[str]]:
@@ -112,7 +119,7 @@ class CodeTracker:
                 path: Path | None = self.root / "scripts" / name
                 module = ""
             else:
-                path, module = self._file(name), name
+                path, module = self._files.get(name), name
                 parent = name.rpartition(".")[0]
                 todo += [parent] if parent else []  # importing a module runs the packages above it
             if path is None:  # a name imported from a module, not a module

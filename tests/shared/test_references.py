@@ -107,7 +107,7 @@ def structures() -> dict:
     return config
 
 
-def run(config: dict, tmp_path) -> tuple[pd.DataFrame, str]:
+def run(config: dict, tmp_path, *targets: str) -> tuple[pd.DataFrame, str]:
     """The summary table of a configuration, and its folder. Keep the results with WINNOW_SHARED_RESULTS=<folder>."""
     folder = os.environ.get("WINNOW_SHARED_RESULTS", str(tmp_path))
     os.makedirs(folder, exist_ok=True)
@@ -119,6 +119,7 @@ def run(config: dict, tmp_path) -> tuple[pd.DataFrame, str]:
         "snakemake",
         "tables",
         "report",
+        *targets,
         "--snakefile",
         str(ROOT / "Snakefile"),
         "--directory",
@@ -132,6 +133,45 @@ def run(config: dict, tmp_path) -> tuple[pd.DataFrame, str]:
 def check_bytes(row: pd.Series, folder: str) -> None:
     assert read_json(f"{folder}/{row['checkpoint']}/manifest.json")["stored_bytes"] == row["stored_bytes"]
     assert pd.isna(row["keep_requested"]) or abs(row["keep_bytes"] - row["keep_requested"]) <= 0.005
+
+
+def everywhere() -> dict:
+    """Whitened SVD of the FFN and attention matrices at 0.8 of their bytes, on every shared model and the demo: loss, and
+    HellaSwag's first 500 rows."""
+    config, demo = experiments(), default()
+    config["models"] |= {"demo": {"source": str(DEMO / "models" / "demo")}}
+    texts = {part: {**demo["texts"][f"demo_{part}"], "files": [str(DEMO / f"texts/demo/{part}.jsonl")]} for part in PARTS}
+    config["texts"] |= {f"demo_{part}": text for part, text in texts.items()}
+    config["calibrations"]["demo"] = demo["calibrations"]["demo"]
+    config["evaluations"]["demo"] = demo["evaluations"]["demo"]
+    rows = {"hellaswag": {"validation": [str(DATA / "hellaswag-val.jsonl")]}}
+    config["evaluations"]["hellaswag"] = {"kind": "accuracy", "tasks": ["hellaswag"], "files": rows, "limit": 500}
+    config["experiments"]["demo"] = {"models": ["demo"], "calibrations": ["demo"], "evaluations": ["demo"]}
+    for experiment in config["experiments"].values():
+        experiment["evaluations"] = [*experiment["evaluations"], "hellaswag"]
+        experiment |= {"methods": ["whitened"], "budgets": ["all-0.8"]}
+    return config
+
+
+@pytest.mark.slow
+def test_every_model_at_0_8(tmp_path):
+    """About twenty minutes on two cores; prints the table."""
+    table, folder = run(everywhere(), tmp_path, "accuracy")
+    accuracy = pd.read_csv(f"{folder}/results/tables/accuracy.csv").set_index(["model", "method", "measure"])
+    assert set(table["model"]) == {path.name for path in (SHARED / "models").iterdir() if path.is_dir()} | {"demo"}
+    lines = []
+    for _, row in table.iterrows():
+        scores = [accuracy.loc[(row["model"], row["method"], measure)] for measure in ("acc", "acc_norm")]
+        assert all(score["documents"] == 500 for score in scores)
+        lines.append(
+            {
+                **{key: row[key] for key in ("model", "method", "perplexity", "nll", "delta_nll", "delta_nll_se", "model_stored_bytes")},
+                **{name: f"{s['value']:.3f}({s['value_se']:.3f})" for name, s in zip(("acc", "acc_norm"), scores, strict=True)},
+            }
+        )
+        if row["method"] != "dense":
+            check_bytes(row, folder)
+    print(pd.DataFrame(lines).to_string(index=False, float_format="%.4f"))
 
 
 @pytest.mark.slow

@@ -64,8 +64,7 @@ rule perplexity:
 rule cards:
     """The README of every checkpoint with its numbers, which are known only after the checkpoint is finished."""
     input:
-        checkpoints=rules.checkpoints.input,
-        results=rules.perplexity.input,
+        results=rules.perplexity.input,  # they change with the checkpoints that the cards describe
     output:
         "results/cards.json",  # the cards, {recovery}/README.md, are as many as cells: Snakemake would keep a record of each
     log:
