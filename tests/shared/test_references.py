@@ -165,7 +165,10 @@ def test_every_model_at_0_8(tmp_path):
         assert all(score["documents"] == 500 for score in scores)
         lines.append(
             {
-                **{key: row[key] for key in ("model", "method", "perplexity", "nll", "delta_nll", "delta_nll_se", "model_stored_bytes")},
+                **{
+                    key: row[key]
+                    for key in ("model", "method", "perplexity", "nll", "delta_nll", "delta_nll_se", "model_stored_bytes")
+                },
                 **{name: f"{s['value']:.3f}({s['value_se']:.3f})" for name, s in zip(("acc", "acc_norm"), scores, strict=True)},
             }
         )
