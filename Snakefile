@@ -16,6 +16,7 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/latency.smk"
 include: "workflow/rules/accuracy.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/studies.smk"
 include: "workflow/rules/maintain.smk"
 include: "workflow/rules/demo.smk"
 

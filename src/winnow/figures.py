@@ -26,12 +26,14 @@ plt.rcParams.update(
 )
 
 
-def _style(index: int) -> dict:
+def line_style(index: int) -> dict:
+    """Colour, marker and dashes of the line with this number."""
     dashes = ["-", "--", ":", "-."][index // len(COLOURS) % 4]
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": dashes}
 
 
-def _grid(count: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list]:
+def axes_grid(count: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list]:
+    """A figure of so many panels, two in a row; sizes in inches, of one panel."""
     columns = min(count, 2) or 1
     rows = math.ceil(count / columns) or 1
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
@@ -47,13 +49,13 @@ def frontier(summary: pd.DataFrame) -> Figure:
     cells = _with_lines(summary)
     panels = [(key, _best(panel)) for key, panel in cells.groupby(["model", "evaluation", "targets"], sort=False)]
     lines = list(dict.fromkeys(line for _, (panel, _) in panels for line in panel["line"]))
-    figure, axes = _grid(len(panels))
+    figure, axes = axes_grid(len(panels))
     for axis, ((model, evaluation, targets), (panel, total)) in zip(axes, panels, strict=True):
         for line, rows in panel.groupby("line", sort=False):
             rows = rows.sort_values("keep_bytes")
             axis.errorbar(
                 rows["keep_bytes"], rows["delta_nll"], yerr=2 * rows["delta_nll_se"], label=line,
-                linewidth=1.2, markersize=4.5, capsize=2, **_style(lines.index(str(line))),
+                linewidth=1.2, markersize=4.5, capsize=2, **line_style(lines.index(str(line))),
             )  # fmt: skip
         axis.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
         shown = panel["line"].nunique()
@@ -62,7 +64,7 @@ def frontier(summary: pd.DataFrame) -> Figure:
         axis.set_xlabel("bytes kept of the compressed matrices (share)")
         axis.set_ylabel(f"loss above dense (nats per token)\n{_dense(summary, str(model), str(evaluation))}", fontsize=8)
         axis.invert_xaxis()
-    _legend(figure, axes, "bars: 2 standard errors")
+    shared_legend(figure, axes, "bars: 2 standard errors")
     return figure
 
 
@@ -71,7 +73,7 @@ def ranking(summary: pd.DataFrame) -> Figure:
     Open markers are methods that select at random."""
     cells = _with_lines(summary)
     panels = list(cells.groupby(["model", "evaluation", "targets", "budget"], sort=False))
-    figure, axes = _grid(len(panels), 4.6, max([1.2, *(0.8 + 0.16 * len(panel) for _, panel in panels)]))
+    figure, axes = axes_grid(len(panels), 4.6, max([1.2, *(0.8 + 0.16 * len(panel) for _, panel in panels)]))
     for axis, ((model, evaluation, _, budget), panel) in zip(axes, panels, strict=True):
         rows = panel.sort_values("delta_nll", ascending=False, kind="stable").reset_index(drop=True)
         for place, row in rows.iterrows():
@@ -113,7 +115,7 @@ def _dense(summary: pd.DataFrame, model: str, evaluation: str) -> str:
     return f"dense: {summary.loc[same, 'nll'].iloc[0]:.3f} nats, {evaluation}"
 
 
-def _legend(figure: Figure, axes: list, title: str | None = None) -> None:
+def shared_legend(figure: Figure, axes: list, title: str | None = None) -> None:
     """One legend of all panels, each label once."""
     labels: dict[str, Artist] = {}
     for axis in axes:
@@ -129,20 +131,20 @@ def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
 
     `spectra` maps (model label, calibration label, method label) to the rows of spectra.parquet.
     """
-    figure, axes = _grid(len(spectra))
+    figure, axes = axes_grid(len(spectra))
     seen = {role for frame in spectra.values() for role in frame["role"]}
     roles = sorted(seen, key=lambda role: (ROLES.index(role) if role in ROLES else len(ROLES), role))
     for axis, ((model, _, method), frame) in zip(axes, spectra.items(), strict=True):
         for role in (r for r in roles if (frame["role"] == r).any()):
             rows = frame[frame["role"] == role].sort_values("layer")
             share = rows["k95"] / rows["singular_values"].map(len)
-            axis.plot(rows["layer"], share, label=role, linewidth=1.2, markersize=4, **_style(roles.index(role)))
+            axis.plot(rows["layer"], share, label=role, linewidth=1.2, markersize=4, **line_style(roles.index(role)))
         axis.set_ylim(0, 1)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(f"{model.rpartition('-')[0]}, {method.rpartition('-')[0]} (metric: {frame['metric'].iloc[0]})", fontsize=9)
         axis.set_xlabel("layer")
         axis.set_ylabel("k95 (share of the smaller side)")
-    _legend(figure, axes)
+    shared_legend(figure, axes)
     return figure
 
 

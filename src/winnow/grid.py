@@ -13,8 +13,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from winnow import studies
 from winnow.clusters import Clustering
-from winnow.config import Calibration, Config, Method, Strict, random_control
+from winnow.config import Budget, Calibration, Config, Method, Strict, random_control
 from winnow.errors import InputError
 from winnow.evaluations import PLAIN, Perplexity
 from winnow.metrics import GRADIENTS, METRICS
@@ -60,6 +61,27 @@ def _by_seed(config: Config) -> tuple[dict[str, Calibration], dict[str, str]]:
     return found, presets
 
 
+def _add_studies(methods: dict[str, Method], budgets: dict[str, Budget]) -> dict[str, dict[str, str]]:
+    """Add the presets of all studies to the configured ones; {study: {its name of a preset: that in the configuration}}.
+
+    A preset of the same content serves, whatever it is called."""
+    found: dict[str, dict[str, str]] = {}
+    for study in studies.names():
+        own = studies.study_of(study)
+        found[study] = {}
+        for name, content in own.methods.items():
+            method = Method.model_validate(content)
+            same = [other for other, m in methods.items() if (m.structure, m.metric) == (method.structure, method.metric)]
+            found[study][name] = same[0] if same else f"{study}.{name}" if name in methods else name
+            methods.setdefault(found[study][name], method)
+        for name, content in own.budgets.items():
+            budget = Budget.model_validate(content)
+            alike = [other for other, b in budgets.items() if b == budget]
+            found[study][name] = alike[0] if alike else f"{study}.{name}" if name in budgets else name
+            budgets.setdefault(found[study][name], budget)
+    return found
+
+
 @dataclass(frozen=True)
 class Cell:
     """One evaluated point, as preset names. `method` is None for the dense model, and so are its upstream choices."""
@@ -79,7 +101,10 @@ class Grid:
     def __init__(self, config: Config):
         self.methods, self.controls = _with_controls(config)
         calibrations, self.preset_of_seed = _by_seed(config)
-        self.config = config.model_copy(update={"methods": self.methods, "calibrations": calibrations})
+        self.budgets = dict(config.budgets)
+        self.of_studies = _add_studies(self.methods, self.budgets)
+        updated = {"methods": self.methods, "budgets": self.budgets, "calibrations": calibrations}
+        self.config = config.model_copy(update=updated)
         self.labels: dict[str, dict[str, str]] = {}
         self.names: dict[str, dict[str, str]] = {}
         for section in ("models", "texts", "calibrations", "methods", "budgets", "recoveries", "evaluations"):
@@ -123,6 +148,26 @@ class Grid:
         ]
         return [Cell(*row) for row in rows]
 
+    def study_models(self) -> dict[str, Cell]:
+        """{model: its dense cell with a calibration}: what studies run on, the first experiment of every model that measures
+        perplexity."""
+        found: dict[str, Cell] = {}
+        for e in self.config.experiments.values():
+            losses = [name for name in e.evaluations if self.config.evaluations[name].kind == PLAIN]
+            for model in (model for model in e.models if losses):
+                found.setdefault(model, Cell(model, losses[0], self._seeds(e.calibrations)[0]))
+        return found
+
+    def study_cells(self, study: str) -> list[tuple[Cell, str, str]]:
+        """(cell, the study's own names of its method and budget) of a study on every model, dense ones first."""
+        names, own, found = self.of_studies[study], studies.study_of(study), []
+        for model, at in self.study_models().items():
+            found.append((Cell(model, at.evaluation), "dense", "dense"))
+            for method, budget in own.cells:
+                cell = Cell(model, at.evaluation, at.calibration, names[method], names[budget], "none")
+                found.append((cell, method, budget))
+        return found
+
     def cells_of(self, kind: str) -> list[Cell]:
         """The cells whose evaluation is of this kind, dense ones first."""
         return [cell for cell in self.cells if cell.kind == kind]
@@ -164,6 +209,8 @@ class Grid:
         """Whether a rule's wildcard can have this value."""
         if wildcard == "shard":
             return True
+        if wildcard == "study":
+            return label in self.of_studies
         if wildcard == "clustering":
             return label in self.clusterings()
         sections = {"other": ["texts"], "windows": ["calibrations", "evaluations"], "recovery": ["recoveries"]}

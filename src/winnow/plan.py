@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from winnow.claims import read_claims
 from winnow.config import Config
 from winnow.grid import EXECUTION, UNNAMED, Cell, Grid
 from winnow.io import file_digest
@@ -42,11 +43,15 @@ STAGES: dict[str, tuple[str, ...]] = {
     "tabulate_latency": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
+    "measure_study": TORCH,
+    "conclude_study": ("matplotlib", "jinja2", *TABLES),
     "demo_texts": (),
     "demo_model": HUGGING_FACE,
 }
+CLAIMS = Path("resources/claims.yaml")
 DENSE = {"evaluate_dense": "evaluate_perplexity", "evaluate_accuracy_dense": "evaluate_accuracy"}  # rules by the same script
-TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
+TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE, STUDY_TEMPLATE = TEMPLATES / "report.html.j2", TEMPLATES / "study.html.j2"
 DEMO_MODEL = {  # the recipe of resources/models/demo
     "vocab_size": 1024,
     "shape": {
@@ -84,11 +89,11 @@ class Plan(Grid):
 
     def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
         """Digests of the stage's script and of every project module that it reaches."""
-        return list(self._fingerprint(stage, wildcards.get("method")))
+        return list(self._fingerprint(stage, wildcards.get("method"), wildcards.get("study")))
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a method
-    def _fingerprint(self, stage: str, method_label: str | None) -> tuple[str, ...]:
-        entries = [f"{stage}.py"]
+    def _fingerprint(self, stage: str, method_label: str | None, study: str | None) -> tuple[str, ...]:
+        entries = [f"{stage}.py", *([f"winnow.studies.{study}"] if study else [])]
         if method_label is not None:
             kinds = _kinds(self.preset("methods", method_label).model_dump())
             entries += [f"winnow.structures.{kind}" for kind in kinds if kind in STRUCTURES]
@@ -194,6 +199,23 @@ class Plan(Grid):
             dense = self.result(Cell(cell.model, cell.evaluation))
             found["evaluations"][cell.evaluation] = {"compressed": self.result(cell), "dense": dense}
         return {"cards": cards}
+
+    def _spec_measure_study(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"study": w["study"]}
+
+    def _spec_conclude_study(self, w: dict[str, str]) -> dict[str, Any]:
+        """The claims, the rows of the study's cells under its own names of methods and budgets, and {model: measurement}."""
+        cells = self.study_cells(w["study"])
+        return {
+            "claims": [c.model_dump() for c in read_claims(self.code.root / CLAIMS) if c.study == w["study"]],
+            "rows": [{**self._row(cell), "method": method, "budget": budget} for cell, method, budget in cells],
+            "measured": {model: self.study_measurement(w["study"], cell) for model, cell in self.study_models().items()},
+            "template": file_digest(STUDY_TEMPLATE),
+        }
+
+    def study_measurement(self, study: str, cell: Cell) -> str:
+        """The path of what a study measures on a model's weights and statistics."""
+        return f"{self.folder(cell, 'models', 'calibrations')}/studies/{study}.json"
 
     def _spec_tables(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("perplexity")]}

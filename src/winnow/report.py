@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import pandas as pd
 
+from winnow.io import read_markup
 from winnow.spread import paired, tied
+
+if TYPE_CHECKING:
+    from winnow.studies.base import Conclusion, Evidence, Study
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -38,6 +42,30 @@ def render(
     seeds = spread[spread["seeds"] > 1].sort_values(["model", "evaluation", "budget", "above_best"], kind="stable")
     inline = {name: _inline(name, svg) for name, svg in figures.items()}
     return template.render(groups=groups, several=several, seeds=seeds.to_dict("records"), figures=inline, overlaps=overlaps)
+
+
+def render_study(study: Study, conclusion: Conclusion, verdicts: pd.DataFrame, evidence: Evidence, folder: Path) -> str:
+    """The page of a study: its claims with verdicts, identities, figures (read from `folder`) and tables."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["number"] = _shown
+    tables = {
+        name: {"columns": list(table.columns), "rows": table.to_numpy().tolist()} for name, table in conclusion.tables.items()
+    }
+    return environment.get_template("study.html.j2").render(
+        study=study,
+        models=list(evidence.measured),
+        claims=verdicts.to_dict("records"),
+        identities=conclusion.identities.to_dict("records"),
+        figures={name: _inline(name, read_markup(folder / f"{name}.svg")) for name in conclusion.figures},
+        tables=tables,
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value in four digits; a dash for what is not there."""
+    if value is None or value != value:
+        return "\u2013"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _against_best(cells: pd.DataFrame, results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ wildcard_constraints:
     evaluation=PLAN.pattern("evaluations"),
     clustering="|".join(PLAN.clusterings()) or "none",
     shard=r"\d+-of-\d+",
+    study="|".join(PLAN.of_studies),
 
 
 def stage(name):

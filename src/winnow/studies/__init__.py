@@ -1,0 +1,18 @@
+"""Studies: the experiments of one paper each. A module of this package that defines `STUDY` is one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from winnow.studies.base import Study
+
+
+def names() -> list[str]:
+    """Names of all studies, without importing them."""
+    return [entry.name for entry in pkgutil.iter_modules(__path__) if entry.name != "base"]
+
+
+def study_of(name: str) -> Study:
+    """The study of a name; its module alone is imported, so that no study depends on another's code."""
+    return importlib.import_module(f"{__name__}.{name}").STUDY

@@ -1,0 +1,262 @@
+"""Study of cross-layer subspace coupling (arXiv 2605.30836): energies of the weights, and what they do to the loss."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from winnow.claims import Answer
+from winnow.studies.base import Conclusion, Evidence, Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from winnow.coupling import Coupling, Sections
+    from winnow.io import Bundle
+    from winnow.models import ModelFiles
+
+SHARE = 0.25  # d / D of the paper
+STRENGTHS = (0.0, 1e-2, 1e-1, 1.0, 10.0, 1e2, 1e3, 1e4)  # lambda, as a share of the mean squared norm of the maps
+WEIGHTS, GRAM, LOW_RANK = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}
+NAMES = {"coupled": "coupled", "coupled_gram": "coupled, Gram metric", "svd": "SVD", "whitened": "SVD-LLM (whitened)"}
+NAMES |= {"basis_sharing": "Basis Sharing", "coupled_anchored": "coupled, lambda = 1", "coupled_tied": "coupled, one section"}
+
+
+class CouplingStudy(Study):
+    title = "Cross-layer subspace coupling"
+    paper = "arXiv 2605.30836"
+    methods = {
+        "svd": {"structure": LOW_RANK, "metric": WEIGHTS},
+        "whitened": {"structure": LOW_RANK, "metric": GRAM},
+        "basis_sharing": {"structure": {"kind": "basis_sharing", "layers": 2}, "metric": GRAM},
+        "coupled": {"structure": {"kind": "coupled"}, "metric": WEIGHTS},
+        "coupled_tied": {"structure": {"kind": "coupled", "tying": "tied"}, "metric": WEIGHTS},
+        "coupled_anchored": {"structure": {"kind": "coupled", "anchor_strength": 1.0}, "metric": GRAM},
+        "coupled_gram": {"structure": {"kind": "coupled"}, "metric": GRAM},
+    }
+    budgets = {
+        "o-rank-0.25": {"targets": ["o_proj"], "rank_fraction": SHARE},
+        "o-0.35": {"targets": ["o_proj"], "keep_bytes": 0.35},
+        "ffn-rank-0.25": {"targets": ["ffn"], "rank_fraction": SHARE},
+        "ffn-0.35": {"targets": ["ffn"], "keep_bytes": 0.35},
+    }
+    cells = [(method, budget) for budget, method in product(budgets, methods)]
+    tables = ("sweep", "tying", "errors", "loss")
+    figures = ("sweep", "loss")
+
+    def measure(self, files: ModelFiles, moments: Bundle) -> dict[str, Any]:
+        """Energies over lambda and tying of the o_proj of all layers, errors of other forms on the same scale, identities."""
+        import torch
+
+        from winnow.architectures import moments_file
+        from winnow.coupling import Coupling, numbering, solve
+        from winnow.linalg import square_root
+
+        matrices = sorted((m for m in files.matrices if m.role == "o_proj"), key=lambda m: m.layer)
+        weights = torch.stack([files.weight(m) for m in matrices])
+        grams = [moments.tensors(moments_file(m.layer))[f"{m.site}.gram"].double() for m in matrices]
+        roots = [square_root(gram) for gram in grams]
+        count, (rows, columns) = len(matrices), weights.shape[1:]
+        if rows != columns:
+            return {"missing": f"o_proj is {rows} x {columns}; chained sections need square matrices"}
+        k = max(1, round(SHARE * columns))
+        plain = torch.linalg.svd(weights, full_matrices=False)
+        lefts = torch.stack([torch.linalg.svd(w @ root).U[:, :k] for w, root in zip(weights, roots, strict=True)])
+        scale, total = float(weights.square().sum((1, 2)).mean()), float(weights.square().sum())
+
+        def form(together: int, strength: float, chained: bool = True) -> tuple[Coupling, Sections, Sections]:
+            coupling = Coupling(weights, *numbering(count, together, chained))
+            anchors = _anchors(coupling, lefts)
+            return coupling, solve(coupling, anchors, strength * scale, 3, 200, 0, 1e-12)[0], anchors
+
+        sweep = []
+        for strength in STRENGTHS:
+            coupling, sections, anchors = form(1, strength)
+            distance = math.sqrt(sum(_apart(s, a) for s, a in zip(sections, anchors, strict=True)))
+            sweep.append({"lambda": strength, "error": float(coupling.errors(sections).sum()) / total, "distance": distance})
+        coupling, free, anchors = form(1, 0.0)
+        tying = {}
+        for name, together in (("free", 1), ("pairs", 2), ("one section", count + 1)):
+            tied, sections, _ = form(together, 0.0)
+            tying[name] = float(tied.errors(sections).sum()) / total
+        whitened = [left @ (left.T @ w) for w, left in zip(weights, lefts, strict=True)]
+        bound = plain.S[:, k:].square().sum(1)
+        kept = {
+            "coupled": _projected(coupling, free),
+            "SVD-LLM in chained sections": _projected(coupling, anchors),
+            "SVD-LLM": torch.stack(whitened),
+            "Basis Sharing": _shared(weights, grams, k),
+            "SVD": plain.U[:, :, :k] @ (plain.S[:, :k, None] * plain.Vh[:, :k]),
+        }
+        errors = {}
+        for name, approximation in kept.items():
+            lost = weights - approximation
+            seen = sum(float((part @ root).square().sum()) for part, root in zip(lost, roots, strict=True))
+            whole = sum(float((w @ root).square().sum()) for w, root in zip(weights, roots, strict=True))
+            errors[name] = {"weights": float(lost.square().sum()) / total, "outputs": seen / whole}
+        numbers = {"coupled": (count + 1) * k * columns + count * k * k, "SVD-LLM": 2 * count * k * columns}
+        return {
+            "layers": count,
+            "width": columns,
+            "k": k,
+            "sweep": sweep,
+            "anchors_error": float(coupling.errors(anchors).sum()) / total,
+            "tying": tying,
+            "errors": errors,
+            "stored": {name: n / (count * rows * columns) for name, n in numbers.items()},
+            "identities": _identities(coupling, free, anchors, bound),
+        }
+
+    def conclude(self, evidence: Evidence) -> Conclusion:
+        import pandas as pd
+
+        tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
+        identities: list[dict[str, Any]] = []
+        answers: dict[str, dict[str, Answer]] = {}
+        for model, found in evidence.measured.items():
+            for claim, answer in self._answers(evidence, model, found).items():
+                answers.setdefault(claim, {})[model] = answer
+            for method, budget in self.cells:
+                row = evidence.cell(model, method, budget)
+                own = ("keep_bytes", "delta_nll", "delta_nll_se", "perplexity")
+                tables["loss"].append({"model": model, "method": method, "budget": budget, **{key: row[key] for key in own}})
+            if "missing" in found:
+                continue
+            tables["sweep"] += [{"model": model, **row} for row in found["sweep"]]
+            tables["tying"] += [{"model": model, "sections": name, "error": value} for name, value in found["tying"].items()]
+            tables["errors"] += [{"model": model, "form": form, **row} for form, row in found["errors"].items()]
+            identities += [{"model": model, "identity": name, "residual": value} for name, value in found["identities"].items()]
+        frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+        figures = {"sweep": _sweep_figure(frames["sweep"], evidence.measured), "loss": _loss_figure(frames["loss"])}
+        return Conclusion(frames, figures, answers, pd.DataFrame(identities))
+
+    def _answers(self, evidence: Evidence, model: str, found: dict[str, Any]) -> dict[str, Answer]:
+        gap = evidence.above(model, ("coupled", "o-rank-0.25"), ("whitened", "o-rank-0.25"))
+        bytes_gap = evidence.above(model, ("coupled", "o-0.35"), ("whitened", "o-0.35"))
+        culprit = evidence.above(model, ("coupled_gram", "o-rank-0.25"), ("coupled", "o-rank-0.25"))
+        left = evidence.above(model, ("coupled_gram", "o-0.35"), ("whitened", "o-0.35"))
+        answers = {
+            "coupling_loss": Answer(*gap),
+            "coupling_loss_equal_bytes": Answer(*bytes_gap),
+            "coupling_metric": Answer(*culprit),
+            "coupling_metric_peer": Answer(*left),
+        }
+        named = ("coupling_optimum", "coupling_rate", "coupling_error", "coupling_against_sharing", "coupling_bytes")
+        if "missing" in found:
+            return answers | {name: Answer(missing=found["missing"]) for name in (*named, "coupling_against_svd")}
+        sweep, errors = found["sweep"], {name: row["weights"] for name, row in found["errors"].items()}
+        far, near = sweep[-1], sweep[-2]
+        rate = math.log(far["distance"] / near["distance"]) / math.log(far["lambda"] / near["lambda"])
+        values = (
+            sweep[0]["error"] - min(row["error"] for row in sweep[1:]),
+            rate,
+            100 * (errors["coupled"] / found["anchors_error"] - 1),
+            100 * (errors["coupled"] / errors["Basis Sharing"] - 1),
+            100 * (found["stored"]["coupled"] / found["stored"]["SVD-LLM"] - 1),
+            100 * (errors["coupled"] / errors["SVD"] - 1),
+        )
+        return answers | dict(zip((*named, "coupling_against_svd"), map(Answer, values), strict=True))
+
+
+def _anchors(coupling: Coupling, lefts: Tensor) -> Sections:
+    from winnow.coupling import anchors_of
+
+    return anchors_of(coupling, lefts, "both")
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """||P - P'||^2 of the projectors onto two sections (d, k)."""
+    return float((one @ one.T - other @ other.T).square().sum())
+
+
+def _projected(coupling: Coupling, sections: Sections) -> Tensor:
+    """P_{l+1} W_l P_l (L, m, n)."""
+    import torch
+
+    pairs = zip(coupling.inputs, coupling.outputs, strict=True)
+    return torch.stack([sections[o] @ coupling.core(i, sections) @ sections[p].T for i, (p, o) in enumerate(pairs)])
+
+
+def _shared(weights: Tensor, grams: list[Tensor], k: int) -> Tensor:
+    """Basis Sharing of two layers at a time with k directions, in the mean metric of the two: W_l C^{1/2} ~ its projection on the
+    shared right singular vectors, and back."""
+    import torch
+
+    from winnow.linalg import square_root
+
+    found = []
+    for start in range(0, len(weights), 2):
+        group = range(start, min(start + 2, len(weights)))
+        root = square_root(torch.stack([grams[i] for i in group]).mean(0))
+        basis = torch.linalg.svd(torch.cat([weights[i] @ root for i in group])).Vh[:k]
+        found += [torch.linalg.lstsq(root.T, (weights[i] @ root @ basis.T @ basis).T).solution.T for i in group]
+    return torch.stack(found)
+
+
+def _identities(coupling: Coupling, sections: Sections, anchors: Sections, bound: Tensor) -> dict[str, float]:
+    """Residuals, relative to the squared norms, of what must hold exactly; the last is a bound: its excess, at most 0."""
+    import torch
+
+    kept, total = _projected(coupling, sections), float(coupling.maps.square().sum())
+    direct = (coupling.maps - kept).square().sum((1, 2))
+    angles = torch.linalg.svdvals(sections[0].T @ anchors[0]).clamp(max=1).arccos()
+    turned = [s @ torch.linalg.qr(torch.ones(s.shape[1], s.shape[1]).double().tril()).Q for s in sections]
+    return {
+        "E_l = ||W_l||^2 - ||P_{l+1} W_l P_l||^2": float((direct - coupling.errors(sections)).abs().max()) / total,
+        "||P - P'||^2 = 2 sum sin^2 of the principal angles": abs(
+            _apart(sections[0], anchors[0]) - 2 * float(angles.sin().square().sum())
+        )
+        / sections[0].shape[1],
+        "E is the same for S Q, Q orthogonal": float((coupling.errors(turned) - direct).abs().max()) / total,
+        "E_l >= sum of the squared singular values beyond k": float((bound - direct).max()) / total,
+    }
+
+
+def _sweep_figure(sweep: pd.DataFrame, measured: dict[str, dict[str, Any]]) -> Any:
+    from winnow.figures import axes_grid, line_style
+
+    models = list(sweep["model"].unique()) if len(sweep) else []
+    figure, axes = axes_grid(max(1, len(models)))
+    for axis, model in zip(axes, models, strict=False):
+        rows, found = sweep[sweep["model"] == model], measured[model]
+        shown = rows[rows["lambda"] > 0]
+        axis.plot(shown["lambda"], shown["error"], label="coupled", markersize=4, linewidth=1.2, **line_style(0))
+        lines = {"coupled, lambda = 0": rows["error"].iloc[0], "SVD-LLM in chained sections": found["anchors_error"]}
+        lines |= {name: found["errors"][name]["weights"] for name in ("Basis Sharing", "SVD")}
+        for i, (name, value) in enumerate(lines.items()):
+            axis.axhline(value, label=name, linewidth=1.0, **{**line_style(i + 1), "marker": None})
+        axis.set_xscale("log")
+        axis.set_title(f"{model}: o_proj of {found['layers']} layers, d/D = {SHARE}", fontsize=9)
+        axis.set_xlabel("anchor strength lambda (share of the mean squared norm)")
+        axis.set_ylabel("squared error of the weights (share)")
+    return _labelled(figure, axes)
+
+
+def _loss_figure(loss: pd.DataFrame) -> Any:
+    from winnow.figures import axes_grid, line_style
+
+    cells = list(loss.groupby(["model", "budget"], sort=False))
+    figure, axes = axes_grid(len(cells), 4.2, 2.2)
+    for axis, ((model, budget), rows) in zip(axes, cells, strict=True):
+        rows = rows.sort_values("delta_nll", ascending=False).reset_index(drop=True)
+        style = {**line_style(0), "linestyle": "none"}
+        axis.errorbar(rows["delta_nll"], rows.index, xerr=2 * rows["delta_nll_se"], markersize=4, capsize=2, **style)
+        axis.set_yticks(rows.index, [NAMES[name] for name in rows["method"]], fontsize=7)
+        axis.grid(axis="x", linewidth=0.4, color="0.85")
+        axis.set_title(
+            f"{model}: {budget}, {rows['keep_bytes'].min():.3f} to {rows['keep_bytes'].max():.3f} of the bytes", fontsize=8
+        )
+        axis.set_xlabel("loss above dense (nats per token); bars: 2 standard errors", fontsize=8)
+    return figure
+
+
+def _labelled(figure: Any, axes: list[Any]) -> Any:
+    from winnow.figures import shared_legend
+
+    shared_legend(figure, axes)
+    return figure
+
+
+STUDY = CouplingStudy()
