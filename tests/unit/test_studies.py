@@ -151,7 +151,7 @@ def test_verdicts_on_coupling_change_with_the_numbers(coupling):
     assert better["coupling_loss"] == FAILS
     assert better["coupling_metric"] == FAILS
     slow = [{**row, "distance": 1 / (1 + row["lambda"]) ** 0.5, "error": row["lambda"]} for row in coupling["sweep"]]
-    other = verdicts({**coupling, "sweep": slow[:1] + [{**slow[1], "error": -1.0}] + slow[2:]}, {})
+    other = verdicts({**coupling, "sweep": [*slow[:1], {**slow[1], "error": -1.0}, *slow[2:]]}, {})
     assert other["coupling_rate"] == OTHER
     assert other["coupling_optimum"] == FAILS
     absent = verdicts({"missing": "o_proj is 8 x 16"}, {})

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from winnow.models import ModelFiles
 
 SHARE = 0.25  # d / D of the paper
+SWEEPS = 60  # most updates of every section
 STRENGTHS = (0.0, 1e-2, 1e-1, 1.0, 10.0, 1e2, 1e3, 1e4)  # lambda, as a share of the mean squared norm of the maps
 WEIGHTS, GRAM, LOW_RANK = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}
 NAMES = {"coupled": "coupled", "coupled_gram": "coupled, Gram metric", "svd": "SVD", "whitened": "SVD-LLM (whitened)"}
@@ -69,7 +70,7 @@ class CouplingStudy(Study):
         def form(together: int, strength: float, chained: bool = True) -> tuple[Coupling, Sections, Sections]:
             coupling = Coupling(weights, *numbering(count, together, chained))
             anchors = _anchors(coupling, lefts)
-            return coupling, solve(coupling, anchors, strength * scale, 3, 200, 0, 1e-12)[0], anchors
+            return coupling, solve(coupling, anchors, strength * scale, 2 if strength else 3, SWEEPS, 0)[0], anchors
 
         sweep = []
         for strength in STRENGTHS:
