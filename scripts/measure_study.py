@@ -1,12 +1,26 @@
 """Rule `measure_study`: what a study measures on a model's weights and statistics."""
 
-from winnow.io import Bundle, write_json
+from winnow.io import Bundle, read_tensors, write_json
 from winnow.models import ModelFiles
 from winnow.runtime import start_job
 from winnow.studies import study_of
+from winnow.studies.base import Given
 
 if __name__ == "__main__":
     job = start_job(snakemake)
     study = study_of(job.spec["study"])
-    found = study.measure(ModelFiles(snakemake.input.model), Bundle(snakemake.input.moments))
+    given = snakemake.input
+    windows, evaluation = (
+        read_tensors(given[key], sealed=True)[0] if given.get(key) else {} for key in ("windows", "evaluation")
+    )
+    found = study.measure(
+        Given(
+            ModelFiles(given.model),
+            job.spec["dtype"],
+            job.device,
+            Bundle(given.moments) if given.get("moments") else None,
+            windows.get("ids"),
+            (evaluation["ids"], evaluation["first"]) if evaluation else None,
+        )
+    )
     write_json(snakemake.output[0], found, job.provenance)

@@ -158,6 +158,10 @@ class Grid:
                 found.setdefault(model, Cell(model, losses[0], self._seeds(e.calibrations)[0]))
         return found
 
+    def study_at(self, model_label: str) -> Cell:
+        """Where studies measure a model (by label)."""
+        return self.study_models()[self.names["models"][model_label]]
+
     def study_cells(self, study: str) -> list[tuple[Cell, str, str]]:
         """(cell, the study's own names of its method and budget) of a study on every model, dense ones first."""
         names, own, found = self.of_studies[study], studies.study_of(study), []

@@ -43,7 +43,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "tabulate_latency": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
-    "measure_study": TORCH,
+    "measure_study": HUGGING_FACE,
     "conclude_study": ("matplotlib", "jinja2", *TABLES),
     "demo_texts": (),
     "demo_model": HUGGING_FACE,
@@ -201,7 +201,7 @@ class Plan(Grid):
         return {"cards": cards}
 
     def _spec_measure_study(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"study": w["study"]}
+        return {"study": w["study"], "dtype": self.preset("models", w["model"]).dtype}
 
     def _spec_conclude_study(self, w: dict[str, str]) -> dict[str, Any]:
         """The claims, the rows of the study's cells under its own names of methods and budgets, and {model: measurement}."""

@@ -13,7 +13,7 @@ from winnow.architectures import Matrix, moments_file
 from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, Answer, Claim, judge, read_claims, verdict
 from winnow.config import Budget, Method
 from winnow.errors import InputError
-from winnow.studies.base import Evidence
+from winnow.studies.base import Evidence, Given
 
 CLAIMS = read_claims(ROOT / "resources" / "claims.yaml")
 WINDOWS = 8
@@ -98,7 +98,7 @@ def coupling() -> dict:
     group = [Matrix(i, "o_proj", f"layers.{i}.o_proj", "attention_output", (D, D), False, False) for i in range(LAYERS)]
     files = SimpleNamespace(matrices=group, weight=lambda m: WEIGHTS[m.layer])
     grams = {moments_file(i): {"attention_output.gram": x @ x.T / x.shape[1]} for i, x in enumerate(INPUTS)}
-    return studies.study_of("coupling").measure(files, SimpleNamespace(tensors=grams.get))
+    return studies.study_of("coupling").measure(Given(files, "float32", "cpu", SimpleNamespace(tensors=grams.get)))
 
 
 def test_coupling_measures_what_algebra_says(coupling):

@@ -4,21 +4,33 @@
 from winnow import studies
 
 
+def read_by_study(wildcards):
+    """What a study's measurement reads beside the model: statistics, calibration windows, evaluation windows."""
+    folder, at = f"results/{wildcards.model}", PLAN.study_at(wildcards.model)
+    known = {
+        "moments": f"{folder}/{wildcards.calibration}/statistics/moments/manifest.json",
+        "windows": f"{folder}/tokens/{wildcards.calibration}.safetensors",
+        "evaluation": f"{folder}/tokens/{PLAN.labels['evaluations'][at.evaluation]}.safetensors",
+    }
+    return {key: known[key] for key in studies.study_of(wildcards.study).reads}
+
+
 rule measure_study:
     """What a study measures on a model's weights and statistics."""
     input:
+        unpack(read_by_study),
         model="results/{model}/model.json",
-        moments="results/{model}/{calibration}/statistics/moments/manifest.json",
     output:
         "results/{model}/{calibration}/studies/{study}.json",
     log:
         "results/logs/measure_study/{model}/{calibration}/{study}.log",
     benchmark:
         "results/benchmarks/measure_study/{model}/{calibration}/{study}.tsv"
-    threads: 1
+    threads: ALL_CORES
     resources:
-        mem_mb=16000,  # the matrices of one role in all layers, in float64
-        runtime=120,
+        gpu=1,
+        mem_mb=16000,  # the matrices of one role in all layers in float64, or the model and sums of all its blocks
+        runtime=240,
     params:
         **stage("measure_study"),
     script:

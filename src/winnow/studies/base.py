@@ -9,10 +9,29 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
     from winnow.claims import Answer
     from winnow.io import Bundle
     from winnow.models import ModelFiles
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a measurement on a model may read: of the statistics and windows, those that the study names in `reads`."""
+
+    files: ModelFiles
+    dtype: str
+    device: str
+    moments: Bundle | None = None
+    windows: Tensor | None = None  # of the calibration (count, length)
+    evaluation: tuple[Tensor, Tensor] | None = None  # ids (count, length) and the first scored token of every window
+
+    def model(self) -> PreTrainedModel:
+        from winnow.loading import load_model
+
+        return load_model(self.files.verify(), self.dtype, self.device)
 
 
 @dataclass(frozen=True)
@@ -61,9 +80,11 @@ class Study(ABC):
     tables: ClassVar[tuple[str, ...]] = ()
     figures: ClassVar[tuple[str, ...]] = ()
 
+    reads: ClassVar[tuple[str, ...]] = ()  # of moments, windows, evaluation: what `measure` is given beside the model
+
     @abstractmethod
-    def measure(self, files: ModelFiles, moments: Bundle) -> dict[str, Any]:
-        """Numbers of one model from its weights and statistics, as builtin types."""
+    def measure(self, given: Given) -> dict[str, Any]:
+        """Numbers of one model from its weights, statistics and windows, as builtin types."""
 
     @abstractmethod
     def conclude(self, evidence: Evidence) -> Conclusion:

@@ -7,15 +7,13 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from winnow.claims import Answer
-from winnow.studies.base import Conclusion, Evidence, Study
+from winnow.studies.base import Conclusion, Evidence, Given, Study
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
     from winnow.coupling import Coupling, Sections
-    from winnow.io import Bundle
-    from winnow.models import ModelFiles
 
 SHARE = 0.25  # d / D of the paper
 SWEEPS = 60  # most updates of every section
@@ -47,7 +45,9 @@ class CouplingStudy(Study):
     tables = ("sweep", "tying", "errors", "loss")
     figures = ("sweep", "loss")
 
-    def measure(self, files: ModelFiles, moments: Bundle) -> dict[str, Any]:
+    reads = ("moments",)
+
+    def measure(self, given: Given) -> dict[str, Any]:
         """Energies over lambda and tying of the o_proj of all layers, errors of other forms on the same scale, identities."""
         import torch
 
@@ -55,6 +55,8 @@ class CouplingStudy(Study):
         from winnow.coupling import Coupling, numbering, solve
         from winnow.linalg import square_root
 
+        files, moments = given.files, given.moments
+        assert moments is not None
         matrices = sorted((m for m in files.matrices if m.role == "o_proj"), key=lambda m: m.layer)
         weights = torch.stack([files.weight(m) for m in matrices])
         grams = [moments.tensors(moments_file(m.layer))[f"{m.site}.gram"].double() for m in matrices]

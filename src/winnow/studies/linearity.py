@@ -1,0 +1,322 @@
+"""Study of linear recoverability (R2_lin, arXiv 2606.19379): how much of an FFN is affine, and whether that says what it costs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+from winnow.claims import Answer
+from winnow.studies.base import Conclusion, Evidence, Given, Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from winnow.linearity import Block, Sums
+
+FOLDS = 5
+ROWS = 15_000  # of the paper's survey: tokens for what is trained by gradient
+WINDOWS = 32  # of the evaluation, for swaps
+HEAL = {"steps": 200, "rate": 1e-4, "batch": 4}  # of the paper
+TRAINED, EVERY = 3000, 500  # steps of the trained baseline, and between its scores
+PROBES = {"rank": 16, "steps": 3000}
+
+
+class LinearityStudy(Study):
+    title = "Linear recoverability of FFN blocks"
+    paper = "R2_lin, arXiv 2606.19379"
+    reads = ("windows", "evaluation")
+    tables = ("blocks", "tokens", "ranks", "trained", "swaps")
+    figures = ("profile", "swaps")
+
+    def measure(self, given: Given) -> dict[str, Any]:
+        """R^2 of every block by all definitions, folds and token counts; probes of the most and least linear; swaps."""
+        import torch
+
+        from winnow.linearity import blocks_of, collect_sums
+
+        assert given.windows is not None
+        assert given.evaluation is not None
+        model, blocks = given.model(), blocks_of(given.files.matrices)
+        model.requires_grad_(False)
+        batch = max(1, 4096 // given.windows.shape[1])
+        sums = collect_sums(model, blocks, given.windows, FOLDS, batch)
+        rows = [_block(block, sums[block.layer]) for block in blocks]
+        order = sorted(range(len(rows)), key=lambda i: rows[i]["scalar"])
+        chosen = {"least": blocks[order[0]], "most": blocks[order[-1]]}
+        with torch.random.fork_rng(devices=[]):
+            probes = {name: _probes(model, block, given.windows) for name, block in chosen.items()}
+        ids, first = (part[:WINDOWS] for part in given.evaluation)
+        swaps, healed = _swaps(model, blocks, sums, ids, first), {}
+        for name, block in chosen.items():
+            with torch.random.fork_rng(devices=[]):
+                healed[name] = _healed(model, block, sums[block.layer], given.windows, ids, first)
+        return {"blocks": rows, "probes": probes, "swaps": swaps, "healed": healed, "identities": _identities(sums)}
+
+    def conclude(self, evidence: Evidence) -> Conclusion:
+        import pandas as pd
+
+        tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
+        answers: dict[str, dict[str, Answer]] = {}
+        identities: list[dict[str, Any]] = []
+        for model, found in evidence.measured.items():
+            for claim, answer in _answers(found).items():
+                answers.setdefault(claim, {})[model] = answer
+            for row in found["blocks"]:
+                listed = ("folds", "tokens", "ranks")
+                tables["blocks"].append({"model": model, **{key: v for key, v in row.items() if key not in listed}})
+                tables["tokens"] += [{"model": model, "layer": row["layer"], **point} for point in row["tokens"]]
+                tables["ranks"] += [{"model": model, "layer": row["layer"], "rank": k, "r2": v} for k, v in row["ranks"]]
+            for name, probe in found["probes"].items():
+                tables["trained"] += [{"model": model, "block": name, "layer": probe["layer"], **row} for row in probe["trained"]]
+            tables["swaps"] += [{"model": model, **row} for row in found["swaps"]]
+            for name, rows in found["healed"].items():
+                tables["swaps"] += [{"model": model, **row, "block": name} for row in rows]
+            identities += [{"model": model, "identity": name, "residual": value} for name, value in found["identities"].items()]
+        frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+        figures = {"profile": _profile_figure(frames["blocks"]), "swaps": _swaps_figure(frames)}
+        return Conclusion(frames, figures, answers, pd.DataFrame(identities))
+
+
+def _block(block: Block, folds: list[tuple[Sums, Sums]]) -> dict[str, Any]:
+    """All that least squares says of a block; every fold is held out once, the last one for what has one number."""
+    from winnow.linearity import effective_rank, least_squares, reduced_rank, scores, total
+
+    whole, without = [pair[0] for pair in folds], [pair[0] - pair[1] for pair in folds]
+    held = [scores(least_squares(total(whole[:i] + whole[i + 1 :])), whole[i]) for i in range(FOLDS)]
+    values = [row["scalar"] for row in held]
+    mean = sum(values) / FOLDS
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (FOLDS - 1))
+    profile = reduced_rank(total(whole[:-1]), whole[-1])
+    width = len(profile) - 1
+    marks = sorted({0, 1, 2, 4, 8, *(round(width * share) for share in (0.1, 0.25, 0.5, 0.75)), width})
+    bare = scores(least_squares(total(without[:-1])), without[-1])
+    return {
+        "layer": block.layer,
+        **held[-1],
+        "scalar_mean": mean,
+        "scalar_fold_se": spread / math.sqrt(FOLDS),
+        "no_first_token": bare["scalar"],
+        "rank_90": effective_rank(profile, 0.9),
+        "rank_95": effective_rank(profile, 0.95),
+        "times_smaller": block.numbers / (width * (width + 1)),
+        "folds": values,
+        "tokens": [
+            {"tokens": int(total(whole[:n]).count), **scores(least_squares(total(whole[:n])), whole[-1])} for n in range(1, FOLDS)
+        ],
+        "ranks": [[k, profile[k]] for k in marks],
+    }
+
+
+def _rows(model: PreTrainedModel, block: Block, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs (tokens, d) of a block, float32, on the first `ROWS` tokens."""
+    import torch
+
+    from winnow.linearity import tapped
+
+    xs, ys, device = [], [], next(model.parameters()).device
+    with torch.no_grad(), tapped(model, [block], windows.shape[1]) as seen:
+        for ids in windows[: max(3, ROWS // windows.shape[1])].split(16):
+            model.base_model(input_ids=ids.to(device).long(), use_cache=False)
+            xs.append(seen[block.layer]["x"].flatten(0, 1).float().cpu())
+            ys.append(seen[block.layer]["y"].flatten(0, 1).float().cpu())
+    return torch.cat(xs), torch.cat(ys)
+
+
+def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> dict[str, Any]:
+    """The trained baseline against the closed form, on inputs as they are and standardised; the bilinear probe of what is left."""
+    from winnow.linearity import Sums, bilinear_gain, least_squares, scores, train_affine
+
+    x, y = _rows(model, block, windows)
+    cut, early = int(0.8 * len(x)), int(0.7 * len(x))
+    test = Sums.of(x[cut:], y[cut:])
+    closed = scores(least_squares(Sums.of(x[:cut], y[:cut])), test)["scalar"]
+    trained = [{"inputs": "closed form", "step": 0, "r2": closed}]
+    centre, scale = x[:cut].mean(0), x[:cut].std(0).clamp(min=1e-6)
+    for name, inputs in (("as they are", x), ("standardised", (x - centre) / scale)):
+        own = Sums.of(inputs[cut:], y[cut:])
+        fits = train_affine(inputs[:cut], y[:cut], TRAINED, EVERY, 1e-3, 0)
+        trained += [{"inputs": name, "step": step, "r2": scores(fit, own)["scalar"]} for step, fit in fits]
+    fit = least_squares(Sums.of(x[:early], y[:early]))
+    parts = [(x[:early], y[:early]), (x[early:cut], y[early:cut]), (x[cut:], y[cut:])]
+    gain = bilinear_gain(parts, fit, PROBES["rank"], PROBES["steps"], 0)
+    return {"layer": block.layer, "trained": trained, "bilinear_gain": gain}
+
+
+def _loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[float]]:
+    from winnow.perplexity import evaluate
+
+    return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
+
+
+def _swaps(
+    model: PreTrainedModel, blocks: list[Block], sums: dict[int, list[tuple[Sums, Sums]]], ids: Tensor, first: Tensor
+) -> list[dict[str, Any]]:
+    """The loss with one block at a time replaced by its affine map, whole and cut to a quarter of its rank."""
+    import torch
+
+    from winnow.linearity import affine_of, least_squares, swapped, total
+    from winnow.spread import paired
+
+    dense, found = _loss(model, ids, first), []
+    for block in blocks:
+        train = total(pair[0] for pair in sums[block.layer])
+        fit = least_squares(train)
+        centred = train.xx[:-1, :-1] - torch.outer(train.xx[-1, :-1], train.xx[-1, :-1]) / train.count
+        lead = torch.linalg.eigh(fit[:-1].T @ centred @ fit[:-1]).eigenvectors.flip(1)
+        means = (train.xx[-1, :-1] / train.count, train.xy[-1] / train.count)
+        for rank in (fit.shape[1], fit.shape[1] // 4):
+            slope = fit[:-1] @ lead[:, :rank] @ lead[:, :rank].T
+            cut = torch.cat([slope, (means[1] - means[0] @ slope)[None]])
+            with swapped(model, block, affine_of(cut).to(ids.device), ids.shape[1]):
+                rows = _loss(model, ids, first)
+            delta, error = paired(rows, dense)
+            found.append({"layer": block.layer, "rank": rank, "healed": "no", "delta_nll": delta, "delta_nll_se": error})
+    return found
+
+
+def _healed(
+    model: PreTrainedModel,
+    block: Block,
+    folds: list[tuple[Sums, Sums]],
+    windows: Tensor,
+    ids: Tensor,
+    first: Tensor,
+) -> list[dict[str, Any]]:
+    """The affine map, and as a control the dense FFN itself, after the same steps of Adam on the calibration windows."""
+    from winnow.linearity import affine_of, least_squares, swapped, total
+    from winnow.spread import paired
+
+    dense, found = _loss(model, ids, first), []
+    affine = affine_of(least_squares(total(pair[0] for pair in folds)))
+    with swapped(model, block, affine, ids.shape[1]):
+        _train(model, list(affine.parameters()), windows)
+        swap = _loss(model, ids, first)
+    control = copy.deepcopy(model)
+    modules = {block.enters.rpartition(".")[0], block.leaves.rpartition(".")[0]}
+    ffn = [p for name in sorted(modules) for p in control.get_submodule(name).parameters()] if len(modules) == 1 else []
+    own = ffn or [p for name in (block.enters, block.leaves) for p in control.get_submodule(name).parameters()]
+    for parameter in own:
+        parameter.requires_grad_(True)
+    _train(control, own, windows)
+    for name, rows in (("affine", swap), ("dense control", _loss(control, ids, first))):
+        delta, error = paired(rows, dense)
+        row = {"layer": block.layer, "rank": affine.weight.shape[0], "healed": name}
+        found.append({**row, "delta_nll": delta, "delta_nll_se": error})
+    above, error = paired(swap, _loss(control, ids, first))
+    return [*found, {"layer": block.layer, "healed": "affine above control", "delta_nll": above, "delta_nll_se": error}]
+
+
+def _train(model: PreTrainedModel, parameters: list[Any], windows: Tensor) -> None:
+    """Adam on the next-token loss of calibration windows, in an order drawn by a fixed seed."""
+    import torch
+
+    optimizer = torch.optim.Adam(parameters, lr=HEAL["rate"])
+    order, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    for step in range(int(HEAL["steps"])):
+        rows = torch.randint(len(windows), (int(HEAL["batch"]),), generator=order)
+        ids = windows[rows].to(device).long()
+        with torch.enable_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is not finite in step {step} of healing")
+        optimizer.step()
+
+
+def _identities(sums: dict[int, list[tuple[Sums, Sums]]]) -> dict[str, float]:
+    """Residuals, the largest over blocks: what must hold exactly on the training tokens."""
+    from winnow.linearity import least_squares, reduced_rank, scores, total
+
+    worst = {"the residual is orthogonal to [X, 1]": 0.0, "reduced rank d is least squares": 0.0}
+    worst["R^2 on training tokens falls with the rank: largest rise"] = 0.0
+    names = list(worst)
+    for folds in sums.values():
+        train = total(pair[0] for pair in folds)
+        fit = least_squares(train)
+        left = (train.xy - train.xx @ fit).abs() / (train.xx.diagonal().sqrt()[:, None] * train.yy.sqrt() + 1e-300)
+        profile = reduced_rank(train, train)
+        falls = max([0.0, *(a - b for a, b in itertools.pairwise(profile))])
+        found = (float(left.max()), abs(profile[-1] - scores(fit, train)["feature"]), falls)
+        worst = {name: max(worst[name], value) for name, value in zip(names, found, strict=True)}
+    return worst
+
+
+def _answers(found: dict[str, Any]) -> dict[str, Answer]:
+    blocks = sorted(found["blocks"], key=lambda row: row["layer"])
+    r2 = [row["scalar"] for row in blocks]
+    errors = {row["layer"]: row["scalar_fold_se"] for row in blocks}
+    top, low = (pick(blocks, key=lambda row: row["scalar"]) for pick in (max, min))
+    steps = [b - a for a, b in itertools.pairwise(r2)]
+    turns = sum(a * b < 0 for a, b in itertools.pairwise(steps))
+    full = {row["layer"]: row for row in found["swaps"] if row["rank"] == max(r["rank"] for r in found["swaps"])}
+    cheapest = min(full.values(), key=lambda row: row["delta_nll"])
+    rank = _spearman(r2, [full[row["layer"]]["delta_nll"] for row in blocks])
+    last = {p: {r["inputs"]: r["r2"] for r in found["probes"][p]["trained"]} for p in found["probes"]}
+    control = found["healed"]["most"][-1]
+    return {
+        "linearity_highest": Answer(top["scalar"], errors[top["layer"]]),
+        "linearity_lowest": Answer(low["scalar"], errors[low["layer"]]),
+        "linearity_turns": Answer(float(turns)),
+        "linearity_definition": Answer(max(row["scalar"] - row["feature"] for row in blocks)),
+        "linearity_first_token": Answer(top["scalar"] - top["no_first_token"], errors[top["layer"]]),
+        "linearity_trained": Answer(last["most"]["closed form"] - last["most"]["as they are"]),
+        "linearity_standardised": Answer(last["most"]["closed form"] - last["most"]["standardised"]),
+        "linearity_size": Answer(top["times_smaller"]),
+        "linearity_swap": Answer(cheapest["delta_nll"], cheapest["delta_nll_se"]),
+        "linearity_heal": Answer(control["delta_nll"], control["delta_nll_se"]),
+        "linearity_bilinear": Answer(max(found["probes"][p]["bilinear_gain"] for p in found["probes"])),
+        "linearity_signal": Answer(rank, 1 / math.sqrt(max(1, len(r2) - 1))),
+    }
+
+
+def _spearman(one: list[float], other: list[float]) -> float:
+    import pandas as pd
+
+    return float(pd.Series(one).rank().corr(pd.Series(other).rank()))
+
+
+def _profile_figure(blocks: pd.DataFrame) -> Any:
+    from winnow.figures import axes_grid, line_style, shared_legend
+
+    models = list(blocks["model"].unique())
+    figure, axes = axes_grid(len(models))
+    shown = {"scalar": "grand mean (published)", "feature": "own mean of every output", "median": "median over outputs"}
+    shown |= {"no_first_token": "grand mean, without first tokens"}
+    for axis, model in zip(axes, models, strict=True):
+        rows = blocks[blocks["model"] == model].sort_values("layer")
+        for i, (key, label) in enumerate(shown.items()):
+            axis.plot(rows["layer"], rows[key].clip(lower=-1), label=label, markersize=4, linewidth=1.2, **line_style(i))
+        axis.set_title(f"{model}: held-out R² of the affine map", fontsize=9)
+        axis.set_xlabel("layer")
+        axis.set_ylabel("R² (share of the variance)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    shared_legend(figure, axes, "variance about")
+    return figure
+
+
+def _swaps_figure(frames: dict[str, pd.DataFrame]) -> Any:
+    from winnow.figures import axes_grid, line_style
+
+    swaps, blocks = frames["swaps"], frames["blocks"]
+    models = list(blocks["model"].unique())
+    figure, axes = axes_grid(len(models))
+    for axis, model in zip(axes, models, strict=True):
+        own = swaps[(swaps["model"] == model) & (swaps["healed"] == "no")]
+        rows = own[own["rank"] == own["rank"].max()].merge(blocks[blocks["model"] == model], on="layer")
+        style = {**line_style(0), "linestyle": "none"}
+        axis.errorbar(rows["scalar"], rows["delta_nll"], yerr=2 * rows["delta_nll_se"], markersize=5, capsize=2, **style)
+        for _, row in rows.iterrows():
+            axis.annotate(f" {row['layer']:.0f}", (row["scalar"], row["delta_nll"]), fontsize=8)
+        axis.set_title(f"{model}: one block swapped (number: its layer)", fontsize=9)
+        axis.set_xlabel("held-out R² of the block (grand mean)")
+        axis.set_ylabel("loss above dense (nats per token)\nbars: 2 standard errors", fontsize=8)
+    return figure
+
+
+STUDY = LinearityStudy()
