@@ -1,7 +1,7 @@
 """Linear recoverability of FFN blocks: least squares from a block's inputs to its outputs, held out, from moments by fold.
 
-Inputs X (tokens, d) are those of the FFN after its norm, outputs Y (tokens, d) those before the residual is added. One forward pass
-collects, for every fold of windows, sums that answer every question about least squares exactly, in float64.
+Inputs X (tokens, d) are those of the FFN after its norm, outputs Y (tokens, d) those before the residual is added. One forward
+pass collects, for every fold of windows, sums that answer every question about least squares exactly, in float64.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def train_affine(x: Tensor, y: Tensor, steps: int, every: int, rate: float, seed
 
 def bilinear_gain(parts: list[tuple[Tensor, Tensor]], fit: Tensor, rank: int, steps: int, seed: int) -> float:
     """Feature-wise R^2 that exp(s) * A [(U x) o (V x)] of a rank adds to the frozen least squares [W; b], on the third of three
-    parts (x, y): trained on the first, stopped by the second (section 4 of the paper stops on the test part, which favours it)."""
+    parts (x, y): trained on the first, stopped by the second (the paper stops on the test part, which favours it)."""
     torch.manual_seed(seed)
     rows = [(x, y - (x.double() @ fit[:-1] + fit[-1]).float()) for x, y in parts]
     d, m = parts[0][0].shape[1], parts[0][1].shape[1]

@@ -1,4 +1,4 @@
-"""Study of linear recoverability (R2_lin, arXiv 2606.19379): how much of an FFN is affine, and whether that says what it costs."""
+"""Study of linear recoverability (R2_lin, arXiv 2606.19379): how much of an FFN is affine, and what a swap costs."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _rows(model: PreTrainedModel, block: Block, windows: Tensor) -> tuple[Tensor
 
 
 def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> dict[str, Any]:
-    """The trained baseline against the closed form, on inputs as they are and standardised; the bilinear probe of what is left."""
+    """The trained baseline against the closed form, on inputs as they are and standardised; the bilinear probe of the rest."""
     from winnow.linearity import Sums, bilinear_gain, least_squares, scores, train_affine
 
     x, y = _rows(model, block, windows)
