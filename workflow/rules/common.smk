@@ -72,7 +72,11 @@ def stage(name):
     def unrecorded(wildcards, output):
         first = str(output[0])
         if is_unrecorded(first):
-            today = {"spec": spec(wildcards), "code": code(wildcards), "versions": versions}
+            today = {
+                "spec": spec(wildcards),
+                "code": code(wildcards),
+                "versions": versions,
+            }
             refuse_if_other(first, list(output), today)
         return ""
 
