@@ -15,6 +15,7 @@ from winnow.errors import InputError
 from winnow.evaluations import PLAIN, AnyEvaluation, Perplexity
 from winnow.fields import Name, Strict
 from winnow.metrics import GRADIENTS, METRICS, AnyMetric
+from winnow.recoveries import AnyRecovery, NoRecovery
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 
 Target = Literal["ffn", "attention", *ROLES]  # type: ignore[valid-type]
@@ -159,12 +160,6 @@ class Budget(Strict):
         return self
 
 
-class Recovery(Strict):
-    """What is done after compression to win back quality."""
-
-    kind: Literal["none"] = Field(description="none: the checkpoint is evaluated as compressed")
-
-
 class Experiment(Strict):
     """A grid: the product of the named presets. The dense model is evaluated beside it."""
 
@@ -172,7 +167,9 @@ class Experiment(Strict):
     calibrations: list[Name] = Field(min_length=1)
     methods: list[Name] = Field(min_length=1)
     budgets: list[Name] = Field(min_length=1)
-    recoveries: list[Name] = Field(["none"], min_length=1)
+    recoveries: list[Name] = Field(
+        ["none"], min_length=1, description="beside every one but `none` stands the dense model with the same recovery"
+    )
     evaluations: list[Name] = Field(min_length=1)
     controls: bool = Field(
         True, description="beside every method that selects neurons, columns or clusters, the same with a random selection"
@@ -190,7 +187,7 @@ class Config(Strict):
     calibrations: dict[Name, Calibrations] = Field(description="what statistics are collected on")
     methods: dict[Name, Method] = Field(description="points of the design space: structure x metric")
     budgets: dict[Name, Budget] = Field(description="how much is kept, of which matrices")
-    recoveries: dict[Name, Recovery] = Field({"none": Recovery(kind="none")}, description="what follows compression")
+    recoveries: dict[Name, AnyRecovery] = Field({"none": NoRecovery(kind="none")}, description="what follows compression")
     evaluations: dict[Name, AnyEvaluation] = Field(description="what is measured: loss, accuracy, latency")
     experiments: dict[Name, Experiment] = Field(description="products of the names above; `snakemake` runs them all")
 
@@ -198,6 +195,8 @@ class Config(Strict):
     def _references(self) -> Config:
         if "dense" in self.methods:
             raise ValueError("methods.dense: the name is taken by the uncompressed model, which is always evaluated")
+        if "none" in self.recoveries and self.recoveries["none"].kind != "none":
+            raise ValueError("recoveries.none: the name says that nothing is done; rename the preset")
         for section in ("calibrations", "evaluations"):
             for name, preset in getattr(self, section).items():
                 if isinstance(preset, Calibration | Perplexity):

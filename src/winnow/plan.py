@@ -13,6 +13,7 @@ from winnow.grid import EXECUTION, UNNAMED, Cell, Grid
 from winnow.io import file_digest
 from winnow.metrics import METRICS
 from winnow.provenance import CodeTracker, versions
+from winnow.recoveries import RECOVERIES
 from winnow.structures import STRUCTURES
 from winnow.tokens import PROTOCOLS
 
@@ -32,6 +33,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "factorize": TORCH,
     "measure_spectra": (*TORCH, *TABLES),
     "compress": (*TORCH, *TABLES),
+    "recover": (*HUGGING_FACE, "peft"),
     "export_dense": HUGGING_FACE,
     "evaluate_perplexity": HUGGING_FACE,
     "evaluate_latency": HUGGING_FACE,
@@ -49,7 +51,14 @@ STAGES: dict[str, tuple[str, ...]] = {
     "demo_model": HUGGING_FACE,
 }
 CLAIMS = Path("resources/claims.yaml")
-DENSE = {"evaluate_dense": "evaluate_perplexity", "evaluate_accuracy_dense": "evaluate_accuracy"}  # rules by the same script
+DENSE = {  # rules by the same script
+    "evaluate_dense": "evaluate_perplexity",
+    "evaluate_perplexity_healed": "evaluate_perplexity",
+    "evaluate_accuracy_dense": "evaluate_accuracy",
+    "evaluate_accuracy_healed": "evaluate_accuracy",
+    "recover_dense": "recover",
+    "export_dense_recovered": "export_dense",
+}
 TEMPLATES = Path(__file__).parent / "templates"
 TEMPLATE, STUDY_TEMPLATE = TEMPLATES / "report.html.j2", TEMPLATES / "study.html.j2"
 DEMO_MODEL = {  # the recipe of resources/models/demo
@@ -89,13 +98,17 @@ class Plan(Grid):
 
     def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
         """Digests of the stage's script and of every project module that it reaches."""
-        return list(self._fingerprint(stage, wildcards.get("method"), wildcards.get("study")))
+        recovery = wildcards.get("recovery") if stage == "recover" else None
+        return list(self._fingerprint(stage, wildcards.get("method"), recovery, wildcards.get("study")))
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a method
-    def _fingerprint(self, stage: str, method_label: str | None, study: str | None) -> tuple[str, ...]:
+    def _fingerprint(self, stage: str, method: str | None, recovery: str | None, study: str | None) -> tuple[str, ...]:
         entries = [f"{stage}.py", *([f"winnow.studies.{study}"] if study else [])]
-        if method_label is not None:
-            kinds = _kinds(self.preset("methods", method_label).model_dump())
+        if recovery is not None:
+            kind = self.preset("recoveries", recovery).kind
+            entries += [f"winnow.recovery.{kind}", f"winnow.recoveries:{RECOVERIES[kind].__name__}"]
+        if method is not None:
+            kinds = _kinds(self.preset("methods", method).model_dump())
             entries += [f"winnow.structures.{kind}" for kind in kinds if kind in STRUCTURES]
             metrics = [METRICS[kind].__name__ for kind in kinds if kind in METRICS]
             if stage == "factorize" and metrics:
@@ -162,6 +175,17 @@ class Plan(Grid):
             },
         }
 
+    def _spec_recover(self, w: dict[str, str]) -> dict[str, Any]:
+        recovery = self.preset("recoveries", w["recovery"])
+        model, calibration = self.preset("models", w["model"]), self.preset("calibrations", w["calibration"])
+        return {
+            "name": self.names["recoveries"][w["recovery"]],
+            "recovery": recovery.model_dump(),
+            "version": RECOVERIES[recovery.kind].version,
+            "first_token": calibration.first_token,
+            "dtype": model.dtype,
+        }
+
     def _spec_evaluate_perplexity(self, w: dict[str, str]) -> dict[str, Any]:
         evaluation = self.preset("evaluations", w["evaluation"])
         spec = evaluation.model_dump(include={"protocol", "length", "stride", "compare"})
@@ -193,9 +217,7 @@ class Plan(Grid):
         """{card: the checkpoint that it describes, and {evaluation: the artefacts for it and for the dense model}}."""
         cards: dict[str, Any] = {}
         for cell in (cell for cell in self.cells_of("perplexity") if cell.method):
-            folder = self.folder(cell, "models", "calibrations", "methods", "budgets")
-            path = f"{self.folder(cell, 'models', 'calibrations', 'methods', 'budgets', 'recoveries')}/README.md"
-            found = cards.setdefault(path, {"checkpoint": f"{folder}/checkpoint/manifest.json", "evaluations": {}})
+            found = cards.setdefault(f"{self.recovered(cell)}/README.md", {"checkpoint": self.made(cell), "evaluations": {}})
             dense = self.result(Cell(cell.model, cell.evaluation))
             found["evaluations"][cell.evaluation] = {"compressed": self.result(cell), "dense": dense}
         return {"cards": cards}

@@ -57,6 +57,32 @@ def overlap_check(wildcards):
     return f"results/texts/overlap/{calibration}/{evaluation}.json"
 
 
+def evaluated_checkpoint(wildcards):
+    """The checkpoint that is evaluated: the compressed one, or what its recovery made of it."""
+    name = PLAN.names["recoveries"][wildcards.recovery]
+    folder = "results/{model}/{calibration}/{method}/{budget}"
+    if PLAN.recovers(name):
+        folder += "/{recovery}"
+    return f"{folder}/checkpoint/manifest.json".format(**dict(wildcards.items()))
+
+
+def made_of_cells(what, cells=None):
+    """The checkpoints, or what else is made, of all compressed cells or of `cells`."""
+    cells = [cell for cell in PLAN.cells if cell.method] if cells is None else cells
+    return list(dict.fromkeys(PLAN.made(cell, what) for cell in cells))
+
+
+def recovered_of_cells():
+    """The recovered checkpoints of all cells, dense ones included."""
+    return list(
+        dict.fromkeys(
+            f"{PLAN.recovered(cell)}/checkpoint/manifest.json"
+            for cell in PLAN.cells
+            if cell.recovery and PLAN.recovers(cell.recovery)
+        )
+    )
+
+
 def of_cells(path, kind=None, cells=None):
     """All files of a path pattern with the labels of the cells in it: of `cells`, of those whose evaluation is of a kind, or of all.
 

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from torch import Tensor
-    from transformers import PreTrainedModel
 
     from winnow.claims import Answer
     from winnow.io import Bundle
@@ -27,11 +26,6 @@ class Given:
     moments: Bundle | None = None
     windows: Tensor | None = None  # of the calibration (count, length)
     evaluation: tuple[Tensor, Tensor] | None = None  # ids (count, length) and the first scored token of every window
-
-    def model(self) -> PreTrainedModel:
-        from winnow.loading import load_model
-
-        return load_model(self.files.verify(), self.dtype, self.device)
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,12 @@ class LinearityStudy(Study):
         import torch
 
         from winnow.linearity import blocks_of, collect_sums
+        from winnow.loading import load_model
 
         assert given.windows is not None
         assert given.evaluation is not None
-        model, blocks = given.model(), blocks_of(given.files.matrices)
+        model = load_model(given.files.verify(), given.dtype, given.device)
+        blocks = blocks_of(given.files.matrices)
         model.requires_grad_(False)
         batch = max(1, 4096 // given.windows.shape[1])
         sums = collect_sums(model, blocks, given.windows, FOLDS, batch)
