@@ -24,7 +24,7 @@ from winnow.grid import Cell
 from winnow.io import read_json
 from winnow.models import BYTES, model_files, tensor_bytes
 from winnow.plan import Plan
-from winnow.recoveries import Trained
+from winnow.recoveries import Sequential, Trained
 
 MB, GB = 1e6, 1e9
 BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
@@ -162,14 +162,15 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
     recovered = dict.fromkeys((c.calibration, c.method, c.budget, c.recovery) for c in cells if c.calibration and c.recovery)
     for given, of_method, of_budget, recovery in recovered:
         options = plan.config.recoveries[str(recovery)]
-        if not isinstance(options, Trained):
+        if not isinstance(options, Trained | Sequential):
             continue
+        steps = options.steps if isinstance(options, Trained) else 0
         share = plan.config.budgets[of_budget].keep_bytes or 1.0 if of_budget else 1.0
         windows = plan.config.calibrations[str(given)]
         states = 2 * windows.windows * windows.length * shape.width  # what a block gets and gives
         step = options.batch * windows.length
         held = step * (3 * shape.vocabulary + 12 * shape.width * shape.layers + 4 * widest)
-        passes = 8 * options.steps * step + 4 * windows.windows * windows.length * shape.layers
+        passes = 8 * steps * step + 4 * windows.windows * windows.length * shape.layers
         memory = 4 * (2 * shape.numbers + 6 * share * fitted + states + held)
         add("recover" if of_method else "recover_dense", 1, memory, share * shape.bytes, passes * shape.numbers)
     for cell in cells:

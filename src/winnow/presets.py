@@ -63,5 +63,5 @@ def methods() -> dict[str, dict[str, Any]]:
 
 def recoveries() -> dict[str, dict[str, Any]]:
     """The section `recoveries` of the default configuration."""
-    lora = {"kind": "distill", "parameters": "lora"}
-    return {"none": {"kind": "none"}, "refine": {"kind": "refine"}, "distill": {"kind": "distill"}, "distill_lora": lora}
+    plain: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in ("none", "sequential", "refine", "distill")}
+    return plain | {"distill_lora": {"kind": "distill", "parameters": "lora"}}

@@ -50,6 +50,19 @@ class Refine(Trained):
     patience: int | None = Field(5, ge=1, description="looks without a new best after which a block is finished; never if null")
 
 
+class Sequential(Recovery):
+    """Low-rank factors fitted anew in closed form, matrix by matrix in the order that the model computes, to the inputs that the
+    compressed model makes; nothing is trained. A block is as it was where this brings its output no nearer to the dense block's
+    on the held-out windows. Objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
+
+    kind: Literal["sequential"] = Field(description="sequential")
+    objective: Literal["anchored", "shifted"] = Field(
+        "anchored", description="anchored: the dense matrix's output in the dense model; shifted: on the compressed one's inputs"
+    )
+    batch: int = Field(8, ge=1, description="windows at a time")
+    held_out: float = Field(0.125, gt=0, lt=1, description="share of the calibration windows that only judge the blocks")
+
+
 class Distill(Trained):
     """All compressed matrices at once learn the dense model's next-token distribution (KL divergence, temperature 1). The best
     state on the held-out windows is kept, the start where there is no better one."""

@@ -60,10 +60,9 @@ def overlap_check(wildcards):
 def evaluated_checkpoint(wildcards):
     """The checkpoint that is evaluated: the compressed one, or what its recovery made of it."""
     name = PLAN.names["recoveries"][wildcards.recovery]
-    folder = "results/{model}/{calibration}/{method}/{budget}"
     if PLAN.recovers(name):
-        folder += "/{recovery}"
-    return f"{folder}/checkpoint/manifest.json".format(**dict(wildcards.items()))
+        return "results/{model}/{calibration}/{method}/{budget}/{recovery}/checkpoint/manifest.json"
+    return "results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json"
 
 
 def made_of_cells(what, cells=None):

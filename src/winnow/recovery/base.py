@@ -50,7 +50,7 @@ class Task:
         blocks = tuple(f"{name}." for name in self.blocks.values())
         found: dict[int, tuple[str, nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):  # of tied ones, the name that is stored
-            vector = self.options.norms and name.startswith(blocks) and parameter.dim() == 1
+            vector = getattr(self.options, "norms", False) and name.startswith(blocks) and parameter.dim() == 1
             if name in self.dtypes and name.startswith(below) and (name.startswith(inside) or vector):
                 found.setdefault(id(parameter), (name, parameter))
         return dict(found.values())

@@ -1,0 +1,133 @@
+"""`sequential`: low-rank factors fitted anew in closed form, in the order that the model computes, to the inputs that the already
+compressed model makes.
+
+With W (m, n) the dense matrix, x its input in the dense model and x' in the compressed one: `anchored` minimises
+sum ||W x - W' x'||^2, whose target is B = W X X'^T (X' X'^T)^+, `shifted` sum ||(W - W') x'||^2, whose target is B = W. In the
+metric G = X' X'^T the best rank-k map is U_k U_k^T B. Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from winnow.errors import InputError
+from winnow.linalg import leading_directions
+from winnow.modules import LowRankLinear, SharedLinear
+from winnow.recovery.base import Task
+from winnow.recovery.blocks import Calls, calls_of, outputs_of
+
+log = logging.getLogger(__name__)
+PRECISION = 2.0**-24  # relative rounding error of the activations
+KEYS = ("held_out_start", "held_out_best")
+
+
+@torch.no_grad()
+def recover(task: Task) -> dict[str, Any]:
+    """Fit the low-rank factors of `task.model` anew, in place; returns {blocks: {name: held-out losses}}, as `refine` does. A
+    block whose output is no nearer to the dense block's on the held-out windows is as it was. Goes on after the last block that
+    was saved. The dense model has no factors, and stays as it is.
+
+    Raises InputError for a checkpoint without matrices of the kind low_rank."""
+    factors = {
+        name: module
+        for name, module in task.model.named_modules()
+        if isinstance(module, LowRankLinear) and not isinstance(module.right, SharedLinear)
+    }
+    if not factors and any(not isinstance(task.model.get_submodule(name), nn.Linear | Conv1D) for name in task.modules):
+        raise InputError("recovery: no matrix is of the kind low_rank, which is all that `sequential` fits anew; use `refine`")
+    flat = {f"{name}.{part}": getattr(module, part).weight.data for name, module in factors.items() for part in ("left", "right")}
+    numbers = torch.zeros(len(task.blocks), 2, dtype=torch.float64)
+    done = task.resume.restore({**flat, "numbers": numbers}) if task.resume else 0
+    for index, block in list(enumerate(task.blocks.values()))[done:]:
+        own = {name: module for name, module in factors.items() if name.startswith(f"{block}.")}
+        if own:
+            numbers[index] = torch.tensor(_block(task, block, own), dtype=torch.float64)
+        if task.resume:
+            task.resume.save(index + 1, {**flat, "numbers": numbers})
+    rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in zip(task.blocks.values(), numbers.tolist(), strict=True)}
+    kept = [name for name, row in rows.items() if row["held_out_best"] == row["held_out_start"]]
+    return {"loss": "squared error over mean square of the target", "blocks": rows, "left_as_they_were": kept}
+
+
+def _block(task: Task, name: str, factors: dict[str, LowRankLinear]) -> tuple[float, float]:
+    """(held-out loss before, of what is kept) of a block whose factors are fitted anew."""
+    options, device = task.options, next(task.model.parameters()).device
+    block, dense = task.model.get_submodule(name), task.dense.get_submodule(name)
+    windows, held = task.split()
+    calls, source = (calls_of(model, name, windows, options.batch) for model in (task.model, task.dense))
+    inputs, reference = (calls_of(model, name, held, options.batch) for model in (task.model, task.dense))
+    target = outputs_of(dense, reference if options.objective == "anchored" else inputs, options.batch, device)
+    skipped = 0 if task.first_token else 1
+
+    def error() -> float:
+        difference = outputs_of(block, inputs, options.batch, device) - target
+        return float(difference[:, skipped:].double().square().mean() / target[:, skipped:].double().square().mean())
+
+    start = error()
+    before = {key: (m.left.weight.clone(), m.right.weight.clone()) for key, m in factors.items()}
+    for group in _readers(block, calls, factors, options.batch, device):
+        gram, cross = _moments(task, name, group[0], calls, source, skipped)
+        for key in group:
+            _fit(task, key, factors[key], gram, cross)
+    after = error()
+    log.info("%s: held-out loss %.6g before, %.6g after", name, start, after)
+    if after < start:
+        return start, after
+    for key, module in factors.items():
+        module.left.weight.copy_(before[key][0])
+        module.right.weight.copy_(before[key][1])
+    return start, start
+
+
+def _readers(block: nn.Module, calls: Calls, factors: dict[str, LowRankLinear], batch: int, device: Any) -> list[list[str]]:
+    """The names of the factors in the order that the block uses them; those that read the same tensor together."""
+    seen: list[tuple[Tensor, list[str]]] = []
+
+    def watch(key: str) -> Any:
+        def hook(_module: Any, args: tuple[Tensor, ...]) -> None:
+            if not seen or seen[-1][0] is not args[0]:
+                seen.append((args[0], []))
+            seen[-1][1].append(key)
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(watch(key)) for key, module in factors.items()]
+    calls.run(block, slice(0, batch), device)
+    for hook in hooks:
+        hook.remove()
+    return [names for _, names in seen]
+
+
+def _moments(task: Task, name: str, key: str, calls: Calls, source: Calls, skipped: int) -> tuple[Tensor, Tensor]:
+    """(G = X' X'^T, X X'^T) of the inputs of the matrix `key`, float64, in the compressed and in the dense model."""
+    caught: list[Tensor] = []
+    modules = [model.get_submodule(key) for model in (task.model, task.dense)]
+    hooks = [m.register_forward_pre_hook(lambda _m, args: caught.append(args[0])) for m in modules]
+    device, batch, length = next(task.model.parameters()).device, task.options.batch, calls.hidden.shape[1]
+    gram = cross = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(calls.hidden), batch):
+        for model, of in ((task.model, calls), (task.dense, source)):
+            of.run(model.get_submodule(name), slice(start, start + batch), device)
+        own, dense = (x.reshape(-1, length, x.shape[-1])[:, skipped:].flatten(0, 1).double() for x in caught)
+        caught.clear()
+        gram, cross = gram + own.T @ own, cross + dense.T @ own
+    for hook in hooks:
+        hook.remove()
+    return gram, cross
+
+
+def _fit(task: Task, key: str, module: LowRankLinear, gram: Tensor, cross: Tensor) -> None:
+    """Put the best factors of the module's rank into it, as they would be stored."""
+    dense: Any = task.dense.get_submodule(key)
+    weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).double()
+    if task.options.objective == "anchored":
+        weight = weight @ cross @ torch.linalg.pinv(gram, rtol=len(gram) * PRECISION, hermitian=True)
+    rank = module.right.out_features
+    found = leading_directions(weight, gram, PRECISION)
+    for part, value in (("left", found.left[:, :rank]), ("right", found.right[:rank] @ weight)):
+        own = getattr(module, part).weight
+        own.copy_(value.to(task.dtypes[f"{key}.{part}.weight"]))
