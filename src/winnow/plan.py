@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from winnow.config import Config
+from winnow.config import Calibration, Config
 from winnow.grid import EXECUTION, UNNAMED, Cell, Grid
 from winnow.io import file_digest
 from winnow.metrics import METRICS
@@ -22,7 +22,10 @@ TASKS = ("datasets", "lm-eval")
 # Stage (rule, script, log folder): libraries whose version can change what it writes.
 STAGES: dict[str, tuple[str, ...]] = {
     "retrieve_model": HUGGING_FACE,
+    "retrieve_base": (),
+    "finetune": HUGGING_FACE,
     "retrieve_text": ("pyarrow",),
+    "retrieve_examples": ("datasets", *TABLES),
     "check_overlap": ("numpy",),
     "tokenize": HUGGING_FACE,
     "collect_statistics": HUGGING_FACE,
@@ -36,16 +39,23 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate_latency": HUGGING_FACE,
     "retrieve_tasks": TASKS,
     "evaluate_accuracy": (*HUGGING_FACE, *TASKS),
+    "evaluate_classification": (*HUGGING_FACE, *TABLES, "scikit-learn"),
     "cards": (),
     "tables": TABLES,
     "tabulate_accuracy": TABLES,
     "tabulate_latency": TABLES,
+    "tabulate_classification": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
     "demo_texts": (),
     "demo_model": HUGGING_FACE,
 }
-DENSE = {"evaluate_dense": "evaluate_perplexity", "evaluate_accuracy_dense": "evaluate_accuracy"}  # rules by the same script
+DENSE = {  # rules by the same script
+    "evaluate_dense": "evaluate_perplexity",
+    "evaluate_accuracy_dense": "evaluate_accuracy",
+    "evaluate_classification_dense": "evaluate_classification",
+    "check_rows": "check_overlap",
+}
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 DEMO_MODEL = {  # the recipe of resources/models/demo
     "vocab_size": 1024,
@@ -101,8 +111,20 @@ class Plan(Grid):
         return versions(*STAGES[stage])
 
     def _spec_retrieve_model(self, w: dict[str, str]) -> dict[str, Any]:
+        if self.tuned(w["model"]):  # what `finetune` made
+            return {"source": f"results/{w['model']}/tuned", "revision": None}
+        return self._spec_retrieve_base(w)
+
+    def _spec_retrieve_base(self, w: dict[str, str]) -> dict[str, Any]:
         model = self.preset("models", w["model"])
         return {"source": model.source, "revision": model.revision}
+
+    def _spec_retrieve_examples(self, w: dict[str, str]) -> dict[str, Any]:
+        return self.tasks()[w["task"]].rows()
+
+    def _spec_finetune(self, w: dict[str, str]) -> dict[str, Any]:
+        tuning = self.preset("models", w["model"]).finetune
+        return {**tuning.model_dump(), "length": self.task(tuning.task).length}
 
     def _spec_retrieve_text(self, w: dict[str, str]) -> dict[str, Any]:
         return self.preset("texts", w["text"]).model_dump()
@@ -110,7 +132,9 @@ class Plan(Grid):
     def _spec_tokenize(self, w: dict[str, str]) -> dict[str, Any]:
         section = "calibrations" if w["windows"] in self.names["calibrations"] else "evaluations"
         preset = self.preset(section, w["windows"])
-        windows = preset.model_dump(exclude={"kind", "text", "compare", *OF_STATISTICS})
+        windows = preset.model_dump(exclude={"kind", "text", "task", "compare", *OF_STATISTICS})
+        if preset.text is None:
+            return {"kind": "examples", **windows}
         if section == "evaluations":
             windows["version"] = PROTOCOLS[preset.protocol].version
         return {"kind": section, "join": self.config.texts[preset.text].join, **windows}
@@ -150,12 +174,20 @@ class Plan(Grid):
             "dtype": model.dtype,
             "presets": {
                 "model": model.model_dump(exclude=EXECUTION),
-                "calibration": calibration.model_dump(),
-                "calibration_text": self.config.texts[calibration.text].model_dump(exclude_defaults=True, mode="json"),
+                "calibration": calibration.model_dump(exclude_none=True),
+                "calibration_text": self._calibration_text(calibration),
                 "method": self._method(w),
                 "budget": self.preset("budgets", w["budget"]).model_dump(),
             },
         }
+
+    def _calibration_text(self, calibration: Calibration) -> dict[str, Any]:
+        """Where the words of a calibration come from, for the recipe."""
+        if calibration.text is None:
+            task = self.task(str(calibration.task))
+            hub = {"subset": task.subset, "split": task.train_split, "revision": task.revision} if task.dataset else {}
+            return {"files": task.train, "dataset": task.dataset, **hub, "columns": task.columns}
+        return self.config.texts[calibration.text].model_dump(exclude_defaults=True, mode="json")
 
     def _spec_evaluate_perplexity(self, w: dict[str, str]) -> dict[str, Any]:
         evaluation = self.preset("evaluations", w["evaluation"])
@@ -177,6 +209,12 @@ class Plan(Grid):
     def _spec_evaluate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
         recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
         return {**self._spec_retrieve_tasks(w), **recovery, "dtype": self.preset("models", w["model"]).dtype}
+
+    def _spec_evaluate_classification(self, w: dict[str, str]) -> dict[str, Any]:
+        evaluation = self.preset("evaluations", w["evaluation"]).model_dump(include={"length", "limit"})
+        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        name, dtype = self.names["evaluations"][w["evaluation"]], self.preset("models", w["model"]).dtype
+        return {"task": name, **evaluation, **recovery, "dtype": dtype}
 
     def _spec_demo_model(self, w: dict[str, str]) -> dict[str, Any]:
         return DEMO_MODEL
@@ -203,6 +241,9 @@ class Plan(Grid):
 
     def _spec_tabulate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("accuracy")]}
+
+    def _spec_tabulate_classification(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"rows": [self._row(cell) for cell in self.cells_of("classification")]}
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         """What a table says of a cell before anything is measured."""

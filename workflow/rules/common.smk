@@ -57,6 +57,7 @@ wildcard_constraints:
     evaluation=PLAN.pattern("evaluations"),
     clustering="|".join(PLAN.clusterings()) or "none",
     shard=r"\d+-of-\d+",
+    task="|".join(PLAN.tasks()) or "none",
 
 
 def stage(name):
@@ -72,7 +73,11 @@ def stage(name):
     def unrecorded(wildcards, output):
         first = str(output[0])
         if is_unrecorded(first):
-            today = {"spec": spec(wildcards), "code": code(wildcards), "versions": versions}
+            today = {
+                "spec": spec(wildcards),
+                "code": code(wildcards),
+                "versions": versions,
+            }
             refuse_if_other(first, list(output), today)
         return ""
 

@@ -1,0 +1,121 @@
+"""What a classifier says of the test rows of a task, its scores with standard errors, and those paired with the dense model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from winnow.classes import classes_of
+from winnow.errors import InputError
+from winnow.examples import Examples, padding_of, takes_types
+from winnow.progress import every
+from winnow.spread import ratio
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], float]  # of (labels, predictions, how often each pair of them stands)
+
+
+def outputs_of_classes(model: PreTrainedModel, labels: list[str]) -> list[int]:
+    """For each class of a task, by number, the output of the model that stands for it.
+
+    By name where the model names its outputs and the task its classes, else by number. Raises InputError if the two do not fit,
+    or if the model is no classifier.
+    """
+    config: Any = model.config
+    if type(model) not in classes_of(config).get("SEQUENCE_CLASSIFICATION", []):
+        raise InputError(
+            f"{type(model).__name__} has no classification head; give the model a `finetune` on a task, or one that was tuned"
+        )
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    if len(names) != len(labels):
+        raise InputError(f"the model has {len(names)} outputs ({', '.join(names)}), the task {len(labels)}: {', '.join(labels)}")
+    unnamed = [[f"LABEL_{i}" for i in range(len(names))], [str(i) for i in range(len(names))]]
+    if names in unnamed or labels in unnamed:
+        return list(range(len(names)))
+    if set(names) != set(labels):
+        raise InputError(
+            f"the model's outputs are named {', '.join(names)}, the task's classes {', '.join(labels)}; give the task's "
+            "`labels` by the model's names, in the order of the task's numbers"
+        )
+    return [names.index(label) for label in labels]
+
+
+@torch.no_grad()
+def predict(model: PreTrainedModel, examples: Examples, outputs: list[int], batch: int) -> dict[str, list]:
+    """{predicted: class of every row, loss: its cross-entropy in nats}. Raises FloatingPointError, with the row, if a logit is
+    not finite."""
+    pad, types, device = padding_of(model.config), takes_types(model.config), str(model.device)
+    order = sorted(range(len(examples.ids)), key=lambda row: len(examples.ids[row]))  # little padding; told in their own order
+    predicted, losses = np.zeros(len(order), dtype=np.int64), np.zeros(len(order))
+    for start in every(range(0, len(order), batch), "batches"):
+        rows = order[start : start + batch]
+        logits = model(**examples.batch(rows, pad, types, device)).logits[:, outputs].double()
+        if not torch.isfinite(logits).all():
+            bad = rows[int((~torch.isfinite(logits)).any(1).nonzero()[0])]
+            raise FloatingPointError(f"logits are not finite for row {bad} of test")
+        answers = torch.from_numpy(examples.labels[rows]).to(device)
+        predicted[rows] = logits.argmax(1).cpu().numpy()
+        losses[rows] = torch.nn.functional.cross_entropy(logits, answers, reduction="none").cpu().numpy()
+    return {"predicted": predicted.tolist(), "loss": losses.tolist()}
+
+
+def _f1(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> float:
+    return float(f1_score(labels, predicted, sample_weight=weights, zero_division=0.0))
+
+
+def _matthews(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> float:
+    return float(matthews_corrcoef(labels, predicted, sample_weight=weights))
+
+
+def _jackknife(labels: np.ndarray, own: list[int], measure: Measure, minus: list[int] | None = None) -> tuple[float, float]:
+    """(measure of the predictions `own`, less that of `minus`; its standard error), by leaving out one row at a time. Rows of
+    the same class and predictions are left out once for all."""
+    table = np.stack([labels, own, *([] if minus is None else [minus])], axis=1)
+    cells, counts = np.unique(table, axis=0, return_counts=True)
+
+    def value(weights: np.ndarray) -> float:
+        less = 0.0 if minus is None else measure(cells[:, 0], cells[:, 2], weights)
+        return measure(cells[:, 0], cells[:, 1], weights) - less
+
+    n = len(table)
+    without = np.array([value(counts - np.eye(len(cells), dtype=int)[i]) for i in range(len(cells))])
+    mean = float((counts * without).sum() / n)
+    return value(counts), math.sqrt((n - 1) / n * float((counts * (without - mean) ** 2).sum()))
+
+
+def scores(labels: list[int], own: dict[str, list], classes: int, dense: dict[str, list] | None = None) -> dict[str, Any]:
+    """{measure: {value, value_se, and with the dense model's outputs `dense` delta, delta_se}}.
+
+    Accuracy and loss (nats) are means over rows, with the standard error of a mean; `agreement` is the share of rows that get
+    the dense model's class. F1 of class 1 and Matthews' correlation, of two classes, have the standard error of the jackknife
+    over rows. `delta` is the difference to the dense model, paired by row. Raises InputError if that was scored on other rows.
+    """
+    if dense is not None and len(dense["predicted"]) != len(labels):
+        raise InputError("the dense model was scored on other rows; delete its result and run again")
+    answers, ones = np.array(labels), [1.0] * len(labels)
+    values = {"accuracy": np.equal(own["predicted"], answers).astype(float), "loss": np.array(own["loss"])}
+    others = {}
+    if dense is not None:
+        others = {"accuracy": np.equal(dense["predicted"], answers).astype(float), "loss": np.array(dense["loss"])}
+    found: dict[str, Any] = {}
+    for name, per_row in values.items():
+        found[name] = dict(zip(("value", "value_se"), ratio(per_row.tolist(), ones), strict=True))
+        if others:
+            found[name] |= dict(zip(("delta", "delta_se"), ratio((per_row - others[name]).tolist(), ones), strict=True))
+    measures: dict[str, Measure] = {"f1": _f1, "matthews": _matthews} if classes == 2 else {}
+    for name, measure in measures.items():
+        found[name] = dict(zip(("value", "value_se"), _jackknife(answers, own["predicted"], measure), strict=True))
+        if dense is not None:
+            delta = _jackknife(answers, own["predicted"], measure, dense["predicted"])
+            found[name] |= dict(zip(("delta", "delta_se"), delta, strict=True))
+    if dense is not None:
+        same = np.equal(own["predicted"], dense["predicted"]).astype(float)
+        found["agreement"] = dict(zip(("value", "value_se"), ratio(same.tolist(), ones), strict=True))
+    return found
