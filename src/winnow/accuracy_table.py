@@ -27,7 +27,7 @@ def accuracy_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]
         sizes["keep_bytes"] = result["stored_bytes"] / result["dense_bytes"]
         for task, measures in result["scores"].items():
             for measure, score in measures.items():
-                own = {"delta": 0.0, "delta_se": 0.0} if row["method"] == "dense" else {}
+                own = {"delta": 0.0, "delta_se": 0.0} if (row["method"], row["recovery"]) == ("dense", "none") else {}
                 documents = result["tasks"][task]["documents"]
                 table.append({**row, **sizes, "task": task, "measure": measure, "documents": documents, **own, **score})
     frame = pd.DataFrame(table).reindex(columns=COLUMNS)

@@ -168,6 +168,15 @@ def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
     return found
 
 
+def blocks_of(model_type: str, tensors: dict[str, Any]) -> dict[int, str]:
+    """{layer: the name of its module}, in order. `tensors` and errors as for `matrices_of`."""
+    if model_type not in ARCHITECTURES:
+        matrices_of(model_type, tensors)  # raises, naming the families
+    prefix = _prefix(ARCHITECTURES[model_type].layers, tensors)
+    layers = sorted({int(name[len(prefix) :].split(".")[0]) for name in tensors if name.startswith(prefix)})
+    return {layer: f"{prefix}{layer}" for layer in layers}
+
+
 def _prefix(layers: str, tensors: dict[str, Any]) -> str:
     """What the names of a layer's tensors begin with: a head on top adds to it, as `bert.`, and a model without one lacks the
     first part. Raises InputError if there are no layers."""

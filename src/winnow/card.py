@@ -120,6 +120,11 @@ def _recipe(recipe: dict[str, Any], dense: bool) -> list[str]:
         ("compressed", ", ".join(budget["targets"])),
         ("budget", ", ".join([*asked, *allocation]) or "none"),
         *_calibration(recipe),
+        *(
+            [("recovery", _options({k: v for k, v in recipe["recovery"].items() if k != "name"}))]
+            if recipe.get("recovery")
+            else []
+        ),
         ("sizes (ranks, neurons)", _sizes(recipe) or "none"),
         ("bytes of the compressed matrices", f"{recipe['stored_bytes']:,} of {recipe['dense_bytes']:,} ({share:.2%})"),
         ("bytes of all weights", whole),

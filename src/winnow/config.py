@@ -15,6 +15,7 @@ from winnow.errors import InputError
 from winnow.evaluations import PLAIN, AnyEvaluation, Classification, Perplexity
 from winnow.fields import Name, Strict
 from winnow.metrics import GRADIENTS, METRICS, AnyMetric
+from winnow.recoveries import AnyRecovery, NoRecovery, Trained
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 from winnow.tuning import Tuning
 
@@ -173,12 +174,6 @@ class Budget(Strict):
         return self
 
 
-class Recovery(Strict):
-    """What is done after compression to win back quality."""
-
-    kind: Literal["none"] = Field(description="none: the checkpoint is evaluated as compressed")
-
-
 class Experiment(Strict):
     """A grid: the product of the named presets. The dense model is evaluated beside it."""
 
@@ -186,7 +181,9 @@ class Experiment(Strict):
     calibrations: list[Name] = Field(min_length=1)
     methods: list[Name] = Field(min_length=1)
     budgets: list[Name] = Field(min_length=1)
-    recoveries: list[Name] = Field(["none"], min_length=1)
+    recoveries: list[Name] = Field(
+        ["none"], min_length=1, description="beside every one but `none` stands the dense model with the same recovery"
+    )
     evaluations: list[Name] = Field(min_length=1)
     controls: bool = Field(
         True, description="beside every method that selects neurons, columns or clusters, the same with a random selection"
@@ -204,7 +201,7 @@ class Config(Strict):
     calibrations: dict[Name, Calibrations] = Field(description="what statistics are collected on")
     methods: dict[Name, Method] = Field(description="points of the design space: structure x metric")
     budgets: dict[Name, Budget] = Field(description="how much is kept, of which matrices")
-    recoveries: dict[Name, Recovery] = Field({"none": Recovery(kind="none")}, description="what follows compression")
+    recoveries: dict[Name, AnyRecovery] = Field({"none": NoRecovery(kind="none")}, description="what follows compression")
     evaluations: dict[Name, AnyEvaluation] = Field(description="what is measured: loss, accuracy, latency")
     experiments: dict[Name, Experiment] = Field(description="products of the names above; `snakemake` runs them all")
 
@@ -212,6 +209,8 @@ class Config(Strict):
     def _references(self) -> Config:
         if "dense" in self.methods:
             raise ValueError("methods.dense: the name is taken by the uncompressed model, which is always evaluated")
+        if "none" in self.recoveries and self.recoveries["none"].kind != "none":
+            raise ValueError("recoveries.none: the name says that nothing is done; rename the preset")
         for section in ("calibrations", "evaluations"):
             for name, preset in getattr(self, section).items():
                 if isinstance(preset, Calibration | Perplexity) and preset.text is not None:
@@ -257,6 +256,12 @@ class Config(Strict):
         task are compared with its test rows."""
         used = [f"models.{n}.finetune.task" for n in experiment.models]
         used += [f"{s}.{n}.task" for s in ("calibrations", "recoveries") for n in getattr(experiment, s)]
+        for c in (c for c in experiment.calibrations if self.calibrations[c].task):
+            for r in (r for r in experiment.recoveries if isinstance(self.recoveries[r], Trained)):
+                raise ValueError(
+                    f"experiments.{name}: recovery {r!r} trains on whole windows of a text, calibration {c!r} is of the rows of "
+                    "a task; calibrate on a text, or recover by `finetune`"
+                )
         named, tasks = self.tasks_named(), {n: e for n, e in self.evaluations.items() if isinstance(e, Classification)}
         for where, e in ((w, e) for w in used if w in named for e in experiment.evaluations if e in tasks):
             if tasks[e].training() != tasks[named[where]].training():

@@ -17,6 +17,7 @@ from winnow.config import Config, Method, load
 from winnow.errors import InputError
 from winnow.evaluations import EVALUATIONS
 from winnow.metrics import METRICS
+from winnow.recoveries import RECOVERIES
 from winnow.structures import STRUCTURES
 from winnow.tokens import PROTOCOLS
 from winnow.tuning import Tuning
@@ -37,7 +38,7 @@ def default() -> dict[str, Any]:
         "budgets": {
             f"{name}-{keep}": {"targets": roles, "keep_bytes": keep} for name, roles in targets.items() for keep in keeps
         },
-        "recoveries": {"none": {"kind": "none"}},
+        "recoveries": presets.recoveries(),
         "evaluations": {"demo": {"text": "demo_evaluation", "protocol": "p1", "length": 256, "windows": 128}},
         "experiments": {
             "demo": {
@@ -107,9 +108,11 @@ def readme() -> str:
     ]
     for name, field in Config.model_fields.items():
         lines += ["", f"## `{name}`", "", f"{field.description}."]
-        kinds = EVALUATIONS if name == "evaluations" else {"": typing.get_args(field.annotation)[1]}
+        tagged: dict[str, dict[str, type]] = {"evaluations": EVALUATIONS, "recoveries": RECOVERIES}  # type: ignore[dict-item]
+        kinds = tagged.get(name) or {"": typing.get_args(field.annotation)[1]}
         for kind, preset in kinds.items():
-            lines += ["", f"`kind: {kind}`: {preset.__doc__}"] if kind else []
+            what = " ".join(str(preset.__doc__).split())
+            lines += ["", f"`kind: {kind}`: {what}"] if kind else []
             lines += ["", *_key_rows(preset)]
             if kind == "perplexity":
                 lines += ["", "| protocol | version | rule |", "|---|---|---|"]

@@ -69,7 +69,9 @@ def load_base(directory: Path, labels: list[str], tokenizer: Any, seed: int, dev
     return model.to(device)
 
 
-def train(model: PreTrainedModel, examples: Examples, outputs: list[int], tuning: Tuning, resume: Resume) -> dict[str, Any]:
+def train(
+    model: PreTrainedModel, examples: Examples, outputs: list[int], tuning: Tuning, resume: Resume | None = None
+) -> dict[str, Any]:
     """Train all weights of the model in place; returns {steps, rows, loss of the first and the last steps (nats)}.
 
     Order and dropout of a step depend on the seed and the step only, so that a training that was cut off goes on to the same
@@ -86,7 +88,7 @@ def train(model: PreTrainedModel, examples: Examples, outputs: list[int], tuning
     total, rows = tuning.total_steps(len(examples.ids)), len(examples.ids)
     losses = torch.zeros(total, dtype=torch.float64)
     state = _state(weights, optimiser) | {"losses": losses}
-    begin = resume.restore(state)
+    begin = resume.restore(state) if resume else 0
     targets = torch.tensor(outputs)
     model.train()
     for step in every(range(begin, total), "steps"):
@@ -105,7 +107,8 @@ def train(model: PreTrainedModel, examples: Examples, outputs: list[int], tuning
         losses[step] = loss.item()
         if (step + 1) % max(1, total // 20) == 0:
             log.info("step %d of %d: loss %.4f", step + 1, total, losses[max(0, step - 19) : step + 1].mean())
-        resume.save(step + 1, state)
+        if resume:
+            resume.save(step + 1, state)
     model.eval()
     few = max(1, total // 10)
     return {"steps": total, "rows": rows, "first_loss": float(losses[:few].mean()), "last_loss": float(losses[-few:].mean())}

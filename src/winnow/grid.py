@@ -65,7 +65,8 @@ def _by_seed(config: Config) -> tuple[dict[str, Calibration], dict[str, str]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One evaluated point, as preset names. `method` is None for the dense model, and so are its upstream choices."""
+    """One evaluated point, as preset names. `method` is None for the dense model, and so are its upstream choices; with a
+    recovery, which needs a calibration, it is the dense model after the same recovery: the control of recovered cells."""
 
     model: str
     evaluation: str
@@ -109,16 +110,28 @@ class Grid:
         return [name for preset in calibrations for name, of in self.preset_of_seed.items() if of == preset]
 
     def _cells(self) -> list[Cell]:
-        """Cells of all experiments, each once: the dense ones first."""
+        """Cells of all experiments, each once: the dense ones first, then those after the same recovery."""
         dense: dict[Cell, None] = {}
+        healed: dict[Cell, None] = {}
         compressed: dict[Cell, None] = {}
         for e in self.config.experiments.values():
             for model, evaluation in product(e.models, e.evaluations):
                 dense[Cell(model, evaluation, kind=self.config.evaluations[evaluation].kind)] = None
+            recoveries = [name for name in e.recoveries if self.recovers(name)]
+            for model, evaluation, calibration, recovery in product(
+                e.models, e.evaluations, self._seeds(e.calibrations), recoveries
+            ):
+                kind = self.config.evaluations[evaluation].kind
+                if kind != "latency":  # its matrices are the dense model's
+                    healed[Cell(model, evaluation, calibration, recovery=recovery, kind=kind)] = None
             methods = [name for m in e.methods for name in (m, self.controls.get(m) if e.controls else None) if name]
             for row in product(e.models, e.evaluations, self._seeds(e.calibrations), methods, e.budgets, e.recoveries):
                 compressed[Cell(*row, kind=self.config.evaluations[row[1]].kind)] = None
-        return [*dense, *compressed]
+        return [*dense, *healed, *compressed]
+
+    def recovers(self, name: str) -> bool:
+        """Whether the recovery of this name does anything."""
+        return self.config.recoveries[name].kind != "none"
 
     def exported(self) -> list[Cell]:
         """Cells whose checkpoints are asked for as dense models: the methods that are named, not their controls."""
@@ -211,12 +224,15 @@ class Grid:
         return any(label in self.names[section] for section in sections.get(wildcard, [f"{wildcard}s"]))
 
     def pattern(self, *sections: str, kind: str | None = None) -> str:
-        """A regular expression of all labels of the sections; with `kind` only those evaluations of it. `none` is no label."""
+        """A regular expression of all labels of the sections; with `kind` only those evaluations of it, and with `kind: recovers`
+        only recoveries that do anything. `none` is no label."""
         labels = [
             label
             for section in sections
             for label in self.names[section]
-            if kind is None or section != "evaluations" or self.preset(section, label).kind == kind
+            if kind is None
+            or section not in ("evaluations", "recoveries")
+            or (self.recovers(self.names[section][label]) if kind == "recovers" else self.preset(section, label).kind == kind)
         ]
         return "|".join(label.replace(".", r"\.") for label in labels) or "none"
 
@@ -234,9 +250,21 @@ class Grid:
     def result(self, cell: Cell) -> str:
         """The path of what was measured at a cell."""
         evaluation = self.labels["evaluations"][cell.evaluation]
-        if cell.method is None:
+        if cell.method is None and cell.recovery is None:
             return f"{self.folder(cell, 'models')}/dense/{evaluation}.json"
-        return f"{self.folder(cell, 'models', 'calibrations', 'methods', 'budgets', 'recoveries')}/{evaluation}.json"
+        return f"{self.recovered(cell)}/{evaluation}.json"
+
+    def recovered(self, cell: Cell) -> str:
+        """The folder of a cell that names a recovery."""
+        if cell.method is None:
+            return f"{self.folder(cell, 'models', 'calibrations')}/dense/{self.labels['recoveries'][str(cell.recovery)]}"
+        return self.folder(cell, "models", "calibrations", "methods", "budgets", "recoveries")
+
+    def made(self, cell: Cell, what: str = "checkpoint") -> str:
+        """The manifest of the checkpoint (or of `dense_export`) of a compressed cell, after its recovery if that does anything."""
+        if self.recovers(str(cell.recovery)):
+            return f"{self.recovered(cell)}/{what}/manifest.json"
+        return f"{self.folder(cell, 'models', 'calibrations', 'methods', 'budgets')}/{what}/manifest.json"
 
     def shards(self, model_label: str) -> list[str]:
         total = self.preset("models", model_label).shards

@@ -12,6 +12,7 @@ from winnow.grid import EXECUTION, UNNAMED, Cell, Grid
 from winnow.io import file_digest
 from winnow.metrics import METRICS
 from winnow.provenance import CodeTracker, versions
+from winnow.recoveries import RECOVERIES, Finetune
 from winnow.structures import STRUCTURES
 from winnow.tokens import PROTOCOLS
 
@@ -34,6 +35,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "factorize": TORCH,
     "measure_spectra": (*TORCH, *TABLES),
     "compress": (*TORCH, *TABLES),
+    "recover": (*HUGGING_FACE, "peft"),
     "export_dense": HUGGING_FACE,
     "evaluate_perplexity": HUGGING_FACE,
     "evaluate_latency": HUGGING_FACE,
@@ -52,8 +54,13 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 DENSE = {  # rules by the same script
     "evaluate_dense": "evaluate_perplexity",
+    "evaluate_perplexity_healed": "evaluate_perplexity",
     "evaluate_accuracy_dense": "evaluate_accuracy",
+    "evaluate_accuracy_healed": "evaluate_accuracy",
+    "recover_dense": "recover",
+    "export_dense_recovered": "export_dense",
     "evaluate_classification_dense": "evaluate_classification",
+    "evaluate_classification_healed": "evaluate_classification",
     "check_rows": "check_overlap",
 }
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
@@ -94,11 +101,15 @@ class Plan(Grid):
 
     def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
         """Digests of the stage's script and of every project module that it reaches."""
-        return list(self._fingerprint(stage, wildcards.get("method")))
+        recovery = wildcards.get("recovery") if stage == "recover" else None
+        return list(self._fingerprint(stage, wildcards.get("method"), recovery))
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a method
-    def _fingerprint(self, stage: str, method_label: str | None) -> tuple[str, ...]:
+    def _fingerprint(self, stage: str, method_label: str | None, recovery_label: str | None) -> tuple[str, ...]:
         entries = [f"{stage}.py"]
+        if recovery_label is not None:
+            kind = self.preset("recoveries", recovery_label).kind
+            entries += [f"winnow.recovery.{kind}", f"winnow.recoveries:{RECOVERIES[kind].__name__}"]
         if method_label is not None:
             kinds = _kinds(self.preset("methods", method_label).model_dump())
             entries += [f"winnow.structures.{kind}" for kind in kinds if kind in STRUCTURES]
@@ -189,6 +200,18 @@ class Plan(Grid):
             return {"files": task.train, "dataset": task.dataset, **hub, "columns": task.columns}
         return self.config.texts[calibration.text].model_dump(exclude_defaults=True, mode="json")
 
+    def _spec_recover(self, w: dict[str, str]) -> dict[str, Any]:
+        recovery = self.preset("recoveries", w["recovery"])
+        model, calibration = self.preset("models", w["model"]), self.preset("calibrations", w["calibration"])
+        return {
+            "name": self.names["recoveries"][w["recovery"]],
+            "recovery": recovery.model_dump(),
+            **({"length": self.task(recovery.task).length} if isinstance(recovery, Finetune) else {}),
+            "version": RECOVERIES[recovery.kind].version,
+            "first_token": calibration.first_token,
+            "dtype": model.dtype,
+        }
+
     def _spec_evaluate_perplexity(self, w: dict[str, str]) -> dict[str, Any]:
         evaluation = self.preset("evaluations", w["evaluation"])
         spec = evaluation.model_dump(include={"protocol", "length", "stride", "compare"})
@@ -226,9 +249,7 @@ class Plan(Grid):
         """{card: the checkpoint that it describes, and {evaluation: the artefacts for it and for the dense model}}."""
         cards: dict[str, Any] = {}
         for cell in (cell for cell in self.cells_of("perplexity") if cell.method):
-            folder = self.folder(cell, "models", "calibrations", "methods", "budgets")
-            path = f"{self.folder(cell, 'models', 'calibrations', 'methods', 'budgets', 'recoveries')}/README.md"
-            found = cards.setdefault(path, {"checkpoint": f"{folder}/checkpoint/manifest.json", "evaluations": {}})
+            found = cards.setdefault(f"{self.recovered(cell)}/README.md", {"checkpoint": self.made(cell), "evaluations": {}})
             dense = self.result(Cell(cell.model, cell.evaluation))
             found["evaluations"][cell.evaluation] = {"compressed": self.result(cell), "dense": dense}
         return {"cards": cards}

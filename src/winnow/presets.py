@@ -1,4 +1,4 @@
-"""The presets of the default configuration: points of the design space, by the paper that each comes from."""
+"""The presets of the default configuration: points of the design space, by the paper that each comes from, and recoveries."""
 
 from __future__ import annotations
 
@@ -59,3 +59,9 @@ def methods() -> dict[str, dict[str, Any]]:
     for name, (paper, structure, metric) in _PRESETS.items():
         found[name] = {"paper": paper, "structure": dict(structure)} | ({} if metric is None else {"metric": dict(metric)})
     return found
+
+
+def recoveries() -> dict[str, dict[str, Any]]:
+    """The section `recoveries` of the default configuration."""
+    lora = {"kind": "distill", "parameters": "lora"}
+    return {"none": {"kind": "none"}, "refine": {"kind": "refine"}, "distill": {"kind": "distill"}, "distill_lora": lora}

@@ -20,14 +20,16 @@ def measured_beside(checkpoint: Path) -> list[Measured]:
     if not (checkpoint / MANIFEST).is_file():
         return []
     own, found = file_digest(checkpoint / MANIFEST), []
-    for path in sorted(checkpoint.parent.glob("*/*.json")):
+    for path in sorted([*checkpoint.parent.glob("*.json"), *checkpoint.parent.glob("*/*.json")]):
         if (path.parent / MANIFEST).is_file():  # of a bundle
             continue
-        result, dense = read_json(path), checkpoint.parents[3] / "dense" / path.name
-        if "per_window" not in result or not dense.is_file():
+        result = read_json(path)
+        if "per_window" not in result:
             continue
         made_from = set(result["provenance"]["inputs"].values())
-        if own in made_from and file_digest(dense) in made_from:
+        beside = [parent / "dense" / path.name for parent in checkpoint.parents]
+        dense = next((p for p in beside if p.is_file() and file_digest(p) in made_from), None)
+        if own in made_from and dense is not None:
             found.append(Measured(path.stem.rpartition("-")[0], result, read_json(dense)))
     return found
 

@@ -25,6 +25,11 @@ SPREAD = [
 DENSE = {"delta_nll": 0.0, "delta_nll_se": 0.0, "kl": 0.0, "top1_agreement": 1.0}  # of the dense model to itself
 
 
+def is_dense(row: dict[str, Any]) -> bool:
+    """Whether a row is of the dense model as it is, and not after a recovery."""
+    return row["method"] == "dense" and row["recovery"] == "none"
+
+
 def summary(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """One row per cell: its names (from `rows`) and its numbers (from the result that `row["result"]` names).
 
@@ -35,7 +40,7 @@ def summary(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> p
     for row in rows:
         result = results[row["result"]]
         measured = {key: result[key] for key in COLUMNS if key in result}
-        own = DENSE if row["method"] == "dense" else {}
+        own = DENSE if is_dense(row) else {}
         table.append({**row, **measured, **own, "keep_bytes": result["stored_bytes"] / result["dense_bytes"]})
     frame = pd.DataFrame(table).reindex(columns=COLUMNS)
     return frame.astype({"keep_requested": "float64", "kl": "float64", "top1_agreement": "float64"})
@@ -51,7 +56,7 @@ def spread(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd
     out what the other sees, and the sum counts their interaction twice, which is the cautious side. `tie`: 0 is within two
     `_se` of the difference.
     """
-    dense = {(row["model"], row["evaluation"]): results[row["result"]] for row in rows if row["method"] == "dense"}
+    dense = {(row["model"], row["evaluation"]): results[row["result"]] for row in rows if is_dense(row)}
     cells: dict[tuple, dict[str, dict[str, Any]]] = {}  # by what is compared; then by method
     for row in rows:
         if row["method"] != "dense":

@@ -1,6 +1,7 @@
 # needs: models or checkpoints, lm-eval's tasks or the user's      makes: accuracy JSON, a table
 # steps: retrieve_tasks (may need the network: `snakemake prefetch`), evaluate_accuracy for compressed models,
-#        evaluate_accuracy_dense, by the same script, for the dense one, tabulate_accuracy
+#        by the same script evaluate_accuracy_dense, for the dense one, and evaluate_accuracy_healed, for the dense one after a
+#        recovery; tabulate_accuracy
 
 
 rule retrieve_tasks:
@@ -58,7 +59,7 @@ rule evaluate_accuracy:
         tasks="results/tasks/{evaluation}.json",
         files=task_files,
         dense="results/{model}/dense/{evaluation}.json",
-        checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
+        checkpoint=evaluated_checkpoint,
     output:
         "results/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.json",
     log:
@@ -77,6 +78,21 @@ rule evaluate_accuracy:
         **stage("evaluate_accuracy"),
     script:
         "../../scripts/evaluate_accuracy.py"
+
+
+use rule evaluate_accuracy as evaluate_accuracy_healed with:
+    input:
+        model="results/{model}/model.json",
+        tasks="results/tasks/{evaluation}.json",
+        files=task_files,
+        dense="results/{model}/dense/{evaluation}.json",
+        checkpoint="results/{model}/{calibration}/dense/{recovery}/checkpoint/manifest.json",
+    output:
+        "results/{model}/{calibration}/dense/{recovery}/{evaluation}.json",
+    log:
+        "results/logs/evaluate_accuracy_healed/{model}/{calibration}/{recovery}/{evaluation}.log",
+    benchmark:
+        "results/benchmarks/evaluate_accuracy_healed/{model}/{calibration}/{recovery}/{evaluation}.tsv"
 
 
 rule tabulate_accuracy:

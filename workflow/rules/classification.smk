@@ -1,6 +1,7 @@
 # needs: models or checkpoints, rows of classification tasks      makes: classification JSON, a table
 # steps: retrieve_examples (may need the network: `snakemake prefetch`), check_rows, evaluate_classification for compressed
-#        models, evaluate_classification_dense, by the same script, for the dense one, tabulate_classification
+#        models; by the same script evaluate_classification_dense, for the dense one, and evaluate_classification_healed, for
+#        the dense one tuned again; tabulate_classification
 
 
 rule retrieve_examples:
@@ -79,7 +80,7 @@ rule evaluate_classification:
         test=rows_of_task("test.parquet"),
         facts=rows_of_task("task.json"),
         dense="results/{model}/dense/{evaluation}.json",
-        checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
+        checkpoint=evaluated_checkpoint,
         overlap=rows_check,
     output:
         "results/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.json",
@@ -99,6 +100,22 @@ rule evaluate_classification:
         **stage("evaluate_classification"),
     script:
         "../../scripts/evaluate_classification.py"
+
+
+use rule evaluate_classification as evaluate_classification_healed with:
+    input:
+        model="results/{model}/model.json",
+        test=rows_of_task("test.parquet"),
+        facts=rows_of_task("task.json"),
+        dense="results/{model}/dense/{evaluation}.json",
+        checkpoint="results/{model}/{calibration}/dense/{recovery}/checkpoint/manifest.json",
+        overlap=rows_check,
+    output:
+        "results/{model}/{calibration}/dense/{recovery}/{evaluation}.json",
+    log:
+        "results/logs/evaluate_classification_healed/{model}/{calibration}/{recovery}/{evaluation}.log",
+    benchmark:
+        "results/benchmarks/evaluate_classification_healed/{model}/{calibration}/{recovery}/{evaluation}.tsv"
 
 
 rule tabulate_classification:

@@ -26,11 +26,9 @@ rule compress:
 
 
 rule checkpoints:
-    """Compressed checkpoints of all cells."""
+    """Compressed checkpoints of all cells, after their recovery if they have one."""
     input:
-        of_cells(
-            "results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json"
-        ),
+        made_of_cells("checkpoint"),
 
 
 rule export_dense:
@@ -56,7 +54,4 @@ rule export_dense:
 rule exports:
     """Dense models of the experiments that ask for them."""
     input:
-        of_cells(
-            "results/{model}/{calibration}/{method}/{budget}/dense_export/manifest.json",
-            cells=PLAN.exported(),
-        ),
+        made_of_cells("dense_export", PLAN.exported()),

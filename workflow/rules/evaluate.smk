@@ -1,5 +1,6 @@
 # needs: models or checkpoints, windows of evaluation tokens      makes: perplexity JSON, cards with the numbers
-# steps: evaluate_perplexity, for compressed models; evaluate_dense, by the same script, for the dense one; cards
+# steps: evaluate_perplexity, for compressed models; by the same script evaluate_dense, for the dense one, and
+#        evaluate_perplexity_healed, for the dense one after a recovery; cards
 
 
 rule evaluate_dense:
@@ -33,7 +34,7 @@ rule evaluate_perplexity:
         model="results/{model}/model.json",
         tokens="results/{model}/tokens/{evaluation}.safetensors",
         dense="results/{model}/dense/{evaluation}.json",
-        checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
+        checkpoint=evaluated_checkpoint,
         overlap=overlap_check,
     output:
         "results/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.json",
@@ -53,6 +54,21 @@ rule evaluate_perplexity:
         **stage("evaluate_perplexity"),
     script:
         "../../scripts/evaluate_perplexity.py"
+
+
+use rule evaluate_perplexity as evaluate_perplexity_healed with:
+    input:
+        model="results/{model}/model.json",
+        tokens="results/{model}/tokens/{evaluation}.safetensors",
+        dense="results/{model}/dense/{evaluation}.json",
+        checkpoint="results/{model}/{calibration}/dense/{recovery}/checkpoint/manifest.json",
+        overlap=overlap_check,
+    output:
+        "results/{model}/{calibration}/dense/{recovery}/{evaluation}.json",
+    log:
+        "results/logs/evaluate_perplexity_healed/{model}/{calibration}/{recovery}/{evaluation}.log",
+    benchmark:
+        "results/benchmarks/evaluate_perplexity_healed/{model}/{calibration}/{recovery}/{evaluation}.tsv"
 
 
 rule perplexity:

@@ -34,6 +34,16 @@ def task_of_model(wildcards):
     return PLAN.preset("models", wildcards.model).finetune.task
 
 
+def rows_of_recovery(part):
+    """The rows that a recovery learns, if it learns those of a task."""
+
+    def path(wildcards):
+        name = getattr(PLAN.preset("recoveries", wildcards.recovery), "task", None)
+        return f"results/examples/{PLAN.task_label(name)}/{part}" if name else []
+
+    return path
+
+
 def text_files(wildcards):
     return PLAN.preset("texts", wildcards.text).files
 
@@ -96,6 +106,32 @@ def rows_check(wildcards):
     calibration = PLAN.text_label("calibrations", wildcards.calibration)
     task = PLAN.task_label(PLAN.names["evaluations"][wildcards.evaluation])
     return f"results/texts/overlap/{calibration}/{task}.json"
+
+
+def evaluated_checkpoint(wildcards):
+    """The checkpoint that is evaluated: the compressed one, or what its recovery made of it."""
+    name = PLAN.names["recoveries"][wildcards.recovery]
+    folder = "results/{model}/{calibration}/{method}/{budget}"
+    if PLAN.recovers(name):
+        folder += "/{recovery}"
+    return f"{folder}/checkpoint/manifest.json".format(**dict(wildcards.items()))
+
+
+def made_of_cells(what, cells=None):
+    """The checkpoints, or what else is made, of all compressed cells or of `cells`."""
+    cells = [cell for cell in PLAN.cells if cell.method] if cells is None else cells
+    return list(dict.fromkeys(PLAN.made(cell, what) for cell in cells))
+
+
+def recovered_of_cells():
+    """The recovered checkpoints of all cells, dense ones included."""
+    return list(
+        dict.fromkeys(
+            f"{PLAN.recovered(cell)}/checkpoint/manifest.json"
+            for cell in PLAN.cells
+            if cell.recovery and PLAN.recovers(cell.recovery)
+        )
+    )
 
 
 def of_cells(path, kind=None, cells=None):

@@ -7,7 +7,7 @@ rule evaluate_latency:
     """Time of a compressed model, in turns with the dense one in the same process."""
     input:
         model="results/{model}/model.json",
-        checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
+        checkpoint=evaluated_checkpoint,
     output:
         "results/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.json",
     log:

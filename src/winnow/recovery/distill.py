@@ -1,0 +1,150 @@
+"""`distill`: all factors at once learn the dense model's distribution over the next token.
+
+LoRA is put on every factor by itself, not on the product W = L R: then its product is added to a factor of the same shape, so
+merging is exact, costs no byte and needs no second truncation, which would undo a part of what was learned. It also works for
+every structure that is made of linear maps. A factor that several modules share is not given LoRA, which would split it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from winnow.classes import is_causal
+from winnow.errors import InputError
+from winnow.recovery.base import Task
+from winnow.recovery.training import Progress, Saver, batches, train
+from winnow.resume import Resume
+
+log = logging.getLogger(__name__)
+
+
+def recover(task: Task) -> dict[str, Any]:
+    """Train `task.model` in place; returns held-out losses by step (nats per token). Goes on after the last step that was saved.
+
+    Raises InputError for a model without logits, and FloatingPointError, naming the tensor, if a gradient is not finite."""
+    options, device = task.options, next(task.model.parameters()).device
+    if options.nll and not is_causal(task.model.config):
+        raise InputError(f"recovery: {type(task.model).__name__} does not predict the text's next tokens; leave `nll` at 0")
+    windows, held = task.split()
+    order = batches(len(windows), options.batch, options.steps, options.seed)
+    whole = task.parameters()
+    start = {name: parameter.detach().clone() for name, parameter in whole.items()}
+
+    def loss(ids: Tensor) -> Tensor:
+        """The mean over the tokens of windows (n, length)."""
+        with torch.no_grad():
+            reference = _logits(task.dense, ids)
+        logits = _logits(task.model, ids)
+        q, p = logits.log_softmax(-1), reference.log_softmax(-1)
+        value = (p.exp() * (p - q)).sum(-1).mean()
+        if options.nll:
+            value = value - options.nll * q[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+        return value
+
+    def held_out() -> float:
+        parts = [held[first : first + options.batch].to(device).long() for first in range(0, len(held), options.batch)]
+        return math.fsum(float(loss(part)) * len(part) for part in parts) / len(held)
+
+    lora = options.parameters == "lora"
+    trained = _with_lora(task) if lora else whole
+    saver = _Saver(task.resume, trained) if task.resume else None
+    of_step = lambda step: loss(windows[order[step]].to(device).long())  # noqa: E731
+    progress = train("distill", trained, of_step, held_out, options, {} if lora else task.dtypes, saver)
+    report = progress.report()
+    if lora:
+        _merge(task)
+        report["held_out_merged"] = _rounded(task, held_out)
+        if report["held_out_merged"] >= report["held_out_start"]:
+            with torch.no_grad():
+                for name, parameter in whole.items():
+                    parameter.copy_(start[name])
+            report["best_step"] = 0
+    if report["best_step"] == 0:
+        log.info("no better than the start on held-out windows: the model is left as it was")
+    tokens = report["steps"] * options.batch * windows.shape[1]
+    numbers = sum(parameter.numel() for parameter in trained.values())
+    return {"loss": "nats per token", "tokens": tokens, "trained_numbers": numbers, **report}
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+    if logits is None:
+        raise InputError(f"recovery: {type(model).__name__} has no logits to be distilled; use `refine`")
+    return logits.float()
+
+
+def _with_lora(task: Task) -> dict[str, nn.Parameter]:
+    """Put LoRA on every linear map below the compressed modules, and return its parameters."""
+    users: dict[int, int] = {}
+    for _, parameter in task.model.named_parameters(remove_duplicate=False):
+        users[id(parameter)] = users.get(id(parameter), 0) + 1
+    inside = tuple(f"{name}." for name in task.modules)
+    targets = [
+        name
+        for name, module in task.model.named_modules()
+        if f"{name}.".startswith(inside) and isinstance(module, nn.Linear | Conv1D) and users[id(module.weight)] == 1
+    ]
+    if not targets:
+        raise InputError("recovery: no factor is a linear map of its own, so LoRA has no place; use `parameters: full`")
+    torch.manual_seed(task.options.seed)
+    config = LoraConfig(
+        r=task.options.lora_rank,
+        lora_alpha=task.options.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(task.model.get_submodule(name), Conv1D) for name in targets),
+    )
+    inject_adapter_in_model(config, task.model)
+    task.model.eval()
+    return {name: p for name, p in task.model.named_parameters() if ".lora_" in name}
+
+
+def _merge(task: Task) -> None:
+    """Add every LoRA product to its factor, and put the factor's own module back."""
+    for name, module in [(n, m) for n, m in task.model.named_modules() if isinstance(m, LoraLayer)]:
+        module.merge(safe_merge=True)  # type: ignore[operator]
+        parent, _, child = name.rpartition(".")
+        setattr(task.model.get_submodule(parent), child, module.get_base_layer())
+
+
+@torch.no_grad()
+def _rounded(task: Task, held_out: Any) -> float:
+    """The held-out loss after the parameters are rounded to what they are stored in."""
+    for name, parameter in task.parameters().items():
+        parameter.copy_(parameter.to(task.dtypes[name]))
+    return held_out()
+
+
+class _Saver(Saver):
+    """Keeps parameters, Adam's moments, the best state and the losses; a look's loss has a place by its step."""
+
+    def __init__(self, resume: Resume, parameters: dict[str, nn.Parameter]):
+        self.resume, self.parameters = resume, parameters
+
+    def restore(self, optimizer: torch.optim.Adam, progress: Progress) -> int:
+        state = self.resume.load()
+        if not state:
+            return 0
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state[name])
+            moments = {key: state[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": state["adam_step"].clone(), **moments}
+            progress.best[name] = state[f"best.{name}"].to(parameter.device)
+        progress.losses = {int(step): loss for step, loss in state["losses"].tolist()}
+        log.info("going on after step %d of %s", int(state["done"]), self.resume.path)
+        return int(state["done"])
+
+    def save(self, done: int, optimizer: torch.optim.Adam, progress: Progress) -> None:
+        found: dict[str, Tensor] = {"losses": torch.tensor(list(progress.losses.items()), dtype=torch.float64)}
+        for name, parameter in self.parameters.items():
+            adam = optimizer.state[parameter]
+            found |= {name: parameter.data, f"best.{name}": progress.best[name], "adam_step": adam["step"]}
+            found |= {f"{key}.{name}": adam[key] for key in ("exp_avg", "exp_avg_sq")}
+        self.resume.save(done, found)

@@ -1,0 +1,78 @@
+"""`refine`: every block in order learns to give what the dense block gives, from the inputs that the refined model makes.
+
+Source: block refinement of AA-SVD, arXiv 2604.02119."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.recovery.base import Task
+from winnow.recovery.blocks import Calls, calls_of, outputs_of
+from winnow.recovery.training import batches, train
+
+log = logging.getLogger(__name__)
+
+
+def recover(task: Task) -> dict[str, Any]:
+    """Refine the blocks of `task.model` in place; returns {blocks: {name: held-out losses, steps}}, the losses as shares of the
+    mean square of the target.
+
+    A tensor that several blocks share stays as it is: it would change blocks that are finished. Goes on after the last block
+    that was saved. Raises FloatingPointError, naming the block, if a gradient is not finite."""
+    own = {name: _own_parameters(task, name) for name in task.blocks.values()}
+    flat = {name: parameter.data for parameters in own.values() for name, parameter in parameters.items()}
+    numbers = torch.zeros(len(own), 4, dtype=torch.float64)  # of each block: held-out at start, at best, step of it, steps
+    done = task.resume.restore({**flat, "numbers": numbers}) if task.resume else 0
+    for index, (name, parameters) in list(enumerate(own.items()))[done:]:
+        if parameters:
+            found = _refine(task, name, parameters, task.options.seed * 1_000_003 + index)
+            numbers[index] = torch.tensor([found[key] for key in KEYS], dtype=torch.float64)
+        if task.resume:
+            task.resume.save(index + 1, {**flat, "numbers": numbers})
+    rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in zip(own, numbers.tolist(), strict=True) if own[name]}
+    kept = [name for name, row in rows.items() if row["best_step"] == 0]
+    if kept:
+        log.info("no better than its start on held-out windows, and left as it was: %s", ", ".join(kept))
+    return {"loss": "squared error over mean square of the target", "blocks": rows, "left_as_they_were": kept}
+
+
+KEYS = ("held_out_start", "held_out_best", "best_step", "steps")
+
+
+def _own_parameters(task: Task, block: str) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters below a block that no module outside of it uses."""
+    outside = {
+        id(parameter)
+        for name, parameter in task.model.named_parameters(remove_duplicate=False)
+        if not name.startswith(f"{block}.")
+    }
+    return {name: p for name, p in task.parameters(f"{block}.").items() if id(p) not in outside}
+
+
+def _refine(task: Task, name: str, parameters: dict[str, torch.nn.Parameter], seed: int) -> dict[str, Any]:
+    options, device = task.options, next(task.model.parameters()).device
+    block, dense = task.model.get_submodule(name), task.dense.get_submodule(name)
+    sides: list[tuple[Calls, Tensor]] = []  # to train on, and held out: what the block is called with, and what it shall give
+    for windows in task.split():
+        calls = calls_of(task.model, name, windows, options.batch)
+        source = calls_of(task.dense, name, windows, options.batch) if options.objective == "anchored" else calls
+        sides.append((calls, outputs_of(dense, source, options.batch, device)))
+    skipped = 0 if task.first_token else 1
+    scale = float(sides[0][1][:, skipped:].double().square().mean())
+    order = batches(len(sides[0][1]), options.batch, options.steps, seed)
+
+    def error(side: int, windows: Any) -> Tensor:
+        calls, target = sides[side]
+        difference = calls.run(block, windows, device) - target[windows].to(device)
+        return difference[:, skipped:].square().mean() / scale
+
+    def held_out() -> float:
+        count = len(sides[1][1])
+        parts = [slice(start, min(start + options.batch, count)) for start in range(0, count, options.batch)]
+        return sum(float(error(1, part)) * (part.stop - part.start) for part in parts) / count
+
+    return train(name, parameters, lambda step: error(0, order[step]), held_out, options, task.dtypes).report()

@@ -1,0 +1,141 @@
+"""Adam on some parameters, with the best state on held-out windows kept: what the kinds of recovery share."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from winnow.recoveries import Trained
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where training is: held-out losses by step (the start is step 0), and the best state so far."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def best_step(self) -> int:
+        """The step of the lowest held-out loss; the earliest of equal ones, so that nothing changes for no gain."""
+        return min(self.losses, key=lambda step: (self.losses[step], step))
+
+    def report(self) -> dict[str, Any]:
+        best = self.best_step
+        return {
+            "held_out_start": self.losses[0],
+            "held_out_best": self.losses[best],
+            "best_step": best,
+            "steps": max(self.losses),
+            "held_out": {str(step): loss for step, loss in self.losses.items()},
+        }
+
+
+def rate_at(step: int, options: Trained) -> float:
+    """The learning rate of a step (from 0): a linear rise, then a cosine to 0."""
+    warm = options.warmup * options.steps
+    if step < warm:
+        return options.rate * (step + 1) / (math.floor(warm) + 1)  # type: ignore[attr-defined]
+    return options.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, options.steps - warm)))  # type: ignore[attr-defined]
+
+
+def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
+    """The windows of every step: a new order of all `count` in every round, the rest that fills no batch left out."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    while len(found) < steps:
+        order = torch.randperm(count, generator=generator).tolist()
+        found += [sorted(order[start : start + size]) for start in range(0, count - size + 1, size)]
+    return found[:steps]
+
+
+class Saver:
+    """What a training can be gone on with; this one keeps nothing."""
+
+    def restore(self, optimizer: torch.optim.Adam, progress: Progress) -> int:
+        """Put back what was saved; returns the steps that are done."""
+        return 0
+
+    def save(self, done: int, optimizer: torch.optim.Adam, progress: Progress) -> None:
+        """Keep the state after `done` steps."""
+
+
+def train(
+    where: str,
+    parameters: dict[str, nn.Parameter],
+    loss: Callable[[int], Tensor],
+    held_out: Callable[[], float],
+    options: Trained,
+    dtypes: dict[str, torch.dtype],
+    saver: Saver | None = None,
+) -> Progress:
+    """Train `parameters` by `loss` (of a step) and leave them in the best state by `held_out`, the start included.
+
+    Every state that is looked at is first rounded to the dtypes that it will be stored in. Training ends after `options.steps`,
+    after `options.patience` looks without a new best, or at a loss of 0. Raises FloatingPointError, naming the parameter, if a
+    gradient is not finite."""
+    saver = saver or Saver()
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(list(parameters.values()), lr=options.rate, betas=(0.9, 0.95))  # type: ignore[attr-defined]
+    progress = Progress()
+    done = saver.restore(optimizer, progress)
+    if not progress.losses:
+        _look(where, 0, parameters, held_out, dtypes, progress)
+    for step in range(done, options.steps):
+        if _finished(progress, options.patience):  # type: ignore[attr-defined]
+            break
+        with torch.enable_grad():
+            loss(step).backward()
+        for name, parameter in parameters.items():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise FloatingPointError(f"{where}: the gradient of {name} is not finite at step {step + 1}; make `rate` smaller")
+        optimizer.param_groups[0]["lr"] = rate_at(step, options)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % options.every == 0 or step + 1 == options.steps:
+            _look(where, step + 1, parameters, held_out, dtypes, progress)
+        saver.save(step + 1, optimizer, progress)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(progress.best[name])
+            parameter.requires_grad_(False)
+    return progress
+
+
+@torch.no_grad()
+def _look(
+    where: str,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    held_out: Callable[[], float],
+    dtypes: dict[str, torch.dtype],
+    progress: Progress,
+) -> None:
+    """The held-out loss of the parameters as they would be stored; the best of them are kept."""
+    exact = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.copy_(exact[name].to(dtypes.get(name, parameter.dtype)))
+    value = held_out()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{where}: the loss on held-out windows is not finite at step {step}; make `rate` smaller")
+    progress.losses[step] = value
+    if progress.best_step == step:
+        progress.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.copy_(exact[name])
+    log.info("%s: step %d, held-out loss %.6g%s", where, step, value, " (best)" if progress.best_step == step else "")
+
+
+def _finished(progress: Progress, patience: int | None) -> bool:
+    best = progress.best_step
+    since = sum(step > best for step in progress.losses)
+    return progress.losses[best] == 0 or (patience is not None and since >= patience)
