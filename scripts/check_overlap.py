@@ -1,7 +1,7 @@
 """Rules `check_overlap` and `check_rows`: the job fails if a calibration text shares passages with what is evaluated."""
 
-from winnow.examples import check_rows, texts_of
 from winnow.io import read_parquet, write_json
+from winnow.rows import check_rows, texts_of
 from winnow.runtime import start_job
 from winnow.texts import check_overlap
 

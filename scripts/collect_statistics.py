@@ -12,7 +12,6 @@ from winnow.models import ModelFiles
 from winnow.resume import Resume
 from winnow.runtime import start_job
 from winnow.statistics import channel_rows, collect
-from winnow.tokens import PAD
 
 if __name__ == "__main__":
     job = start_job(snakemake)
@@ -29,5 +28,5 @@ if __name__ == "__main__":
         readers = {s: [files.weight(m) for m in files.matrices if (m.layer, m.site) == (layer, s)] for s in sites}
         channels += [pd.DataFrame(channel_rows(layer, site, values, readers[site])) for site, values in sites.items()]
     write_parquet(snakemake.output.channels, pd.concat(channels, ignore_index=True), job.provenance)
-    write_manifest(folder, {"tokens": int((windows != PAD).sum())}, job.provenance)
+    write_manifest(folder, {"tokens": int((windows >= 0).sum())}, job.provenance)
     resume.clear()

@@ -1,10 +1,11 @@
 """Rules `evaluate_classification` and `evaluate_classification_dense`: classes of the test rows, beside the dense model's."""
 
-from winnow.classification import outputs_of_classes, predict, scores
+from winnow.classification import scores
 from winnow.examples import encode_rows
 from winnow.io import Bundle, read_json, read_parquet, write_json
 from winnow.loading import load_model
 from winnow.models import ModelFiles
+from winnow.predictions import outputs_of_classes, predict
 from winnow.runtime import start_job
 from winnow.tokens import check_length, load_tokenizer
 

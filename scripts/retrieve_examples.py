@@ -1,7 +1,7 @@
 """Rule `retrieve_examples`: the rows of a classification task, numbered classes, train apart from test; may need the network."""
 
-from winnow.examples import SPLITS, read_task
 from winnow.io import write_json, write_parquet
+from winnow.rows import SPLITS, read_task
 from winnow.runtime import start_job
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
 """Rule `tokenize`: windows of token ids (windows, length) int32, and for an evaluation the first scored token of each."""
 
-import numpy as np
 import torch
 
-from winnow.classes import read_config
-from winnow.examples import encode_rows, takes_types, texts_of
 from winnow.io import read_json, read_parquet, write_tensors
 from winnow.models import ModelFiles
 from winnow.runtime import start_job
@@ -17,15 +14,8 @@ if __name__ == "__main__":
     model = read_json(snakemake.input.model)
     check_length(spec["length"], model["max_length"])
     tokenizer = load_tokenizer(ModelFiles(snakemake.input.model).verify())
-    rows = read_parquet(snakemake.input.text)
-    text = spec["join"].join(rows["text"]) if "join" in spec else "\n".join(texts_of(rows))
-    if spec["kind"] == "examples":
-        examples = encode_rows(tokenizer, rows, spec["length"])
-        ids = np.concatenate([np.array(row) for row in examples.ids])
-        windows = dict(zip(("ids", "types"), examples.windows(spec["windows"], spec["seed"]), strict=True))
-        used = {name for name in windows if name == "ids" or takes_types(read_config(model["directory"]))}
-        tensors = {name: torch.from_numpy(windows[name]) for name in sorted(used)}
-    elif spec["kind"] == "calibrations":
+    text = spec["join"].join(read_parquet(snakemake.input.text)["text"])
+    if spec["kind"] == "calibrations":
         ids = encode(tokenizer, text, spec["special_tokens"])
         windows = calibration_windows(ids, spec["windows"], spec["length"], spec["seed"])
         tensors = {"ids": torch.from_numpy(windows)}

@@ -18,7 +18,6 @@ from winnow.classes import is_causal
 from winnow.errors import InputError
 from winnow.progress import every
 from winnow.resume import Resume
-from winnow.tokens import PAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +84,7 @@ def collect_gradients(
     few tokens. With `resume`, goes on after the last window whose sums were saved. Raises FloatingPointError with the module's
     name if a gradient is not finite.
     """
-    if (windows == PAD).any():
+    if (windows < 0).any():
         raise InputError("gradients are taken of whole windows of a text, not of rows of a task; use a metric without gradients")
     matrices = [m for m in matrices if m.expert is None]
     model.requires_grad_(False)

@@ -236,6 +236,13 @@ class Grid:
         ]
         return "|".join(label.replace(".", r"\.") for label in labels) or "none"
 
+    def windows_of(self, what: str) -> str:
+        """A regular expression of all labels of windows that are cut from a text, or are the rows of a task (`what`)."""
+        calibrations = [n for n, c in self.config.calibrations.items() if (c.task is None) == (what == "text")]
+        labels = [self.labels["calibrations"][name].replace(".", r"\.") for name in calibrations]
+        others = [self.pattern("evaluations", kind="perplexity")] if what == "text" else []
+        return "|".join([*labels, *others]) or "none"
+
     def text_label(self, section: str, label: str) -> str:
         """The label of the text that a calibration or an evaluation reads."""
         return self.labels["texts"][self.preset(section, label).text]

@@ -29,6 +29,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "retrieve_examples": ("datasets", *TABLES),
     "check_overlap": ("numpy",),
     "tokenize": HUGGING_FACE,
+    "tokenize_rows": HUGGING_FACE,
     "collect_statistics": HUGGING_FACE,
     "collect_gradients": HUGGING_FACE,
     "assign_clusters": (*TORCH, *TABLES, "scikit-learn"),
@@ -46,7 +47,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "tables": TABLES,
     "tabulate_accuracy": TABLES,
     "tabulate_latency": TABLES,
-    "tabulate_classification": TABLES,
+    "tabulate_classification": (*TABLES, "scikit-learn"),
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
     "demo_texts": (),
@@ -144,11 +145,12 @@ class Plan(Grid):
         section = "calibrations" if w["windows"] in self.names["calibrations"] else "evaluations"
         preset = self.preset(section, w["windows"])
         windows = preset.model_dump(exclude={"kind", "text", "task", "compare", *OF_STATISTICS})
-        if preset.text is None:
-            return {"kind": "examples", **windows}
         if section == "evaluations":
             windows["version"] = PROTOCOLS[preset.protocol].version
         return {"kind": section, "join": self.config.texts[preset.text].join, **windows}
+
+    def _spec_tokenize_rows(self, w: dict[str, str]) -> dict[str, Any]:
+        return self.preset("calibrations", w["windows"]).model_dump(include={"windows", "length", "seed"})
 
     def _spec_collect_statistics(self, w: dict[str, str]) -> dict[str, Any]:
         spec = self.preset("calibrations", w["calibration"]).model_dump(include={"precision", "first_token"})

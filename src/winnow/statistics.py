@@ -16,7 +16,6 @@ from torch import Tensor
 from winnow.architectures import Matrix, tokens_of
 from winnow.progress import every
 from winnow.resume import Resume
-from winnow.tokens import PAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,13 +101,14 @@ def collect(
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Yield (layer, {site: statistics}) after one pass of `windows` (count, length) through the model.
 
-    Windows may be padded behind with PAD, which is neither attended to nor counted; `types` (count, length) tell the texts of a
-    pair apart. Without `first_token`, the first token of every window is run but not counted. With `resume`, goes on after the
-    last window whose sums were saved. Raises FloatingPointError with the layer's and site's name if an input is not finite.
+    Windows may be padded behind with ids below 0, which are neither attended to nor counted; `types` (count, length) tell the
+    texts of a pair apart. Without `first_token`, the first token of every window is run but not counted. With `resume`, goes on
+    after the last window whose sums were saved. Raises FloatingPointError with the layer's and site's name if an input is not
+    finite.
     """
     device = next(model.parameters()).device
     length, skipped = windows.shape[1], 0 if first_token else 1
-    real = windows != PAD
+    real = windows >= 0
     counted = real.clone()
     counted[:, :skipped] = False
     batches: dict[str, Tensor] = {}  # `counted` of the batch that runs

@@ -1,7 +1,7 @@
 # needs: models or checkpoints, rows of classification tasks      makes: classification JSON, a table
-# steps: retrieve_examples (may need the network: `snakemake prefetch`), check_rows, evaluate_classification for compressed
-#        models; by the same script evaluate_classification_dense, for the dense one, and evaluate_classification_healed, for
-#        the dense one tuned again; tabulate_classification
+# steps: retrieve_examples (may need the network: `snakemake prefetch`), tokenize_rows, check_rows, evaluate_classification for
+#        compressed models; by the same script evaluate_classification_dense, for the dense one, and
+#        evaluate_classification_healed, for the dense one tuned again; tabulate_classification
 
 
 rule retrieve_examples:
@@ -24,6 +24,29 @@ rule retrieve_examples:
         **stage("retrieve_examples"),
     script:
         "../../scripts/retrieve_examples.py"
+
+
+rule tokenize_rows:
+    """Train rows of a task as windows that statistics are collected on."""
+    input:
+        model="results/{model}/model.json",
+        rows=rows_of_task("train.parquet", task_of_calibration),
+    output:
+        "results/{model}/tokens/{windows}.safetensors",
+    log:
+        "results/logs/tokenize_rows/{model}/{windows}.log",
+    benchmark:
+        "results/benchmarks/tokenize_rows/{model}/{windows}.tsv"
+    wildcard_constraints:
+        windows=PLAN.windows_of("task"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=20,
+    params:
+        **stage("tokenize_rows"),
+    script:
+        "../../scripts/tokenize_rows.py"
 
 
 rule check_rows:

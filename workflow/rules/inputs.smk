@@ -30,6 +30,10 @@ def rows_of_task(part, task=None):
     return path
 
 
+def task_of_calibration(wildcards):
+    return PLAN.preset("calibrations", wildcards.windows).task
+
+
 def task_of_model(wildcards):
     return PLAN.preset("models", wildcards.model).finetune.task
 
@@ -58,9 +62,6 @@ def text_of_windows(wildcards):
         if wildcards.windows in PLAN.names["calibrations"]
         else "evaluations"
     )
-    if section == "calibrations" and PLAN.preset(section, wildcards.windows).task:
-        name = PLAN.preset(section, wildcards.windows).task
-        return f"results/examples/{PLAN.task_label(name)}/train.parquet"
     return f"results/texts/{PLAN.text_label(section, wildcards.windows)}.parquet"
 
 

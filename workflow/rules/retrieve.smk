@@ -75,6 +75,8 @@ rule tokenize:
         "results/logs/tokenize/{model}/{windows}.log",
     benchmark:
         "results/benchmarks/tokenize/{model}/{windows}.tsv"
+    wildcard_constraints:
+        windows=PLAN.windows_of("text"),
     threads: 1
     resources:
         mem_mb=4000,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from winnow.classification import outputs_of_classes
 from winnow.errors import InputError
 from winnow.examples import encode_rows
 from winnow.finetune import train
 from winnow.io import read_json, read_parquet
+from winnow.predictions import outputs_of_classes
 from winnow.recovery.base import Task
 from winnow.tokens import load_tokenizer
 
