@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import f1_score, matthews_corrcoef
 
 from winnow.errors import InputError
 from winnow.spread import ratio
@@ -15,12 +14,21 @@ from winnow.spread import ratio
 Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], float]  # of (labels, predictions, how often each pair of them stands)
 
 
+def _confusion(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> tuple[float, float, float, float]:
+    """How often of two classes (1, 1), (0, 1), (1, 0) and (0, 0) stand as (label, prediction)."""
+    counts = [float(weights[(labels == label) & (predicted == found)].sum()) for found in (1, 0) for label in (1, 0)]
+    return counts[0], counts[1], counts[2], counts[3]
+
+
 def _f1(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> float:
-    return float(f1_score(labels, predicted, sample_weight=weights, zero_division=0.0))
+    right, false, missed, _ = _confusion(labels, predicted, weights)
+    return 2 * right / (2 * right + false + missed) if right else 0.0
 
 
 def _matthews(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> float:
-    return float(matthews_corrcoef(labels, predicted, sample_weight=weights))
+    right, false, missed, other = _confusion(labels, predicted, weights)
+    square = (right + false) * (right + missed) * (other + false) * (other + missed)
+    return (right * other - false * missed) / math.sqrt(square) if square else 0.0
 
 
 def _jackknife(labels: np.ndarray, own: list[int], measure: Measure, minus: list[int] | None = None) -> tuple[float, float]:

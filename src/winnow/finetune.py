@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from winnow.checkpoint import copy_files
 from winnow.classes import classes_of, read_config
@@ -21,6 +22,8 @@ from winnow.tuning import Tuning
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # what is drawn anew is in the log, and refused where it may not be
 log = logging.getLogger(__name__)
 EPS, BETAS = 1e-8, (0.9, 0.999)  # of AdamW
 
