@@ -45,9 +45,8 @@ def markdown(results: Path) -> None:
     for method in dict.fromkeys(row["method"] for row in compressed):
         print(f"| {method} | {' | '.join(losses.get((method, column), '-') for column in columns)} |")
     for row in (r for r in rows if r["method"] == "dense"):
-        print(
-            f"\nDense `{row['model']}`: {float(row['nll']):.4f} ± {float(row['nll_se']):.4f} nats per token, perplexity", end=" "
-        )
+        model = f"Dense `{row['model']}`" + ("" if row["recovery"] == "none" else f" after the recovery `{row['recovery']}`")
+        print(f"\n{model}: {float(row['nll']):.4f} ± {float(row['nll_se']):.4f} nats per token, perplexity", end=" ")
         print(f"{float(row['perplexity']):.2f}, over {int(row['tokens']):,} tokens in {row['windows']} windows.")
 
 
@@ -85,31 +84,15 @@ def show(results: Path) -> None:
         return
     path = results / "tables" / "summary.csv"
     table = Table(title=str(path), title_justify="left")
-    for column in (
-        "model",
-        "calibration",
-        "evaluation",
-        "method",
-        "budget",
-        "kept",
-        "stored bytes",
-        "nats above dense",
-        "perplexity",
-        "KL",
-    ):
-        table.add_column(
-            column,
-            justify="left" if column in ("model", "calibration", "evaluation", "method", "budget") else "right",
-            no_wrap=True,
-        )
+    names = ["model", "calibration", "evaluation", "method", "budget"]
+    if any(row["recovery"] != "none" for row in rows):
+        names.append("recovery")
+    for column in (*names, "kept", "stored bytes", "nats above dense", "perplexity", "KL"):
+        table.add_column(column, justify="left" if column in names else "right", no_wrap=True)
     for row in rows:
         above = f"{float(row['delta_nll']):.4f} ± {float(row['delta_nll_se']):.4f}"
         numbers = (f"{float(row['keep_bytes']):.4f}", f"{int(row['stored_bytes']):,}", above, f"{float(row['perplexity']):.2f}")
-        table.add_row(
-            *(row[name] for name in ("model", "calibration", "evaluation", "method", "budget")),
-            *numbers,
-            f"{float(row['kl'] or 'nan'):.4f}",
-        )
+        table.add_row(*(row[name] for name in names), *numbers, f"{float(row['kl'] or 'nan'):.4f}")
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     if means := several_seeds(results):

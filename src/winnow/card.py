@@ -97,6 +97,12 @@ def _calibration(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _recovery(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    """The recovery that followed compression, if one did."""
+    preset = {key: value for key, value in recipe.get("recovery", {}).items() if key != "name"}
+    return [("recovery, on the calibration windows", _options(preset))] if preset else []
+
+
 def _sizes(recipe: dict[str, Any]) -> str:
     """The sizes by role, as a range over layers; which layer has which stands in recipe.yaml."""
     by_role: dict[str, list[int]] = {}
@@ -120,11 +126,7 @@ def _recipe(recipe: dict[str, Any], dense: bool) -> list[str]:
         ("compressed", ", ".join(budget["targets"])),
         ("budget", ", ".join([*asked, *allocation]) or "none"),
         *_calibration(recipe),
-        *(
-            [("recovery", _options({k: v for k, v in recipe["recovery"].items() if k != "name"}))]
-            if recipe.get("recovery")
-            else []
-        ),
+        *_recovery(recipe),
         ("sizes (ranks, neurons)", _sizes(recipe) or "none"),
         ("bytes of the compressed matrices", f"{recipe['stored_bytes']:,} of {recipe['dense_bytes']:,} ({share:.2%})"),
         ("bytes of all weights", whole),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator
-from fnmatch import fnmatch
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,10 @@ from torch import Tensor
 from winnow.architectures import group_name
 from winnow.card import card
 from winnow.errors import InputError
-from winnow.io import Bundle, write_manifest, write_tensors
-from winnow.models import TOKENIZER, ModelFiles
+from winnow.io import Bundle, write_manifest
+from winnow.models import ModelFiles
 from winnow.structures.base import FORMAT_VERSION, METHOD, Structure
-
-SHARD_BYTES = 4 << 30
-COPIED = ("generation_config.json", *TOKENIZER)
+from winnow.weights import SHARD_BYTES, copy_files, write_weights
 
 
 def compress(
@@ -67,42 +63,6 @@ def _all_tensors(files: ModelFiles, stored: dict[str, dict[str, Tensor]]) -> Ite
     for name in files.tensors:
         if name not in replaced:
             yield name, files.tensor(name)
-
-
-def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> int:
-    """Write tensors in their order to `model.safetensors`, or to shards of at most `limit` bytes and their index; one shard is
-    held at a time. Returns the bytes of all tensors."""
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        write_tensors(directory / f"model-{len(shards) + 1:05d}.safetensors", held)
-        shards.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > limit:
-            flush()
-        held[name] = tensor
-        total += tensor.nbytes
-    flush()
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        index = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        content = {"metadata": {"total_size": total}, "weight_map": index}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
-    for i, name in enumerate(names):
-        (directory / f"model-{i + 1:05d}.safetensors").rename(directory / name)
-    return total
-
-
-def copy_files(names: Iterable[str], source: Path, directory: Path) -> None:
-    """Copy those of `names` that stand beside weights unchanged: the tokenizer, and defaults of generation."""
-    for name in names:
-        if any(fnmatch(name, pattern) for pattern in COPIED):
-            shutil.copyfile(source / name, directory / name)
 
 
 def write_checkpoint(

@@ -20,7 +20,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from winnow.architectures import Matrix, matrices_of
 from winnow.card import Measured, card
-from winnow.checkpoint import SHARD_BYTES, copy_files, write_weights
 from winnow.errors import InputError, first_line
 from winnow.hf import WinnowConfig, check_tensors
 from winnow.io import MANIFEST, Bundle, write_manifest
@@ -28,6 +27,7 @@ from winnow.layouts import install
 from winnow.models import weight_files
 from winnow.naming import canonical_names
 from winnow.structures.base import METHOD
+from winnow.weights import SHARD_BYTES, copy_files, write_weights
 
 COLUMNS = 1024  # of a matrix that are multiplied out at a time
 ROUNDING = 1e-9  # of float64 products, relative; more is no rounding

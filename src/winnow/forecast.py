@@ -24,6 +24,7 @@ from winnow.grid import Cell
 from winnow.io import read_json
 from winnow.models import BYTES, model_files, tensor_bytes
 from winnow.plan import Plan
+from winnow.recoveries import Trained
 
 MB, GB = 1e6, 1e9
 BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
@@ -158,17 +159,30 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         dense = shape.dense_bytes(b.targets)
         kept = (b.keep_bytes or 1.0) * dense
         add("compress", 1, shape.bytes + kept, shape.bytes - dense + kept, 0)
+    recovered = dict.fromkeys((c.calibration, c.method, c.budget, c.recovery) for c in cells if c.calibration and c.recovery)
+    for given, of_method, of_budget, recovery in recovered:
+        options = plan.config.recoveries[str(recovery)]
+        if not isinstance(options, Trained):
+            continue
+        share = plan.config.budgets[of_budget].keep_bytes or 1.0 if of_budget else 1.0
+        windows = plan.config.calibrations[str(given)]
+        states = 2 * windows.windows * windows.length * shape.width  # what a block gets and gives
+        step = options.batch * windows.length
+        held = step * (3 * shape.vocabulary + 12 * shape.width * shape.layers + 4 * widest)
+        passes = 8 * options.steps * step + 4 * windows.windows * windows.length * shape.layers
+        memory = 4 * (2 * shape.numbers + 6 * share * fitted + states + held)
+        add("recover" if of_method else "recover_dense", 1, memory, share * shape.bytes, passes * shape.numbers)
     for cell in cells:
         evaluation = plan.config.evaluations[cell.evaluation]
         if not isinstance(evaluation, Perplexity):
             continue
-        if not cell.method:
+        if not cell.method and not cell.recovery:
             add("tokenize", 1, 0, 1e6, 0)
-        models = 2 if cell.method and evaluation.compare else 1
+        models = 2 if cell.recovery and evaluation.compare else 1
         rows = max(evaluation.length, batch_tokens) * shape.vocabulary
         memory = models * (loaded + rows * dtype) + 4 * 8 * min(LOGITS, rows) + activations
         scored = (evaluation.windows or 100) * evaluation.length
-        stage = "evaluate_perplexity" if cell.method else "evaluate_dense"
+        stage = "evaluate_perplexity" if cell.method else "evaluate_perplexity_healed" if cell.recovery else "evaluate_dense"
         add(stage, 1, memory, 1e5, 2 * models * scored * shape.numbers)
     return _merged(works)
 

@@ -268,7 +268,7 @@ class Grid:
         return self.folder(cell, "models", "calibrations", "methods", "budgets", "recoveries")
 
     def made(self, cell: Cell, what: str = "checkpoint") -> str:
-        """The manifest of the checkpoint (or of `dense_export`) of a compressed cell, after its recovery if that does anything."""
+        """The manifest of the checkpoint (or of `dense_export`) of a compressed cell, after its recovery if it has one."""
         if self.recovers(str(cell.recovery)):
             return f"{self.recovered(cell)}/{what}/manifest.json"
         return f"{self.folder(cell, 'models', 'calibrations', 'methods', 'budgets')}/{what}/manifest.json"

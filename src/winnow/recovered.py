@@ -12,14 +12,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from winnow.architectures import blocks_of
-from winnow.card import card
-from winnow.checkpoint import SHARD_BYTES, copy_files, write_weights
 from winnow.io import Bundle, write_manifest
 from winnow.loading import load_model
 from winnow.models import ModelFiles, tensor_bytes, weight_files
 from winnow.recovery.base import Task
 from winnow.resume import Resume
 from winnow.runtime import Job
+from winnow.weights import SHARD_BYTES, copy_files, write_weights
 
 SIZES = ("dense_bytes", "stored_bytes", "model_stored_bytes")
 
@@ -81,7 +80,8 @@ def write_recovered(
     report: dict[str, Any],
     job: Job,
 ) -> None:
-    """Write the model of a task as a checkpoint: the same files, tensors, shapes and dtypes as before the recovery.
+    """Write the model of a task as a checkpoint: the same tensors, shapes and dtypes as before the recovery. Its card is written
+    by `cards` beside it, and by `winnow share` into a copy: a change of words there must not train anew.
 
     `recovery` is its name and options, `report` what it says of itself (recovery.json). Raises RuntimeError if the bytes are
     others than before."""
@@ -105,6 +105,5 @@ def write_recovered(
     if checkpoint:
         recipe = yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")) | {"recovery": recovery}
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        (directory / "README.md").write_text(card(recipe), encoding="utf-8")
     (directory / "recovery.json").write_text(json.dumps({**recovery, **report}, indent=1, allow_nan=False) + "\n", "utf-8")
     write_manifest(directory, sizes, job.provenance)

@@ -68,7 +68,8 @@ class Distill(Trained):
 
     @model_validator(mode="after")
     def _lora_alone(self) -> Distill:
-        if self.parameters == "full" and {"lora_rank", "lora_alpha"} & self.model_fields_set:
+        own = {key: getattr(self, key) for key in ("lora_rank", "lora_alpha")}
+        if self.parameters == "full" and any(type(self).model_fields[key].default != value for key, value in own.items()):
             raise ValueError("`lora_rank` and `lora_alpha` belong to `parameters: lora`")
         return self
 

@@ -31,7 +31,9 @@ def render(
         for targets, block in rows[rows["method"] != "dense"].groupby("targets", sort=False):
             budgets = [_against_best(cells, results) for _, cells in block.groupby("budget", sort=False)]
             blocks.append((targets, [row for cells in budgets for row in cells]))
-        groups.append({"model": model, "evaluation": evaluation, "dense": dense.to_dict(), "source": protocol, "blocks": blocks})
+        healed = rows[(rows["method"] == "dense") & (rows["recovery"] != "none")].to_dict("records")
+        facts = {"model": model, "evaluation": evaluation, "source": protocol, "blocks": blocks}
+        groups.append({**facts, "dense": dense.to_dict(), "healed": healed})
     compressed = summary[summary["method"] != "dense"]
     several = [name for name in ("calibration", "recovery") if compressed[name].nunique() > 1]
     template = environment.get_template("report.html.j2")

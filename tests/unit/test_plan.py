@@ -122,6 +122,7 @@ WILDCARDS = {  # of the rules
     "factorize": ("model", "calibration", "method", "shard"),
     "measure_spectra": ("model", "calibration", "method"),
     "compress": UPSTREAM[:4],
+    "recover": UPSTREAM,
     "export_dense": UPSTREAM[:4],
     "evaluate_perplexity": (*UPSTREAM, "evaluation"),
     "retrieve_tasks": ("evaluation",),
@@ -154,7 +155,7 @@ def wildcards_of(plan, stage):
         "shard": "1-of-1",
         "clustering": plan.clustering_label(labels["methods"]["clusters_cosine"]),
         "budget": labels["budgets"]["ffn-0.8"],
-        "recovery": labels["recoveries"]["none"],
+        "recovery": labels["recoveries"]["refine" if stage == "recover" else "none"],
         "evaluation": labels["evaluations"][EVALUATED.get(stage, "demo")],
     }
     return {name: values[name] for name in WILDCARDS[stage]}
@@ -197,11 +198,12 @@ OF_METHODS = {
     "factorize",
     "measure_spectra",
     "compress",
+    "recover",
     "export_dense",
     *EVALUATIONS,
     "evaluate_latency",
 }  # they reach the structure's file
-MODELS = {"collect_statistics", "collect_gradients", *EVALUATIONS, "evaluate_latency"}  # they run one
+MODELS = {"collect_statistics", "collect_gradients", "recover", *EVALUATIONS, "evaluate_latency"}  # they run one
 LOADERS = MODELS | {"export_dense"}
 NAMES = LOADERS | {"retrieve_model"}
 EDITS = [
@@ -214,6 +216,10 @@ EDITS = [
     ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity"}),
     ("src/winnow/spread.py", "n / (n - 1)", "n / n", {*EVALUATIONS, "tables", "report"}),
     ("src/winnow/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
+    ("src/winnow/recovery/refine.py", "skipped = 0 if", "skipped = 2 if", {"recover"}),
+    ("src/winnow/recovery/distill.py", "lora_dropout=0.0", "lora_dropout=0.1", set()),  # of another kind
+    ("src/winnow/recoveries.py", "lora_rank: int = Field(8", "lora_rank: int = Field(9", set()),
+    ("src/winnow/recoveries.py", "steps: int = Field(200", "steps: int = Field(100", {"recover"}),
     ("src/winnow/card.py", "Needs winnow", "It needs winnow", {"compress", "export_dense", "cards"}),
     ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables"}),
     ("src/winnow/tokens.py", "PAD = -1", "PAD = -2", {"tokenize", *EVALUATIONS}),

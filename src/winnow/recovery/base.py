@@ -49,11 +49,10 @@ class Task:
         `norms` the other vectors of the blocks. Tied tensors are there once."""
         inside = tuple(f"{name}." for name in self.modules)
         blocks = tuple(f"{name}." for name in self.blocks.values())
-        if self.options.whole:
-            return {name: parameter for name, parameter in self.model.named_parameters() if name.startswith(below)}
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if name.startswith(below)
-            and (name.startswith(inside) or (self.options.norms and name.startswith(blocks) and parameter.dim() == 1))
-        }
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):  # of tied ones, the name that is stored
+            chosen = self.options.whole or name.startswith(inside)
+            chosen = chosen or (self.options.norms and name.startswith(blocks) and parameter.dim() == 1)
+            if name in self.dtypes and name.startswith(below) and chosen:
+                found.setdefault(id(parameter), (name, parameter))
+        return dict(found.values())

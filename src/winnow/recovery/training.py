@@ -50,7 +50,8 @@ def rate_at(step: int, options: Trained) -> float:
 
 def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
     """The windows of every step: a new order of all `count` in every round, the rest that fills no batch left out."""
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    found: list[list[int]] = []
     while len(found) < steps:
         order = torch.randperm(count, generator=generator).tolist()
         found += [sorted(order[start : start + size]) for start in range(0, count - size + 1, size)]

@@ -1,0 +1,53 @@
+"""Files of weights, and what stands beside them unchanged, of every model that is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from torch import Tensor
+
+from winnow.io import write_tensors
+from winnow.models import TOKENIZER
+
+SHARD_BYTES = 4 << 30
+COPIED = ("generation_config.json", *TOKENIZER)
+
+
+def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> int:
+    """Write tensors in their order to `model.safetensors`, or to shards of at most `limit` bytes and their index; one shard is
+    held at a time. Returns the bytes of all tensors."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        write_tensors(directory / f"model-{len(shards) + 1:05d}.safetensors", held)
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > limit:
+            flush()
+        held[name] = tensor
+        total += tensor.nbytes
+    flush()
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        index = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+    for i, name in enumerate(names):
+        (directory / f"model-{i + 1:05d}.safetensors").rename(directory / name)
+    return total
+
+
+def copy_files(names: Iterable[str], source: Path, directory: Path) -> None:
+    """Copy those of `names` that stand beside weights unchanged: the tokenizer, and defaults of generation."""
+    for name in names:
+        if any(fnmatch(name, pattern) for pattern in COPIED):
+            shutil.copyfile(source / name, directory / name)

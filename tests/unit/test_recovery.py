@@ -1,0 +1,399 @@
+"""Recovery: the loss on held-out windows falls, bytes stay, a killed job goes on with the same bits, what goes wrong is named."""
+
+import atexit
+import copy
+import json
+import math
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import FAMILIES, ROOT, pico
+from tests.unit.test_checkpoint import build
+from winnow.config import load
+from winnow.config_files import default
+from winnow.errors import InputError
+from winnow.grid import Cell
+from winnow.hf import WinnowConfig
+from winnow.io import MANIFEST, Bundle, write_json
+from winnow.loading import load_model
+from winnow.models import ModelFiles
+from winnow.plan import Plan
+from winnow.recovered import task_of, write_recovered
+from winnow.recoveries import RECOVERIES, options_of
+from winnow.recovery import recovery_of
+from winnow.recovery.blocks import calls_of, outputs_of
+from winnow.recovery.training import batches, rate_at
+from winnow.resume import SECONDS, Resume
+from winnow.retrieve import describe
+from winnow.runtime import Job
+from winnow.share import share
+
+WINDOWS = torch.randint(0, 64, (60, 12), generator=torch.Generator().manual_seed(5))
+SHORT = {"steps": 12, "batch": 8, "every": 6, "rate": 1e-3}
+KINDS = {
+    "refine": {"kind": "refine", **SHORT},
+    "shifted": {"kind": "refine", "objective": "shifted", "norms": True, **SHORT},
+    "distill": {"kind": "distill", **SHORT},
+    "nll": {"kind": "distill", "nll": 0.5, **SHORT},
+    "lora": {"kind": "distill", "parameters": "lora", "lora_rank": 4, **SHORT},
+}
+JOB = Job({"dtype": "float32"}, "cpu", {"rule": "recover", "params": {}, "inputs": {}, "wildcards": {}})
+KEY = {"rule": "recover", "params": {"spec": {"a": 1}}, "inputs": {}, "wildcards": {}}
+
+
+def files_of(source, folder) -> ModelFiles:
+    write_json(folder / "model.json", describe(source))
+    return ModelFiles(folder / "model.json")
+
+
+def run(files, checkpoint, options, resume=None, change=lambda task: None, windows=WINDOWS):
+    """(task after its recovery, the report)"""
+    task = task_of(files, checkpoint, windows, options_of(options), True, "cpu", resume)
+    change(task)
+    return task, recovery_of(options["kind"])(task)
+
+
+def losses(report) -> list[tuple[float, float]]:
+    """(held-out loss at the start, and of what is kept) of every training in a report."""
+    rows = report["blocks"].values() if "blocks" in report else [report]
+    return [(row["held_out_start"], row["held_out_best"]) for row in rows]
+
+
+@cache
+def compressed(family: str) -> tuple[ModelFiles, Bundle]:
+    """(model files, compressed checkpoint) of a tiny model; nothing changes them."""
+    folder = Path(tempfile.mkdtemp(prefix=f"winnow-{family}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    pico(family).save_pretrained(folder / "model")
+    checkpoint = build(folder / "model", folder / "work", ["ffn", "attention"], 0.4, metric="gram")
+    return files_of(folder / "model", folder), Bundle(checkpoint / MANIFEST)
+
+
+@pytest.fixture
+def llama():
+    return compressed("llama")
+
+
+EVERYWHERE = [(family, name) for family in FAMILIES for name in KINDS if family == "llama" or name in ("refine", "distill")]
+
+
+@pytest.mark.parametrize(("family", "name"), EVERYWHERE)
+def test_the_loss_falls_and_the_bytes_stay(family, name, tmp_path):
+    files, checkpoint = compressed(family)
+    task, report = run(files, checkpoint, KINDS[name])
+    for start, best in losses(report):
+        assert best < start
+    write_recovered(tmp_path / "out", files, checkpoint, task, {"name": "mine", **KINDS[name]}, report, JOB)
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.directory, tmp_path / "out"))
+    assert {k: (t.shape, t.dtype) for k, t in before.items()} == {k: (t.shape, t.dtype) for k, t in after.items()}
+    assert Bundle(tmp_path / "out" / MANIFEST).manifest["model_stored_bytes"] == checkpoint.manifest["model_stored_bytes"]
+    layers = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["layers"]
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    inside = {k for k in changed if k.startswith(tuple(f"{module}." for module in layers))}
+    assert inside
+    norms = changed - inside
+    assert all(after[k].dim() == 1 for k in norms)
+    assert bool(norms) == (name == "shifted"), "nothing else changes but by `norms`"
+    loaded = load_model(tmp_path / "out", "float32", "cpu")
+    with torch.no_grad():
+        logits = [m(input_ids=WINDOWS[:2].long()).logits for m in (loaded, task.model)]
+    assert torch.equal(*logits), "what is written is what was trained"
+    share(tmp_path / "out", tmp_path / "shared", [])
+    assert "recovery, on the calibration windows" in (tmp_path / "shared" / "README.md").read_text()
+
+
+def test_refinement_lowers_what_distillation_looks_at(llama):
+    """A model-wide check that no block's loss can fake: KL to the dense model on windows that nobody trained on."""
+    files, checkpoint = llama
+    fresh = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(99)).long()
+
+    def kl(task) -> float:
+        with torch.no_grad():
+            q, p = (m(input_ids=fresh).logits.double().log_softmax(-1) for m in (task.model, task.dense))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    before = kl(task_of(files, checkpoint, WINDOWS, options_of(KINDS["refine"]), True, "cpu"))
+    refined, distilled = (kl(run(files, checkpoint, {**KINDS[n], "steps": 40})[0]) for n in ("refine", "distill"))
+    assert refined < 0.95 * before
+    assert distilled < 0.95 * before
+
+
+def test_structures_with_shared_and_tied_factors_are_recovered(saved_llama, tmp_path):
+    files = files_of(saved_llama, tmp_path)
+    for kind in ("basis_sharing", "shared_basis", "coupled", "affine_block"):
+        targets = ["attention"] if kind == "shared_basis" else ["ffn"]
+        metric = {"metric": "gram"} if kind != "affine_block" else {}
+        checkpoint = Bundle(build(saved_llama, tmp_path / kind, targets, 0.6, kind, **metric) / MANIFEST)
+        for name in ("refine", "distill"):
+            task, report = run(files, checkpoint, KINDS[name])
+            assert all(best <= start for start, best in losses(report)), kind
+            improved = any(best < start for start, best in losses(report))
+            assert improved or kind == "affine_block", "which is a least-squares optimum already"
+            write_recovered(tmp_path / kind / name, files, checkpoint, task, {"name": name, **KINDS[name]}, report, JOB)
+            loaded = load_model(tmp_path / kind / name, "float32", "cpu")
+            with torch.no_grad():
+                logits = [m(input_ids=WINDOWS[:2].long()).logits for m in (loaded, task.model)]
+            assert torch.equal(*logits), kind
+
+
+class Killed(Exception):
+    pass
+
+
+class Fragile(Resume):
+    """Dies after its first save."""
+
+    saves = 0
+
+    def save(self, done, sums):
+        if self.saves:
+            raise Killed
+        super().save(done, sums)
+        self.saves += 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_killed_recovery_goes_on_with_the_same_bits(llama, name, tmp_path, monkeypatch):
+    monkeypatch.setenv(SECONDS, "0")
+    files, checkpoint = llama
+    options = {**KINDS[name], "steps": 13}  # looks at 6, 12 and 13
+    whole, report = run(files, checkpoint, options)
+    with pytest.raises(Killed):
+        run(files, checkpoint, options, Fragile(tmp_path / "artefact", KEY))
+    calls = []
+
+    def count(task):
+        task.dense.register_forward_hook(lambda *_: calls.append(1))
+        block = task.dense.get_submodule(task.blocks[0])
+        block.register_forward_hook(lambda *_: calls.append(1))
+
+    again, second = run(files, checkpoint, options, Resume(tmp_path / "artefact", KEY), count)
+    states = [task.model.state_dict() for task in (whole, again)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert report == second
+    full = []
+    run(files, checkpoint, options, None, lambda task: task.dense.register_forward_hook(lambda *_: full.append(1)))
+    assert name in ("refine", "shifted") or len(calls) > 0
+    assert len(calls) < 2 * len(full) or name in ("refine", "shifted"), "the steps that were saved are not done again"
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(llama):
+    files, checkpoint = llama
+    for name in ("refine", "distill", "lora"):
+        a, b, c = (run(files, checkpoint, {**KINDS[name], "steps": 4, "seed": seed})[0].model.state_dict() for seed in (0, 0, 1))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "nll"])  # a ruined model learns which tokens are rare, too
+def test_nothing_gets_worse_where_training_does_not_help(llama, name):
+    """A rate that ruins every state leaves the start, to the bit, and the report says so."""
+    files, checkpoint = llama
+    options = {**KINDS[name], "rate": 3.0, "steps": 4, "every": 1}
+    start = task_of(files, checkpoint, WINDOWS, options_of(options), True, "cpu").model.state_dict()
+    task, report = run(files, checkpoint, options)
+    after = task.model.state_dict()
+    assert all(torch.equal(start[key], after[key]) for key in start)
+    assert report.get("best_step", 0) == 0
+    if "blocks" in report:
+        assert report["left_as_they_were"] == list(task.blocks.values())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_gradient_that_is_not_finite_stops_with_the_layers_name(llama, name):
+    files, checkpoint = llama
+
+    def poison(task):  # the loss stays finite, its gradient does not: the square root's is infinite at 0
+        module = task.model.get_submodule("model.layers.1.mlp.down_proj")
+        module.register_forward_hook(lambda _m, _a, y: y + (y - y.detach()).abs().sqrt())
+
+    with pytest.raises(FloatingPointError, match=r"the gradient of model\.layers\.[01]\.\S+ is not finite at step 1"):
+        run(files, checkpoint, KINDS[name], change=poison)
+
+
+def test_16_bit_checkpoints_stay_so_and_are_judged_as_stored(tmp_path):
+    pico("llama").bfloat16().save_pretrained(tmp_path / "model")
+    files = files_of(tmp_path / "model", tmp_path)
+    checkpoint = Bundle(build(tmp_path / "model", tmp_path / "work", ["ffn"], 0.4, metric="gram") / MANIFEST)
+    for name in ("refine", "distill", "lora"):
+        task, report = run(files, checkpoint, KINDS[name])
+        for parameter in task.parameters().values():
+            assert torch.equal(parameter, parameter.bfloat16().float())
+        write_recovered(tmp_path / name, files, checkpoint, task, {"name": name, **KINDS[name]}, report, JOB)
+        assert {t.dtype for t in load_file(tmp_path / name / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("family", "name"), EVERYWHERE)
+def test_the_dense_model_after_the_same_recovery(family, name, tmp_path):
+    """It has nothing to learn from itself, to the bit; from the text it has."""
+    files = compressed(family)[0]
+    task, report = run(files, None, KINDS[name])
+    assert set(task.modules) == {m.module for m in files.matrices}
+    write_recovered(tmp_path / "out", files, None, task, {"name": "mine", **KINDS[name]}, report, JOB)
+    manifest = Bundle(tmp_path / "out" / MANIFEST).manifest
+    assert manifest["stored_bytes"] == manifest["dense_bytes"] == files.dense_bytes(files.matrices)
+    assert manifest["model_stored_bytes"] == files.manifest["bytes"]
+    loaded, dense = load_model(tmp_path / "out", "float32", "cpu").state_dict(), task.dense.state_dict()
+    same = all(torch.equal(loaded[key], dense[key]) for key in dense)
+    assert same == (name != "nll")
+    if name != "nll":
+        assert all(start == best == 0 for start, best in losses(report))
+
+
+def test_blocks_are_replayed_as_the_model_calls_them(saved_model):
+    model = load_model(saved_model, "float32", "cpu")
+    outputs = []
+    layers = [n for n, m in model.named_modules() if n.endswith((".0", ".1")) and type(m).__name__.endswith(("Layer", "Block"))]
+    assert len(layers) == 2
+    windows = WINDOWS[:20]
+    for name in layers:
+        calls = calls_of(model, name, windows, 8)  # the last call is smaller
+        keep = lambda _m, _a, y: outputs.append(y[0] if isinstance(y, tuple) else y)  # noqa: E731
+        hook = model.get_submodule(name).register_forward_hook(keep)
+        with torch.no_grad():
+            for start in range(0, 20, 8):
+                model(input_ids=windows[start : start + 8].long(), use_cache=False)
+        hook.remove()
+        found = outputs_of(model.get_submodule(name), calls, 8, torch.device("cpu"))
+        assert torch.equal(found, torch.cat(outputs))
+        outputs.clear()
+
+
+def test_too_few_windows_are_refused(llama):
+    files, checkpoint = llama
+    with pytest.raises(InputError, match="8 calibration windows, 1 of them held out, are too few for a batch of 8"):
+        run(files, checkpoint, KINDS["refine"], windows=WINDOWS[:8])
+
+
+def test_models_without_what_is_needed_are_refused(tmp_path):
+    for name, options, message in (
+        ("bert_encoder", "distill", "BertModel has no logits to be distilled"),
+        ("bert_masked", "nll", "BertForMaskedLM does not predict the text's next tokens"),
+    ):
+        pico(name).save_pretrained(tmp_path / name)
+        files = files_of(tmp_path / name, tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            run(files, None, KINDS[options])
+    pico("bert_masked").save_pretrained(tmp_path / "masked")
+    checkpoint = Bundle(build(tmp_path / "masked", tmp_path / "work", ["ffn", "attention"], 0.4, metric="gram") / MANIFEST)
+    _, report = run(files_of(tmp_path / "masked", tmp_path), checkpoint, KINDS["refine"])
+    assert all(best < start for start, best in losses(report)), "an encoder is refined as any other"
+
+
+def test_windows_and_rates_of_the_steps():
+    rows = batches(10, 4, 7, seed=3)
+    assert [len(row) for row in rows] == [4] * 7
+    for first in (0, 2, 4):
+        assert len(set(rows[first] + rows[first + 1])) == 8, "no window twice before all have been seen"
+    assert batches(10, 4, 3, seed=3) == rows[:3] != batches(10, 4, 3, seed=4)
+    options = options_of({"kind": "refine", "steps": 100, "warmup": 0.1, "rate": 1.0})
+    rates = [rate_at(step, options) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[99] < 1e-3
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+    assert all(math.isfinite(rate) for rate in rates)
+
+
+# The plan: what stands beside what, and what a change runs anew.
+
+
+def plan_of(change=lambda c: None) -> Plan:
+    config = copy.deepcopy(default())
+    config["evaluations"]["times"] = {"kind": "latency"}
+    config["evaluations"]["tasks"] = {"kind": "accuracy", "tasks": ["hellaswag"]}
+    config["experiments"]["demo"] |= {"recoveries": ["none", "refine"], "methods": ["svd"], "budgets": ["all-0.6"]}
+    change(config)
+    return Plan(load(config), ROOT)
+
+
+def test_the_dense_model_with_the_recovery_is_a_cell_and_a_row():
+    def change(c):
+        c["experiments"]["demo"]["evaluations"] = ["demo", "tasks", "times"]
+        c["calibrations"]["demo"]["seeds"] = [0, 1]
+
+    plan = plan_of(change)
+    healed = [cell for cell in plan.cells if cell.method is None and cell.recovery]
+    assert healed == [
+        Cell("demo", e, f"demo.seed-{s}", None, None, "refine", kind)
+        for e, kind in (("demo", "perplexity"), ("tasks", "accuracy"))
+        for s in (0, 1)
+    ]
+    labels = plan.labels
+    folder = f"results/{labels['models']['demo']}/{labels['calibrations']['demo.seed-0']}/dense/{labels['recoveries']['refine']}"
+    assert plan.result(healed[0]) == f"{folder}/{labels['evaluations']['demo']}.json"
+    rows = [row for row in plan.spec("tables", {})["rows"] if row["method"] == "dense"]
+    assert [(row["recovery"], row["budget"], row["calibration"]) for row in rows] == [
+        ("none", "dense", "none"),
+        ("refine", "dense", "demo.seed-0"),
+        ("refine", "dense", "demo.seed-1"),
+    ]
+    assert len({plan.result(cell) for cell in plan.cells}) == len(plan.cells)
+    plain = plan_of(lambda c: c["experiments"]["demo"].update(recoveries=["none"]))
+    assert not [cell for cell in plain.cells if cell.method is None and cell.recovery]
+
+
+def test_a_changed_option_moves_the_label_of_its_recovery_only():
+    before, after = plan_of(), plan_of(lambda c: c["recoveries"]["refine"].update(steps=7))
+    changed = {(s, n) for s in before.labels for n in before.labels[s] if before.labels[s][n] != after.labels[s][n]}
+    assert changed == {("recoveries", "refine")}
+    assert before.labels["recoveries"]["none"] == "none-13c862", "of results that people have"
+
+
+def test_an_edit_of_a_kind_reaches_its_own_recoveries_only():
+    plan = plan_of()
+    labels = plan.labels
+    wildcards = {"model": labels["models"]["demo"], "method": labels["methods"]["svd"]}
+    codes = {n: plan.fingerprint("recover", {**wildcards, "recovery": labels["recoveries"][n]}) for n in ("refine", "distill")}
+    modules = {name: {line.split()[0] for line in code} for name, code in codes.items()}
+    assert {"winnow.recovery.refine", "winnow.recovery.training", "winnow.recoveries", "recover.py"} <= modules["refine"]
+    assert "winnow.recovery.distill" in modules["distill"] - modules["refine"]
+    assert "winnow.recovery.refine" not in modules["distill"]
+    options = [dict(line.split() for line in code)["winnow.recoveries"] for code in codes.values()]
+    assert options[0] != options[1], "of the options, too, only those of the kind count"
+    others = {stage: plan.fingerprint(stage, wildcards) for stage in ("compress", "evaluate_perplexity")}
+    assert not any("recover" in line for code in others.values() for line in code)
+
+
+def test_cards_and_exports_are_of_the_recovered_checkpoint():
+    plan = plan_of(lambda c: c["experiments"]["demo"].update(export="dense"))
+    cards = plan.spec("cards", {})["cards"]
+    none, refine = (plan.labels["recoveries"][name] for name in ("none", "refine"))
+    (plain,) = (path for path in cards if f"/{none}/" in path)
+    (recovered,) = (path for path in cards if f"/{refine}/" in path)
+    assert f"/{none}/" not in cards[plain]["checkpoint"]
+    assert cards[recovered]["checkpoint"] == recovered.replace("README.md", "checkpoint/manifest.json")
+    made = {plan.made(cell, "dense_export") for cell in plan.exported()}
+    assert made == {of["checkpoint"].replace("/checkpoint/", "/dense_export/") for of in cards.values()}
+
+
+def test_options_are_checked_in_one_line():
+    def refused(**preset):
+        with pytest.raises(InputError) as caught:
+            plan_of(lambda c: c["recoveries"].update(mine=preset))
+        return str(caught.value)
+
+    assert "recoveries.mine: there is no kind 'refin'; did you mean 'refine'?" in refused(kind="refin")
+    assert "recoveries.mine.step: unknown key; did you mean 'steps'?" in refused(kind="distill", step=3)
+    assert "belong to `parameters: lora`" in refused(kind="distill", lora_rank=4)
+    with pytest.raises(InputError, match=r"recoveries\.none: the name says that nothing is done"):
+        plan_of(lambda c: c["recoveries"].update(none={"kind": "refine"}))
+    for kind, cls in RECOVERIES.items():
+        full = cls(kind=kind).model_dump()
+        assert options_of(full) == cls(kind=kind), "what the plan resolves is what the job reads"
+
+
+def test_formats_do_not_change(llama, tmp_path):
+    files, checkpoint = llama
+    task, report = run(files, checkpoint, {**KINDS["refine"], "steps": 1})
+    write_recovered(tmp_path / "out", files, checkpoint, task, {"name": "r", **KINDS["refine"]}, report, JOB)
+    before, after = (json.loads((f / "config.json").read_text()) for f in (checkpoint.directory, tmp_path / "out"))
+    assert before == after
+    WinnowConfig(**after["quantization_config"])
