@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from winnow.checkpoint import copy_files
 from winnow.classes import classes_of, read_config
 from winnow.errors import InputError
 from winnow.examples import Examples, padding_of, takes_types
@@ -18,6 +17,7 @@ from winnow.io import file_digest
 from winnow.progress import every
 from winnow.resume import Resume
 from winnow.tuning import Tuning
+from winnow.weights import copy_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
