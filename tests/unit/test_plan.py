@@ -225,7 +225,7 @@ EDITS = [
     ("src/winnow/statistics.py", "gram = self.gram / n", "gram = self.gram / (n - 1)", {"collect_statistics"}),
     ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", {"compress"}),
     ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity"}),
-    ("src/winnow/spread.py", "n / (n - 1)", "n / n", {*EVALUATIONS, "tables", "report"}),
+    ("src/winnow/spread.py", "n / (n - 1)", "n / n", {*EVALUATIONS, "tables", "report", "tabulate_classification"}),
     ("src/winnow/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
     ("src/winnow/recovery/refine.py", "skipped = 0 if", "skipped = 2 if", {"recover"}),
     ("src/winnow/recovery/distill.py", "lora_dropout=0.0", "lora_dropout=0.1", set()),  # of another kind
@@ -240,7 +240,7 @@ EDITS = [
     ("src/winnow/rows.py", "row {bad}: there", "row {bad}, there", {"retrieve_examples", "check_overlap"}),
     ("src/winnow/examples.py", "padding=False", "padding=True", {"tokenize_rows", "finetune", "evaluate_classification"}),
     ("src/winnow/finetune.py", "EPS, BETAS = 1e-8", "EPS, BETAS = 1e-7", {"finetune"}),  # and of a recovery of that kind
-    ("src/winnow/tuning.py", "rate: float = Field(3e-5", "rate: float = Field(2e-5", {"finetune"}),
+    ("src/winnow/tuning.py", "rate: float = Field(3e-5", "rate: float = Field(2e-5", {"finetune", "recover"}),
     (
         "src/winnow/classification.py",
         "return 2 * right",
