@@ -12,13 +12,15 @@ from winnow.runtime import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)
-    spec = job.spec
-    files, options = ModelFiles(snakemake.input.model), options_of(spec["recovery"])
-    checkpoint = Bundle(snakemake.input.checkpoint) if snakemake.input.get("checkpoint") else None
-    windows = read_tensors(snakemake.input.tokens, sealed=True)[0]["ids"]
+    spec, given = job.spec, snakemake.input
+    files, options = ModelFiles(given.model), options_of(spec["recovery"])
+    checkpoint = Bundle(given.checkpoint) if given.get("checkpoint") else None
+    windows = read_tensors(given.tokens, sealed=True)[0]["ids"]
     target = Path(snakemake.output[0]).parent
     resume = Resume(target, job.provenance)
     task = task_of(files, checkpoint, windows, options, spec["first_token"], job.device, resume)
+    if given.get("train"):
+        task.rows = {"train": given.train, "facts": given.facts, "tokenizer": files.directory, "length": spec["length"]}
     report = recovery_of(spec["recovery"]["kind"])(task)
     with atomic(target) as folder:
         write_recovered(folder, files, checkpoint, task, {"name": spec["name"], **spec["recovery"]}, report, job)

@@ -14,7 +14,7 @@ COLUMNS = [
 ]
 
 
-def accuracy_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def accuracy_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]], columns: list[str] = COLUMNS) -> pd.DataFrame:
     """One row per cell, task and measure: the cell's names (from `rows`), its bytes, and its scores.
 
     `delta` is the score above the dense model's, paired by document; 0 for the dense model. A standard error is empty where
@@ -30,5 +30,6 @@ def accuracy_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]
                 own = {"delta": 0.0, "delta_se": 0.0} if (row["method"], row["recovery"]) == ("dense", "none") else {}
                 documents = result["tasks"][task]["documents"]
                 table.append({**row, **sizes, "task": task, "measure": measure, "documents": documents, **own, **score})
-    frame = pd.DataFrame(table).reindex(columns=COLUMNS)
-    return frame.astype({key: "float64" for key in ("keep_requested", "value", "value_se", "delta", "delta_se")})
+    frame = pd.DataFrame(table).reindex(columns=columns)
+    numbers = [key for key in columns if key.startswith(("keep_requested", "value", "delta"))]
+    return frame.astype(dict.fromkeys(numbers, "float64"))

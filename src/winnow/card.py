@@ -90,8 +90,9 @@ def _calibration(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     where = text.get("dataset") or ", ".join(text.get("files", [])) or "?"
     details = [text[key] for key in ("subset", "split") if text.get(key)]
     revision = f", revision `{text['revision']}`" if text.get("revision") else ""
+    name = preset.get("text") or f"train rows of {preset['task']}"
     return [
-        ("calibration text", f"{preset['text']}: {' '.join([where, *details])}{revision}"),
+        ("calibration text", f"{name}: {' '.join([where, *details])}{revision}"),
         ("calibration windows", f"{preset['windows']} of {preset['length']} tokens, seed {preset['seed']}"),
     ]
 

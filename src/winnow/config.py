@@ -12,18 +12,19 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from winnow.architectures import ROLES
 from winnow.errors import InputError
-from winnow.evaluations import PLAIN, AnyEvaluation, Perplexity
+from winnow.evaluations import PLAIN, AnyEvaluation, Classification, Perplexity
 from winnow.fields import Name, Strict
 from winnow.metrics import GRADIENTS, METRICS, AnyMetric
-from winnow.recoveries import AnyRecovery, NoRecovery
+from winnow.recoveries import AnyRecovery, NoRecovery, Trained
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
+from winnow.tuning import Tuning
 
 Target = Literal["ffn", "attention", *ROLES]  # type: ignore[valid-type]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Model(Strict):
-    """A causal language model in Hugging Face layout, weights in safetensors."""
+    """A model in Hugging Face layout, weights in safetensors."""
 
     source: str = Field(description="local directory, or hub id (`org/name`) together with `revision`")
     revision: str | None = Field(
@@ -33,6 +34,9 @@ class Model(Strict):
         "float32", description="dtype of the forward passes (statistics, evaluation); stored tensors keep theirs"
     )
     shards: int = Field(1, ge=1, description="jobs that the layers are split over when factorised; changes no number")
+    finetune: Tuning | None = Field(
+        None, description="first train it as a classifier on a task; all that follows is of the tuned model (see below)"
+    )
 
     def local(self) -> bool:
         return self.revision is None
@@ -69,7 +73,12 @@ class Text(Strict):
 class Calibration(Strict):
     """The text that statistics are collected on; never from an evaluation text."""
 
-    text: Name = Field(description="name of a text")
+    text: Name | None = Field(None, description="name of a text; or use `task`")
+    task: Name | None = Field(
+        None,
+        description="name of an evaluation of kind classification: a window is one of its train rows as the classifier gets it, "
+        "its padding not counted, and as long as the task says",
+    )
     windows: int = Field(128, ge=1, description="number of windows, drawn without replacement")
     length: int = Field(2048, ge=2, description="tokens per window")
     seed: int = Field(0, ge=0, description="draws the windows")
@@ -94,6 +103,11 @@ class Calibrations(Calibration):
 
     @model_validator(mode="after")
     def _seed_or_seeds(self) -> Calibrations:
+        if (self.text is None) == (self.task is None):
+            raise ValueError("give either `text` or `task`")
+        for key in ("length", "special_tokens", "gradient_labels") if self.task else ():
+            if key in self.model_fields_set:
+                raise ValueError(f"leave `{key}` out: with `task` the rows are cut and encoded as for the classifier")
         if self.seeds is not None and "seed" in self.model_fields_set:
             raise ValueError("give either `seed` or `seeds`")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
@@ -199,8 +213,10 @@ class Config(Strict):
             raise ValueError("recoveries.none: the name says that nothing is done; rename the preset")
         for section in ("calibrations", "evaluations"):
             for name, preset in getattr(self, section).items():
-                if isinstance(preset, Calibration | Perplexity):
+                if isinstance(preset, Calibration | Perplexity) and preset.text is not None:
                     _known(f"{section}.{name}.text", preset.text, self.texts)
+        for where, task in self.tasks_named().items():
+            _known(where, task, {n: e for n, e in self.evaluations.items() if isinstance(e, Classification)})
         for name, experiment in self.experiments.items():
             for section in (s for s in Experiment.model_fields if s not in ("controls", "export")):
                 for given in getattr(experiment, section):
@@ -208,17 +224,51 @@ class Config(Strict):
             for method in experiment.methods if experiment.export == "dense" else []:
                 if reason := structure_of(self.methods[method].structure.model_dump()).not_dense():
                     raise ValueError(f"experiments.{name}.export: {method!r} cannot be written as a dense model: {reason}")
+            self._check_training(name, experiment)
             for c in experiment.calibrations:
                 for e in experiment.evaluations:
-                    evaluation = self.evaluations[e]
+                    evaluation, text = self.evaluations[e], self.calibrations[c].text
                     if not isinstance(evaluation, Perplexity):
                         continue
-                    if self.texts[self.calibrations[c].text] == self.texts[evaluation.text]:
+                    if text is None:
+                        raise ValueError(
+                            f"experiments.{name}: calibration {c!r} is of the rows of a task, which are not compared with the "
+                            f"text of evaluation {e!r}; calibrate on a text"
+                        )
+                    if self.texts[text] == self.texts[evaluation.text]:
                         raise ValueError(
                             f"experiments.{name}: calibration {c!r} and evaluation {e!r} read the same text; "
                             "calibrate on a text that is not evaluated"
                         )
         return self
+
+    def tasks_named(self) -> dict[str, str]:
+        """{key of the configuration: the task that it names}, of models, calibrations and recoveries."""
+        found = {f"models.{n}.finetune.task": m.finetune.task for n, m in self.models.items() if m.finetune}
+        for section in ("calibrations", "recoveries"):
+            for name, preset in getattr(self, section).items():
+                if task := getattr(preset, "task", None):
+                    found[f"{section}.{name}.task"] = task
+        return found
+
+    def _check_training(self, name: str, experiment: Experiment) -> None:
+        """Raise ValueError where something learns the train rows of another task than the one that is scored: only those of one
+        task are compared with its test rows."""
+        used = [f"models.{n}.finetune.task" for n in experiment.models]
+        used += [f"{s}.{n}.task" for s in ("calibrations", "recoveries") for n in getattr(experiment, s)]
+        for c in (c for c in experiment.calibrations if self.calibrations[c].task):
+            for r in (r for r in experiment.recoveries if isinstance(self.recoveries[r], Trained)):
+                raise ValueError(
+                    f"experiments.{name}: recovery {r!r} trains on whole windows of a text, calibration {c!r} is of the rows of "
+                    "a task; calibrate on a text, or recover by `finetune`"
+                )
+        named, tasks = self.tasks_named(), {n: e for n, e in self.evaluations.items() if isinstance(e, Classification)}
+        for where, e in ((w, e) for w in used if w in named for e in experiment.evaluations if e in tasks):
+            if tasks[e].training() != tasks[named[where]].training():
+                raise ValueError(
+                    f"experiments.{name}: {where} learns other train rows than those of evaluation {e!r}, which alone are "
+                    "compared with its test rows; name the same `train`, columns and labels"
+                )
 
 
 def random_control(method: Method) -> Method | None:

@@ -20,6 +20,7 @@ from winnow.metrics import METRICS
 from winnow.recoveries import RECOVERIES
 from winnow.structures import STRUCTURES
 from winnow.tokens import PROTOCOLS
+from winnow.tuning import Tuning
 
 CONFIG, SCHEMA, README = "config/config.yaml", "workflow/schemas/config.schema.json", "config/README.md"
 
@@ -117,6 +118,9 @@ def readme() -> str:
                 lines += ["", "| protocol | version | rule |", "|---|---|---|"]
                 lines += [f"| `{key}` | {p.version} | {p.rule} |" for key, p in PROTOCOLS.items()]
         if name == "models":
+            about = " ".join(str(Tuning.__doc__).split())
+            lines += ["", f"`finetune` (fine-tune, compress, and with the recovery of that name fine-tune again): {about}"]
+            lines += ["", *_key_rows(Tuning)]
             lines += ["", *_families()]
         if name == "methods":
             lines += [

@@ -84,6 +84,8 @@ def collect_gradients(
     few tokens. With `resume`, goes on after the last window whose sums were saved. Raises FloatingPointError with the module's
     name if a gradient is not finite.
     """
+    if (windows < 0).any():
+        raise InputError("gradients are taken of whole windows of a text, not of rows of a task; use a metric without gradients")
     matrices = [m for m in matrices if m.expert is None]
     model.requires_grad_(False)
     device = next(model.parameters()).device

@@ -17,7 +17,7 @@ from winnow import studies
 from winnow.clusters import Clustering
 from winnow.config import Budget, Calibration, Config, Method, Strict, random_control
 from winnow.errors import InputError
-from winnow.evaluations import PLAIN, Perplexity
+from winnow.evaluations import PLAIN, Classification, Perplexity
 from winnow.metrics import GRADIENTS, METRICS
 from winnow.models import model_files
 from winnow.structures import structure_of
@@ -55,6 +55,9 @@ def _by_seed(config: Config) -> tuple[dict[str, Calibration], dict[str, str]]:
     presets: dict[str, str] = {}
     for name, preset in config.calibrations.items():
         for of_seed, calibration in preset.by_seed(name).items():
+            if calibration.task is not None:  # its rows are as long as the task says
+                task: Any = config.evaluations[calibration.task]
+                calibration = calibration.model_copy(update={"length": task.length})
             if of_seed != name and of_seed in config.calibrations:
                 raise InputError(f"calibrations.{of_seed}: the name is taken by a seed of {name!r}; rename the preset")
             found[of_seed], presets[of_seed] = calibration, name
@@ -118,6 +121,10 @@ class Grid:
         content = preset.model_dump(exclude_defaults=True, exclude=UNNAMED, mode="json")
         if "text" in content:  # the text itself, not what it is called
             content["text"] = self.config.texts[content["text"]].model_dump(exclude_defaults=True, mode="json")
+        for part in (content, content.get("finetune", {})):  # the rows that are learned, and how long they are
+            if "task" in part:
+                task = self.task(part["task"])
+                part["task"] = {"rows": task.rows(), "length": task.length}
         digest = hashlib.sha256(json.dumps([section, content], sort_keys=True).encode()).hexdigest()
         if section == "calibrations":  # a seed has one label, whether it stands in a list or by itself
             name = self.preset_of_seed[name]
@@ -199,12 +206,45 @@ class Grid:
                     raise InputError(f"texts.{name}.files: {file}: there is no such file")
         for name in dict.fromkeys(cell.evaluation for cell in self.cells_of("accuracy")):
             self.task_files(self.labels["evaluations"][name])
+        for name in dict.fromkeys(name for cell in self.cells for name in self.tasks_of(cell)):
+            for file in [*self.task(name).train, *self.task(name).test]:
+                if not Path(file).is_file():
+                    raise InputError(f"evaluations.{name}: {file}: there is no such file")
 
     def texts_of(self, cell: Cell) -> list[str]:
         """Names of the texts that a cell reads: of its evaluation, if it has one, and of its calibration."""
         evaluation = self.config.evaluations[cell.evaluation]
         texts = [evaluation.text] if isinstance(evaluation, Perplexity) else []
-        return texts + ([self.config.calibrations[cell.calibration].text] if cell.calibration else [])
+        calibration = self.config.calibrations[cell.calibration].text if cell.calibration else None
+        return [*texts, *([calibration] if calibration else [])]
+
+    def task(self, name: str) -> Classification:
+        """The classification task of this name."""
+        found = self.config.evaluations[name]
+        assert isinstance(found, Classification)
+        return found
+
+    def task_label(self, name: str) -> str:
+        """The label of a task's rows, which evaluations that score them in other ways share."""
+        rows = json.dumps(self.task(name).rows(), sort_keys=True)
+        return f"task-{hashlib.sha256(rows.encode()).hexdigest()[:6]}"
+
+    def tasks(self) -> dict[str, Classification]:
+        """Every classification task by the label of its rows."""
+        names = [name for name, e in self.config.evaluations.items() if isinstance(e, Classification)]
+        return {self.task_label(name): self.task(name) for name in names}
+
+    def tasks_of(self, cell: Cell) -> list[str]:
+        """Names of the classification tasks whose rows a cell reads: to score, to tune, or to calibrate on."""
+        parts: list[Any] = [self.config.models[cell.model].finetune]
+        parts += [self.config.calibrations[cell.calibration]] if cell.calibration else []
+        parts += [self.config.recoveries[cell.recovery]] if cell.recovery else []
+        named = [getattr(part, "task", None) for part in parts]
+        return [name for name in [cell.evaluation if cell.kind == "classification" else None, *named] if name]
+
+    def tuned(self, label: str) -> bool:
+        """Whether a model is trained on a task before anything else."""
+        return self.preset("models", label).finetune is not None
 
     def local_model_files(self, label: str) -> list[str]:
         """Files of a local model; none for one on the hub, which `retrieve_model` downloads."""
@@ -220,7 +260,8 @@ class Grid:
 
     def all_labels(self) -> list[str]:
         """Every label that a path of a result can hold."""
-        return sorted({label for section in self.names.values() for label in section} | set(self.clusterings()))
+        own = {label for section in self.names.values() for label in section}
+        return sorted(own | set(self.clusterings()) | set(self.tasks()))
 
     def knows(self, wildcard: str, label: str) -> bool:
         """Whether a rule's wildcard can have this value."""
@@ -228,8 +269,8 @@ class Grid:
             return True
         if wildcard == "study":
             return label in self.of_studies
-        if wildcard == "clustering":
-            return label in self.clusterings()
+        if wildcard in ("clustering", "task"):
+            return label in (self.clusterings() if wildcard == "clustering" else self.tasks())
         sections = {"other": ["texts"], "windows": ["calibrations", "evaluations"], "recovery": ["recoveries"]}
         return any(label in self.names[section] for section in sections.get(wildcard, [f"{wildcard}s"]))
 
@@ -245,6 +286,13 @@ class Grid:
             or (self.recovers(self.names[section][label]) if kind == "recovers" else self.preset(section, label).kind == kind)
         ]
         return "|".join(label.replace(".", r"\.") for label in labels) or "none"
+
+    def windows_of(self, what: str) -> str:
+        """A regular expression of all labels of windows that are cut from a text, or are the rows of a task (`what`)."""
+        calibrations = [n for n, c in self.config.calibrations.items() if (c.task is None) == (what == "text")]
+        labels = [self.labels["calibrations"][name].replace(".", r"\.") for name in calibrations]
+        others = [self.pattern("evaluations", kind="perplexity")] if what == "text" else []
+        return "|".join([*labels, *others]) or "none"
 
     def text_label(self, section: str, label: str) -> str:
         """The label of the text that a calibration or an evaluation reads."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from winnow.claims import read_claims
-from winnow.config import Config
+from winnow.config import Calibration, Config
 from winnow.grid import EXECUTION, UNNAMED, Cell, Grid
 from winnow.io import file_digest
 from winnow.metrics import METRICS
 from winnow.provenance import CodeTracker, versions
-from winnow.recoveries import RECOVERIES
+from winnow.recoveries import RECOVERIES, Finetune
 from winnow.structures import STRUCTURES
 from winnow.tokens import PROTOCOLS
 
@@ -24,9 +24,13 @@ TASKS = ("datasets", "lm-eval")
 # Stage (rule, script, log folder): libraries whose version can change what it writes.
 STAGES: dict[str, tuple[str, ...]] = {
     "retrieve_model": HUGGING_FACE,
+    "retrieve_base": (),
+    "finetune": HUGGING_FACE,
     "retrieve_text": ("pyarrow",),
+    "retrieve_examples": ("datasets", *TABLES),
     "check_overlap": ("numpy",),
     "tokenize": HUGGING_FACE,
+    "tokenize_rows": HUGGING_FACE,
     "collect_statistics": HUGGING_FACE,
     "collect_gradients": HUGGING_FACE,
     "assign_clusters": (*TORCH, *TABLES, "scikit-learn"),
@@ -39,10 +43,12 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate_latency": HUGGING_FACE,
     "retrieve_tasks": TASKS,
     "evaluate_accuracy": (*HUGGING_FACE, *TASKS),
+    "evaluate_classification": (*HUGGING_FACE, *TABLES),
     "cards": (),
     "tables": TABLES,
     "tabulate_accuracy": TABLES,
     "tabulate_latency": TABLES,
+    "tabulate_classification": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
     "measure_study": HUGGING_FACE,
@@ -58,6 +64,9 @@ DENSE = {  # rules by the same script
     "evaluate_accuracy_healed": "evaluate_accuracy",
     "recover_dense": "recover",
     "export_dense_recovered": "export_dense",
+    "evaluate_classification_dense": "evaluate_classification",
+    "evaluate_classification_healed": "evaluate_classification",
+    "check_rows": "check_overlap",
 }
 TEMPLATES = Path(__file__).parent / "templates"
 TEMPLATE, STUDY_TEMPLATE = TEMPLATES / "report.html.j2", TEMPLATES / "study.html.j2"
@@ -119,8 +128,20 @@ class Plan(Grid):
         return versions(*STAGES[stage])
 
     def _spec_retrieve_model(self, w: dict[str, str]) -> dict[str, Any]:
+        if self.tuned(w["model"]):  # what `finetune` made
+            return {"source": f"results/{w['model']}/tuned", "revision": None}
+        return self._spec_retrieve_base(w)
+
+    def _spec_retrieve_base(self, w: dict[str, str]) -> dict[str, Any]:
         model = self.preset("models", w["model"])
         return {"source": model.source, "revision": model.revision}
+
+    def _spec_retrieve_examples(self, w: dict[str, str]) -> dict[str, Any]:
+        return self.tasks()[w["task"]].rows()
+
+    def _spec_finetune(self, w: dict[str, str]) -> dict[str, Any]:
+        tuning = self.preset("models", w["model"]).finetune
+        return {**tuning.model_dump(), "length": self.task(tuning.task).length}
 
     def _spec_retrieve_text(self, w: dict[str, str]) -> dict[str, Any]:
         return self.preset("texts", w["text"]).model_dump()
@@ -128,10 +149,13 @@ class Plan(Grid):
     def _spec_tokenize(self, w: dict[str, str]) -> dict[str, Any]:
         section = "calibrations" if w["windows"] in self.names["calibrations"] else "evaluations"
         preset = self.preset(section, w["windows"])
-        windows = preset.model_dump(exclude={"kind", "text", "compare", *OF_STATISTICS})
+        windows = preset.model_dump(exclude={"kind", "text", "task", "compare", *OF_STATISTICS})
         if section == "evaluations":
             windows["version"] = PROTOCOLS[preset.protocol].version
         return {"kind": section, "join": self.config.texts[preset.text].join, **windows}
+
+    def _spec_tokenize_rows(self, w: dict[str, str]) -> dict[str, Any]:
+        return self.preset("calibrations", w["windows"]).model_dump(include={"windows", "length", "seed"})
 
     def _spec_collect_statistics(self, w: dict[str, str]) -> dict[str, Any]:
         spec = self.preset("calibrations", w["calibration"]).model_dump(include={"precision", "first_token"})
@@ -168,12 +192,20 @@ class Plan(Grid):
             "dtype": model.dtype,
             "presets": {
                 "model": model.model_dump(exclude=EXECUTION),
-                "calibration": calibration.model_dump(),
-                "calibration_text": self.config.texts[calibration.text].model_dump(exclude_defaults=True, mode="json"),
+                "calibration": calibration.model_dump(exclude_none=True),
+                "calibration_text": self._calibration_text(calibration),
                 "method": self._method(w),
                 "budget": self.preset("budgets", w["budget"]).model_dump(),
             },
         }
+
+    def _calibration_text(self, calibration: Calibration) -> dict[str, Any]:
+        """Where the words of a calibration come from, for the recipe."""
+        if calibration.text is None:
+            task = self.task(str(calibration.task))
+            hub = {"subset": task.subset, "split": task.train_split, "revision": task.revision} if task.dataset else {}
+            return {"files": task.train, "dataset": task.dataset, **hub, "columns": task.columns}
+        return self.config.texts[calibration.text].model_dump(exclude_defaults=True, mode="json")
 
     def _spec_recover(self, w: dict[str, str]) -> dict[str, Any]:
         recovery = self.preset("recoveries", w["recovery"])
@@ -181,6 +213,7 @@ class Plan(Grid):
         return {
             "name": self.names["recoveries"][w["recovery"]],
             "recovery": recovery.model_dump(),
+            **({"length": self.task(recovery.task).length} if isinstance(recovery, Finetune) else {}),
             "version": RECOVERIES[recovery.kind].version,
             "first_token": calibration.first_token,
             "dtype": model.dtype,
@@ -206,6 +239,12 @@ class Plan(Grid):
     def _spec_evaluate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
         recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
         return {**self._spec_retrieve_tasks(w), **recovery, "dtype": self.preset("models", w["model"]).dtype}
+
+    def _spec_evaluate_classification(self, w: dict[str, str]) -> dict[str, Any]:
+        evaluation = self.preset("evaluations", w["evaluation"]).model_dump(include={"length", "limit"})
+        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        name, dtype = self.names["evaluations"][w["evaluation"]], self.preset("models", w["model"]).dtype
+        return {"task": name, **evaluation, **recovery, "dtype": dtype}
 
     def _spec_demo_model(self, w: dict[str, str]) -> dict[str, Any]:
         return DEMO_MODEL
@@ -247,6 +286,9 @@ class Plan(Grid):
 
     def _spec_tabulate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("accuracy")]}
+
+    def _spec_tabulate_classification(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"rows": [self._row(cell) for cell in self.cells_of("classification")]}
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         """What a table says of a cell before anything is measured."""

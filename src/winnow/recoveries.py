@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 from pydantic import Field, model_validator
 
 from winnow.fields import Strict
+from winnow.tuning import Tuning
 
 
 class Recovery(Strict):
     """What is done after compression to win back quality."""
 
     version: ClassVar[int] = 1
+    whole: ClassVar[bool] = False  # whether all numbers of the model are trained, not those of its compressed modules only
     kind: str
 
 
@@ -83,6 +85,14 @@ class Distill(Trained):
         if self.parameters == "full" and any(type(self).model_fields[key].default != value for key, value in own.items()):
             raise ValueError("`lora_rank` and `lora_alpha` belong to `parameters: lora`")
         return self
+
+
+class Finetune(Tuning, Recovery):
+    """Fine-tuning again, with the labels of a classification task: all weights learn its train rows, as a model's `finetune`
+    does before compression, with options of its own."""
+
+    whole: ClassVar[bool] = True
+    kind: Literal["finetune"] = Field(description="finetune")
 
 
 def _kinds(of: type[Recovery]) -> list[type[Recovery]]:

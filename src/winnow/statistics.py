@@ -97,14 +97,21 @@ def collect(
     precision: torch.dtype,
     first_token: bool = True,
     resume: Resume | None = None,
+    types: Tensor | None = None,
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Yield (layer, {site: statistics}) after one pass of `windows` (count, length) through the model.
 
-    Without `first_token`, the first token of every window is run but not counted. With `resume`, goes on after the last window
-    whose sums were saved. Raises FloatingPointError with the layer's and site's name if an input is not finite.
+    Windows may be padded behind with ids below 0, which are neither attended to nor counted; `types` (count, length) tell the
+    texts of a pair apart. Without `first_token`, the first token of every window is run but not counted. With `resume`, goes on
+    after the last window whose sums were saved. Raises FloatingPointError with the layer's and site's name if an input is not
+    finite.
     """
     device = next(model.parameters()).device
     length, skipped = windows.shape[1], 0 if first_token else 1
+    real = windows >= 0
+    counted = real.clone()
+    counted[:, :skipped] = False
+    batches: dict[str, Tensor] = {}  # `counted` of the batch that runs
     sites: dict[tuple[int, str], Moments] = {}
     inputs: dict[int, Tensor] = {}  # of the FFN that runs, by layer
     hooks = []
@@ -115,9 +122,9 @@ def collect(
 
         def hook(_module, args):
             if expert is None:
-                x = tokens_of(args[0], length)[:, skipped:].flatten(0, 1)
+                x = tokens_of(args[0], length)[batches["counted"]]
             else:  # gets some tokens of the batch, and knows which
-                x = args[0][expert.tokens % length >= skipped]
+                x = args[0][batches["counted"].flatten()[expert.tokens]]
             if site.endswith("ffn_input"):
                 inputs[layer] = x
             sites[layer, site].accumulate(x, inputs.pop(layer) if site.endswith("ffn_hidden") else None)
@@ -135,13 +142,20 @@ def collect(
     try:
         done = resume.restore(sums) if resume else 0
         for start in every(range(done, len(windows), batch), "calibration batches"):
-            model.base_model(input_ids=windows[start : start + batch].to(device).long(), use_cache=False)
+            chosen = slice(start, start + batch)
+            batches["counted"] = counted[chosen].to(device)
+            given = {"input_ids": windows[chosen].clamp(min=0).to(device).long()}
+            if not real[chosen].all():
+                given["attention_mask"] = real[chosen].to(device).long()
+            if types is not None:
+                given["token_type_ids"] = types[chosen].to(device).long()
+            model.base_model(**given, use_cache=False)
             if resume:
                 resume.save(start + batch, sums)
     finally:
         for hook in hooks:
             hook.remove()
-    expected = len(windows) * (length - skipped)
+    expected = int(counted.sum())
     for layer in sorted({layer for layer, _ in sites}):
         finished = {}
         for (where, site), moments in sites.items():

@@ -19,6 +19,10 @@ def plan_of(change=lambda c: None, root=ROOT):
     config = copy.deepcopy(default())
     config["evaluations"]["tasks"] = {"kind": "accuracy", "tasks": ["hellaswag"]}
     config["evaluations"]["times"] = {"kind": "latency"}
+    config["evaluations"]["reviews"] = {"kind": "classification", "train": ["a.csv"], "test": ["b.csv"], "columns": ["text"]}
+    config["models"]["tuned"] = {"source": "resources/models/demo", "finetune": {"task": "reviews"}}
+    config["calibrations"]["rows"] = {"task": "reviews"}
+    config["recoveries"]["again"] = {"kind": "finetune", "task": "reviews"}
     change(config)
     return Plan(load(config), root)
 
@@ -85,7 +89,7 @@ def test_evaluations_of_other_kinds_stand_beside_the_old_ones_and_move_none():
         assert not set(after.texts_of(cells[0]))
         assert after.texts_of(cells[-1]) == ["demo_calibration"]
         assert after.pattern("evaluations", kind=kind).split("|")[-1] == labels[name].replace(".", r"\.")
-    assert after.pattern("calibrations", "evaluations", kind="perplexity").split("|")[1:] == [labels["demo"]]
+    assert after.pattern("calibrations", "evaluations", kind="perplexity").split("|")[2:] == [labels["demo"]]
     assert Plan(load(default()), ROOT).pattern("evaluations", kind="latency") == "none"
     for stage in ("tables", "report"):
         assert after.spec(stage, {}) == before.spec(stage, {})
@@ -115,7 +119,11 @@ WILDCARDS = {  # of the rules
     "retrieve_model": ("model",),
     "retrieve_text": ("text",),
     "check_overlap": ("text", "other"),
+    "retrieve_base": ("model",),
+    "finetune": ("model",),
+    "retrieve_examples": ("task",),
     "tokenize": ("model", "windows"),
+    "tokenize_rows": ("model", "windows"),
     "collect_statistics": ("model", "calibration"),
     "collect_gradients": ("model", "calibration"),
     "assign_clusters": ("model", "calibration", "clustering"),
@@ -130,6 +138,8 @@ WILDCARDS = {  # of the rules
     "tabulate_accuracy": (),
     "evaluate_latency": (*UPSTREAM, "evaluation"),
     "tabulate_latency": (),
+    "evaluate_classification": (*UPSTREAM, "evaluation"),
+    "tabulate_classification": (),
     "cards": (),
     "tables": (),
     "figures": (),
@@ -142,16 +152,17 @@ WILDCARDS = {  # of the rules
 
 
 OF_TASKS = {"retrieve_tasks", "evaluate_accuracy"}
-EVALUATED = dict.fromkeys(OF_TASKS, "tasks") | {"evaluate_latency": "times"}  # by stage; the others read `demo`
+EVALUATED = dict.fromkeys(OF_TASKS, "tasks") | {"evaluate_latency": "times", "evaluate_classification": "reviews"}  # else `demo`
 
 
 def wildcards_of(plan, stage):
     labels = plan.labels
     values = {
-        "model": labels["models"]["demo"],
+        "model": labels["models"]["tuned" if stage == "finetune" else "demo"],
+        "task": plan.task_label("reviews"),
         "text": labels["texts"]["demo_calibration"],
         "other": labels["texts"]["demo_evaluation"],
-        "windows": labels["calibrations"]["demo"],
+        "windows": labels["calibrations"]["rows" if stage == "tokenize_rows" else "demo"],
         "calibration": labels["calibrations"]["demo"],
         "method": labels["methods"]["asvd"],
         "shard": "1-of-1",
@@ -196,7 +207,7 @@ def stages_changed(checkout, file, old, new):
     return {s for s in STAGES if before[s] != after[s]}
 
 
-EVALUATIONS = {"evaluate_perplexity", "evaluate_accuracy"}
+EVALUATIONS = {"evaluate_perplexity", "evaluate_accuracy", "evaluate_classification"}
 OF_METHODS = {
     "factorize",
     "measure_spectra",
@@ -217,7 +228,7 @@ EDITS = [
     ("src/winnow/statistics.py", "gram = self.gram / n", "gram = self.gram / (n - 1)", {"collect_statistics"}),
     ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", {"compress"}),
     ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity"}),
-    ("src/winnow/spread.py", "n / (n - 1)", "n / n", {*EVALUATIONS, "tables", "report"}),
+    ("src/winnow/spread.py", "n / (n - 1)", "n / n", {*EVALUATIONS, "tables", "report", "tabulate_classification"}),
     ("src/winnow/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
     ("src/winnow/recovery/refine.py", "skipped = 0 if", "skipped = 2 if", {"recover"}),
     ("src/winnow/recovery/distill.py", "lora_dropout=0.0", "lora_dropout=0.1", set()),  # of another kind
@@ -225,10 +236,20 @@ EDITS = [
     ("src/winnow/recoveries.py", "steps: int = Field(200", "steps: int = Field(100", {"recover"}),
     ("src/winnow/card.py", "Needs winnow", "It needs winnow", {"compress", "export_dense", "cards"}),
     ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables"}),
-    ("src/winnow/tokens.py", "PAD = -1", "PAD = -2", {"tokenize", *EVALUATIONS}),
+    ("src/winnow/tokens.py", "PAD = -1", "PAD = -2", {"tokenize", "tokenize_rows", "finetune", *EVALUATIONS}),
     ("src/winnow/accuracy.py", "return found if", "return found and found if", {"evaluate_accuracy"}),
     ("src/winnow/tasks.py", "not any(is_group", "all(not is_group", OF_TASKS),
-    ("src/winnow/accuracy_table.py", '"delta": 0.0', '"delta": 0.1', {"tabulate_accuracy"}),
+    ("src/winnow/accuracy_table.py", '"delta": 0.0', '"delta": 0.1', {"tabulate_accuracy", "tabulate_classification"}),
+    ("src/winnow/rows.py", "row {bad}: there", "row {bad}, there", {"retrieve_examples", "check_overlap"}),
+    ("src/winnow/examples.py", "padding=False", "padding=True", {"tokenize_rows", "finetune", "evaluate_classification"}),
+    ("src/winnow/finetune.py", "EPS, BETAS = 1e-8", "EPS, BETAS = 1e-7", {"finetune"}),  # and of a recovery of that kind
+    ("src/winnow/tuning.py", "rate: float = Field(3e-5", "rate: float = Field(2e-5", {"finetune", "recover"}),
+    (
+        "src/winnow/classification.py",
+        "return 2 * right",
+        "return 3 * right",
+        {"evaluate_classification", "tabulate_classification"},
+    ),
     ("src/winnow/latency.py", "SLOT = 0.01", "SLOT = 0.02", {"evaluate_latency"}),
     ("src/winnow/latency_table.py", 'f"control_{key}"', 'f"dense_{key}"', {"tabulate_latency"}),
     ("src/winnow/io.py", 'MANIFEST = "manifest.json"', 'MANIFEST = "content.json"', set(STAGES)),

@@ -58,6 +58,7 @@ wildcard_constraints:
     clustering="|".join(PLAN.clusterings()) or "none",
     shard=r"\d+-of-\d+",
     study="|".join(PLAN.of_studies),
+    task="|".join(PLAN.tasks()) or "none",
 
 
 def stage(name):

@@ -5,6 +5,49 @@ def local_files(wildcards):
     return PLAN.local_model_files(wildcards.model)
 
 
+def tuned_model(wildcards):
+    """What `finetune` made, of a model that is tuned first; the files of the others are read as they are."""
+    if PLAN.tuned(wildcards.model):
+        return {"tuned": "results/{model}/tuned/manifest.json"}
+    return {"files": local_files(wildcards)}
+
+
+def example_files(wildcards):
+    task = PLAN.tasks()[wildcards.task]
+    return [*task.train, *task.test]
+
+
+def rows_of_task(part, task=None):
+    """The rows `part` (train.parquet, test.parquet, or task.json, their facts) of the task that an evaluation scores, or of the
+    one that `task` names for the wildcards."""
+
+    def path(wildcards):
+        name = (
+            task(wildcards) if task else PLAN.names["evaluations"][wildcards.evaluation]
+        )
+        return f"results/examples/{PLAN.task_label(name)}/{part}"
+
+    return path
+
+
+def task_of_calibration(wildcards):
+    return PLAN.preset("calibrations", wildcards.windows).task
+
+
+def task_of_model(wildcards):
+    return PLAN.preset("models", wildcards.model).finetune.task
+
+
+def rows_of_recovery(part):
+    """The rows that a recovery learns, if it learns those of a task."""
+
+    def path(wildcards):
+        name = getattr(PLAN.preset("recoveries", wildcards.recovery), "task", None)
+        return f"results/examples/{PLAN.task_label(name)}/{part}" if name else []
+
+    return path
+
+
 def text_files(wildcards):
     return PLAN.preset("texts", wildcards.text).files
 
@@ -55,6 +98,15 @@ def overlap_check(wildcards):
     calibration = PLAN.text_label("calibrations", wildcards.calibration)
     evaluation = PLAN.text_label("evaluations", wildcards.evaluation)
     return f"results/texts/overlap/{calibration}/{evaluation}.json"
+
+
+def rows_check(wildcards):
+    """That a calibration text shares nothing with the test rows; train rows of a task were compared when they were read."""
+    if PLAN.preset("calibrations", wildcards.calibration).task:
+        return []
+    calibration = PLAN.text_label("calibrations", wildcards.calibration)
+    task = PLAN.task_label(PLAN.names["evaluations"][wildcards.evaluation])
+    return f"results/texts/overlap/{calibration}/{task}.json"
 
 
 def evaluated_checkpoint(wildcards):
@@ -151,6 +203,18 @@ def tasks_of_cells():
     return of_cells("results/tasks/{evaluation}.json", "accuracy")
 
 
+def examples_of_cells():
+    names = dict.fromkeys(name for cell in PLAN.cells for name in PLAN.tasks_of(cell))
+    return [f"results/examples/{PLAN.task_label(name)}/task.json" for name in names]
+
+
+def sources_of_cells():
+    """What retrieval makes of every model, before any of it is tuned."""
+    labels = dict.fromkeys(PLAN.labels["models"][cell.model] for cell in PLAN.cells)
+    made = lambda label: "base" if PLAN.tuned(label) else "model"
+    return [f"results/{label}/{made(label)}.json" for label in labels]
+
+
 def overlaps_of_cells():
     pairs = {}
     for cell in PLAN.cells_of("perplexity"):
@@ -168,6 +232,7 @@ def outcome():
         "perplexity": [rules.cards, rules.tables, rules.figures, rules.report],
         "latency": [rules.tabulate_latency],
         "accuracy": [rules.tabulate_accuracy],
+        "classification": [rules.tabulate_classification],
     }
     tables = [one.output for kind in made if PLAN.cells_of(kind) for one in made[kind]]
     return [tables, rules.exports.input]

@@ -7,6 +7,8 @@ rule recover:
     input:
         model="results/{model}/model.json",
         tokens="results/{model}/tokens/{calibration}.safetensors",
+        train=rows_of_recovery("train.parquet"),
+        facts=rows_of_recovery("task.json"),
         checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
     output:
         "results/{model}/{calibration}/{method}/{budget}/{recovery}/checkpoint/manifest.json",
@@ -31,6 +33,8 @@ use rule recover as recover_dense with:
     input:
         model="results/{model}/model.json",
         tokens="results/{model}/tokens/{calibration}.safetensors",
+        train=rows_of_recovery("train.parquet"),
+        facts=rows_of_recovery("task.json"),
     output:
         "results/{model}/{calibration}/dense/{recovery}/checkpoint/manifest.json",
     log:

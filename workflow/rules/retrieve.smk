@@ -1,11 +1,12 @@
 # needs: model directories or hub ids, texts      makes: manifests of models, rows of texts, windows of tokens
-# steps: retrieve_model, retrieve_text (both may need the network: `snakemake prefetch`), check_overlap, tokenize
+# steps: retrieve_model, retrieve_text (both may need the network: `snakemake prefetch`), check_overlap, tokenize;
+#        models that are tuned first come from finetune.smk
 
 
 rule retrieve_model:
     """Find or download a model; check its tensors one by one; record digests, shapes and canonical names."""
     input:
-        files=local_files,
+        unpack(tuned_model),
     output:
         "results/{model}/model.json",
     log:
@@ -74,6 +75,8 @@ rule tokenize:
         "results/logs/tokenize/{model}/{windows}.log",
     benchmark:
         "results/benchmarks/tokenize/{model}/{windows}.tsv"
+    wildcard_constraints:
+        windows=PLAN.windows_of("text"),
     threads: 1
     resources:
         mem_mb=4000,
@@ -87,9 +90,10 @@ rule tokenize:
 rule prefetch:
     """Everything that needs the network: models, texts and tasks of the configured experiments."""
     input:
-        of_cells("results/{model}/model.json"),
+        sources_of_cells(),
         texts_of_cells(),
         tasks_of_cells(),
+        examples_of_cells(),
 
 
 rule tokens:

@@ -30,6 +30,7 @@ class Task:
     options: Any
     first_token: bool = True
     resume: Resume | None = None
+    rows: dict[str, Any] | None = None  # for `finetune`: paths of the `train` rows and their `facts`, `tokenizer`, `length`
 
     def split(self) -> tuple[Tensor, Tensor]:
         """(windows to train on, windows held out: the last ones). Windows are drawn at random, so any of them will do.
@@ -50,7 +51,8 @@ class Task:
         blocks = tuple(f"{name}." for name in self.blocks.values())
         found: dict[int, tuple[str, nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):  # of tied ones, the name that is stored
+            chosen = self.options.whole or name.startswith(inside)
             vector = getattr(self.options, "norms", False) and name.startswith(blocks) and parameter.dim() == 1
-            if name in self.dtypes and name.startswith(below) and (name.startswith(inside) or vector):
+            if name in self.dtypes and name.startswith(below) and (chosen or vector):
                 found.setdefault(id(parameter), (name, parameter))
         return dict(found.values())

@@ -1,0 +1,26 @@
+"""Rule `finetune`: a model trained as a classifier on the train rows of a task, as a Hugging Face directory."""
+
+from pathlib import Path
+
+from winnow.examples import encode_rows
+from winnow.finetune import load_base, train, verified, write_tuned
+from winnow.io import atomic, read_json, read_parquet, write_manifest
+from winnow.resume import Resume
+from winnow.runtime import start_job
+from winnow.tokens import load_tokenizer
+from winnow.tuning import Tuning
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    tuning, length = Tuning(**{key: value for key, value in job.spec.items() if key != "length"}), job.spec["length"]
+    base, labels = read_json(snakemake.input.base), read_json(snakemake.input.facts)["labels"]
+    source = verified(base)
+    tokenizer = load_tokenizer(source)
+    model = load_base(source, labels, tokenizer, tuning.seed, job.device)
+    examples = encode_rows(tokenizer, read_parquet(snakemake.input.train), length)
+    folder, resume = Path(snakemake.output[0]).parent, Resume(Path(snakemake.output[0]).parent, job.provenance)
+    report = train(model, examples, list(range(len(labels))), tuning, resume)
+    with atomic(folder) as partial:
+        write_tuned(partial, model, source, list(base["files"]))
+        write_manifest(partial, {"tuning": job.spec, "labels": labels, **report}, job.provenance)
+    resume.clear()

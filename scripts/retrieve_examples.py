@@ -1,0 +1,12 @@
+"""Rule `retrieve_examples`: the rows of a classification task, numbered classes, train apart from test; may need the network."""
+
+from winnow.io import write_json, write_parquet
+from winnow.rows import SPLITS, read_task
+from winnow.runtime import start_job
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    tables, facts = read_task(job.spec)
+    for split in SPLITS:
+        write_parquet(snakemake.output[split], tables[split], job.provenance)
+    write_json(snakemake.output.facts, facts, job.provenance)

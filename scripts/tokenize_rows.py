@@ -1,0 +1,21 @@
+"""Rule `tokenize_rows`: train rows of a task as a classifier gets them, a window each (windows, longest) int32, padded behind."""
+
+import torch
+
+from winnow.classes import read_config
+from winnow.examples import encode_rows, takes_types
+from winnow.io import read_parquet, write_tensors
+from winnow.models import ModelFiles
+from winnow.runtime import start_job
+from winnow.tokens import PAD, check_length, load_tokenizer
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    spec, files = job.spec, ModelFiles(snakemake.input.model)
+    check_length(spec["length"], files.manifest["max_length"])
+    directory = files.verify()
+    examples = encode_rows(load_tokenizer(directory), read_parquet(snakemake.input.rows), spec["length"])
+    ids, types = map(torch.from_numpy, examples.windows(spec["windows"], spec["seed"], PAD))
+    tensors = {"ids": ids, **({"types": types} if takes_types(read_config(directory)) else {})}
+    facts = {"rows": len(examples.ids), "tokens": int((ids != PAD).sum())}
+    write_tensors(snakemake.output[0], tensors, {**facts, "provenance": job.provenance}, sealed=True)

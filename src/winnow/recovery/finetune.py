@@ -1,0 +1,27 @@
+"""`finetune`: training on the labels of a task again, after compression; on the dense model it is the control."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from winnow.errors import InputError
+from winnow.examples import encode_rows
+from winnow.finetune import train
+from winnow.io import read_json, read_parquet
+from winnow.predictions import outputs_of_classes
+from winnow.recovery.base import Task
+from winnow.tokens import load_tokenizer
+
+
+def recover(task: Task) -> dict[str, Any]:
+    """Train all weights of `task.model` in place; returns steps, rows and losses (nats). Goes on after the last saved step.
+
+    Raises InputError for a model that is no classifier of the task's classes."""
+    if task.rows is None:
+        raise InputError("recovery: `finetune` needs the train rows of a task")
+    outputs = outputs_of_classes(task.model, read_json(task.rows["facts"])["labels"])
+    examples = encode_rows(load_tokenizer(task.rows["tokenizer"]), read_parquet(task.rows["train"]), task.rows["length"])
+    for parameter in task.parameters().values():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return train(task.model, examples, outputs, task.options, task.resume)
