@@ -8,6 +8,7 @@ configfile: "config/config.yaml"
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/inputs.smk"
+include: "workflow/rules/cells.smk"
 include: "workflow/rules/retrieve.smk"
 include: "workflow/rules/finetune.smk"
 include: "workflow/rules/statistics.smk"

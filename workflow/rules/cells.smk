@@ -1,0 +1,122 @@
+# Which files a target asks for: of all cells, or of those of a kind. No rule stands here.
+
+
+def made_of_cells(what, cells=None):
+    """The checkpoints, or what else is made, of all compressed cells or of `cells`."""
+    cells = [cell for cell in PLAN.cells if cell.method] if cells is None else cells
+    return list(dict.fromkeys(PLAN.made(cell, what) for cell in cells))
+
+
+def recovered_of_cells():
+    """The recovered checkpoints of all cells, dense ones included."""
+    return list(
+        dict.fromkeys(
+            f"{PLAN.recovered(cell)}/checkpoint/manifest.json"
+            for cell in PLAN.cells
+            if cell.recovery and PLAN.recovers(cell.recovery)
+        )
+    )
+
+
+def of_cells(path, kind=None, cells=None):
+    """All files of a path pattern with the labels of the cells in it: of `cells`, of those whose evaluation is of a kind, or of all.
+
+    Dense cells have no method, budget, ...
+    """
+    sections = {
+        "model": "models",
+        "calibration": "calibrations",
+        "method": "methods",
+        "budget": "budgets",
+        "recovery": "recoveries",
+        "evaluation": "evaluations",
+    }
+    found = {}
+    if cells is None:
+        cells = PLAN.cells_of(kind) if kind else PLAN.cells
+    for cell in cells:
+        names = {key: getattr(cell, key) for key in sections}
+        labels = {
+            key: PLAN.labels[sections[key]][name] for key, name in names.items() if name
+        }
+        if all(f"{{{key}}}" not in path or key in labels for key in sections):
+            found[path.format(**labels)] = None
+    return list(found)
+
+
+def results_of(kind):
+    return [PLAN.result(cell) for cell in PLAN.cells_of(kind)]
+
+
+def table_of(kind):
+    """The table of a kind of evaluation, if the experiments have any."""
+    return [f"results/tables/{kind}.csv"] if PLAN.cells_of(kind) else []
+
+
+def clusters_of_cells():
+    found = {}
+    for path in of_cells("results/{model}/{calibration}/{method}"):
+        folder, method = path.rsplit("/", 1)
+        if label := PLAN.clustering_label(method):
+            found[f"{folder}/clusters/{label}.parquet"] = None
+    return list(found)
+
+
+def spectra_of_matrices():
+    """Spectra of the methods that fit every matrix by itself: only those are spectra of matrices."""
+    paths = of_cells(
+        "results/{model}/{calibration}/{method}/spectra.parquet", "perplexity"
+    )
+    kind = lambda path: PLAN.structure(path.split("/")[3]).kind()
+    return [path for path in paths if kind(path) == "low_rank"]
+
+
+def windows_of_cells():
+    calibration = of_cells("results/{model}/tokens/{calibration}.safetensors")
+    return calibration + of_cells(
+        "results/{model}/tokens/{evaluation}.safetensors", "perplexity"
+    )
+
+
+def texts_of_cells():
+    names = dict.fromkeys(text for cell in PLAN.cells for text in PLAN.texts_of(cell))
+    return [f"results/texts/{PLAN.labels['texts'][name]}.parquet" for name in names]
+
+
+def tasks_of_cells():
+    return of_cells("results/tasks/{evaluation}.json", "accuracy")
+
+
+def examples_of_cells():
+    names = dict.fromkeys(name for cell in PLAN.cells for name in PLAN.tasks_of(cell))
+    return [f"results/examples/{PLAN.task_label(name)}/task.json" for name in names]
+
+
+def sources_of_cells():
+    """What retrieval makes of every model, before any of it is tuned."""
+    labels = dict.fromkeys(PLAN.labels["models"][cell.model] for cell in PLAN.cells)
+    made = lambda label: "base" if PLAN.tuned(label) else "model"
+    return [f"results/{label}/{made(label)}.json" for label in labels]
+
+
+def overlaps_of_cells():
+    pairs = {}
+    for cell in PLAN.cells_of("perplexity"):
+        if cell.calibration:
+            evaluation, calibration = PLAN.texts_of(cell)
+            pairs[calibration, evaluation] = None
+    labels = PLAN.labels["texts"]
+    return [f"results/texts/overlap/{labels[c]}/{labels[e]}.json" for c, e in pairs]
+
+
+def outcome():
+    """What a whole run makes: the table of every kind of evaluation in the experiments, of losses what is drawn and the
+    checkpoints' cards, and the exports that are asked for."""
+    made = {
+        "perplexity": [rules.cards, rules.tables, rules.figures, rules.report],
+        "latency": [rules.tabulate_latency],
+        "accuracy": [rules.tabulate_accuracy],
+        "classification": [rules.tabulate_classification],
+    }
+    tables = [one.output for kind in made if PLAN.cells_of(kind) for one in made[kind]]
+    return [tables, rules.exports.input]
