@@ -76,7 +76,7 @@ def fit_groups(
     """
     groups = [group for group in shard_of(structure.groups(files.matrices), shard) if group_name(group) not in done]
     dense_experts = left_dense(files, moments, structure, metric, shard)
-    inputs, outputs = _Statistics(moments, device), _Statistics(gradients, device)
+    inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
     needs = dict.fromkeys((*(metric.needs if metric else ()), *structure.needs()))
     for number, group in enumerate(groups):
         began = time.monotonic()
@@ -123,7 +123,7 @@ def storable(structure: Structure, fit: Fit) -> dict[str, Tensor]:
     return tensors
 
 
-class _Statistics:
+class Statistics:
     """Statistics of a bundle; a layer is read once for consecutive groups that need it."""
 
     def __init__(self, bundle: Bundle | None, device: str):

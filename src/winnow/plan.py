@@ -30,6 +30,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "assign_clusters": (*TORCH, *TABLES, "scikit-learn"),
     "factorize": TORCH,
     "measure_spectra": (*TORCH, *TABLES),
+    "predict_losses": (*TORCH, *TABLES),
     "compress": (*TORCH, *TABLES),
     "export_dense": HUGGING_FACE,
     "evaluate_perplexity": HUGGING_FACE,
@@ -84,11 +85,13 @@ class Plan(Grid):
 
     def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
         """Digests of the stage's script and of every project module that it reaches."""
-        return list(self._fingerprint(stage, wildcards.get("method")))
+        return list(self._fingerprint(stage, wildcards.get("method"), wildcards.get("budget") if stage == "compress" else None))
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a method
-    def _fingerprint(self, stage: str, method_label: str | None) -> tuple[str, ...]:
+    def _fingerprint(self, stage: str, method_label: str | None, budget_label: str | None) -> tuple[str, ...]:
         entries = [f"{stage}.py"]
+        if budget_label is not None:
+            entries.append(f"winnow.allocations.{self.allocation(budget_label).kind()}")
         if method_label is not None:
             kinds = _kinds(self.preset("methods", method_label).model_dump())
             entries += [f"winnow.structures.{kind}" for kind in kinds if kind in STRUCTURES]
@@ -140,13 +143,18 @@ class Plan(Grid):
     def _spec_measure_spectra(self, w: dict[str, str]) -> dict[str, Any]:
         return {"metric": self.preset("methods", w["method"]).objective}
 
+    def _spec_predict_losses(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"structure": self._method(w)["structure"], "structure_version": self._method(w)["structure_version"]}
+
     def _spec_compress(self, w: dict[str, str]) -> dict[str, Any]:
         sections = ("models", "calibrations", "methods", "budgets")
         names = {s.removesuffix("s"): self.names[s][w[s.removesuffix("s")]] for s in sections}
         names["calibration"] = self.preset_of_seed[names["calibration"]]
         model, calibration = self.preset("models", w["model"]), self.preset("calibrations", w["calibration"])
+        allocation = self.allocation(w["budget"])
         return {
             "names": names,
+            "allocation": {"version": allocation.version, "libraries": versions(*allocation.libraries)},
             "dtype": model.dtype,
             "presets": {
                 "model": model.model_dump(exclude=EXECUTION),

@@ -121,6 +121,7 @@ WILDCARDS = {  # of the rules
     "assign_clusters": ("model", "calibration", "clustering"),
     "factorize": ("model", "calibration", "method", "shard"),
     "measure_spectra": ("model", "calibration", "method"),
+    "predict_losses": ("model", "calibration", "method"),
     "compress": UPSTREAM[:4],
     "export_dense": UPSTREAM[:4],
     "evaluate_perplexity": (*UPSTREAM, "evaluation"),
@@ -196,6 +197,7 @@ EVALUATIONS = {"evaluate_perplexity", "evaluate_accuracy"}
 OF_METHODS = {
     "factorize",
     "measure_spectra",
+    "predict_losses",
     "compress",
     "export_dense",
     *EVALUATIONS,
@@ -211,6 +213,9 @@ EDITS = [
     ("src/winnow/linalg.py", "clamp(min=0).sqrt()) @", "clamp(min=1e-9).sqrt()) @", OF_METHODS),
     ("src/winnow/statistics.py", "gram = self.gram / n", "gram = self.gram / (n - 1)", {"collect_statistics"}),
     ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", {"compress"}),
+    ("src/winnow/allocations/uniform.py", "max(1, step(g))", "max(2, step(g))", {"compress"}),  # of the budget's own kind
+    ("src/winnow/allocations/greedy.py", "heapq.heapify(heap)", "heap.sort()", set()),  # of another one
+    ("src/winnow/prediction.py", "[: len(fit", "[: 1 * len(fit", {"predict_losses"}),
     ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity"}),
     ("src/winnow/spread.py", "n / (n - 1)", "n / n", {*EVALUATIONS, "tables", "report"}),
     ("src/winnow/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),

@@ -1,4 +1,4 @@
-# needs: factors, spectra, a budget      makes: sizes of every group, compressed checkpoints, dense models of them
+# needs: factors, spectra, predicted losses where the allocation asks for them, a budget      makes: sizes of every group, compressed checkpoints, dense models of them
 # steps: compress, export_dense (where an experiment says `export: dense`)
 
 
@@ -8,6 +8,7 @@ rule compress:
         model="results/{model}/model.json",
         factors=factors_of_method,
         spectra="results/{model}/{calibration}/{method}/spectra.parquet",
+        predicted=predicted_for_budget,
     output:
         allocation="results/{model}/{calibration}/{method}/{budget}/allocation.json",
         checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",

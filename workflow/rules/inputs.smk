@@ -51,6 +51,13 @@ def factors_of_method(wildcards):
     return [f"{folder}/{shard}/manifest.json" for shard in PLAN.shards(wildcards.model)]
 
 
+def predicted_for_budget(wildcards):
+    """The predicted losses of a method's factors, if the budget's allocation reads them: they take a backward pass."""
+    if not PLAN.allocation(wildcards.budget).predicts():
+        return []
+    return f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}/predicted.parquet"
+
+
 def overlap_check(wildcards):
     calibration = PLAN.text_label("calibrations", wildcards.calibration)
     evaluation = PLAN.text_label("evaluations", wildcards.evaluation)
