@@ -1,4 +1,4 @@
-"""Predicted losses: exact against changes that are written out, and in the order of what is measured; matrices that stay dense."""
+"""Predicted losses: exact against changes written out, and in the order of what is measured; matrices that stay dense."""
 
 import json
 
