@@ -1,10 +1,8 @@
 """Rule `predict_losses`: one row per group of matrices, the loss that each of its sizes is predicted to cost."""
 
-import pandas as pd
-
 from winnow.io import Bundle, write_parquet
 from winnow.models import ModelFiles
-from winnow.prediction import predict
+from winnow.prediction import predict, table_of
 from winnow.runtime import start_job
 from winnow.structures import structure_of
 
@@ -14,5 +12,4 @@ if __name__ == "__main__":
     factors = {name: bundle for bundle in map(Bundle, given.factors) for name in bundle.manifest["groups"]}
     options = (factors, structure_of(job.spec["structure"]), job.device)
     found = predict(ModelFiles(given.model), Bundle(given.moments), Bundle(given.gradients), *options)
-    rows = [{"group": name, "predicted": losses.tolist()} for name, losses in found]
-    write_parquet(snakemake.output[0], pd.DataFrame(rows, columns=["group", "predicted"]), job.provenance)
+    write_parquet(snakemake.output[0], table_of({name: losses.tolist() for name, losses in found}), job.provenance)

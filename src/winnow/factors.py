@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from typing import Protocol
 
 import pandas as pd
 import torch
@@ -123,10 +124,16 @@ def storable(structure: Structure, fit: Fit) -> dict[str, Tensor]:
     return tensors
 
 
+class Layers(Protocol):
+    """What has the tensors of a layer by the name of their file: a bundle, or statistics in memory."""
+
+    def tensors(self, name: str) -> dict[str, Tensor]: ...
+
+
 class Statistics:
     """Statistics of a bundle; a layer is read once for consecutive groups that need it."""
 
-    def __init__(self, bundle: Bundle | None, device: str):
+    def __init__(self, bundle: Layers | None, device: str):
         self.bundle, self.device = bundle, device
         self.precision = torch.finfo(torch.float64).eps
         self.layers: dict[int, dict[str, Tensor]] = {}

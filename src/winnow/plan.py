@@ -31,6 +31,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "factorize": TORCH,
     "measure_spectra": (*TORCH, *TABLES),
     "predict_losses": (*TORCH, *TABLES),
+    "predict_in_rounds": (*HUGGING_FACE, *TABLES),
     "compress": (*TORCH, *TABLES),
     "export_dense": HUGGING_FACE,
     "evaluate_perplexity": HUGGING_FACE,
@@ -46,6 +47,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "demo_texts": (),
     "demo_model": HUGGING_FACE,
 }
+ALLOCATING = ("predict_in_rounds", "compress")  # stages that reach the file of the budget's allocation
 DENSE = {"evaluate_dense": "evaluate_perplexity", "evaluate_accuracy_dense": "evaluate_accuracy"}  # rules by the same script
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 DEMO_MODEL = {  # the recipe of resources/models/demo
@@ -85,7 +87,7 @@ class Plan(Grid):
 
     def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
         """Digests of the stage's script and of every project module that it reaches."""
-        return list(self._fingerprint(stage, wildcards.get("method"), wildcards.get("budget") if stage == "compress" else None))
+        return list(self._fingerprint(stage, wildcards.get("method"), wildcards.get("budget") if stage in ALLOCATING else None))
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a method
     def _fingerprint(self, stage: str, method_label: str | None, budget_label: str | None) -> tuple[str, ...]:
@@ -145,6 +147,16 @@ class Plan(Grid):
 
     def _spec_predict_losses(self, w: dict[str, str]) -> dict[str, Any]:
         return {"structure": self._method(w)["structure"], "structure_version": self._method(w)["structure_version"]}
+
+    def _spec_predict_in_rounds(self, w: dict[str, str]) -> dict[str, Any]:
+        allocation = self.allocation(w["budget"])
+        return {
+            **self._spec_predict_losses(w),
+            **self._spec_collect_gradients(w),
+            "budget": self.preset("budgets", w["budget"]).model_dump(),
+            "rounds": allocation.rounds(),
+            "allocation": {"version": allocation.version, "libraries": versions(*allocation.libraries)},
+        }
 
     def _spec_compress(self, w: dict[str, str]) -> dict[str, Any]:
         sections = ("models", "calibrations", "methods", "budgets")

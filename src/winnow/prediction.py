@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+import pandas as pd
 from torch import Tensor
 
 from winnow.architectures import group_name
 from winnow.errors import InputError
-from winnow.factors import Statistics
+from winnow.factors import Layers, Statistics
 from winnow.io import Bundle
 from winnow.models import ModelFiles
 from winnow.structures.base import Problem, Structure
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def predict(
-    files: ModelFiles, moments: Bundle, gradients: Bundle, factors: dict[str, Bundle], structure: Structure, device: str
+    files: ModelFiles, moments: Layers, gradients: Layers, factors: dict[str, Bundle], structure: Structure, device: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (group name, predicted increase of the loss (sizes + 1,), nats per token) for every group that `factors` has a fit of
     (by name); size 0 is what is stored at every size, for low rank the matrix removed.
@@ -53,3 +54,8 @@ def predict(
         predicted = structure.predicted(problem, fit)[: len(fit["numbers"])].cpu()
         log.info("%s: %.3g nats per token at size 0, %.3g at the largest", name, float(predicted[0]), float(predicted[-1]))
         yield name, predicted
+
+
+def table_of(predicted: dict[str, list[float]]) -> pd.DataFrame:
+    """Rows of predicted.parquet: group, predicted (nats per token by size)."""
+    return pd.DataFrame([{"group": n, "predicted": losses} for n, losses in predicted.items()], columns=["group", "predicted"])

@@ -21,6 +21,7 @@ from winnow.loading import load_model
 from winnow.metrics import metric_of
 from winnow.models import ModelFiles
 from winnow.prediction import predict
+from winnow.rounds import Held, Setting, around, compressed_model, predict_in_rounds
 from winnow.statistics import collect
 from winnow.structures import STRUCTURES, structure_of
 from winnow.tokens import encode, load_tokenizer
@@ -162,3 +163,42 @@ def test_an_allocation_by_prediction_meets_the_bytes_of_a_model(predicted_llama)
     choice = allocate(groups, budget)
     assert choice.facts["status"] == "optimal"
     assert summarize(groups, choice.sizes)["predicted"] == pytest.approx(choice.facts["value"])
+
+
+def setting_of(precision=torch.float64):
+    windows = torch.randint(0, 1024, (6, 24), generator=torch.Generator().manual_seed(5))
+    return Setting(windows, 3, "float32", "cpu", precision, True, "model", 0)
+
+
+def test_around_the_dense_model_is_the_first_prediction(predicted_llama, saved_llama):
+    """The same statistics, from a model whose matrices all stay dense; and the compressed model is that of the checkpoint."""
+    files, structure, groups, factors, *_ = predicted_llama
+    setting, dense = setting_of(), dict.fromkeys((g.name for g in groups), None)
+    found = around(compressed_model(files, factors, structure, dense, setting), files, factors, structure, setting)
+    model = load_model(saved_llama, "float32", "cpu")
+    moments = Held(collect(model, files.matrices, setting.windows, 3, torch.float64))
+    gradients = Held(collect_gradients(model, files.matrices, setting.windows, 3, torch.float64, "model", 0))
+    expected = dict(predict(files, moments, gradients, factors, structure, "cpu"))
+    assert found.keys() == expected.keys() == dense.keys()
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], rtol=1e-9)
+    small = compressed_model(files, factors, structure, {**dense, groups[0].name: 2}, setting)
+    module = small.get_submodule(groups[0].matrices[0].module)
+    fit = factors[groups[0].name].tensors(f"{groups[0].name}.safetensors")
+    assert torch.equal(module.left.weight, fit["left"][:, :2])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
+def test_the_round_that_loses_least_is_kept(predicted_llama):
+    files, structure, groups, factors, *_ = predicted_llama
+    budget = {"keep_bytes": 0.5, "allocation": {"kind": "ilp", "rounds": 2}}
+    found, records = predict_in_rounds(files, factors, structure, groups, budget, 2, setting_of())
+    assert [record["round"] for record in records] == [0, 1, 2]
+    best = min(records, key=lambda record: record["calibration_nll"])
+    assert [record["chosen"] for record in records] == [record is best for record in records]
+    if best["round"] == 0:
+        assert found == {g.name: g.predicted for g in groups}
+    else:
+        assert all(found[g.name] != g.predicted for g in groups)
+    again = predict_in_rounds(files, factors, structure, groups, budget, 2, setting_of())
+    assert again == (found, records)

@@ -52,10 +52,14 @@ def factors_of_method(wildcards):
 
 
 def predicted_for_budget(wildcards):
-    """The predicted losses of a method's factors, if the budget's allocation reads them: they take a backward pass."""
-    if not PLAN.allocation(wildcards.budget).predicts():
+    """The predicted losses of a method's factors, if the budget's allocation reads them (they take a backward pass), or those
+    around the model that the budget makes."""
+    allocation = PLAN.allocation(wildcards.budget)
+    if not allocation.predicts():
         return []
-    return f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}/predicted.parquet"
+    folder = f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}"
+    own = f"/{wildcards.budget}" if allocation.rounds() else ""
+    return f"{folder}{own}/predicted.parquet"
 
 
 def overlap_check(wildcards):

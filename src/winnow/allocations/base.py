@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from winnow.errors import InputError
 
@@ -21,12 +21,31 @@ OBJECTIVE = (
     "what is summed over matrices: `predicted`, the predicted loss in nats (needs a backward pass); `metric`, the error that the "
     "method minimises; `relative`, the same as a share of each matrix's own"
 )
+ROUNDS = (
+    "how often the loss is predicted anew around the model as compressed so far, for `predicted` only; the round that loses "
+    "least on the calibration windows is kept. Each is a pass there and back over them, for every method and budget"
+)
 LEAVE_DENSE = "whether a matrix may stay dense, at no loss and its dense bytes"
 
 
 class AllocationOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: str
+
+
+class Predicting(AllocationOptions):
+    """Options of an allocation that sums losses over matrices."""
+
+    kind: str
+    objective: Objective = Field("predicted", description=OBJECTIVE)
+    leave_dense: bool = Field(True, description=LEAVE_DENSE)
+    rounds: int = Field(0, ge=0, le=8, description=ROUNDS)
+
+    @model_validator(mode="after")
+    def _rounds_predict(self) -> Predicting:
+        if self.rounds and self.objective != "predicted":
+            raise ValueError("`rounds` predict anew, so they need `objective: predicted`")
+        return self
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,10 @@ class Allocation(ABC):
     def predicts(self) -> bool:
         """Whether it reads the predicted loss of every size, which takes a backward pass over the calibration windows."""
         return getattr(self.options, "objective", None) == "predicted"
+
+    def rounds(self) -> int:
+        """How often the loss is predicted anew, around the model as it was allocated before."""
+        return getattr(self.options, "rounds", 0)
 
     @abstractmethod
     def allocate(self, groups: list[Group], keep: float) -> Choice:

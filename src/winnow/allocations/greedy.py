@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from winnow.allocations.base import (
-    LEAVE_DENSE,
     OBJECTIVE,
     Allocation,
-    AllocationOptions,
     Choice,
     Objective,
+    Predicting,
     losses,
     smallest,
     spend,
@@ -32,10 +31,9 @@ class Greedy(Allocation):
 
     reference = "global heap of singular values, as in ZS-SVD and Dobi-SVD's start"
 
-    class Options(AllocationOptions):
-        kind: Literal["greedy"]
+    class Options(Predicting):
+        kind: Literal["greedy"]  # type: ignore[assignment]
         objective: Objective = Field("metric", description=OBJECTIVE)
-        leave_dense: bool = Field(True, description=LEAVE_DENSE)
 
     def allocate(self, groups: list[Group], keep: float) -> Choice:
         options: Greedy.Options = self.options  # type: ignore[assignment]

@@ -10,12 +10,9 @@ import numpy as np
 from pydantic import Field
 
 from winnow.allocations.base import (
-    LEAVE_DENSE,
-    OBJECTIVE,
     Allocation,
-    AllocationOptions,
     Choice,
-    Objective,
+    Predicting,
     losses,
     smallest,
     spend,
@@ -47,10 +44,8 @@ class IntegerProgramme(Allocation):
     reference = "multiple-choice knapsack by CBC; ranks by integer programming as in LEMS"
     libraries = ("pulp",)
 
-    class Options(AllocationOptions):
-        kind: Literal["ilp"]
-        objective: Objective = Field("predicted", description=OBJECTIVE)
-        leave_dense: bool = Field(True, description=LEAVE_DENSE)
+    class Options(Predicting):
+        kind: Literal["ilp"]  # type: ignore[assignment]
         sizes: int = Field(16, ge=2, description="sizes per group that are offered, from 1 to the largest, evenly spread")
         near: int = Field(4, ge=0, description="sizes offered beside, on either side of the Lagrangian's choice")
         gap: float = Field(1e-4, ge=0, le=0.1, description="relative gap at which the solver may stop")
