@@ -15,8 +15,8 @@ from torch import Tensor
 
 from winnow.architectures import group_name
 from winnow.errors import InputError
-from winnow.factors import Layers, Statistics
 from winnow.io import Bundle
+from winnow.layer_statistics import Layers, Statistics
 from winnow.models import ModelFiles
 from winnow.structures.base import Problem, Structure
 

@@ -1,12 +1,15 @@
 """Kinds of allocations: bytes met by all, the integer programme against brute force and its bound, dense matrices, and files."""
 
+import copy
 import itertools
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import ROOT
 from tests.unit.test_allocation import LOW_RANK, budget
 from winnow.allocation import TOLERANCE, Group, allocate, summarize
 from winnow.allocations import ALLOCATIONS, allocation_of
@@ -14,7 +17,10 @@ from winnow.allocations.base import stored_bytes
 from winnow.allocations.ilp import options_of
 from winnow.architectures import Matrix
 from winnow.checkpoint import recipe_of
+from winnow.config import load
+from winnow.config_files import default
 from winnow.errors import InputError
+from winnow.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
 EVERY = [{"kind": kind} for kind in ALLOCATIONS] + [
@@ -194,3 +200,55 @@ def test_what_is_not_predicted_is_named():
     groups[2] = Group(**{**vars(groups[2]), "predicted": None})
     with pytest.raises(InputError, match=r"the loss of layers\.2\.x \(\d+ x \d+\) is not predicted"):
         allocate(groups, budget(keep_bytes=0.5, allocation={"kind": "ilp"}))
+
+
+def refused(change):
+    config = copy.deepcopy(default())
+    change(config)
+    with pytest.raises(InputError) as error:
+        load(config)
+    return str(error.value)
+
+
+def allocated(kind, **options):
+    return {"targets": ["ffn"], "keep_bytes": 0.8, "allocation": {"kind": kind, **options}}
+
+
+def test_a_configuration_that_cannot_be_allocated_is_refused_by_its_key():
+    def of_rank(c):
+        c["budgets"]["x"] = {"rank": 4, "allocation": {"kind": "ilp"}}
+
+    def of_structure(c):
+        c["budgets"]["x"] = allocated("ilp")
+        c["experiments"]["demo"] |= {"methods": ["modegpt_mlp"], "budgets": ["x"]}
+
+    assert "budgets.x: allocation: ilp spreads bytes; give `keep_bytes`" in refused(of_rank)
+    assert "budget 'x' reads predicted losses, which neuron_slice (modegpt_mlp) does not have" in refused(of_structure)
+    line = refused(lambda c: c["budgets"].update(x=allocated("ilp", objective="metric", rounds=1)))
+    assert "budgets.x.allocation: `rounds` predict anew" in line
+    assert "did you mean 'greedy'" in refused(lambda c: c["budgets"].update(x=allocated("gredy")))
+    assert "did you mean 'seconds'" in refused(lambda c: c["budgets"].update(x=allocated("ilp", second=3)))
+
+
+def test_every_structure_can_be_allocated_by_its_own_error():
+    config = copy.deepcopy(default())
+    config["budgets"]["x"] = allocated("ilp", objective="relative")
+    config["experiments"]["demo"] |= {"methods": ["modegpt_mlp", "whitened"], "budgets": ["x"]}
+    assert len(load(config).experiments["demo"].methods) == 2
+
+
+def test_the_study_is_valid_and_asks_for_gradients_only_where_it_must():
+    config = copy.deepcopy(default())
+    study = yaml.safe_load((ROOT / "config" / "studies" / "allocation.yaml").read_text())
+    for section, presets in study.items():
+        config[section] |= presets
+    plan = Plan(load(config), ROOT)
+    budgets = {name: plan.allocation(label) for name, label in plan.labels["budgets"].items()}
+    assert {name for name, a in budgets.items() if a.rounds()} == {f"all-{keep}-ilp-rounds" for keep in (0.9, 0.8, 0.6, 0.4)}
+    assert not any(budgets[name].predicts() for name in ("all-0.8", "all-0.8-energy", "all-0.8-ilp-metric"))
+    assert all(budgets[name].predicts() for name in ("all-0.8-ilp", "all-0.8-greedy"))
+    label = plan.labels["budgets"]["all-0.8-ilp"]
+    assert plan.labels["budgets"]["all-0.8"] == Plan(load(default()), ROOT).labels["budgets"]["all-0.8"]
+    wildcards = {"model": plan.labels["models"]["demo"], "calibration": plan.labels["calibrations"]["demo"]}
+    spec = plan.spec("compress", {**wildcards, "method": plan.labels["methods"]["kfac"], "budget": label})
+    assert set(spec["allocation"]["libraries"]) == {"pulp"}
