@@ -14,15 +14,16 @@ if __name__ == "__main__":
     presets = job.spec["presets"]
     files = ModelFiles(snakemake.input.model)
     structure = structure_of(presets["method"]["structure"])
-    chosen = (files, structure, presets["budget"]["targets"], read_parquet(snakemake.input.spectra).set_index("group"))
-    groups = chosen_groups(*chosen)
-    sizes = allocate(groups, presets["budget"])
-    bundles = [Bundle(path) for path in snakemake.input.factors]
+    given = snakemake.input
+    chosen = (files, structure, presets["budget"]["targets"], read_parquet(given.spectra).set_index("group"))
+    groups = chosen_groups(*chosen, read_parquet(given.predicted).set_index("group") if given.get("predicted") else None)
+    choice = allocate(groups, presets["budget"])
+    bundles = [Bundle(path) for path in given.factors]
     factors = {name: bundle for bundle in bundles for name in bundle.manifest["groups"]}
     tokens = {name: count for bundle in bundles for name, count in bundle.manifest["left_dense"].items()}
     left_dense = {name: tokens[name] for name in experts_left_dense(*chosen)}
-    allocation = {"budget": presets["budget"], **summarize(groups, sizes), "left_dense": left_dense}
-    stored, layouts, reports = compress(files, factors, structure, sizes)
+    allocation = {"budget": presets["budget"], **choice.facts, **summarize(groups, choice.sizes), "left_dense": left_dense}
+    stored, layouts, reports = compress(files, factors, structure, choice.sizes)
     recipe = recipe_of(job.spec["names"], presets, allocation)
     write_json(snakemake.output.allocation, allocation, job.provenance)
     with atomic(Path(snakemake.output.checkpoint).parent) as folder:

@@ -1,4 +1,4 @@
-"""Budgets: from bytes, a rank or a share of rank to one size per group of matrices."""
+"""Budgets: from bytes, a rank or a share of rank to one size per group of matrices, or to leaving it dense."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from winnow.allocations import allocation_of
+from winnow.allocations.base import Choice
 from winnow.architectures import Matrix, group_name, select
 from winnow.errors import InputError
 from winnow.models import ModelFiles, tensor_bytes
@@ -30,8 +32,12 @@ class Group:
     dense: int
     numbers: list[int]  # stored at every size, up to the largest that stores less than dense
     error: list[float]  # left at every size
+    predicted: list[float] | None = None  # increase of the loss at every size, nats per token; None where it is not known
 
-    def bytes(self, size: int) -> int:
+    def bytes(self, size: int | None) -> int:
+        """Stored bytes at a size; None is dense."""
+        if size is None:
+            return self.dense
         return self.numbers[size] * self.unit + self.fixed
 
     @property
@@ -43,8 +49,11 @@ class Group:
         return f"{m.module} ({m.shape[0]} x {m.shape[1]})"
 
 
-def chosen_groups(files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame) -> list[Group]:
-    """The groups of matrices that `targets` name, whole groups only; `spectra` (index: group) has what each stores."""
+def chosen_groups(
+    files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame, predicted: pd.DataFrame | None = None
+) -> list[Group]:
+    """The groups of matrices that `targets` name, whole groups only; `spectra` (index: group) has what each stores, `predicted`
+    (likewise) the loss of every size, where the allocation asks for it."""
     chosen = {m.name: m for m in select(files.matrices, targets)}
     groups = []
     for matrices in structure.groups(files.matrices):
@@ -65,7 +74,9 @@ def chosen_groups(files: ModelFiles, structure: Structure, targets: list[str], s
             fixed += structure.index_bytes(matrices)
             name = group_name(matrices)
             numbers, error = (np.asarray(spectra.at[name, key]).tolist() for key in ("numbers", "error"))
-            groups.append(Group(name, matrices, structure, unit, fixed, files.dense_bytes(matrices), numbers, error))
+            known = predicted is not None and name in predicted.index
+            loss = np.asarray(predicted.at[name, "predicted"]).tolist() if known else None  # type: ignore[union-attr]
+            groups.append(Group(name, matrices, structure, unit, fixed, files.dense_bytes(matrices), numbers, error, loss))
     if chosen:
         left = next(iter(chosen.values()))
         raise InputError(f"{structure.kind()} does not apply to {left.role} ({left.module}); take it out of the budget's targets")
@@ -81,14 +92,14 @@ def experts_left_dense(files: ModelFiles, structure: Structure, targets: list[st
     return [name for name in map(group_name, groups) if name not in spectra.index]
 
 
-def allocate(groups: list[Group], budget: dict[str, Any]) -> dict[str, int]:
-    """{group name: size} for a resolved budget (see `winnow.config.Budget`).
+def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
+    """A size for every group, or dense, for a resolved budget (see `winnow.config.Budget`).
 
     Raises InputError, with the break-even size, for a size that stores more than dense and for bytes that cannot be met.
     """
     if budget["keep_bytes"] is not None:
-        return uniform(groups, budget["keep_bytes"])
-    sizes = {}
+        return _spread(groups, budget["keep_bytes"], budget["allocation"])
+    sizes: dict[str, int | None] = {}
     for g in groups:
         size = budget["rank"] or max(1, round(budget["rank_fraction"] * g.structure.whole(g.matrices)))
         if size > g.largest:
@@ -97,59 +108,34 @@ def allocate(groups: list[Group], budget: dict[str, Any]) -> dict[str, int]:
                 f"its break-even rank is {g.largest}: ask for no more than that"
             )
         sizes[g.name] = size
-    return sizes
+    return Choice(sizes)
 
 
-def uniform(groups: list[Group], keep: float) -> dict[str, int]:
-    """The same share of bytes for every group, rounded down; what rounding leaves is spent one size step at a time, on
-    the groups that rounding took most from (as a share of a step), as long as it fits. Deterministic."""
-    for g in groups:
-        if g.largest < 1:
-            raise InputError(
-                f"{g.structure.kind()} of {g.describe()} stores more than dense at every size; lower what it always keeps"
-            )
+def _spread(groups: list[Group], keep: float, allocation: dict[str, Any]) -> Choice:
+    """The allocation's choice; refused if its bytes are over the budget, or under it by more than the tolerance."""
     dense = sum(g.dense for g in groups)
-    sizes = {g.name: _largest_within(g, keep * g.dense) for g in groups}
-    left = keep * dense - sum(g.bytes(sizes[g.name]) for g in groups)
-
-    def step(g: Group) -> int:
-        return g.bytes(sizes[g.name] + 1) - g.bytes(sizes[g.name])
-
-    def lost(g: Group) -> float:
-        return (keep * g.dense - g.bytes(sizes[g.name])) / max(1, step(g))
-
-    growing = [g for g in groups if sizes[g.name] < g.largest]
-    for g in sorted(growing, key=lambda g: (-lost(g), g.name)):
-        if (more := step(g)) <= left:
-            sizes[g.name] += 1
-            left -= more
-    if abs(left) > TOLERANCE * dense:
-        stored = keep * dense - left
-        g = max(groups, key=lambda g: keep * g.dense - g.bytes(sizes[g.name]))
+    choice = allocation_of(allocation).allocate(groups, keep)
+    stored = sum(g.bytes(choice.sizes[g.name]) for g in groups)
+    if stored > keep * dense + 1e-6 or keep * dense - stored > TOLERANCE * dense:
+        g = max(groups, key=lambda g: keep * g.dense - g.bytes(choice.sizes[g.name]))
         raise InputError(
             f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}; "
             f"{g.describe()} can store rank 1 to {g.largest}, its break-even rank; choose a keep_bytes in between"
         )
-    return sizes
+    return choice
 
 
-def _largest_within(g: Group, allowed: float) -> int:
-    """The largest size of at least 1 whose bytes stay within `allowed`, by bisection (bytes grow with size)."""
-    low, high = 1, max(1, g.largest)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if g.bytes(middle) <= allowed else (low, middle - 1)
-    return low
-
-
-def summarize(groups: list[Group], sizes: dict[str, int]) -> dict[str, Any]:
-    """What allocation.json holds: sizes, bytes, and the share of the objective that is lost in each group."""
+def summarize(groups: list[Group], sizes: dict[str, int | None]) -> dict[str, Any]:
+    """What allocation.json holds: sizes (null: stays dense), bytes, the share of the objective that is lost in each group, and
+    the predicted loss where it is known."""
     rows: list[dict[str, Any]] = []
     for g in groups:
         size = sizes[g.name]
-        lost = g.error[size] / g.error[0] if g.error[0] > 0 else 0.0
-        rows.append(
-            {"group": g.name, "size": size, "dense_bytes": g.dense, "stored_bytes": g.bytes(size), "relative_error": lost}
-        )
+        lost = 0.0 if size is None or g.error[0] <= 0 else g.error[size] / g.error[0]
+        row = {"group": g.name, "size": size, "dense_bytes": g.dense, "stored_bytes": g.bytes(size), "relative_error": lost}
+        if g.predicted is not None:
+            row["predicted"] = 0.0 if size is None else g.predicted[size]
+        rows.append(row)
     dense, stored = (sum(r[k] for r in rows) for k in ("dense_bytes", "stored_bytes"))
-    return {"dense_bytes": dense, "stored_bytes": stored, "keep_bytes": stored / dense, "groups": rows}
+    total = {"predicted": sum(r["predicted"] for r in rows)} if all("predicted" in r for r in rows) else {}
+    return {"dense_bytes": dense, "stored_bytes": stored, "keep_bytes": stored / dense, **total, "groups": rows}

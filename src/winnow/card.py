@@ -135,9 +135,11 @@ def _recipe(recipe: dict[str, Any], dense: bool) -> list[str]:
     table = "\n".join(["| what | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
     own = "Bytes are those of the compressed checkpoint that this export was made from.\n" if dense else ""
     left = [f"- `{name}`: {tokens:,} tokens" for name, tokens in recipe.get("left_dense", {}).items()]
+    kept = recipe.get("kept_dense", {})
     few = "Parts of experts that stay dense, since fewer calibration tokens than they have inputs reached them:"
     return [
         table,
+        *([f"By the allocation {len(kept)} matrices or groups of them stay dense: {', '.join(kept)}."] if kept else []),
         *(["\n".join([few, "", *left])] if left else []),
         own + "`recipe.yaml` holds every parameter, `manifest.json` the digests of all files and of what they were made from.",
     ]

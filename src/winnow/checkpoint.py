@@ -22,10 +22,10 @@ from winnow.weights import SHARD_BYTES, copy_files, write_weights
 
 
 def compress(
-    files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int]
+    files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """({module: {name below it: tensor}}, {module: layout}, {group: report of its optimisation, where there is one}) for every
-    group of `sizes`, in the dtype of the dense weights.
+    group of `sizes` that does not stay dense, in the dtype of the dense weights.
 
     `factors` maps a group's name to the bundle that holds its fit. Raises InputError, naming the module, if a number is
     not finite in the stored dtype.
@@ -35,18 +35,19 @@ def compress(
     reports: dict[str, dict[str, Any]] = {}
     for group in structure.groups(files.matrices):
         name = group_name(group)
-        if name not in sizes:
-            continue
+        size = sizes.get(name)
+        if size is None:
+            continue  # not in the budget, or dense by its allocation
         fit = factors[name].tensors(f"{name}.safetensors")
         dtype = files.tensor(f"{group[0].module}.weight").dtype
-        for module, part in structure.stored(group, fit, sizes[name]).items():
+        for module, part in structure.stored(group, fit, size).items():
             layouts[module], stored[module] = part.layout, {}
             for key, tensor in part.tensors.items():
                 cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
                 if not torch.isfinite(cast).all():
                     raise InputError(f"{module}.{key}: not finite as {dtype}; choose another dtype for the model's weights")
                 stored[module][key] = cast
-        if report := structure.report(group, fit, sizes[name]):
+        if report := structure.report(group, fit, size):
             reports[name] = report
         if structure.bias_name is not None:
             for matrix in (m for m in group if m.bias):
@@ -81,6 +82,7 @@ def write_checkpoint(
     """
     directory.mkdir(parents=True)
     compressed = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors.values())
+    compressed += sum(recipe.get("kept_dense", {}).values())
     if compressed != recipe["stored_bytes"]:
         raise RuntimeError(f"{compressed} bytes are stored, the allocation counted {recipe['stored_bytes']}")
     total = write_weights(directory, _all_tensors(files, stored), SHARD_BYTES)
@@ -105,8 +107,11 @@ def write_checkpoint(
 
 
 def recipe_of(names: dict[str, str], presets: dict[str, Any], allocation: dict[str, Any]) -> dict[str, Any]:
-    """The content of recipe.yaml: preset names, resolved presets, and the size of every group."""
-    sizes = {row["group"]: row["size"] for row in allocation["groups"]}
+    """The content of recipe.yaml: preset names, resolved presets, the size of every group, the bytes of those that the allocation
+    keeps dense, and the experts that stay dense outside of the budget."""
+    sizes = {row["group"]: row["size"] for row in allocation["groups"] if row["size"] is not None}
     counts = {key: allocation[key] for key in ("dense_bytes", "stored_bytes")}
+    kept = {row["group"]: row["stored_bytes"] for row in allocation["groups"] if row["size"] is None}
     dense = {"left_dense": allocation["left_dense"]} if allocation.get("left_dense") else {}
+    dense |= {"kept_dense": kept} if kept else {}
     return {"winnow": version("winnow"), "names": names, **presets, **counts, "sizes": sizes, **dense}

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from winnow.allocations import AnyAllocation, allocation_of
+from winnow.allocations.uniform import Uniform
 from winnow.architectures import ROLES
 from winnow.errors import InputError
 from winnow.evaluations import PLAIN, AnyEvaluation, Classification, Perplexity
@@ -20,6 +22,7 @@ from winnow.structures import STRUCTURES, AnyStructure, structure_of
 from winnow.tuning import Tuning
 
 Target = Literal["ffn", "attention", *ROLES]  # type: ignore[valid-type]
+UNIFORM = Uniform.Options(kind="uniform")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -148,12 +151,6 @@ class Method(Strict):
         return self.metric.kind if self.metric else STRUCTURES[self.structure.kind].objective
 
 
-class Allocation(Strict):
-    """How a budget is spread over the matrices."""
-
-    kind: Literal["uniform"] = Field(description="uniform: the same kept share of bytes for every matrix")
-
-
 class Budget(Strict):
     """How much is kept, of which matrices. Exactly one of `keep_bytes`, `rank`, `rank_fraction`."""
 
@@ -165,12 +162,14 @@ class Budget(Strict):
     rank_fraction: float | None = Field(
         None, gt=0, le=1, description="rank as a share of the smaller side of each matrix (or of the structure's largest size)"
     )
-    allocation: Allocation = Field(default_factory=lambda: Allocation(kind="uniform"), description="how the budget is spread")
+    allocation: AnyAllocation = Field(UNIFORM, description="how `keep_bytes` is spread over the matrices; kinds below")
 
     @model_validator(mode="after")
     def _one_currency(self) -> Budget:
         if sum(v is not None for v in (self.keep_bytes, self.rank, self.rank_fraction)) != 1:
             raise ValueError("give exactly one of `keep_bytes`, `rank`, `rank_fraction`")
+        if self.keep_bytes is None and self.allocation != UNIFORM:
+            raise ValueError(f"allocation: {self.allocation.kind} spreads bytes; give `keep_bytes`, or leave `allocation` out")
         return self
 
 
@@ -225,6 +224,13 @@ class Config(Strict):
                 if reason := structure_of(self.methods[method].structure.model_dump()).not_dense():
                     raise ValueError(f"experiments.{name}.export: {method!r} cannot be written as a dense model: {reason}")
             self._check_training(name, experiment)
+            predicted = [b for b in experiment.budgets if allocation_of(self.budgets[b].allocation.model_dump()).predicts()]
+            for method in experiment.methods if predicted else []:
+                if not STRUCTURES[kind := self.methods[method].structure.kind].predicts:
+                    raise ValueError(
+                        f"experiments.{name}: budget {predicted[0]!r} reads predicted losses, which {kind} ({method}) does not "
+                        "have; choose another `objective` or allocation for it"
+                    )
             for c in experiment.calibrations:
                 for e in experiment.evaluations:
                     evaluation, text = self.evaluations[e], self.calibrations[c].text

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from winnow import presets
+from winnow.allocations import ALLOCATIONS
 from winnow.architectures import ARCHITECTURES
 from winnow.config import Config, Method, load
 from winnow.errors import InputError
@@ -23,6 +24,15 @@ from winnow.tokens import PROTOCOLS
 from winnow.tuning import Tuning
 
 CONFIG, SCHEMA, README = "config/config.yaml", "workflow/schemas/config.schema.json", "config/README.md"
+
+ALLOCATED = [
+    "All meet `keep_bytes` within 0.5 % of the dense bytes and never exceed it; a matrix that stays dense counts with its dense",
+    "bytes, and allocation.json lists it with size null. The predicted loss of a size is 1/2 tr(F D C D^T) nats per token: D is",
+    "the change of the matrix, C the second moment of its input, F that of the loss's gradient in its output. It takes one",
+    "backward pass over the calibration windows, which budgets with other objectives do not ask for; structures that have it: "
+    + ", ".join(f"`{kind}`" for kind, cls in STRUCTURES.items() if cls.predicts)
+    + ".",
+]
 
 
 def default() -> dict[str, Any]:
@@ -122,6 +132,8 @@ def readme() -> str:
             lines += ["", f"`finetune` (fine-tune, compress, and with the recovery of that name fine-tune again): {about}"]
             lines += ["", *_key_rows(Tuning)]
             lines += ["", *_families()]
+        if name == "budgets":
+            lines += ["", "Allocations:", "", *_kind_rows(ALLOCATIONS, "reference"), "", *ALLOCATED]
         if name == "methods":
             lines += [
                 "",

@@ -14,6 +14,7 @@ from torch import Tensor
 from winnow.architectures import Matrix, group_name, moments_file, reads
 from winnow.errors import InputError
 from winnow.io import Bundle
+from winnow.layer_statistics import Statistics
 from winnow.metrics import GRADIENTS, Metric
 from winnow.models import ModelFiles
 from winnow.structures.base import Fit, Problem, Structure
@@ -76,7 +77,7 @@ def fit_groups(
     """
     groups = [group for group in shard_of(structure.groups(files.matrices), shard) if group_name(group) not in done]
     dense_experts = left_dense(files, moments, structure, metric, shard)
-    inputs, outputs = _Statistics(moments, device), _Statistics(gradients, device)
+    inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
     needs = dict.fromkeys((*(metric.needs if metric else ()), *structure.needs()))
     for number, group in enumerate(groups):
         began = time.monotonic()
@@ -121,28 +122,3 @@ def storable(structure: Structure, fit: Fit) -> dict[str, Tensor]:
         single = tensor.is_floating_point() and name not in structure.in_float64
         tensors[name] = (tensor.float() if single else tensor).cpu()
     return tensors
-
-
-class _Statistics:
-    """Statistics of a bundle; a layer is read once for consecutive groups that need it."""
-
-    def __init__(self, bundle: Bundle | None, device: str):
-        self.bundle, self.device = bundle, device
-        self.precision = torch.finfo(torch.float64).eps
-        self.layers: dict[int, dict[str, Tensor]] = {}
-
-    def keep(self, group: list[Matrix]) -> None:
-        """Forget layers that the group does not have."""
-        layers = {m.layer for m in group}
-        self.layers = {layer: tensors for layer, tensors in self.layers.items() if layer in layers}
-
-    def of(self, matrix: Matrix, prefix: str, needs: list[str]) -> dict[str, Tensor]:
-        """{need: float64 tensor}, from the tensors `prefix.need` of the matrix's layer."""
-        if not needs:
-            return {}
-        assert self.bundle is not None
-        if matrix.layer not in self.layers:
-            self.layers[matrix.layer] = self.bundle.tensors(moments_file(matrix.layer))
-        found = {need: self.layers[matrix.layer][f"{prefix}.{need}"] for need in needs}
-        self.precision = max([self.precision, *(torch.finfo(value.dtype).eps for value in found.values())])
-        return {need: value.double().to(self.device) for need, value in found.items()}

@@ -122,7 +122,9 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
     compressed = [cell for cell in cells if cell.method]
     calibrations = dict.fromkeys(cell.calibration for cell in compressed if cell.calibration)
     methods = dict.fromkeys((c.calibration, c.method) for c in compressed if c.calibration and c.method)
-    checkpoints = dict.fromkeys((c.calibration, c.method, c.budget) for c in compressed if c.method and c.budget)
+    checkpoints = dict.fromkeys(
+        (c.calibration, c.method, c.budget) for c in compressed if c.calibration and c.method and c.budget
+    )
     widest = max(max(m.shape) for m in shape.matrices)
     largest = max(shape.matrices, key=lambda m: m.shape[0] * m.shape[1])
     gram = sum(width**2 for width in shape.sites().values())
@@ -135,7 +137,8 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         if jobs:
             works.append(Work(stage, name, jobs, BASE + memory, disk, operations))
 
-    gradients = {c for c, m in methods if m and "gradients" in plan.needs(plan.labels["methods"][m])}
+    predicted = {(c, m) for c, m, b in checkpoints if b and plan.allocation(plan.labels["budgets"][b]).predicts()}
+    gradients = {c for c, m in methods if "gradients" in plan.needs(plan.labels["methods"][m])} | {c for c, _ in predicted}
     for calibration in calibrations:
         preset = plan.config.calibrations[calibration]
         tokens, unit = preset.windows * preset.length, 8 if preset.precision == "float64" else 4
@@ -147,17 +150,26 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
             held = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
             add("collect_gradients", 1, loaded + 8 * gradient + held, unit * gradient, 3 * passed + 2 * tokens * gradient)
     fitted = sum(m.shape[0] * m.shape[1] for m in shape.matrices)
-    for _, method in methods:
+    for of, method in methods:
         group = plan.structure(plan.labels["methods"][method]).groups(shape.matrices)
         sides = [(sum(m.shape[0] for m in g), max(m.shape[1] for m in g)) for g in group]
         fitting = 8 * max((4 * m * n + 3 * n * n + 3 * min(m, n) ** 2) for m, n in sides)
         operations = 1.0 * sum(2 * m * n * n + EIGEN * min(m, n) ** 3 for m, n in sides)
         add("factorize", plan.config.models[name].shards, fitting, 4 * fitted, operations)
         add("measure_spectra", 1, 4 * max(m * n for m, n in sides), 1e6, 0)
-    for _, _, budget in checkpoints:
+        if (of, method) in predicted:
+            held = 8 * max(2 * m * n + 2 * (m * m + n * n) for m, n in sides)
+            add("predict_losses", 1, held, 1e6, 1.0 * sum(4 * m * n * (m + n) for m, n in sides))
+    for of, _, budget in checkpoints:
         b = plan.config.budgets[budget]
         dense = shape.dense_bytes(b.targets)
         kept = (b.keep_bytes or 1.0) * dense
+        if again := plan.allocation(plan.labels["budgets"][budget]).rounds():
+            preset = plan.config.calibrations[of]
+            tokens, second = preset.windows * preset.length, gram + gradient
+            held = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
+            passes = again * (10 * tokens * shape.numbers + 2 * tokens * second)
+            add("predict_in_rounds", 1, 2 * loaded + 8 * second + held, 1e6, passes)
         add("compress", 1, shape.bytes + kept, shape.bytes - dense + kept, 0)
     recovered = dict.fromkeys((c.calibration, c.method, c.budget, c.recovery) for c in cells if c.calibration and c.recovery)
     for given, of_method, of_budget, recovery in recovered:

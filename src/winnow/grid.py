@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from winnow import studies
+from winnow.allocations import allocation_of
+from winnow.allocations.base import Allocation
 from winnow.clusters import Clustering
 from winnow.config import Budget, Calibration, Config, Method, Strict, random_control
 from winnow.errors import InputError
@@ -339,6 +341,9 @@ class Grid:
 
     def structure(self, method_label: str) -> Structure:
         return structure_of(self.preset("methods", method_label).structure.model_dump())
+
+    def allocation(self, budget_label: str) -> Allocation:
+        return allocation_of(self.preset("budgets", budget_label).allocation.model_dump())
 
     def clustering_label(self, method_label: str) -> str | None:
         """The label of a method's assignment of clusters, which methods of other metrics can share."""

@@ -106,6 +106,20 @@ def _leading(weight: Tensor, columns: Tensor, precision: float) -> tuple[Tensor,
     return u, s, tail
 
 
+def truncation_errors(weight: Tensor, left: Tensor, right: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """(K + 1,): tr(R D C D^T) with D = W - left[:, :k] right[:k], for every k from 0 to K, in float64.
+
+    `weight` (m, n), `left` (m, K), `right` (K, n), `columns` C (n, n), `rows` R (m, m), both positive semi-definite. No D is
+    formed: tr(R W C W^T) - 2 sum over i < k of (L^T R W C B^T)_ii + sum over i, j < k of (L^T R L)_ij (B C B^T)_ij, with
+    L = left and B = right; the last are sums over leading blocks, so all sizes cost what one does.
+    """
+    inner, outer = right @ columns, rows @ left
+    start = ((rows @ weight) * (weight @ columns)).sum()
+    cross = ((inner @ weight.T) * outer.T).sum(1).cumsum(0)
+    blocks = ((left.T @ outer) * (inner @ right.T)).cumsum(0).cumsum(1).diagonal()
+    return torch.cat([start[None], start - 2 * cross + blocks]).clamp(min=0)
+
+
 def principal_components(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `leading_directions` with R = I, but the rank-k map is W P_k P_k^T with P_k the leading eigenvectors of C (n, n).
 

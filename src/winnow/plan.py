@@ -36,6 +36,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "assign_clusters": (*TORCH, *TABLES, "scikit-learn"),
     "factorize": TORCH,
     "measure_spectra": (*TORCH, *TABLES),
+    "predict_losses": (*TORCH, *TABLES),
+    "predict_in_rounds": (*HUGGING_FACE, *TABLES),
     "compress": (*TORCH, *TABLES),
     "recover": (*HUGGING_FACE, "peft"),
     "export_dense": HUGGING_FACE,
@@ -57,6 +59,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "demo_model": HUGGING_FACE,
 }
 CLAIMS = Path("resources/claims.yaml")
+ALLOCATING = ("predict_in_rounds", "compress")  # stages that reach the file of the budget's allocation
 DENSE = {  # rules by the same script
     "evaluate_dense": "evaluate_perplexity",
     "evaluate_perplexity_healed": "evaluate_perplexity",
@@ -108,11 +111,16 @@ class Plan(Grid):
     def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
         """Digests of the stage's script and of every project module that it reaches."""
         recovery = wildcards.get("recovery") if stage == "recover" else None
-        return list(self._fingerprint(stage, wildcards.get("method"), recovery, wildcards.get("study")))
+        budget = wildcards.get("budget") if stage in ALLOCATING else None
+        return list(self._fingerprint(stage, wildcards.get("method"), budget, recovery, wildcards.get("study")))
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a method
-    def _fingerprint(self, stage: str, method: str | None, recovery: str | None, study: str | None) -> tuple[str, ...]:
+    def _fingerprint(
+        self, stage: str, method: str | None, budget: str | None, recovery: str | None, study: str | None
+    ) -> tuple[str, ...]:
         entries = [f"{stage}.py", *([f"winnow.studies.{study}"] if study else [])]
+        if budget is not None:
+            entries.append(f"winnow.allocations.{self.allocation(budget).kind()}")
         if recovery is not None:
             kind = self.preset("recoveries", recovery).kind
             entries += [f"winnow.recovery.{kind}", f"winnow.recoveries:{RECOVERIES[kind].__name__}"]
@@ -182,13 +190,28 @@ class Plan(Grid):
     def _spec_measure_spectra(self, w: dict[str, str]) -> dict[str, Any]:
         return {"metric": self.preset("methods", w["method"]).objective}
 
+    def _spec_predict_losses(self, w: dict[str, str]) -> dict[str, Any]:
+        return {"structure": self._method(w)["structure"], "structure_version": self._method(w)["structure_version"]}
+
+    def _spec_predict_in_rounds(self, w: dict[str, str]) -> dict[str, Any]:
+        allocation = self.allocation(w["budget"])
+        return {
+            **self._spec_predict_losses(w),
+            **self._spec_collect_gradients(w),
+            "budget": self.preset("budgets", w["budget"]).model_dump(),
+            "rounds": allocation.rounds(),
+            "allocation": {"version": allocation.version, "libraries": versions(*allocation.libraries)},
+        }
+
     def _spec_compress(self, w: dict[str, str]) -> dict[str, Any]:
         sections = ("models", "calibrations", "methods", "budgets")
         names = {s.removesuffix("s"): self.names[s][w[s.removesuffix("s")]] for s in sections}
         names["calibration"] = self.preset_of_seed[names["calibration"]]
         model, calibration = self.preset("models", w["model"]), self.preset("calibrations", w["calibration"])
+        allocation = self.allocation(w["budget"])
         return {
             "names": names,
+            "allocation": {"version": allocation.version, "libraries": versions(*allocation.libraries)},
             "dtype": model.dtype,
             "presets": {
                 "model": model.model_dump(exclude=EXECUTION),

@@ -75,14 +75,14 @@ def build(
     groups = chosen_groups(files, structure, targets, spectra)
     tokens = left_dense(files, moments, structure, used, "1-of-1")
     left = {name: tokens[name] for name in experts_left_dense(files, structure, targets, spectra)}
-    budget = {"keep_bytes": keep, "rank": None, "rank_fraction": None}
+    budget = {"keep_bytes": keep, "rank": None, "rank_fraction": None, "allocation": {"kind": "uniform"}}
     if structure.bias_name is None or kind in (
         "cluster",
         "tiers",
         "coupled",
     ):  # whose bytes come in steps too coarse for so small a model
         budget |= {"keep_bytes": None, "rank_fraction": 0.4}
-    sizes = {g.name: structure.limit(g.matrices) for g in groups} if keep is None else allocate(groups, budget)
+    sizes = {g.name: structure.limit(g.matrices) for g in groups} if keep is None else allocate(groups, budget).sizes
     factors = dict.fromkeys(sizes, Bundle(work / "factors" / "manifest.json"))
     stored, layouts, reports = compress(files, factors, structure, sizes)
     total = {"stored_bytes": sum(t.nbytes for part in stored.values() for t in part.values()), "dense_bytes": 1, "groups": []}

@@ -407,7 +407,7 @@ def build(source: Path, work: Path, options: dict) -> tuple[Path, dict]:
     spectra = pd.DataFrame(rows).set_index("group")
     write_manifest(work / "factors", {"groups": list(spectra.index)}, {})
     groups = chosen_groups(files, structure, ["ffn", "attention"], spectra)
-    sizes = allocate(groups, {"keep_bytes": None, "rank": 5, "rank_fraction": None})
+    sizes = allocate(groups, {"keep_bytes": None, "rank": 5, "rank_fraction": None}).sizes
     bundle = Bundle(work / "factors" / "manifest.json")
     stored, layouts, reports = compress(files, dict.fromkeys(sizes, bundle), structure, sizes)
     method = {"structure": {"kind": "coupled", **options}, "metric": {"kind": "weights"}}

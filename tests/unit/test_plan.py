@@ -129,6 +129,8 @@ WILDCARDS = {  # of the rules
     "assign_clusters": ("model", "calibration", "clustering"),
     "factorize": ("model", "calibration", "method", "shard"),
     "measure_spectra": ("model", "calibration", "method"),
+    "predict_losses": ("model", "calibration", "method"),
+    "predict_in_rounds": UPSTREAM[:4],
     "compress": UPSTREAM[:4],
     "recover": UPSTREAM,
     "export_dense": UPSTREAM[:4],
@@ -211,13 +213,24 @@ EVALUATIONS = {"evaluate_perplexity", "evaluate_accuracy", "evaluate_classificat
 OF_METHODS = {
     "factorize",
     "measure_spectra",
+    "predict_losses",
+    "predict_in_rounds",
     "compress",
     "recover",
     "export_dense",
     *EVALUATIONS,
     "evaluate_latency",
 }  # they reach the structure's file
-MODELS = {"collect_statistics", "collect_gradients", "recover", *EVALUATIONS, "evaluate_latency"}  # they run one
+ALLOCATING = {"compress", "predict_in_rounds"}
+STUDY = {"measure_study", "conclude_study"}  # here of coupling
+MODELS = {
+    "predict_in_rounds",
+    "collect_statistics",
+    "collect_gradients",
+    "recover",
+    *EVALUATIONS,
+    "evaluate_latency",
+}  # they run one
 LOADERS = MODELS | {"export_dense"}
 NAMES = LOADERS | {"retrieve_model"}
 EDITS = [
@@ -225,18 +238,36 @@ EDITS = [
     ("src/winnow/linalg.py", '"""Directions that solve', '"""Other words that solve', set()),
     ("src/winnow/linalg.py", "return (vectors * values", "return  (\n        vectors * values", set()),
     ("src/winnow/linalg.py", "clamp(min=0).sqrt()) @", "clamp(min=1e-9).sqrt()) @", OF_METHODS),
-    ("src/winnow/statistics.py", "gram = self.gram / n", "gram = self.gram / (n - 1)", {"collect_statistics"}),
-    ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", {"compress"}),
-    ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity"}),
-    ("src/winnow/spread.py", "n / (n - 1)", "n / n", {*EVALUATIONS, "tables", "report", "tabulate_classification"}),
+    (
+        "src/winnow/statistics.py",
+        "gram = self.gram / n",
+        "gram = self.gram / (n - 1)",
+        {"collect_statistics", "predict_in_rounds"},
+    ),
+    ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", ALLOCATING),
+    ("src/winnow/allocations/uniform.py", "max(1, step(g))", "max(2, step(g))", ALLOCATING),  # of the budget's own kind
+    ("src/winnow/allocations/greedy.py", "heapq.heapify(heap)", "heap.sort()", set()),  # of another one
+    ("src/winnow/prediction.py", "[: len(fit", "[: 1 * len(fit", {"predict_losses", "predict_in_rounds"}),
+    ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity", "predict_in_rounds"}),
+    (
+        "src/winnow/spread.py",
+        "n / (n - 1)",
+        "n / n",
+        {*EVALUATIONS, "predict_in_rounds", "tables", "report", "tabulate_classification", *STUDY},
+    ),
     ("src/winnow/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
     ("src/winnow/recovery/refine.py", "skipped = 0 if", "skipped = 2 if", {"recover"}),
     ("src/winnow/recovery/distill.py", "lora_dropout=0.0", "lora_dropout=0.1", set()),  # of another kind
     ("src/winnow/recoveries.py", "lora_rank: int = Field(8", "lora_rank: int = Field(9", set()),
     ("src/winnow/recoveries.py", "steps: int = Field(200", "steps: int = Field(100", {"recover"}),
-    ("src/winnow/card.py", "Needs winnow", "It needs winnow", {"compress", "export_dense", "cards"}),
-    ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables"}),
-    ("src/winnow/tokens.py", "PAD = -1", "PAD = -2", {"tokenize", "tokenize_rows", "finetune", *EVALUATIONS}),
+    ("src/winnow/card.py", "Needs winnow", "It needs winnow", {*ALLOCATING, "export_dense", "cards"}),
+    ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables", "conclude_study"}),
+    (
+        "src/winnow/tokens.py",
+        "PAD = -1",
+        "PAD = -2",
+        {"tokenize", "tokenize_rows", "finetune", "predict_in_rounds", *EVALUATIONS},
+    ),
     ("src/winnow/accuracy.py", "return found if", "return found and found if", {"evaluate_accuracy"}),
     ("src/winnow/tasks.py", "not any(is_group", "all(not is_group", OF_TASKS),
     ("src/winnow/accuracy_table.py", '"delta": 0.0', '"delta": 0.1', {"tabulate_accuracy", "tabulate_classification"}),
@@ -265,7 +296,7 @@ EDITS = [
     ),
     ("src/winnow/naming.py", "if name in expected", "if name in set(expected)", NAMES),
     ("src/winnow/clusters.py", "n_init=5", "n_init=6", {"assign_clusters"}),
-    ("src/winnow/gradients.py", "(gram + gram.T) / 2", "(gram + gram.T) / 3", {"collect_gradients"}),
+    ("src/winnow/gradients.py", "(gram + gram.T) / 2", "(gram + gram.T) / 3", {"collect_gradients", "predict_in_rounds"}),
     ("src/winnow/coupling.py", "import annotations", "import annotations\n\nx = 1", set()),  # of another structure
     ("scripts/factorize.py", "names.append(name)", "names.append(str(name))", {"factorize"}),
 ]

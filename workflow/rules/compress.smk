@@ -1,5 +1,32 @@
-# needs: factors, spectra, a budget      makes: sizes of every group, compressed checkpoints, dense models of them
-# steps: compress, export_dense (where an experiment says `export: dense`)
+# needs: factors, spectra, predicted losses where the allocation asks for them, a budget      makes: sizes of every group, compressed checkpoints, dense models of them
+# steps: predict_in_rounds (where the allocation asks for it), compress, export_dense (where an experiment says `export: dense`)
+
+
+rule predict_in_rounds:
+    """Predict the losses anew around the model as the budget compresses it, where its allocation has `rounds`."""
+    input:
+        model="results/{model}/model.json",
+        tokens="results/{model}/tokens/{calibration}.safetensors",
+        factors=factors_of_method,
+        spectra="results/{model}/{calibration}/{method}/spectra.parquet",
+        predicted="results/{model}/{calibration}/{method}/predicted.parquet",
+    output:
+        predicted="results/{model}/{calibration}/{method}/{budget}/predicted.parquet",
+        rounds="results/{model}/{calibration}/{method}/{budget}/rounds.json",
+    log:
+        "results/logs/predict_in_rounds/{model}/{calibration}/{method}/{budget}.log",
+    benchmark:
+        "results/benchmarks/predict_in_rounds/{model}/{calibration}/{method}/{budget}.tsv"
+    threads: 2
+    resources:
+        gpu=1,
+        batch_tokens=2048,
+        mem_mb=24000,  # the compressed model, its activations, and second moments of all inputs and outputs
+        runtime=240,
+    params:
+        **stage("predict_in_rounds"),
+    script:
+        "../../scripts/predict_in_rounds.py"
 
 
 rule compress:
@@ -8,6 +35,7 @@ rule compress:
         model="results/{model}/model.json",
         factors=factors_of_method,
         spectra="results/{model}/{calibration}/{method}/spectra.parquet",
+        predicted=predicted_for_budget,
     output:
         allocation="results/{model}/{calibration}/{method}/{budget}/allocation.json",
         checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",

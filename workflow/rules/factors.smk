@@ -1,5 +1,6 @@
 # needs: weights, and statistics where the metric asks for them      makes: factors of every rank, spectra
-# steps: assign_clusters, factorize (a shard of the layers per job), measure_spectra
+# steps: assign_clusters, factorize (a shard of the layers per job), measure_spectra, predict_losses (where a budget's
+#        allocation asks for it)
 
 
 rule assign_clusters:
@@ -65,6 +66,30 @@ rule measure_spectra:
         **stage("measure_spectra"),
     script:
         "../../scripts/measure_spectra.py"
+
+
+rule predict_losses:
+    """The loss that every size of every group is predicted to cost, for allocations that ask for it."""
+    input:
+        model="results/{model}/model.json",
+        moments="results/{model}/{calibration}/statistics/moments/manifest.json",
+        gradients="results/{model}/{calibration}/statistics/gradients/manifest.json",
+        factors=factors_of_method,
+    output:
+        "results/{model}/{calibration}/{method}/predicted.parquet",
+    log:
+        "results/logs/predict_losses/{model}/{calibration}/{method}.log",
+    benchmark:
+        "results/benchmarks/predict_losses/{model}/{calibration}/{method}.tsv"
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=16000,  # one group in float64 with both second moments
+        runtime=60,
+    params:
+        **stage("predict_losses"),
+    script:
+        "../../scripts/predict_losses.py"
 
 
 rule factors:

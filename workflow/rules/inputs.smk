@@ -94,6 +94,17 @@ def factors_of_method(wildcards):
     return [f"{folder}/{shard}/manifest.json" for shard in PLAN.shards(wildcards.model)]
 
 
+def predicted_for_budget(wildcards):
+    """The predicted losses of a method's factors, if the budget's allocation reads them (they take a backward pass), or those
+    around the model that the budget makes."""
+    allocation = PLAN.allocation(wildcards.budget)
+    if not allocation.predicts():
+        return []
+    folder = f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}"
+    own = f"/{wildcards.budget}" if allocation.rounds() else ""
+    return f"{folder}{own}/predicted.parquet"
+
+
 def overlap_check(wildcards):
     calibration = PLAN.text_label("calibrations", wildcards.calibration)
     evaluation = PLAN.text_label("evaluations", wildcards.evaluation)

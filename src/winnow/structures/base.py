@@ -115,6 +115,7 @@ class Structure(ABC):
     weighs_outputs: ClassVar[bool] = True  # whether it can use a metric's R
     # Whether the fit is finished in `stored`, for the size that is stored; `Fit.error` is then that of its start, a bound.
     optimised_at_size: ClassVar[bool] = False
+    predicts: ClassVar[bool] = False  # whether it has `predicted`, which some allocations ask for
     in_float64: ClassVar[tuple[str, ...]] = ()  # fitted tensors that are cached in float64; the others in float32
     Options: ClassVar[type[StructureOptions]]
 
@@ -180,6 +181,12 @@ class Structure(ABC):
     @abstractmethod
     def fit(self, problem: Problem, largest: int) -> Fit:
         """Fit the group once for every size up to `largest`."""
+
+    def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
+        """(sizes + 1,): the predicted increase of the loss in nats per token at every size of the fit `tensors`, by the quadratic
+        model 1/2 tr(F D C D^T): D is the change of the matrix, C the second moment of its input (`gram` of the problem's sites),
+        F that of the loss's gradient in its output (`gradient_gram` of its outputs). For structures with `predicts`."""
+        raise NotImplementedError(f"{self.kind()} predicts no loss")
 
     @abstractmethod
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:

@@ -19,6 +19,7 @@ class LowRank(Structure):
     stores = "left (m, k), right (k, n)"
     formula = "k (m + n)"
     bias_name = "left.bias"
+    predicts = True
 
     class Options(StructureOptions):
         kind: Literal["low_rank"]
@@ -33,6 +34,13 @@ class LowRank(Structure):
         found = leading_directions(weight, problem.columns(), problem.precision, problem.rows())
         factors = {"left": found.left[:, :largest], "right": found.right[:largest] @ weight}
         return Fit(factors, found.error[: largest + 1], found.spectrum)
+
+    def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
+        from winnow.linalg import truncation_errors
+
+        ((name, weight),) = problem.weights.items()
+        moments = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
+        return truncation_errors(weight, tensors["left"].double(), tensors["right"].double(), *moments) / 2
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         left, right = tensors["left"][:, :size], tensors["right"][:size]

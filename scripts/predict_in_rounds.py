@@ -1,0 +1,26 @@
+"""Rule `predict_in_rounds`: predicted losses around the model as a budget compresses it, and a record of every round."""
+
+import torch
+
+from winnow.allocation import chosen_groups
+from winnow.io import Bundle, read_parquet, read_tensors, write_json, write_parquet
+from winnow.models import ModelFiles
+from winnow.prediction import table_of
+from winnow.rounds import Setting, predict_in_rounds
+from winnow.runtime import start_job
+from winnow.structures import structure_of
+
+if __name__ == "__main__":
+    job = start_job(snakemake)
+    spec, given = job.spec, snakemake.input
+    files, structure = ModelFiles(given.model), structure_of(spec["structure"])
+    factors = {name: bundle for bundle in map(Bundle, given.factors) for name in bundle.manifest["groups"]}
+    tables = (read_parquet(path).set_index("group") for path in (given.spectra, given.predicted))
+    groups = chosen_groups(files, structure, spec["budget"]["targets"], *tables)
+    windows = read_tensors(given.tokens, sealed=True)[0]["ids"]
+    batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
+    options = (getattr(torch, spec["precision"]), spec["first_token"], spec["gradient_labels"], spec["seed"])
+    setting = Setting(windows, batch, spec["dtype"], job.device, *options)
+    found, records = predict_in_rounds(files, factors, structure, groups, spec["budget"], spec["rounds"], setting)
+    write_json(snakemake.output.rounds, {"rounds": records}, job.provenance)
+    write_parquet(snakemake.output.predicted, table_of(found), job.provenance)

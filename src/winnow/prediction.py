@@ -1,0 +1,61 @@
+"""The loss that every size of every group is predicted to cost: the quadratic model of the loss around the dense model.
+
+A change D of a matrix moves its output by D x, and the loss by 1/2 E[(g^T D x)^2] with g the loss's gradient in the output: the
+Fisher information as its Hessian. With x and g taken as independent this is 1/2 tr(F D C D^T), C = E[x x^T], F = E[g g^T] (KFAC,
+arXiv 1503.05671). Changes of several matrices are taken to add up, which holds as long as each is small.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pandas as pd
+from torch import Tensor
+
+from winnow.architectures import group_name
+from winnow.errors import InputError
+from winnow.io import Bundle
+from winnow.layer_statistics import Layers, Statistics
+from winnow.models import ModelFiles
+from winnow.structures.base import Problem, Structure
+
+log = logging.getLogger(__name__)
+
+
+def predict(
+    files: ModelFiles, moments: Layers, gradients: Layers, factors: dict[str, Bundle], structure: Structure, device: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (group name, predicted increase of the loss (sizes + 1,), nats per token) for every group that `factors` has a fit of
+    (by name); size 0 is what is stored at every size, for low rank the matrix removed.
+
+    Experts of a mixture are left out, as they have no gradients. Raises InputError, naming the matrix, for a statistic that is
+    not finite.
+    """
+    inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
+    for group in structure.groups(files.matrices):
+        name = group_name(group)
+        if group[0].expert is not None or name not in factors:
+            continue
+        inputs.keep(group)
+        outputs.keep(group)
+        try:
+            problem = Problem(
+                group,
+                {m.name: files.weight(m).to(device) for m in group},
+                {m.name: inputs.of(m, m.site, ["gram"]) for m in group},
+                None,
+                inputs.precision,
+                outputs={m.name: outputs.of(m, m.role, ["gradient_gram"]) for m in group},
+            )
+        except FloatingPointError as error:
+            raise InputError(f"{group[0].module}: {error}") from error
+        fit = {key: value.to(device) for key, value in factors[name].tensors(f"{name}.safetensors").items()}
+        predicted = structure.predicted(problem, fit)[: len(fit["numbers"])].cpu()
+        log.info("%s: %.3g nats per token at size 0, %.3g at the largest", name, float(predicted[0]), float(predicted[-1]))
+        yield name, predicted
+
+
+def table_of(predicted: dict[str, list[float]]) -> pd.DataFrame:
+    """Rows of predicted.parquet: group, predicted (nats per token by size)."""
+    return pd.DataFrame([{"group": n, "predicted": losses} for n, losses in predicted.items()], columns=["group", "predicted"])

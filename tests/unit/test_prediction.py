@@ -1,0 +1,204 @@
+"""Predicted losses: exact against changes written out, and in the order of what is measured; matrices that stay dense."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from tests.conftest import ROOT
+from tests.unit.test_checkpoint import logits, statistics
+from tests.unit.worlds import World, matrix_of
+from winnow.allocation import allocate, chosen_groups, summarize
+from winnow.architectures import group_name, matrices_of
+from winnow.checkpoint import compress, recipe_of, write_checkpoint
+from winnow.factors import fit_groups, storable
+from winnow.gradients import collect_gradients
+from winnow.io import Bundle, write_manifest, write_tensors
+from winnow.linalg import truncation_errors
+from winnow.loading import load_model
+from winnow.metrics import metric_of
+from winnow.models import ModelFiles
+from winnow.prediction import predict
+from winnow.rounds import Held, Setting, around, compressed_model, predict_in_rounds
+from winnow.statistics import collect
+from winnow.structures import STRUCTURES, structure_of
+from winnow.tokens import encode, load_tokenizer
+
+PREDICTING = [kind for kind, cls in STRUCTURES.items() if cls.predicts]
+
+
+@pytest.mark.parametrize(("m", "n"), [(7, 12), (12, 7), (9, 9)])
+def test_all_truncations_at_once_are_those_written_out(m, n, generator):
+    """Any factors, also ones that are no projection of W; singular moments."""
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, left, right = normal(m, n), normal(m, 5), normal(5, n)
+    x, g = normal(n, n - 2), normal(m, m - 3)
+    found = truncation_errors(weight, left, right, x @ x.T, g @ g.T)
+    for k in range(6):
+        change = weight - left[:, :k] @ right[:k]
+        assert float(found[k]) == pytest.approx(float((g.T @ change @ x).square().sum()), rel=1e-10)
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("kind", PREDICTING)
+@pytest.mark.parametrize("metric", ["weights", "gram", "two_sided"])
+def test_a_prediction_is_that_of_the_matrix_that_is_stored(kind, metric):
+    world, structure = World(metric, 8, 14, seed=3), structure_of({"kind": kind})
+    for matrix in world.matrices[:6]:
+        problem = world.problem(structure, [matrix])
+        fit = structure.fit(problem, structure.largest([matrix]))
+        x, g = world.inputs[matrix.layer, matrix.site], world.gradients[matrix.name]
+        problem.sites[matrix.name]["gram"], problem.outputs[matrix.name]["gradient_gram"] = x @ x.T / 200, g @ g.T / 200
+        predicted = structure.predicted(problem, fit.tensors)
+        assert len(predicted) == len(fit.error)
+        assert (predicted.diff() <= 1e-9 * predicted[0]).all() or metric != "two_sided", "its own metric falls with size"
+        for size in range(1, len(predicted)):
+            model, _ = world.compressed(structure, [matrix], fit.tensors, size)
+            change = world.weights[matrix.name] - matrix_of(model.get_submodule(matrix.module), matrix.shape[1])
+            by_hand = float((g.T @ change @ x).square().sum()) / 2 / 200**2
+            assert float(predicted[size]) == pytest.approx(by_hand, rel=1e-6, abs=1e-9 * float(predicted[0]))
+
+
+def test_predictions_are_in_the_order_of_what_is_measured():
+    """Every matrix of the demo model by itself, at a tenth and a third of the sizes, on a few windows of calibration text."""
+    source = ROOT / "resources" / "models" / "demo"
+    model = load_model(source, "float32", "cpu")
+    texts = (ROOT / "resources" / "texts" / "demo" / "calibration.jsonl").read_text().splitlines()
+    ids = encode(load_tokenizer(source), "\n\n".join(json.loads(row)["text"] for row in texts[:30]), True)
+    windows = torch.as_tensor(ids[: 12 * 128]).reshape(12, 128)
+    shapes = {name: {"shape": list(t.shape)} for name, t in model.state_dict().items()}
+    matrices = matrices_of("llama", shapes)
+    moments = dict(collect(model, matrices, windows, 4, torch.float64))
+    gradients = dict(collect_gradients(model, matrices, windows, 4, torch.float64, "model", 0))
+
+    @torch.no_grad()
+    def log_probabilities():
+        return model(input_ids=windows[:6].long(), use_cache=False).logits.log_softmax(-1)
+
+    dense = log_probabilities()
+    predicted, measured = [], []
+    for m in matrices:
+        weight = model.get_submodule(m.module).weight
+        before = weight.detach().clone()
+        w, c, f = before.double(), moments[m.layer][m.site]["gram"], gradients[m.layer][m.role]["gradient_gram"]
+        u = torch.linalg.eigh(w @ c @ w.T).eigenvectors.flip(1)
+        losses = truncation_errors(w, u, u.T @ w, c, f) / 2
+        for size in (min(m.shape) // 10, min(m.shape) // 3):
+            weight.data.copy_(u[:, :size] @ (u.T @ w)[:size])
+            now = log_probabilities()
+            measured.append(float((dense.exp() * (dense - now)).sum(-1).mean()))
+            predicted.append(float(losses[size]))
+        weight.data.copy_(before)
+    assert len(predicted) == 84
+    assert spearmanr(predicted, measured).statistic > 0.95
+    ratio = sorted(a / b for a, b in zip(measured, predicted, strict=True))[42]
+    assert 0.7 < ratio < 2.5
+
+
+@pytest.fixture(scope="module")
+def predicted_llama(saved_llama, tmp_path_factory):
+    """(files, structure, groups with predictions, bundle of factors) of a random model."""
+    work = tmp_path_factory.mktemp("predicted")
+    moments, gradients = statistics(saved_llama, work / "statistics")
+    files, structure = ModelFiles(work / "statistics" / "model.json"), structure_of({"kind": "low_rank"})
+    rows = []
+    for name, fit, numbers in fit_groups(files, moments, gradients, {}, structure, metric_of({"kind": "gram"}), "1-of-1", "cpu"):
+        tensors = storable(structure, fit) | {"error": fit.error, "numbers": torch.tensor(numbers)}
+        write_tensors(work / "factors" / f"{name}.safetensors", tensors)
+        rows.append({"group": name, "numbers": numbers, "error": fit.error.tolist()})
+    write_manifest(work / "factors", {}, {})
+    bundle = Bundle(work / "factors" / "manifest.json")
+    factors = {row["group"]: bundle for row in rows}
+    found = [{"group": n, "predicted": p.tolist()} for n, p in predict(files, moments, gradients, factors, structure, "cpu")]
+    tables = (pd.DataFrame(table).set_index("group") for table in (rows, found))
+    groups = chosen_groups(files, structure, ["ffn", "attention"], *tables)
+    return files, structure, groups, factors, moments, gradients
+
+
+def test_every_group_gets_a_prediction_of_every_size(predicted_llama):
+    files, structure, groups, factors, moments, gradients = predicted_llama
+    assert {g.name for g in groups} == {group_name(g) for g in structure.groups(files.matrices)}
+    for g in groups:
+        assert len(g.predicted) == len(g.numbers) == len(g.error)
+        (matrix,) = g.matrices
+        fit = factors[g.name].tensors(f"{g.name}.safetensors")
+        c = moments.tensors(f"layer-{matrix.layer:03d}.safetensors")[f"{matrix.site}.gram"].double()
+        f = gradients.tensors(f"layer-{matrix.layer:03d}.safetensors")[f"{matrix.role}.gradient_gram"].double()
+        k = g.largest // 2
+        change = files.weight(matrix) - fit["left"][:, :k].double() @ fit["right"][:k].double()
+        assert g.predicted[k] == pytest.approx(float(torch.trace(f @ change @ c @ change.T)) / 2, rel=1e-6)
+
+
+def test_a_checkpoint_keeps_matrices_dense_and_counts_their_bytes(predicted_llama, saved_llama, tmp_path):
+    files, structure, groups, factors, *_ = predicted_llama
+    sizes = {g.name: None if i % 2 else 3 for i, g in enumerate(groups)}
+    stored, layouts, reports = compress(files, factors, structure, sizes)
+    method = {"structure": {"kind": "low_rank"}, "metric": {"kind": "gram"}}
+    presets = {"model": {"source": "somewhere"}, "method": method, "budget": {"targets": ["ffn", "attention"]}}
+    recipe = recipe_of({"model": "pico"}, presets, summarize(groups, sizes))
+    counts = write_checkpoint(tmp_path / "checkpoint", files, stored, layouts, reports, "float32", recipe, {})
+    assert counts["stored_bytes"] == sum(g.bytes(sizes[g.name]) for g in groups)
+    assert counts["dense_bytes"] - counts["stored_bytes"] == files.manifest["bytes"] - counts["model_stored_bytes"]
+    card = (tmp_path / "checkpoint" / "README.md").read_text()
+    assert f"{len(groups) // 2} matrices or groups of them stay dense" in card
+    model, expected = load_model(tmp_path / "checkpoint", "float32", "cpu"), load_model(saved_llama, "float32", "cpu")
+    for g in groups:
+        module = model.get_submodule(g.matrices[0].module)
+        assert type(module).__name__ == ("Linear" if sizes[g.name] is None else "LowRankLinear")
+        if sizes[g.name] is not None:
+            weight = expected.get_submodule(g.matrices[0].module).weight
+            weight.data.copy_(module.left.weight @ module.right.weight)
+    assert torch.allclose(logits(model), logits(expected), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
+def test_an_allocation_by_prediction_meets_the_bytes_of_a_model(predicted_llama):
+    groups = predicted_llama[2]
+    budget = {"keep_bytes": 0.7, "allocation": {"kind": "ilp"}}
+    choice = allocate(groups, budget)
+    assert choice.facts["status"] == "optimal"
+    assert summarize(groups, choice.sizes)["predicted"] == pytest.approx(choice.facts["value"])
+
+
+def setting_of(precision=torch.float64):
+    windows = torch.randint(0, 1024, (6, 24), generator=torch.Generator().manual_seed(5))
+    return Setting(windows, 3, "float32", "cpu", precision, True, "model", 0)
+
+
+def test_around_the_dense_model_is_the_first_prediction(predicted_llama, saved_llama):
+    """The same statistics, from a model whose matrices all stay dense; and the compressed model is that of the checkpoint."""
+    files, structure, groups, factors, *_ = predicted_llama
+    setting, dense = setting_of(), dict.fromkeys((g.name for g in groups), None)
+    found = around(compressed_model(files, factors, structure, dense, setting), files, factors, structure, setting)
+    model = load_model(saved_llama, "float32", "cpu")
+    moments = Held(collect(model, files.matrices, setting.windows, 3, torch.float64))
+    gradients = Held(collect_gradients(model, files.matrices, setting.windows, 3, torch.float64, "model", 0))
+    expected = dict(predict(files, moments, gradients, factors, structure, "cpu"))
+    assert found.keys() == expected.keys() == dense.keys()
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], rtol=1e-9)
+    small = compressed_model(files, factors, structure, {**dense, groups[0].name: 2}, setting)
+    module = small.get_submodule(groups[0].matrices[0].module)
+    fit = factors[groups[0].name].tensors(f"{groups[0].name}.safetensors")
+    assert torch.equal(module.left.weight, fit["left"][:, :2])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
+def test_the_round_that_loses_least_is_kept(predicted_llama):
+    files, structure, groups, factors, *_ = predicted_llama
+    budget = {"keep_bytes": 0.5, "allocation": {"kind": "ilp", "rounds": 2}}
+    found, records = predict_in_rounds(files, factors, structure, groups, budget, 2, setting_of())
+    assert [record["round"] for record in records] == [0, 1, 2]
+    best = min(records, key=lambda record: record["calibration_nll"])
+    assert [record["chosen"] for record in records] == [record is best for record in records]
+    if best["round"] == 0:
+        assert found == {g.name: g.predicted for g in groups}
+    else:
+        assert all(found[g.name] != g.predicted for g in groups)
+    again = predict_in_rounds(files, factors, structure, groups, budget, 2, setting_of())
+    assert again == (found, records)
