@@ -22,6 +22,7 @@ OutputIndex.match_producers = cache(OutputIndex.match_producers)
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT / "src"))
 
+from winnow import studies
 from winnow.config import load
 from winnow.errors import InputError
 from winnow.explain import difference

@@ -1,4 +1,4 @@
-# Which files a rule reads: functions of wildcards. No rule stands here.
+# Which files jobs read (functions of wildcards). No rule stands here.
 
 
 def local_files(wildcards):
@@ -101,8 +101,9 @@ def predicted_for_budget(wildcards):
     if not allocation.predicts():
         return []
     folder = f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}"
-    own = f"/{wildcards.budget}" if allocation.rounds() else ""
-    return f"{folder}{own}/predicted.parquet"
+    if allocation.rounds():
+        folder = f"{folder}/{wildcards.budget}"
+    return f"{folder}/predicted.parquet"
 
 
 def overlap_check(wildcards):
@@ -126,3 +127,14 @@ def evaluated_checkpoint(wildcards):
     if PLAN.recovers(name):
         return "results/{model}/{calibration}/{method}/{budget}/{recovery}/checkpoint/manifest.json"
     return "results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json"
+
+
+def read_by_study(wildcards):
+    """What a study's measurement reads beside the model: statistics, calibration windows, evaluation windows."""
+    folder, at = f"results/{wildcards.model}", PLAN.study_at(wildcards.model)
+    known = {
+        "moments": f"{folder}/{wildcards.calibration}/statistics/moments/manifest.json",
+        "windows": f"{folder}/tokens/{wildcards.calibration}.safetensors",
+        "evaluation": f"{folder}/tokens/{PLAN.labels['evaluations'][at.evaluation]}.safetensors",
+    }
+    return {key: known[key] for key in studies.study_of(wildcards.study).reads}

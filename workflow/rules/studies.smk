@@ -1,19 +1,6 @@
 # needs: the cells of a study, weights and statistics      makes: results/studies/{study}/: tables, figures, claims with verdicts
 # steps: measure_study (per model), conclude_study; study_<name> is the target
 
-from winnow import studies
-
-
-def read_by_study(wildcards):
-    """What a study's measurement reads beside the model: statistics, calibration windows, evaluation windows."""
-    folder, at = f"results/{wildcards.model}", PLAN.study_at(wildcards.model)
-    known = {
-        "moments": f"{folder}/{wildcards.calibration}/statistics/moments/manifest.json",
-        "windows": f"{folder}/tokens/{wildcards.calibration}.safetensors",
-        "evaluation": f"{folder}/tokens/{PLAN.labels['evaluations'][at.evaluation]}.safetensors",
-    }
-    return {key: known[key] for key in studies.study_of(wildcards.study).reads}
-
 
 rule measure_study:
     """What a study measures on a model's weights and statistics."""
