@@ -183,9 +183,7 @@ class Structure(ABC):
         """Fit the group once for every size up to `largest`."""
 
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
-        """(sizes + 1,): the predicted increase of the loss in nats per token at every size of the fit `tensors`, by the quadratic
-        model 1/2 tr(F D C D^T): D is the change of the matrix, C the second moment of its input (`gram` of the problem's sites),
-        F that of the loss's gradient in its output (`gradient_gram` of its outputs). For structures with `predicts`."""
+        """(sizes + 1,): predicted increase of the loss in nats per token at every size of a fit, see `winnow.prediction`."""
         raise NotImplementedError(f"{self.kind()} predicts no loss")
 
     @abstractmethod
