@@ -226,7 +226,7 @@ def test_the_table_has_a_row_per_task_and_measure():
     bytes_ = {"dense_bytes": 10, "stored_bytes": 8, "model_dense_bytes": 20, "model_stored_bytes": 18, "checkpoint": "c"}
     result = {"tasks": {"t": {"documents": 2}}, "scores": {"t": {"acc": measure, "f1": {**measure, "value_se": None}}}, **bytes_}
     row = dict.fromkeys(COLUMNS[:9], "x") | {"keep_requested": None, "targets": "ffn", "result": "r"}
-    table = accuracy_table([{**row, "method": "dense"}, row], {"r": result})
+    table = accuracy_table([{**row, "method": "dense", "recovery": "none"}, row], {"r": result})
     assert list(table.columns) == COLUMNS
     assert table["measure"].tolist() == ["acc", "f1"] * 2
     assert table["delta"].tolist()[:2] == [0.0, 0.0]

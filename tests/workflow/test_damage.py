@@ -63,6 +63,7 @@ class Files(list):
         (r"/clusters/", "clusters"),
         (r"/factors/", "factors"),
         (r"/spectra\.parquet$", "spectra"),
+        (r"/predicted\.parquet$", "predicted"),
         (r"texts/overlap/", "overlaps"),
         (r"results/texts/[^/]+$", "text"),
         (r"summary\.parquet$", "summary"),
