@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from winnow.claims import judge, read_claims_of
+from winnow.classification_table import classification_table
 from winnow.figures import save
 from winnow.io import read_json, write_manifest, write_text
 from winnow.report import render_study
@@ -13,10 +14,11 @@ from winnow.tables import summary
 
 if __name__ == "__main__":
     job = start_job(snakemake)
-    study, rows = study_of(snakemake.wildcards.study), job.spec["rows"]
-    results = {row["result"]: read_json(row["result"]) for row in rows}
+    study, rows, scored = study_of(snakemake.wildcards.study), job.spec["rows"], job.spec["scores"]
+    results = {row["result"]: read_json(row["result"]) for row in (*rows, *scored)}
     table = summary(rows, results).assign(result=[row["result"] for row in rows])
-    evidence = Evidence(table, results, {model: read_json(path) for model, path in job.spec["measured"].items()})
+    measured = {model: read_json(path) for model, path in job.spec["measured"].items()}
+    evidence = Evidence(table, results, measured, classification_table(scored, results) if scored else None)
     conclusion = study.conclude(evidence)
     verdicts = judge(read_claims_of(job.spec["claims"]), conclusion.answers)
     folder = Path(snakemake.output[0]).parent

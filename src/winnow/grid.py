@@ -207,6 +207,24 @@ class Grid:
             found += [(cell, dict(zip(("method", "budget", "recovery"), key, strict=True))) for key, cell in rows.items()]
         return found
 
+    def study_scores(self, study: str) -> list[tuple[Cell, dict[str, str]]]:
+        """As `study_cells`, on the classification tasks of all experiments that have one, with each of their recoveries."""
+        names, own = self.of_studies[study], studies.study_of(study)
+        dense: dict[Cell, dict[str, str]] = {}
+        found: dict[Cell, dict[str, str]] = {}
+        for e in self.config.experiments.values() if own.scored else ():
+            tasks = [name for name in e.evaluations if self.config.evaluations[name].kind == "classification"]
+            calibration = self._seeds(e.calibrations)[0]
+            for model, task, recovery in product(e.models, tasks, e.recoveries):
+                dense[Cell(model, task, kind="classification")] = {"method": "dense", "budget": "dense"}
+                if self.recovers(recovery):
+                    healed = Cell(model, task, calibration, recovery=recovery, kind="classification")
+                    dense[healed] = {"method": "dense", "budget": "dense"}
+                for method, budget in own.scored:
+                    cell = Cell(model, task, calibration, names[method], names[budget], recovery, "classification")
+                    found[cell] = {"method": method, "budget": budget}
+        return [*dense.items(), *found.items()]
+
     def study_checkpoints(self, study: str, model_label: str) -> list[dict[str, str]]:
         """The study's own names and the manifest of the checkpoint of every cell on a model that has one."""
         cells = [(c, own) for c, own in self.study_cells(study) if c.model == self.names["models"][model_label]]

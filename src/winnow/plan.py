@@ -297,6 +297,7 @@ class Plan(Grid):
         return {
             "claims": [c.model_dump() for c in read_claims(self.code.root / CLAIMS) if c.study == w["study"]],
             "rows": [{**self._row(cell), **own} for cell, own in cells],
+            "scores": [{**self._row(cell), **own} for cell, own in self.study_scores(w["study"])],
             "measured": {model: self.study_measurement(w["study"], cell) for model, cell in self.study_models().items()},
             "template": file_digest(STUDY_TEMPLATE),
         }

@@ -28,6 +28,7 @@ rule conclude_study:
     """Tables and figures of a study, and a verdict on each of its claims."""
     input:
         cells=lambda w: [PLAN.result(cell) for cell, _ in PLAN.study_cells(w.study)],
+        scores=lambda w: [PLAN.result(cell) for cell, _ in PLAN.study_scores(w.study)],
         measured=lambda w: [
             PLAN.study_measurement(w.study, cell)
             for cell in PLAN.study_models().values()

@@ -41,12 +41,13 @@ class Given:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a conclusion rests on: the summary table of the study's cells, the results behind it (by path), and what was
-    measured on every model (by name)."""
+    """What a conclusion rests on: the summary table of the study's cells, the results behind it (by path), what was measured on
+    every model (by name), and the table of its scores on classification tasks, where models with such tasks are configured."""
 
     summary: pd.DataFrame
     results: dict[str, dict[str, Any]]
     measured: dict[str, dict[str, Any]]
+    scores: pd.DataFrame | None = None
 
     def cell(self, model: str, method: str, budget: str, recovery: str = NONE) -> dict[str, Any]:
         """The summary's row of a cell, with its paired difference to dense; KeyError if there is none. The dense model's budget
@@ -89,6 +90,7 @@ class Study(ABC):
     recoveries: ClassVar[dict[str, dict[str, Any]]] = {}
     # (method, budget), or (method, budget, recovery); beside every recovery stands the dense model with the same.
     cells: ClassVar[Sequence[tuple[str, ...]]] = []
+    scored: ClassVar[Sequence[tuple[str, str]]] = []  # (method, budget) on the classification tasks of models that have one
     tables: ClassVar[tuple[str, ...]] = ()
     figures: ClassVar[tuple[str, ...]] = ()
 

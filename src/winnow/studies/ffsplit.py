@@ -1,0 +1,367 @@
+"""Study of FFSplit (arXiv 2401.04044): neurons with large outputs, what they are worth, and a split that keeps them."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from winnow.claims import Answer
+from winnow.studies.base import Conclusion, Evidence, Given, Study
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from winnow.heavy import Ffn
+
+HEAVY, LIGHT, ZEROED = 0.25, 0.1, 0.03  # of the paper: heavy neurons, rank of the light ones, neurons of its ablation
+SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # of heavy neurons
+RANKS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the light ones, of their full rank
+EQUAL = 0.5  # bytes of the sweep over shares at equal bytes
+SEEDS = (0, 1, 2)  # of random neurons
+WINDOWS = 128  # of the evaluation, for sweeps
+TIMED = {"batches": [1, 8], "prompts": [64], "decode": 8, "repeats": 11, "warm_up": 2}
+WEIGHTS, GRAM, LOW_RANK = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}
+AT, TUNED = "ffn-0.35", "fine_tuned"
+SCORES = ["model", "evaluation", "method", "recovery", "measure", "value", "value_se", "delta", "delta_se"]
+SCORES += ["delta_control", "delta_control_se"]
+ANSWERED = ["concentrated", "concentrated_output", "any_token", "same_text", "zeroed", "zeroed_random", "zeroed_norm"]
+ANSWERED += ["quarter", "ffn_time", "speed", "speed_everywhere"]  # by what is measured, in this order
+
+
+def split_of(
+    exact: float = HEAVY, criterion: str = "activation", seed: int = 0, metric: dict[str, Any] = WEIGHTS
+) -> dict[str, Any]:
+    """A method that splits, as a preset's content."""
+    options: dict[str, Any] = {"kind": "split", "exact": exact, "criterion": criterion}
+    return {"structure": options | ({"seed": seed} if seed else {}), "metric": metric}
+
+
+class FfsplitStudy(Study):
+    title = "Heavy hitters and a split FFN"
+    paper = "FFSplit, arXiv 2401.04044"
+    methods = {
+        "split": split_of(),
+        "split_random": split_of(criterion="random"),
+        "svd": {"structure": LOW_RANK, "metric": WEIGHTS},
+        "neuron_slice": {"structure": {"kind": "neuron_slice"}},
+        "split_whitened": split_of(criterion="activation_x_row", metric=GRAM),
+        "whitened": {"structure": LOW_RANK, "metric": GRAM},
+        "split_affine": {"structure": {"kind": "split_affine"}},
+    }
+    budgets = {AT: {"targets": ["ffn"], "keep_bytes": 0.35}}  # a quarter of the neurons and a tenth of the rank of the others
+    recoveries = {TUNED: {"kind": "distill", "nll": 1.0, "steps": 100, "batch": 4}}
+    tuned = ("split", "split_random", "svd", "neuron_slice", "split_whitened")
+    cells = [*((method, AT) for method in methods), *((method, AT, TUNED) for method in tuned)]
+    scored = [("split", AT), ("svd", AT)]
+    tables = ("concentration", "zeroed", "sweeps", "loss", "sizes", "latency", "scores")
+    figures = ("concentration", "zeroed", "sweeps", "loss", "latency")
+    reads = ("moments", "evaluation")
+
+    def measure(self, given: Given) -> dict[str, Any]:
+        """Concentration by layer, losses without some neurons, sweeps of the split, sizes, times beside dense, identities."""
+        from winnow.classes import empty_model
+        from winnow.heavy import concentration, ffns_of, identities
+        from winnow.loading import load_model
+        from winnow.sizes import PUBLISHED, counted, published
+        from winnow.structures import structure_of
+        from winnow.trials import loss
+
+        files = given.files
+        assert given.moments is not None
+        assert given.evaluation is not None
+        directory, split = files.verify(), structure_of(split_of()["structure"])
+        sizes = {name: counted(published(name), split, LIGHT) for name in PUBLISHED}
+        if any(m.expert is not None for m in files.matrices):
+            return {"sizes": sizes, "missing": "a mixture of experts has no FFN that all tokens go through"}
+        sizes["this model"] = counted(empty_model(directory), split, LIGHT)
+        model = load_model(directory, given.dtype, given.device).requires_grad_(False)
+        ids, first = (part[:WINDOWS] for part in given.evaluation)
+        ffns, dense = ffns_of(files, given.moments), loss(model, ids, first)
+        sweeps = Sweeps(given, model, ids, first, dense)
+        return {
+            "concentration": concentration(model, ffns, ids, HEAVY),
+            "zeroed": _zeroed(model, ffns, ids, first, dense),
+            "sweeps": sweeps.all(),
+            "quarter": sweeps.quarter(),
+            "sizes": sizes,
+            "latency": _latency(given, model),
+            "identities": {**identities(model, files, ffns, ids), **_split_identities(given, ffns)},
+        }
+
+    def conclude(self, evidence: Evidence) -> Conclusion:
+        import pandas as pd
+
+        from winnow.ffsplit_figures import drawn
+
+        tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
+        answers: dict[str, dict[str, Answer]] = {"ffsplit_glue": _glue(evidence.scores)}
+        residuals: list[dict[str, Any]] = []
+        for model, found in evidence.measured.items():
+            for claim, answer in _answers(evidence, model, found).items():
+                answers.setdefault(claim, {})[model] = answer
+            for method, budget, *used in (("dense", "dense", TUNED), *self.cells):
+                row = evidence.cell(model, method, budget, *used)
+                own = ("recovery", "keep_bytes", "delta_nll", "delta_nll_se", "perplexity")
+                tables["loss"].append({"model": model, "method": method, **{key: row[key] for key in own}})
+            for name, size in found["sizes"].items():
+                of = model if name == "this model" else f"{name}, by its config"
+                if not any(row["model"] == of for row in tables["sizes"]):
+                    tables["sizes"].append(_sizes_row(of, size))
+                for claim, answer in _of_sizes(size, name != "this model").items():
+                    answers.setdefault(claim, {})[of] = answer
+            if "missing" in found:
+                continue
+            for row in found["concentration"]:
+                tables["concentration"].append({"model": model, **{key: value for key, value in row.items() if key != "curve"}})
+            for name, rows in (("zeroed", found["zeroed"]["rows"]), ("sweeps", found["sweeps"]), ("latency", found["latency"])):
+                tables[name] += [{"model": model, **row} for row in rows]
+            residuals += [{"model": model, "identity": name, "residual": v} for name, v in found["identities"].items()]
+        frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+        frames["scores"] = pd.DataFrame(columns=SCORES) if evidence.scores is None else evidence.scores[SCORES]
+        return Conclusion(frames, drawn(frames, self.figures), answers, pd.DataFrame(residuals))
+
+
+def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: dict[str, list[float]]) -> dict[str, Any]:
+    """The loss above dense with 3 % of the neurons of every FFN zeroed (`rows`), and pairs of choices (`above`: [nats, error]).
+    Random neurons are drawn by several seeds: their error is that over windows and over seeds together."""
+    import math
+
+    import numpy as np
+    import torch
+
+    from winnow.heavy import count_of, zeroed
+    from winnow.spread import over_seeds, paired
+    from winnow.trials import loss
+
+    def without(choose: Any) -> dict[str, list[float]]:
+        with zeroed(model, {ffn.down.module: choose(ffn) for ffn in ffns}):
+            return loss(model, ids, first)
+
+    def drawn(seed: int) -> dict[str, list[float]]:
+        generator = torch.Generator().manual_seed(seed)
+        return without(lambda ffn: torch.randperm(len(ffn.norms), generator=generator)[: count_of(len(ffn.norms), ZEROED)])
+
+    own = {f"top by {c}": without(lambda ffn, c=c: ffn.top(c, ZEROED)) for c in ("act", "act_x_row", "weight_norm")}
+    own |= {f"bottom by {c}": without(lambda ffn, c=c: ffn.bottom(c, ZEROED)) for c in ("act", "act_x_row")}
+    seeds = [drawn(seed) for seed in SEEDS]
+    mean = {"nll": np.mean([s["nll"] for s in seeds], axis=0).tolist(), "tokens": seeds[0]["tokens"]}
+    of_seeds = over_seeds([paired(s, dense)[0] for s in seeds])
+    rows = [{"zeroed": name, **_delta(found, dense)} for name, found in own.items()]
+    delta = _delta(mean, dense)
+    rows.append({"zeroed": f"random, {len(SEEDS)} seeds", **delta, "delta_nll_se": math.hypot(delta["delta_nll_se"], of_seeds)})
+    above, error = paired(own["top by act"], mean)
+    pairs = {
+        "bottom": paired(own["top by act"], own["bottom by act"]),
+        "random": (above, math.hypot(error, of_seeds)),
+        "weight_norm": paired(own["top by act"], own["top by weight_norm"]),
+    }
+    return {"rows": rows, "above": {name: list(pair) for name, pair in pairs.items()}}
+
+
+def _delta(found: dict[str, list[float]], dense: dict[str, list[float]]) -> dict[str, float]:
+    from winnow.spread import paired
+
+    return dict(zip(("delta_nll", "delta_nll_se"), paired(found, dense), strict=True))
+
+
+class Sweeps:
+    """Split FFNs of many shares, ranks and criteria on one model, with their losses."""
+
+    def __init__(self, given: Given, model: PreTrainedModel, ids: Tensor, first: Tensor, dense: dict[str, list[float]]):
+        self.given, self.model, self.ids, self.first, self.dense = given, model, ids, first, dense
+        self.losses: dict[float, dict[str, list[float]]] = {}  # of shares at equal bytes
+
+    def all(self) -> list[dict[str, Any]]:
+        """A row per point: what varies (`sweep`), heavy share, light rank or bytes, criterion, metric, bytes kept, loss."""
+        from winnow.trials import Trial
+
+        rows = []
+        for share in SHARES:
+            trial = Trial.of(self.given.files, self.given.moments, split_of(share), self.given.device)
+            rows.append(self._row("heavy share, a tenth of the rank", trial, trial.of_rank(LIGHT), share))
+            rows.append(self._row(f"heavy share, at most {EQUAL} of the bytes", trial, trial.of_bytes(EQUAL), share))
+            if share == HEAVY:
+                rows += [self._row("light rank", trial, trial.of_rank(rank), share, rank) for rank in RANKS]
+        whitened = Trial.of(self.given.files, self.given.moments, split_of(metric=GRAM), self.given.device)
+        rows += [self._row("light rank", whitened, whitened.of_rank(rank), HEAVY, rank, metric="gram") for rank in RANKS]
+        for criterion in ("activation_x_row", "weight_norm", "leverage", "lowest"):
+            rows.append(self._criterion(criterion))
+        return [*rows, *(self._criterion("random", seed) for seed in SEEDS)]
+
+    def quarter(self) -> list[float]:
+        """[loss of a quarter of heavy neurons above the best other share at the same bytes, standard error]."""
+        from winnow.spread import paired
+
+        own = self.losses[HEAVY]
+        others = [paired(own, found) for share, found in self.losses.items() if share != HEAVY]
+        return list(max(others))
+
+    def _criterion(self, criterion: str, seed: int = 0) -> dict[str, Any]:
+        from winnow.trials import Trial
+
+        trial = Trial.of(self.given.files, self.given.moments, split_of(criterion=criterion, seed=seed), self.given.device)
+        name = f"random, seed {seed}" if criterion == "random" else criterion
+        return self._row("criterion", trial, trial.of_rank(LIGHT), HEAVY, criterion=name)
+
+    def _row(
+        self,
+        sweep: str,
+        trial: Any,
+        sizes: Any,
+        share: float,
+        rank: float = LIGHT,
+        metric: str = "weights",
+        criterion: str = "activation",
+    ) -> dict[str, Any]:
+        from winnow.trials import loss
+
+        found = loss(trial.model(self.model, sizes), self.ids, self.first)
+        own = {"sweep": sweep, "heavy": share, "light_rank": rank, "criterion": criterion, "metric": metric}
+        if "bytes" in sweep:
+            self.losses[share] = found
+            own["light_rank"] = statistics.mean(sizes[g.name] / g.structure.whole(g.matrices) for g in trial.groups)
+        return {**own, "keep_bytes": trial.kept(sizes), **_delta(found, self.dense)}
+
+
+def _latency(given: Given, model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Times over the dense model's, in turns with it, of the split FFN and of FFNs of a single neuron (what is left of the time
+    is not theirs); prefill and decoding."""
+    from winnow.latency import evaluate
+    from winnow.trials import Trial
+
+    held = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = [min(length, held - TIMED["decode"] - 1) if held else length for length in TIMED["prompts"]]  # type: ignore[operator, attr-defined]
+    split = Trial.of(given.files, given.moments, split_of(), given.device)
+    one = {"structure": {"kind": "neuron_slice", "criterion": "activation", "correction": "none"}}
+    bare = Trial.of(given.files, given.moments, one, given.device)
+    forms = {"split": split.model(model, split.of_rank(LIGHT)), "one neuron": bare.model(model, {g.name: 1 for g in bare.groups})}
+    rows = []
+    for name, form in forms.items():
+        found = evaluate(model, form, {**TIMED, "prompts": most}, given.device)
+        for case in found["cases"]:
+            own, control = case["compressed"], case["control"]["ratio"]
+            row = {"form": name, **{key: case[key] for key in ("phase", "batch", "prompt")}}
+            row |= {"ratio": own["ratio"]["median"], "ratio_low": own["ratio"]["low"], "ratio_high": own["ratio"]["high"]}
+            row |= {"control_q1": control["q1"], "control_q3": control["q3"], "verdict": own["verdict"]}
+            for key in ("flops", "weight_bytes"):
+                row[key] = own[key] / case["dense"][key]
+            rows.append({**row, **{key: found["machine"][key] for key in ("device", "name", "threads")}})
+    return rows
+
+
+def _split_identities(given: Given, ffns: list[Ffn]) -> dict[str, float]:
+    """Residuals of the first and the last FFN, relative to the norm of the weights, float64: a light part of full rank and a
+    heavy part of everything give the weights back, and the error of a rank is what the singular values say."""
+    import torch
+
+    from winnow.metrics import metric_of
+    from winnow.structures import structure_of
+    from winnow.structures.base import Problem
+
+    full, whole, tails = "light part of full rank = dense", "heavy share 1 = dense", "error of the light part = sum of s^2"
+    worst = dict.fromkeys((full, whole, tails), 0.0)
+    files = given.files
+    for ffn in dict.fromkeys(i for i in (0, len(ffns) - 1)):
+        group, down = ffns[ffn].group, ffns[ffn].down
+        weights = {m.name: files.weight(m) for m in group}
+        biases = {m.name: files.tensor(f"{m.module}.bias").double() for m in group if m.bias}
+        sites = {m.name: {"rms": ffns[ffn].scores["act"].sqrt()} if m is down else {} for m in group}
+        parts = {m.role: weights[m.name] for m in group if m.role != "gate_up_proj"}
+        for m in (m for m in group if m.role == "gate_up_proj"):
+            parts |= dict(zip(("gate_proj", "up_proj"), weights[m.name].chunk(2), strict=True))
+        total = sum(float(w.square().sum()) for w in parts.values())
+        for exact, name in ((HEAVY, full), (1.0, whole)):
+            structure = structure_of(split_of(exact)["structure"])
+            fit = structure.fit(Problem(group, weights, sites, metric_of(WEIGHTS), biases=biases), structure.limit(group))
+            order, heavy, left, tail = fit.tensors["order"], round(exact * down.shape[1]), 0.0, 0.0
+            rank = round(LIGHT * structure.limit(group))
+            for role, weight in parts.items():
+                axis = 1 if role == down.role else 0
+                pieces = [fit.tensors[f"{role}.exact"]]
+                if exact < 1:
+                    pieces.append(fit.tensors[f"{role}.left"] @ fit.tensors[f"{role}.right"])
+                    light = weight.index_select(axis, order[heavy:])
+                    tail += float(torch.linalg.svdvals(light)[rank:].square().sum())
+                left += float((torch.cat(pieces, axis) - weight.index_select(axis, order)).square().sum())
+            worst[name] = max(worst[name], (left / total) ** 0.5)
+            if exact < 1:
+                worst[tails] = max(worst[tails], abs(float(fit.error[rank]) - tail) / total)
+    return worst
+
+
+def _answers(evidence: Evidence, model: str, found: dict[str, Any]) -> dict[str, Answer]:
+    def above(one: str, other: str, *used: str) -> Answer:
+        return Answer(*evidence.above(model, (one, AT, *used), (other, AT, *used)))
+
+    answers = {
+        "ffsplit_against_low_rank": above("split", "svd"),
+        "ffsplit_against_low_rank_tuned": above("split", "svd", TUNED),
+        "ffsplit_against_random": above("split", "split_random"),
+        "ffsplit_against_random_tuned": above("split", "split_random", TUNED),
+        "ffsplit_against_slice": above("split", "neuron_slice"),
+        "ffsplit_against_slice_tuned": above("split", "neuron_slice", TUNED),
+        "ffsplit_against_whitened": above("split", "whitened"),
+        "ffsplit_whitened": above("split_whitened", "whitened"),
+        "ffsplit_drop": Answer(*evidence.above(model, ("split", AT, TUNED), ("dense", "dense", TUNED))),
+    }
+    if "missing" in found:
+        return answers | {f"ffsplit_{name}": Answer(missing=found["missing"]) for name in ANSWERED}
+    by = {c: [row for row in found["concentration"] if row["criterion"] == c] for c in ("act", "act_x_row")}
+    above_of = found["zeroed"]["above"]
+    timed = {form: [row for row in found["latency"] if row["form"] == form] for form in ("split", "one neuron")}
+    speeds = sorted((_inverse(row) for row in timed["split"]), key=lambda answer: answer.value or 0.0)
+    longest = max(timed["one neuron"], key=lambda row: 1 - row["ratio"])
+    values = (
+        Answer(min(row["held"] for row in by["act"])),
+        Answer(min(row["held"] for row in by["act_x_row"])),
+        Answer(statistics.mean(row["per_token"] / row["per_token_best"] for row in by["act"])),
+        Answer(statistics.mean(row["same"] for row in by["act"])),
+        Answer(*above_of["bottom"]),
+        Answer(*above_of["random"]),
+        Answer(*above_of["weight_norm"]),
+        Answer(*found["quarter"]),
+        Answer(100 * (1 - longest["ratio"]), 100 * (longest["ratio_high"] - longest["ratio_low"]) / 4),
+        speeds[-1],
+        speeds[0],
+    )
+    return answers | {f"ffsplit_{name}": answer for name, answer in zip(ANSWERED, values, strict=True)}
+
+
+def _inverse(row: dict[str, Any]) -> Answer:
+    """Times as fast as dense; the interval of 95 % is taken for two standard errors to each side."""
+    return Answer(1 / row["ratio"], (1 / row["ratio_low"] - 1 / row["ratio_high"]) / 4)
+
+
+def _of_sizes(size: dict[str, Any], claimed: bool) -> dict[str, Answer]:
+    """What a config says of the sizes; the savings only where the paper claims them."""
+    saved, share = size["saved"], {"ffsplit_ffn_size": Answer(size["ffn_share"]["whole"])}
+    if not claimed:
+        return share
+    low, high = sorted((saved["blocks"], saved["without_embeddings"]))
+    whole = Answer(low=saved["whole"], high=saved["whole"])
+    return share | {"ffsplit_size": Answer(low=low, high=high), "ffsplit_size_whole": whole}
+
+
+def _sizes_row(model: str, size: dict[str, Any]) -> dict[str, Any]:
+    numbers = {key: size[key] for key in ("whole", "without_embeddings", "blocks", "ffn", "ffn_kept")}
+    saved = {f"saved_of_{key}_%": value for key, value in size["saved"].items()}
+    return {"model": model, **numbers, **saved, **{f"ffn_of_{key}_%": value for key, value in size["ffn_share"].items()}}
+
+
+def _glue(scores: Any) -> dict[str, Answer]:
+    """Accuracy of the split after fine-tuning, in points above the dense model after the same, by model and task."""
+    if scores is None:
+        why = "no model with a task of kind `classification` is configured; add --configfile config/studies/classification.yaml"
+        return {"any": Answer(missing=why)}
+    found: dict[str, Answer] = {}
+    for row in scores[(scores["method"] == "split") & (scores["measure"] == "accuracy")].to_dict("records"):
+        key = f"{row['model']}, {row['evaluation']}"
+        if row["recovery"] != "none":
+            found[key] = Answer(100 * row["delta_control"], 100 * row["delta_control_se"])
+        else:
+            found.setdefault(key, Answer(missing="no recovery of kind `finetune` is configured for this model"))
+    return found
+
+
+STUDY = FfsplitStudy()

@@ -1,0 +1,95 @@
+"""Compressed models in memory, as their checkpoints would load: for sweeps, where a job would cost more than a point."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from winnow.allocation import Group, chosen_groups
+from winnow.allocations import allocation_of
+from winnow.checkpoint import compress
+from winnow.factors import fit_groups, storable
+from winnow.layouts import install
+from winnow.metrics import metric_of
+from winnow.structures import structure_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from winnow.io import Bundle
+    from winnow.models import ModelFiles
+
+
+class Factors:
+    """The fit of one group, read like a bundle of files."""
+
+    def __init__(self, held: dict[str, Tensor]):
+        self.held = held
+
+    def tensors(self, _name: str) -> dict[str, Tensor]:
+        return self.held
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method fitted to the FFNs of a model for every size."""
+
+    files: ModelFiles
+    structure: Any
+    factors: dict[str, Any]
+    groups: list[Group]
+
+    @classmethod
+    def of(cls, files: ModelFiles, moments: Bundle | None, method: dict[str, Any], device: str) -> Trial:
+        """Fit a method ({structure, metric}, as in a preset). Raises InputError, naming the matrix, if that fails."""
+        structure = structure_of(method["structure"])
+        metric = metric_of(method["metric"]) if method.get("metric") else None
+        factors, rows = {}, {}
+        for name, fit, numbers in fit_groups(files, moments, None, {}, structure, metric, "1-of-1", device):
+            factors[name] = Factors(storable(structure, fit))
+            rows[name] = {"numbers": numbers, "error": fit.error.tolist()}
+        groups = chosen_groups(files, structure, ["ffn"], pd.DataFrame.from_dict(rows, orient="index"))
+        return cls(files, structure, factors, groups)
+
+    def of_rank(self, share: float) -> dict[str, int | None]:
+        """{group: size} at a share of each group's whole size, as `rank_fraction` of a budget means; no more than stores less
+        than dense."""
+        return {g.name: min(g.largest, max(1, round(share * g.structure.whole(g.matrices)))) for g in self.groups}
+
+    def of_bytes(self, keep: float) -> dict[str, int | None]:
+        """{group: size} that store at most a share of the dense bytes, spread evenly."""
+        return allocation_of({"kind": "uniform"}).allocate(self.groups, keep).sizes
+
+    def kept(self, sizes: dict[str, int | None]) -> float:
+        """Stored over dense bytes of the FFNs."""
+        return sum(g.bytes(sizes[g.name]) for g in self.groups) / sum(g.dense for g in self.groups)
+
+    def model(self, dense: PreTrainedModel, sizes: dict[str, int | None]) -> PreTrainedModel:
+        """A copy of the dense model, compressed to these sizes, in its dtype and on its device."""
+        stored, layouts, _ = compress(self.files, self.factors, self.structure, sizes)
+        model = copy.deepcopy(dense)
+        put(model, stored, layouts)
+        return model.eval()
+
+
+def put(model: PreTrainedModel, stored: dict[str, dict[str, Tensor]], layouts: dict[str, dict[str, Any]]) -> None:
+    """Replace modules of a model in memory by those of `layouts`, with the tensors that a checkpoint would hold."""
+    first = next(model.parameters())
+    device, dtype = first.device, first.dtype
+    install(model, layouts)
+    for name, tensors in stored.items():
+        cast = {key: t.to(device, dtype) if t.is_floating_point() else t.to(device) for key, t in tensors.items()}
+        model.get_submodule(name).load_state_dict(cast, assign=True)
+
+
+def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[float]]:
+    """`nll` and `tokens` per window (see `winnow.perplexity.evaluate`), about 4,096 tokens at a time."""
+    from winnow.perplexity import evaluate
+
+    with torch.no_grad():
+        return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
