@@ -27,6 +27,18 @@ SCORES = ["model", "evaluation", "method", "recovery", "measure", "value", "valu
 SCORES += ["delta_control", "delta_control_se"]
 ANSWERED = ["concentrated", "concentrated_output", "any_token", "same_text", "zeroed", "zeroed_random", "zeroed_norm"]
 ANSWERED += ["quarter", "ffn_time", "speed", "speed_everywhere"]  # by what is measured, in this order
+SIZES = ["ffn_size", "size", "size_whole"]
+COMPARED = {  # by two cells, the first above the second
+    "against_low_rank": (("split", AT), ("svd", AT)),
+    "against_low_rank_tuned": (("split", AT, TUNED), ("svd", AT, TUNED)),
+    "against_random": (("split", AT), ("split_random", AT)),
+    "against_random_tuned": (("split", AT, TUNED), ("split_random", AT, TUNED)),
+    "against_slice": (("split", AT), ("neuron_slice", AT)),
+    "against_slice_tuned": (("split", AT, TUNED), ("neuron_slice", AT, TUNED)),
+    "against_whitened": (("split", AT), ("whitened", AT)),
+    "whitened": (("split_whitened", AT), ("whitened", AT)),
+    "drop": (("split", AT, TUNED), ("dense", "dense", TUNED)),
+}
 
 
 def split_of(
@@ -96,6 +108,9 @@ class FfsplitStudy(Study):
 
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
         answers: dict[str, dict[str, Answer]] = {"ffsplit_glue": _glue(evidence.scores)}
+        if not evidence.measured:  # only tasks of classification are configured
+            missing = {"any": Answer(missing="no model with an evaluation of kind `perplexity` is configured")}
+            answers |= dict.fromkeys((f"ffsplit_{name}" for name in (*ANSWERED, *SIZES, *COMPARED)), missing)
         residuals: list[dict[str, Any]] = []
         for model, found in evidence.measured.items():
             for claim, answer in _answers(evidence, model, found).items():
@@ -187,7 +202,8 @@ class Sweeps:
         rows += [self._row("light rank", whitened, whitened.of_rank(rank), HEAVY, rank, metric="gram") for rank in RANKS]
         for criterion in ("activation_x_row", "weight_norm", "leverage", "lowest"):
             rows.append(self._criterion(criterion))
-        return [*rows, *(self._criterion("random", seed) for seed in SEEDS)]
+        rows += [self._criterion("random", seed) for seed in SEEDS]
+        return sorted(rows, key=lambda row: row["sweep"])
 
     def quarter(self) -> list[float]:
         """[loss of a quarter of heavy neurons above the best other share at the same bytes, standard error]."""
@@ -291,20 +307,7 @@ def _split_identities(given: Given, ffns: list[Ffn]) -> dict[str, float]:
 
 
 def _answers(evidence: Evidence, model: str, found: dict[str, Any]) -> dict[str, Answer]:
-    def above(one: str, other: str, *used: str) -> Answer:
-        return Answer(*evidence.above(model, (one, AT, *used), (other, AT, *used)))
-
-    answers = {
-        "ffsplit_against_low_rank": above("split", "svd"),
-        "ffsplit_against_low_rank_tuned": above("split", "svd", TUNED),
-        "ffsplit_against_random": above("split", "split_random"),
-        "ffsplit_against_random_tuned": above("split", "split_random", TUNED),
-        "ffsplit_against_slice": above("split", "neuron_slice"),
-        "ffsplit_against_slice_tuned": above("split", "neuron_slice", TUNED),
-        "ffsplit_against_whitened": above("split", "whitened"),
-        "ffsplit_whitened": above("split_whitened", "whitened"),
-        "ffsplit_drop": Answer(*evidence.above(model, ("split", AT, TUNED), ("dense", "dense", TUNED))),
-    }
+    answers = {f"ffsplit_{name}": Answer(*evidence.above(model, *pair)) for name, pair in COMPARED.items()}
     if "missing" in found:
         return answers | {f"ffsplit_{name}": Answer(missing=found["missing"]) for name in ANSWERED}
     by = {c: [row for row in found["concentration"] if row["criterion"] == c] for c in ("act", "act_x_row")}
