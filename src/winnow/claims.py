@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HOLDS, OTHER, FAILS = "holds", "holds with another number", "fails"
 IMPOSSIBLE, UNTESTED, UNDECIDED = "impossible", "cannot be tested here", "undecided"
+VERDICTS = (HOLDS, OTHER, FAILS, UNDECIDED, IMPOSSIBLE, UNTESTED)
 ERRORS = 2  # standard errors that a difference must exceed
 
 

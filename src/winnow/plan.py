@@ -56,6 +56,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "report": ("jinja2", *TABLES),
     "measure_study": (*HUGGING_FACE, "scikit-learn"),
     "conclude_study": ("matplotlib", "jinja2", *TABLES),
+    "studies": ("jinja2", *TABLES),
     "demo_texts": (),
     "demo_model": HUGGING_FACE,
 }
@@ -73,7 +74,8 @@ DENSE = {  # rules by the same script
     "check_rows": "check_overlap",
 }
 TEMPLATES = Path(__file__).parent / "templates"
-TEMPLATE, STUDY_TEMPLATE = TEMPLATES / "report.html.j2", TEMPLATES / "study.html.j2"
+TEMPLATE, STUDY_TEMPLATE, PARTS = (TEMPLATES / f"{name}.html.j2" for name in ("report", "study", "parts"))
+STUDIES_TEMPLATE = TEMPLATES / "studies.html.j2"
 DEMO_MODEL = {  # the recipe of resources/models/demo
     "vocab_size": 1024,
     "shape": {
@@ -299,8 +301,15 @@ class Plan(Grid):
             "rows": [{**self._row(cell), **own} for cell, own in cells],
             "scores": [{**self._row(cell), **own} for cell, own in self.study_scores(w["study"])],
             "measured": {model: self.study_measurement(w["study"], cell) for model, cell in self.study_models().items()},
-            "template": file_digest(STUDY_TEMPLATE),
+            "template": [file_digest(STUDY_TEMPLATE), file_digest(PARTS)],
         }
+
+    def _spec_studies(self, w: dict[str, str]) -> dict[str, Any]:
+        """What the page of all papers says of each study that its folder does not hold."""
+        all_of = {name: studies.study_of(name) for name in self.of_studies}
+        keys = ("title", "paper", "tables", "figures")
+        described = {name: {key: getattr(study, key) for key in keys} for name, study in all_of.items()}
+        return {"studies": described, "template": [file_digest(STUDIES_TEMPLATE), file_digest(PARTS)]}
 
     def study_measurement(self, study: str, cell: Cell) -> str:
         """The path of what a study measures on a model's weights and statistics."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import pandas as pd
 
-from winnow.io import read_markup
+from winnow.claims import VERDICTS
+from winnow.io import Bundle, read_markup
 from winnow.spread import paired, tied
 
 if TYPE_CHECKING:
@@ -48,19 +49,59 @@ def render(
 
 def render_study(study: Study, conclusion: Conclusion, verdicts: pd.DataFrame, evidence: Evidence, folder: Path) -> str:
     """The page of a study: its claims with verdicts, identities, figures (read from `folder`) and tables."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["number"] = _shown
-    tables = {
-        name: {"columns": list(table.columns), "rows": table.to_numpy().tolist()} for name, table in conclusion.tables.items()
-    }
-    return environment.get_template("study.html.j2").render(
+    return _template("study.html.j2").render(
         study=study,
         models=list(evidence.measured),
         claims=verdicts.to_dict("records"),
         identities=conclusion.identities.to_dict("records"),
         figures={name: _inline(name, read_markup(folder / f"{name}.svg")) for name in conclusion.figures},
-        tables=tables,
+        tables={name: _rows(table) for name, table in conclusion.tables.items()},
     )
+
+
+def render_studies(manifests: list[str], described: dict[str, dict[str, Any]]) -> str:
+    """The page of all studies, from the manifests of their finished folders and {study: title, paper, tables, figures}.
+
+    Raises InputError for a folder that is not whole."""
+    found = []
+    for manifest in manifests:
+        bundle = Bundle(manifest)
+        name, params = bundle.manifest["study"], bundle.manifest["provenance"]["params"]
+        own, spec = described[name], params["spec"]
+        claims = pd.read_csv(bundle.path("claims.csv"))
+        texts = ["says", "where", "unit", "measured", "differs", "missing"]
+        claims[texts] = claims[texts].astype(object).fillna("")
+        identities = pd.read_csv(bundle.path("identities.csv"))
+        figures = {figure: read_markup(bundle.path(f"{figure}.svg")) for figure in own["figures"]}
+        found.append(
+            {
+                **{key: own[key] for key in ("title", "paper")},
+                "name": name,
+                "folder": str(bundle.directory),
+                "claims": claims.to_dict("records"),
+                "counts": claims["verdict"].value_counts().to_dict(),
+                "identities": identities.to_dict("records"),
+                "residual": float(identities["residual"].max()) if len(identities) else None,
+                "figures": {figure: _inline(f"{name}-{figure}", svg) for figure, svg in figures.items()},
+                "tables": {table: _rows(pd.read_csv(bundle.path(f"{table}.csv"))) for table in own["tables"]},
+                "measured": spec["measured"],
+                "rows": [*spec["rows"], *spec.get("scores", [])],
+                "versions": ", ".join(f"{package} {version}" for package, version in params["versions"].items()),
+            }
+        )
+    models = list(dict.fromkeys(model for study in found for model in study["measured"]))
+    total = sum(len({row["id"] for row in study["claims"]}) for study in found)
+    return _template("studies.html.j2").render(studies=found, models=models, claims=total, verdicts=VERDICTS)
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["number"] = _shown
+    return environment.get_template(name)
+
+
+def _rows(table: pd.DataFrame) -> dict[str, list]:
+    return {"columns": list(table.columns), "rows": table.astype(object).to_numpy().tolist()}
 
 
 def _shown(value: Any) -> str:

@@ -148,6 +148,7 @@ WILDCARDS = {  # of the rules
     "report": (),
     "measure_study": ("model", "calibration", "study"),
     "conclude_study": ("study",),
+    "studies": (),
     "demo_texts": (),
     "demo_model": (),
 }

@@ -1,5 +1,5 @@
 # needs: the cells of a study, weights and statistics      makes: results/studies/{study}/: tables, figures, claims with verdicts
-# steps: measure_study (per model), conclude_study; study_<name> is the target
+# steps: measure_study (per model), conclude_study; study_<name> is the target of one, studies the page of all
 
 
 rule measure_study:
@@ -57,3 +57,24 @@ for study in studies.names():
             f"study_{study}"
         input:
             f"results/studies/{study}/manifest.json",
+
+
+rule studies:
+    """All papers on one page: claims with verdicts, figures, tables, and how each number was made."""
+    input:
+        expand("results/studies/{study}/manifest.json", study=list(PLAN.of_studies)),
+    output:
+        "results/studies/index.html",
+    log:
+        "results/logs/studies.log",
+    benchmark:
+        "results/benchmarks/studies.tsv"
+    localrule: True
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        **stage("studies"),
+    script:
+        "../../scripts/studies.py"
