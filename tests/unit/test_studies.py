@@ -82,6 +82,9 @@ def test_studies_have_valid_presets_and_claims(name):
         Budget.model_validate(content)
     for content in study.recoveries.values():
         options_of(content)
+    assert len({*study.methods, *study.budgets, *study.recoveries}) == sum(
+        map(len, (study.methods, study.budgets, study.recoveries))
+    )
     for method, budget, recovery in map(studies.key_of, study.cells):
         assert method in study.methods
         assert budget in study.budgets
