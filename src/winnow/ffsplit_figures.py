@@ -24,6 +24,14 @@ NAMES = {
     "neuron_slice": "neuron slice (MoDeGPT)",
 }
 
+ZEROED = {
+    "top by act": "largest hidden units",
+    "top by act_x_row": "largest contributions to the output",
+    "top by weight_norm": "largest weights",
+    "bottom by act": "smallest hidden units",
+    "bottom by act_x_row": "smallest contributions to the output",
+}
+
 
 def drawn(frames: dict[str, pd.DataFrame], names: Iterable[str]) -> dict[str, Figure]:
     """{name: figure}; one without data says so."""
@@ -52,7 +60,7 @@ def _concentration(frame: pd.DataFrame) -> Figure:
         ("act", "per_token"): "hidden units, mean over single tokens",
         ("act", "per_token_best"): "the heaviest quarter of every single token",
     }
-    figure, panels = _panels(frame, ["model"])
+    figure, panels = _panels(frame, ["model"], 6.8)  # the legend is as wide as a panel
     for axis, (model,), rows in panels:
         for i, ((criterion, key), label) in enumerate(shown.items()):
             own = rows[rows["criterion"] == criterion].sort_values("layer")
@@ -78,7 +86,7 @@ def _zeroed(frame: pd.DataFrame) -> Figure:
     figure, panels = _panels(frame, ["model"], 4.6, 2.3)
     for axis, (model,), rows in panels:
         rows = rows.sort_values("delta_nll", ascending=False)
-        _dots(axis, rows["zeroed"].tolist(), rows["delta_nll"], rows["delta_nll_se"])
+        _dots(axis, [ZEROED.get(name, name) for name in rows["zeroed"]], rows["delta_nll"], rows["delta_nll_se"])
         axis.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
         axis.set_title(f"{model}: 3 % of the neurons of every FFN zeroed", fontsize=9)
         axis.set_xlabel(f"loss above dense (nats per token); {BARS}", fontsize=8)
@@ -132,7 +140,7 @@ def _loss(frame: pd.DataFrame) -> Figure:
             f"{model}: FFNs at {plain['keep_bytes'].min():.3f} to {plain['keep_bytes'].max():.3f} of their bytes", fontsize=9
         )
         axis.set_xlabel(f"loss above dense (nats per token); {BARS}", fontsize=8)
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
