@@ -68,10 +68,10 @@ def render_studies(manifests: list[str], described: dict[str, dict[str, Any]]) -
         bundle = Bundle(manifest)
         name, params = bundle.manifest["study"], bundle.manifest["provenance"]["params"]
         own, spec = described[name], params["spec"]
-        claims = pd.read_csv(bundle.path("claims.csv"))
+        claims = _table(bundle, "claims")
         texts = ["says", "where", "unit", "measured", "differs", "missing"]
         claims[texts] = claims[texts].astype(object).fillna("")
-        identities = pd.read_csv(bundle.path("identities.csv"))
+        identities = _table(bundle, "identities")
         figures = {figure: read_markup(bundle.path(f"{figure}.svg")) for figure in own["figures"]}
         found.append(
             {
@@ -83,7 +83,7 @@ def render_studies(manifests: list[str], described: dict[str, dict[str, Any]]) -
                 "identities": identities.to_dict("records"),
                 "residual": float(identities["residual"].max()) if len(identities) else None,
                 "figures": {figure: _inline(f"{name}-{figure}", svg) for figure, svg in figures.items()},
-                "tables": {table: _rows(pd.read_csv(bundle.path(f"{table}.csv"))) for table in own["tables"]},
+                "tables": {table: _rows(_table(bundle, table)) for table in own["tables"]},
                 "measured": spec["measured"],
                 "rows": [*spec["rows"], *spec.get("scores", [])],
                 "versions": ", ".join(f"{package} {version}" for package, version in params["versions"].items()),
@@ -98,6 +98,12 @@ def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = _shown
     return environment.get_template(name)
+
+
+def _table(bundle: Bundle, name: str) -> pd.DataFrame:
+    """A table of a finished study; one without rows may have no columns either."""
+    path = bundle.path(f"{name}.csv")
+    return pd.read_csv(path) if path.read_text(encoding="utf-8").strip() else pd.DataFrame()
 
 
 def _rows(table: pd.DataFrame) -> dict[str, list]:

@@ -24,8 +24,8 @@ def claim(name: str, **check) -> Claim:
     return Claim.model_validate({"id": f"{name}_{len(check)}_{check['kind']}", **about, "check": check})
 
 
-def folder_of(root, name: str, value: float) -> str:
-    """A finished folder, as the rule `conclude_study` leaves it."""
+def folder_of(root, name: str, value: float, rows: bool = True) -> str:
+    """A finished folder, as the rule `conclude_study` leaves it; without `rows`, of a study that found no model."""
     folder = root / name
     claims = [claim(name, kind="bound", most=0), claim(name, kind="untestable", reason="no hardware")]
     frames = {
@@ -33,6 +33,8 @@ def folder_of(root, name: str, value: float) -> str:
         "identities": pd.DataFrame([{"model": "m", "identity": "a = b", "residual": 3e-15}]),
         "numbers": pd.DataFrame([{"layer": 3, "loss": value}]),
     }
+    if not rows:
+        frames |= {"identities": pd.DataFrame([]), "numbers": pd.DataFrame([])}
     for table, frame in frames.items():
         write_text(folder / f"{table}.csv", frame.to_csv(index=False))
     figure = Figure()
@@ -105,6 +107,12 @@ def test_all_papers_on_one_page(tmp_path):
     ):
         assert expected in " ".join(read.text.split())
     assert "nan" not in read.text
+
+
+def test_a_study_that_found_no_model_has_no_rows(tmp_path):
+    read = Page(render_studies([folder_of(tmp_path, "one", 0.0, rows=False)], DESCRIBED))
+    assert "What must hold exactly" not in read.text
+    assert "0 rows" in read.text
 
 
 def test_a_changed_folder_is_refused(tmp_path):
