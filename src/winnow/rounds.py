@@ -20,7 +20,6 @@ from winnow.architectures import moments_file
 from winnow.checkpoint import compress
 from winnow.gradients import collect_gradients
 from winnow.io import Bundle
-from winnow.layouts import install
 from winnow.loading import load_model
 from winnow.models import ModelFiles
 from winnow.perplexity import evaluate
@@ -28,6 +27,7 @@ from winnow.prediction import predict
 from winnow.statistics import collect
 from winnow.structures.base import Structure
 from winnow.tokens import check_causal
+from winnow.trials import put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,11 +69,7 @@ def compressed_model(
     """The model with its groups at these sizes, in memory, as a checkpoint would load."""
     stored, layouts, _ = compress(files, factors, structure, sizes)
     model = load_model(files.verify(), setting.dtype, setting.device)
-    install(model, layouts)
-    dtype = getattr(torch, setting.dtype)
-    for name, tensors in stored.items():
-        cast = {key: t.to(setting.device, dtype) if t.is_floating_point() else t for key, t in tensors.items()}
-        model.get_submodule(name).load_state_dict(cast, assign=True)
+    put(model, stored, layouts)
     return model.eval()
 
 
