@@ -83,7 +83,7 @@ def _dots(axis: Any, labels: list[str], values: pd.Series, errors: pd.Series, in
 
 
 def _zeroed(frame: pd.DataFrame) -> Figure:
-    figure, panels = _panels(frame, ["model"], 4.6, 2.3)
+    figure, panels = _panels(frame, ["model"], 6.0, 2.4)
     for axis, (model,), rows in panels:
         rows = rows.sort_values("delta_nll", ascending=False)
         _dots(axis, [ZEROED.get(name, name) for name in rows["zeroed"]], rows["delta_nll"], rows["delta_nll_se"])
@@ -113,7 +113,8 @@ def _sweeps(frame: pd.DataFrame) -> Figure:
                 own["keep_bytes"], own["delta_nll"], yerr=errors, label=label, markersize=4, capsize=2, **line_style(j)
             )
         for _, point in ranks[ranks["metric"] == "weights"].iterrows():
-            right.annotate(f"  {point['light_rank']:.0%}", (point["keep_bytes"], point["delta_nll"]), fontsize=7)
+            place = {"xytext": (6, 3), "textcoords": "offset points", "fontsize": 7}
+            right.annotate(f"{point['light_rank']:.0%}", (point["keep_bytes"], point["delta_nll"]), **place)
         right.set_xlabel("bytes kept of the FFNs (share)")
         for axis, what, title in ((left, "share of heavy neurons", "light part"), (right, "rank of the light part", "its SVD")):
             axis.set_title(f"{model}: {what}", fontsize=9)

@@ -347,9 +347,11 @@ def _of_sizes(size: dict[str, Any], claimed: bool) -> dict[str, Answer]:
 
 
 def _sizes_row(model: str, size: dict[str, Any]) -> dict[str, Any]:
-    numbers = {key: size[key] for key in ("whole", "without_embeddings", "blocks", "ffn", "ffn_kept")}
-    saved = {f"saved_of_{key}_%": value for key, value in size["saved"].items()}
-    return {"model": model, **numbers, **saved, **{f"ffn_of_{key}_%": value for key, value in size["ffn_share"].items()}}
+    """Counts of numbers, and in % of each what the split saves and what the FFNs are."""
+    short = {"whole": "all", "without_embeddings": "no_embeddings", "blocks": "blocks"}
+    numbers = {name: size[key] for key, name in short.items()} | {key: size[key] for key in ("ffn", "ffn_kept")}
+    saved = {f"saved_of_{short[key]}": value for key, value in size["saved"].items()}
+    return {"model": model, **numbers, **saved, **{f"ffn_of_{short[key]}": value for key, value in size["ffn_share"].items()}}
 
 
 def _glue(scores: Any) -> dict[str, Answer]:
