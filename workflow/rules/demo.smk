@@ -33,8 +33,8 @@ rule demo_model:
         "results/benchmarks/demo_model.tsv"
     threads: 2
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=memory("demo_model", 4000),
+        runtime=minutes(60),
     params:
         spec={
             "vocab_size": 1024,
