@@ -19,7 +19,9 @@ pytestmark = [
     pytest.mark.workflow,
     pytest.mark.slow,
     pytest.mark.slurm,
-    pytest.mark.skipif(not shutil.which("sinfo") or bool(subprocess.run("sinfo", capture_output=True).returncode), reason="no Slurm"),
+    pytest.mark.skipif(
+        not shutil.which("sinfo") or bool(subprocess.run("sinfo", capture_output=True).returncode), reason="no Slurm"
+    ),
 ]
 LOCAL = {"cards", "tables", "figures", "report", "all"}
 
@@ -39,7 +41,11 @@ class Cluster(Workspace):
         ).stdout.split()
         partitions = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True).stdout.split()
         gpu = next((p for p in partitions if "gpu" in p), partitions[-1])
-        for word, mine in {"GPU_PARTITION": gpu, "PARTITION": partitions[0], "ACCOUNT": account[-1] if account else "none"}.items():
+        for word, mine in {
+            "GPU_PARTITION": gpu,
+            "PARTITION": partitions[0],
+            "ACCOUNT": account[-1] if account else "none",
+        }.items():
             text = re.sub(rf"\b{word}\b", mine, text)
         filled = yaml.safe_load(text) | {"slurm-jobname-prefix": name, "slurm-init-seconds-before-status-checks": 5, **profile}
         (folder / "profile").mkdir()
