@@ -5,8 +5,8 @@
 The recipe is SVD-LLM's (arXiv 2403.07378): a Gram matrix per linear layer, its Cholesky factor, and for every budget the inverse
 of that and a full SVD of W L, in float32 as published. winnow: a Gram matrix per distinct input, one eigenproblem of the smaller
 side in float64, and a truncation per budget. Llama-3.2-1B's block at --width 2048 (ffn 4 times, keys and values a quarter);
-weights and inputs are random, inputs with a spectrum like i^-1. Printed: recipe over winnow in time (Gram matrices apart), and the
-largest excess of winnow's calibration error over the recipe's, which must not be above rounding.
+weights and inputs are random, inputs with a spectrum like i^-1. Printed: recipe over winnow in time (Gram matrices apart), and
+the largest excess of winnow's calibration error over the recipe's, which must not be above rounding.
 """
 
 import argparse

@@ -36,11 +36,10 @@ class Cluster(Workspace):
         self.config["models"]["pico"]["shards"] = 1
         self.name = name
         text = (ROOT / "profiles" / "slurm" / "config.yaml").read_text()
-        account = subprocess.run(
-            "sacctmgr -n show associations format=account%60".split(), capture_output=True, text=True
-        ).stdout.split()
-        partitions = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True).stdout.split()
+        accounts = words("sacctmgr", "-n", "show", "associations", "format=account%60")
+        partitions = words("sinfo", "-h", "-o", "%R")
         gpu = next((p for p in partitions if "gpu" in p), partitions[-1])
+        mine = {"GPU_PARTITION": gpu, "PARTITION": partitions[0], "ACCOUNT": accounts[-1] if accounts else "none"}
         for word, mine in {
             "GPU_PARTITION": gpu,
             "PARTITION": partitions[0],
@@ -55,8 +54,8 @@ class Cluster(Workspace):
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config))
         command = [sys.executable, "-m", "snakemake", *arguments, "--snakefile", str(ROOT / "Snakefile"), "--profile", "profile"]
         command += ["--replace-workflow-config", "--configfile", "config.yaml"]
-        log = open(self.folder / "output.txt", "a")
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment(), stdout=log, stderr=log)
+        with open(self.folder / "output.txt", "a") as log:
+            return subprocess.Popen(command, cwd=self.folder, env=self.environment(), stdout=log, stderr=log)
 
     def jobs(self) -> list[dict[str, str]]:
         """What Slurm says of this workspace's jobs: name, state, comment, resources."""
@@ -92,9 +91,13 @@ def test_heavy_rules_are_jobs_and_a_killed_run_is_taken_up(tmp_path):
     assert (tmp_path / "results" / "report.html").is_file()
 
 
+def words(*command: str) -> list[str]:
+    """What a command of Slurm prints, cut at spaces."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
 def running(name: str) -> list[str]:
-    found = subprocess.run(["squeue", "-h", "-o", "%j"], capture_output=True, text=True, check=True).stdout.split()
-    return [job for job in found if job.startswith(name)]
+    return [job for job in words("squeue", "-h", "-o", "%j") if job.startswith(name)]
 
 
 def wait(ready, seconds: float) -> None:
