@@ -19,9 +19,7 @@ pytestmark = [
     pytest.mark.workflow,
     pytest.mark.slow,
     pytest.mark.slurm,
-    pytest.mark.skipif(
-        not shutil.which("sinfo") or bool(subprocess.run("sinfo", capture_output=True).returncode), reason="no Slurm"
-    ),
+    pytest.mark.skipif(not shutil.which("sinfo") or subprocess.call("sinfo") != 0, reason="no Slurm"),
 ]
 LOCAL = {"cards", "tables", "figures", "report", "all"}
 
@@ -40,12 +38,8 @@ class Cluster(Workspace):
         partitions = words("sinfo", "-h", "-o", "%R")
         gpu = next((p for p in partitions if "gpu" in p), partitions[-1])
         mine = {"GPU_PARTITION": gpu, "PARTITION": partitions[0], "ACCOUNT": accounts[-1] if accounts else "none"}
-        for word, mine in {
-            "GPU_PARTITION": gpu,
-            "PARTITION": partitions[0],
-            "ACCOUNT": account[-1] if account else "none",
-        }.items():
-            text = re.sub(rf"\b{word}\b", mine, text)
+        for placeholder, value in mine.items():
+            text = re.sub(rf"\b{placeholder}\b", value, text)
         filled = yaml.safe_load(text) | {"slurm-jobname-prefix": name, "slurm-init-seconds-before-status-checks": 5, **profile}
         (folder / "profile").mkdir()
         (folder / "profile" / "config.yaml").write_text(yaml.safe_dump(filled))
