@@ -19,17 +19,19 @@ from typing import Any
 
 from winnow.architectures import Matrix, matrices_of, select
 from winnow.errors import InputError
-from winnow.evaluations import Perplexity
+from winnow.evaluations import Accuracy, Classification, Latency, Perplexity
 from winnow.grid import Cell
 from winnow.io import read_json
 from winnow.models import BYTES, model_files, tensor_bytes
 from winnow.plan import Plan
-from winnow.recoveries import Sequential, Trained
+from winnow.recoveries import Finetune, Sequential, Trained
+from winnow.tuning import Tuning
 
 MB, GB = 1e6, 1e9
 BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
 START = 5.0  # seconds until such a process computes
 EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
+ROWS = 10_000  # of a task, where its files do not tell
 LOGITS = 1 << 24  # numbers that the loss holds in float64 at a time, several copies
 
 
@@ -149,7 +151,7 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         if calibration in gradients:
             held = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
             add("collect_gradients", 1, loaded + 8 * gradient + held, unit * gradient, 3 * passed + 2 * tokens * gradient)
-    fitted = sum(m.shape[0] * m.shape[1] for m in shape.matrices)
+    fitted, clusterings = sum(m.shape[0] * m.shape[1] for m in shape.matrices), set()
     for of, method in methods:
         group = plan.structure(plan.labels["methods"][method]).groups(shape.matrices)
         sides = [(sum(m.shape[0] for m in g), max(m.shape[1] for m in g)) for g in group]
@@ -157,9 +159,13 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         operations = 1.0 * sum(2 * m * n * n + EIGEN * min(m, n) ** 3 for m, n in sides)
         add("factorize", plan.config.models[name].shards, fitting, 4 * fitted, operations)
         add("measure_spectra", 1, 4 * max(m * n for m, n in sides), 1e6, 0)
+        if cluster := plan.clustering_label(plan.labels["methods"][method]):
+            clusterings.add((of, cluster))
         if (of, method) in predicted:
             held = 8 * max(2 * m * n + 2 * (m * m + n * n) for m, n in sides)
             add("predict_losses", 1, held, 1e6, 1.0 * sum(4 * m * n * (m + n) for m, n in sides))
+    square = 8 * max(3 * m.shape[0] * m.shape[1] + 2 * m.shape[1] ** 2 for m in shape.matrices)
+    add("assign_clusters", len(clusterings), square, 1e5, 0)
     for of, _, budget in checkpoints:
         b = plan.config.budgets[budget]
         dense = shape.dense_bytes(b.targets)
@@ -172,8 +178,12 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
             add("predict_in_rounds", 1, 2 * loaded + 8 * second + held, 1e6, passes)
         add("compress", 1, shape.bytes + kept, shape.bytes - dense + kept, 0)
     recovered = dict.fromkeys((c.calibration, c.method, c.budget, c.recovery) for c in cells if c.calibration and c.recovery)
+    exports = len({plan.made(cell, "dense_export") for cell in plan.exported() if cell.model == name})
+    add("export_dense", exports, shape.bytes + 3 * 8 * largest.shape[0] * largest.shape[1], shape.bytes, 0)
     for given, of_method, of_budget, recovery in recovered:
         options = plan.config.recoveries[str(recovery)]
+        if isinstance(options, Finetune):
+            add("recover" if of_method else "recover_dense", 1, *_tuning(plan, shape, options))
         if not isinstance(options, Trained | Sequential):
             continue
         steps = options.steps if isinstance(options, Trained) else 0
@@ -185,8 +195,21 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         passes = 8 * steps * step + 4 * windows.windows * windows.length * shape.layers
         memory = 4 * (2 * shape.numbers + 6 * share * fitted + states + held)
         add("recover" if of_method else "recover_dense", 1, memory, share * shape.bytes, passes * shape.numbers)
+    if tuning := plan.config.models[name].finetune:
+        add("finetune", 1, *_tuning(plan, shape, tuning))
     for cell in cells:
         evaluation = plan.config.evaluations[cell.evaluation]
+        suffix = "" if cell.method else "_healed" if cell.recovery else "_dense"
+        if isinstance(evaluation, Accuracy):
+            scores = batch_tokens * shape.vocabulary
+            add(f"evaluate_accuracy{suffix}", 1, loaded + activations + 3 * 4 * scores, 1e5, 0)
+        if isinstance(evaluation, Latency):
+            held = max(evaluation.batches) * max(evaluation.prompts) * (8 * shape.width + 4 * widest + 4 * shape.vocabulary)
+            add("evaluate_latency" if cell.method else "evaluate_latency_dense", 1, 2 * loaded + held * dtype, 1e5, 0)
+        if isinstance(evaluation, Classification):
+            rows = min(evaluation.limit or ROWS, rows_of(evaluation.test))
+            scored = 2 * rows * evaluation.length * shape.numbers
+            add(f"evaluate_classification{suffix}", 1, loaded + activations, 1e5, scored)
         if not isinstance(evaluation, Perplexity):
             continue
         if not cell.method and not cell.recovery:
@@ -198,6 +221,21 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         stage = "evaluate_perplexity" if cell.method else "evaluate_perplexity_healed" if cell.recovery else "evaluate_dense"
         add(stage, 1, memory, 1e5, 2 * models * scored * shape.numbers)
     return _merged(works)
+
+
+def _tuning(plan: Plan, shape: Shape, tuning: Tuning) -> tuple[float, float, float]:
+    """(memory, disk, operations) of training all weights in float32 on a task's train rows: weights, gradients, two moments."""
+    task = plan.task(tuning.task)
+    tokens = tuning.batch * task.length
+    held = 4 * tokens * shape.layers * (14 * shape.width + 3 * max(max(m.shape) for m in shape.matrices))
+    steps = tuning.total_steps(rows_of(task.train))
+    return 16 * shape.numbers + held, 4 * shape.numbers, 6.0 * steps * tokens * shape.numbers
+
+
+def rows_of(files: list[str]) -> int:
+    """Rows of a task's local files as far as lines tell them; ROWS for files of other kinds, and for a data set of the hub."""
+    lines = [p for p in map(Path, files) if p.suffix in (".jsonl", ".csv", ".json") and p.is_file()]
+    return sum(p.read_bytes().count(b"\n") for p in lines) or ROWS
 
 
 def _merged(works: list[Work]) -> list[Work]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,7 @@ class Grid:
         total = self.preset("models", model_label).shards
         return [f"{i + 1}-of-{total}" for i in range(total)]
 
+    @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a preset
     def needs(self, method_label: str) -> set[str]:
         """Which of `moments`, `gradients` and `clusters` the factors of a method are fitted with."""
         method = self.preset("methods", method_label)
@@ -375,12 +377,15 @@ class Grid:
         found = {"gradients" if need in GRADIENTS else "moments" for need in needs}
         return found | ({"clusters"} if structure.clustering() else set())
 
+    @cache  # noqa: B019
     def structure(self, method_label: str) -> Structure:
         return structure_of(self.preset("methods", method_label).structure.model_dump())
 
+    @cache  # noqa: B019
     def allocation(self, budget_label: str) -> Allocation:
         return allocation_of(self.preset("budgets", budget_label).allocation.model_dump())
 
+    @cache  # noqa: B019
     def clustering_label(self, method_label: str) -> str | None:
         """The label of a method's assignment of clusters, which methods of other metrics can share."""
         clustering = self.structure(method_label).clustering()

@@ -114,16 +114,16 @@ class Plan(Grid):
     def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
         """Digests of the stage's script and of every project module that it reaches."""
         recovery = wildcards.get("recovery") if stage == "recover" else None
-        budget = wildcards.get("budget") if stage in ALLOCATING else None
-        return list(self._fingerprint(stage, wildcards.get("method"), budget, recovery, wildcards.get("study")))
+        allocation = self.allocation(wildcards["budget"]).kind() if stage in ALLOCATING else None
+        return list(self._fingerprint(stage, wildcards.get("method"), allocation, recovery, wildcards.get("study")))
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a method
     def _fingerprint(
-        self, stage: str, method: str | None, budget: str | None, recovery: str | None, study: str | None
+        self, stage: str, method: str | None, allocation: str | None, recovery: str | None, study: str | None
     ) -> tuple[str, ...]:
         entries = [f"{stage}.py", *([f"winnow.studies.{study}"] if study else [])]
-        if budget is not None:
-            entries.append(f"winnow.allocations.{self.allocation(budget).kind()}")
+        if allocation is not None:
+            entries.append(f"winnow.allocations.{allocation}")
         if recovery is not None:
             kind = self.preset("recoveries", recovery).kind
             entries += [f"winnow.recovery.{kind}", f"winnow.recoveries:{RECOVERIES[kind].__name__}"]

@@ -9,9 +9,10 @@ import ast
 import hashlib
 import json
 import os
+import re
 import sys
 from functools import cache, cached_property
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 from winnow.io import write_text
@@ -133,4 +134,11 @@ class CodeTracker:
 @cache
 def versions(*packages: str) -> dict[str, str]:
     """{package: installed version}, read from the packages' metadata without importing them."""
-    return {name: version(name) for name in sorted(packages)}
+    return {name: _version(name) for name in sorted(packages)}
+
+
+@cache
+def _version(package: str) -> str:
+    """As `importlib.metadata.version`, which parses all of the metadata, the package's description included."""
+    found = re.search(r"^Version: (\S+)$", distribution(package).read_text("METADATA") or "", flags=re.MULTILINE)
+    return found[1] if found else version(package)

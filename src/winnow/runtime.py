@@ -38,7 +38,7 @@ def start_job(snakemake: Any) -> Job:
     provenance = {
         "rule": rule,
         "wildcards": dict(snakemake.wildcards.items()),
-        "params": {key: value for key, value in snakemake.params.items() if key != "unrecorded"},
+        "params": dict(snakemake.params.items()),
         "inputs": inputs,
     }
     return Job(snakemake.params.get("spec", {}), _device(snakemake), provenance)

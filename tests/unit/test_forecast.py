@@ -49,6 +49,31 @@ def test_jobs_bytes_and_memory_of_the_demo():
     assert more["factorize"] == works["factorize"]
 
 
+def test_jobs_and_work_of_a_task(tmp_path):
+    rows = {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "test")}
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "x"}\n' * 100)
+    (tmp_path / "test.jsonl").write_text('{"text": "b", "label": "x"}\n' * 40)
+
+    def change(c, batch=10):
+        task = {"kind": "classification", "train": [rows["train"]], "test": [rows["test"]], "columns": ["text"], "length": 32}
+        c["evaluations"]["task"] = task
+        c["models"]["demo"]["finetune"] = {"task": "task", "epochs": 2, "batch": batch}
+        c["recoveries"]["again"] = {"kind": "finetune", "task": "task", "epochs": 1, "batch": batch}
+        experiment = next(iter(c["experiments"].values()))
+        c["experiments"] = {"only": {**experiment, "evaluations": ["task"], "recoveries": ["again"]}}
+
+    shape = shape_of(DEMO)
+    works = {work.stage: work for work in forecast(plan_of(change), {"demo": shape})}
+    assert works["finetune"].operations == 6 * 2 * 100 * 32 * shape.numbers
+    assert works["finetune"].disk == 4 * shape.numbers
+    assert works["recover"].jobs == 32
+    assert works["recover"].operations == 32 * works["finetune"].operations / 2
+    assert works["evaluate_classification"].operations == 32 * 2 * 40 * 32 * shape.numbers
+    assert {"evaluate_classification_dense", "evaluate_classification_healed", "recover_dense"} <= set(works)
+    smaller = {work.stage: work for work in forecast(plan_of(lambda c: change(c, 5)), {"demo": shape})}
+    assert smaller["finetune"].memory < works["finetune"].memory
+
+
 def test_what_cannot_fit_is_refused_with_the_number():
     works = [Work("factorize", "large", 2, 60 * GB, 10 * GB, 1.0), Work("compress", "large", 4, 1 * GB, 400 * GB, 1.0)]
     everything = {"factorize": 2, "compress": 4}

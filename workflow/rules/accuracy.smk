@@ -18,8 +18,8 @@ rule retrieve_tasks:
         evaluation=PLAN.pattern("evaluations", kind="accuracy"),
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=memory("retrieve_tasks", 4000),
+        runtime=minutes(60),
     params:
         **stage("retrieve_tasks"),
     script:
@@ -44,8 +44,8 @@ rule evaluate_accuracy_dense:
     resources:
         gpu=1,
         batch_requests=8,  # per forward pass; --set-resources changes it, and no number beyond rounding
-        mem_mb=16000,
-        runtime=240,
+        mem_mb=memory("evaluate_accuracy_dense", 16000),
+        runtime=minutes(240),
     params:
         **stage("evaluate_accuracy"),
     script:
@@ -72,8 +72,8 @@ rule evaluate_accuracy:
     resources:
         gpu=1,
         batch_requests=8,  # per forward pass; --set-resources changes it, and no number beyond rounding
-        mem_mb=16000,
-        runtime=240,
+        mem_mb=memory("evaluate_accuracy", 16000),
+        runtime=minutes(240),
     params:
         **stage("evaluate_accuracy"),
     script:

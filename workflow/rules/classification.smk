@@ -21,8 +21,8 @@ rule evaluate_classification_dense:
     resources:
         gpu=1,
         batch_rows=32,  # per forward pass; --set-resources changes it, and no number beyond rounding
-        mem_mb=16000,
-        runtime=120,
+        mem_mb=memory("evaluate_classification_dense", 16000),
+        runtime=minutes(120),
     params:
         **stage("evaluate_classification"),
     script:
@@ -50,8 +50,8 @@ rule evaluate_classification:
     resources:
         gpu=1,
         batch_rows=32,  # per forward pass; --set-resources changes it, and no number beyond rounding
-        mem_mb=16000,
-        runtime=120,
+        mem_mb=memory("evaluate_classification", 16000),
+        runtime=minutes(120),
     params:
         **stage("evaluate_classification"),
     script:

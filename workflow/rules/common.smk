@@ -1,23 +1,10 @@
 # Configuration, plan, the params of every stage, and what is done around a run. No rule stands here.
 
-import gc
 import os
 import sys
-from functools import cache
 from pathlib import Path
 
-import snakemake.common
-import snakemake.rules
-import snakemake.sourcecache
-from snakemake.output_index import OutputIndex
-
-# A plan of thousands of jobs is millions of objects that stay: looking for garbage among them takes a tenth of the time.
-gc.set_threshold(1_000_000)
-# Snakemake works these out anew for every job or input, though a few arguments come again and again: a quarter of the time.
-snakemake.rules.get_function_params = cache(snakemake.common.get_function_params)
-snakemake.common.get_function_params = snakemake.rules.get_function_params
-snakemake.sourcecache.parse_uri = cache(snakemake.sourcecache.parse_uri)
-OutputIndex.match_producers = cache(OutputIndex.match_producers)
+from snakemake.persistence import PersistenceBase
 
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT / "src"))
@@ -65,48 +52,42 @@ wildcard_constraints:
 def stage(name):
     """The params of a stage: its specification, the fingerprints of its code, the versions of its libraries.
 
-    One dict each: Snakemake compares the set of values and drops their names. `unrecorded` is for its effect only: a param
-    that depends on the output is no part of Snakemake's record, and nothing else that a job depends on may be one.
+    One dict each: Snakemake compares the set of values and drops their names. None may ask for `input` or `output`: Snakemake
+    leaves such params out of its record.
     """
-    spec = lambda wildcards: PLAN.spec(name, dict(wildcards.items()))
-    code = lambda wildcards: PLAN.fingerprint(name, dict(wildcards.items()))
-    versions = PLAN.versions(name)
-
-    def unrecorded(wildcards, output):
-        first = str(output[0])
-        if is_unrecorded(first):
-            today = {
-                "spec": spec(wildcards),
-                "code": code(wildcards),
-                "versions": versions,
-            }
-            refuse_if_other(first, list(output), today)
-        return ""
-
-    return {"spec": spec, "code": code, "versions": versions, "unrecorded": unrecorded}
+    return {
+        "spec": lambda wildcards: PLAN.spec(name, dict(wildcards.items())),
+        "code": lambda wildcards: PLAN.fingerprint(name, dict(wildcards.items())),
+        "versions": PLAN.versions(name),
+    }
 
 
-def is_unrecorded(path):
-    """Whether a result is there that Snakemake has no record of: it would call it up to date.
-
-    That happens where .snakemake was removed or results were copied.
+def refuse_unrecorded(has_metadata):
+    """Stop at results that Snakemake has no record of, and so calls up to date, if they were made with other params than
+    today's: what they were made from stands in them, too. That happens where .snakemake was removed or results were copied.
     """
-    record = workflow.persistence
-    if not os.path.exists(path) or workflow.dag_settings.forceall:
-        return False
-    known = os.path.exists(record._record_path(record._metadata_path, path))
-    return not known and not record._filter_incomplete_keys([path])
+
+    def checked(record, job):
+        known = has_metadata(record, job)
+        if known:
+            return known
+        outputs = [str(path) for path in job.output if os.path.exists(path)]
+        if not outputs or record._filter_incomplete_keys(outputs):
+            return known
+        today = {name: job.params.get(name) for name in ("spec", "code", "versions")}
+        if today["code"] and (change := difference(outputs, today)):
+            print(
+                f"winnow: {outputs[0]}: {change}, and Snakemake's own record of it is gone; delete it, or make everything "
+                "anew with --forceall",
+                file=sys.stderr,
+            )
+            sys.exit(1)
+        return known
+
+    return checked
 
 
-def refuse_if_other(path, outputs, today):
-    """Stop if an unrecorded result was made with other params than today's: what it was made from stands in it, too."""
-    if change := difference(outputs, today):
-        print(
-            f"winnow: {path}: {change}, and Snakemake's own record of it is gone; delete it, or make everything anew "
-            "with --forceall",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+PersistenceBase.has_metadata = refuse_unrecorded(PersistenceBase.has_metadata)
 
 
 def hold_folder():

@@ -21,8 +21,8 @@ rule predict_in_rounds:
     resources:
         gpu=1,
         batch_tokens=2048,
-        mem_mb=24000,  # the compressed model, its activations, and second moments of all inputs and outputs
-        runtime=240,
+        mem_mb=memory("predict_in_rounds", 24000),  # the compressed model, its activations, and second moments of all inputs and outputs
+        runtime=minutes(240),
     params:
         **stage("predict_in_rounds"),
     script:
@@ -45,8 +45,8 @@ rule compress:
         "results/benchmarks/compress/{model}/{calibration}/{method}/{budget}.tsv"
     threads: 1
     resources:
-        mem_mb=16000,  # the weights in their stored dtype
-        runtime=60,
+        mem_mb=memory("compress", 16000),  # the weights in their stored dtype
+        runtime=minutes(60),
     params:
         **stage("compress"),
     script:
@@ -71,8 +71,8 @@ rule export_dense:
         "results/benchmarks/export_dense/{model}/{calibration}/{method}/{budget}.tsv"
     threads: 1
     resources:
-        mem_mb=16000,  # one file of weights, and one matrix in float64
-        runtime=120,
+        mem_mb=memory("export_dense", 16000),  # one file of weights, and one matrix in float64
+        runtime=minutes(120),
     params:
         **stage("export_dense"),
     script:

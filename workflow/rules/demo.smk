@@ -14,6 +14,9 @@ rule demo_texts:
     benchmark:
         "results/benchmarks/demo_texts.tsv"
     threads: 1
+    resources:
+        mem_mb=memory("demo_texts", 2000),
+        runtime=minutes(10),
     params:
         **stage("demo_texts"),
     script:
@@ -33,28 +36,9 @@ rule demo_model:
         "results/benchmarks/demo_model.tsv"
     threads: 2
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=memory("demo_model", 4000),
+        runtime=minutes(60),
     params:
-        spec={
-            "vocab_size": 1024,
-            "shape": {
-                "hidden_size": 128,
-                "intermediate_size": 352,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 512,
-                "tie_word_embeddings": True,
-            },
-            "training": {
-                "steps": 800,
-                "batch": 16,
-                "length": 256,
-                "rate": 0.003,
-                "decay": 0.5,
-                "seed": 0,
-            },
-        },
+        **stage("demo_model"),
     script:
         "../../scripts/demo_model.py"

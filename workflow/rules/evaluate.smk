@@ -20,8 +20,8 @@ rule evaluate_dense:
     resources:
         gpu=1,
         batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
-        mem_mb=16000,
-        runtime=60,
+        mem_mb=memory("evaluate_dense", 16000),
+        runtime=minutes(60),
     params:
         **stage("evaluate_perplexity"),
     script:
@@ -48,8 +48,8 @@ rule evaluate_perplexity:
     resources:
         gpu=1,
         batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
-        mem_mb=24000,  # the compressed and the dense model
-        runtime=60,
+        mem_mb=memory("evaluate_perplexity", 24000),  # the compressed and the dense model
+        runtime=minutes(60),
     params:
         **stage("evaluate_perplexity"),
     script:

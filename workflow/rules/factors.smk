@@ -16,8 +16,8 @@ rule assign_clusters:
         "results/benchmarks/assign_clusters/{model}/{calibration}/{clustering}.tsv"
     threads: 1
     resources:
-        mem_mb=8000,  # one layer's statistics and k-means on one matrix
-        runtime=60,
+        mem_mb=memory("assign_clusters", 8000),  # one layer's statistics and k-means on one matrix
+        runtime=minutes(60),
     params:
         **stage("assign_clusters"),
     script:
@@ -40,8 +40,8 @@ rule factorize:
     threads: 1
     resources:
         gpu=1,
-        mem_mb=16000,  # one group in float64 with its Gram matrix and work space
-        runtime=60,
+        mem_mb=memory("factorize", 16000),  # one group in float64 with its Gram matrix and work space
+        runtime=minutes(60),
     params:
         **stage("factorize"),
     script:
@@ -60,8 +60,8 @@ rule measure_spectra:
         "results/benchmarks/measure_spectra/{model}/{calibration}/{method}.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=20,
+        mem_mb=memory("measure_spectra", 4000),
+        runtime=minutes(20),
     params:
         **stage("measure_spectra"),
     script:
@@ -84,8 +84,8 @@ rule predict_losses:
     threads: 1
     resources:
         gpu=1,
-        mem_mb=16000,  # one group in float64 with both second moments
-        runtime=60,
+        mem_mb=memory("predict_losses", 16000),  # one group in float64 with both second moments
+        runtime=minutes(60),
     params:
         **stage("predict_losses"),
     script:

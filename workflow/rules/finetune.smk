@@ -14,8 +14,8 @@ rule retrieve_base:
         "results/benchmarks/retrieve_base/{model}.tsv"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=120,  # a download
+        mem_mb=memory("retrieve_base", 2000),
+        runtime=minutes(120),  # a download
     params:
         **stage("retrieve_base"),
     script:
@@ -37,8 +37,8 @@ rule finetune:
     threads: 2
     resources:
         gpu=1,
-        mem_mb=16000,  # weights, gradients and AdamW's two moments in float32, activations of a batch
-        runtime=480,
+        mem_mb=memory("finetune", 16000),  # weights, gradients and AdamW's two moments in float32, activations of a batch
+        runtime=minutes(480),
     params:
         **stage("finetune"),
     script:

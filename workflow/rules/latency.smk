@@ -19,8 +19,8 @@ rule evaluate_latency:
     threads: ALL_CORES
     resources:
         gpu=1,
-        mem_mb=24000,  # the compressed and the dense model
-        runtime=60,
+        mem_mb=memory("evaluate_latency", 24000),  # the compressed and the dense model
+        runtime=minutes(60),
     params:
         **stage("evaluate_latency"),
     script:
@@ -42,8 +42,8 @@ rule evaluate_latency_dense:
     threads: ALL_CORES
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=60,
+        mem_mb=memory("evaluate_latency_dense", 16000),
+        runtime=minutes(60),
     params:
         **stage("evaluate_latency"),
     script:

@@ -21,8 +21,8 @@ rule recover:
     threads: 2
     resources:
         gpu=1,
-        mem_mb=32000,  # the compressed and the dense model in float32, and what Adam keeps
-        runtime=480,
+        mem_mb=memory("recover", 32000),  # the compressed and the dense model in float32, and what Adam keeps
+        runtime=minutes(480),
     params:
         **stage("recover"),
     script:

@@ -15,8 +15,8 @@ rule retrieve_model:
         "results/benchmarks/retrieve_model/{model}.tsv"
     threads: 1
     resources:
-        mem_mb=4000,  # one tensor at a time
-        runtime=120,  # a download of 16 GB
+        mem_mb=memory("retrieve_model", 4000),  # one tensor at a time
+        runtime=minutes(120),  # a download of 16 GB
     params:
         **stage("retrieve_model"),
     script:
@@ -35,8 +35,8 @@ rule retrieve_text:
         "results/benchmarks/retrieve_text/{text}.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=memory("retrieve_text", 4000),
+        runtime=minutes(60),
     params:
         **stage("retrieve_text"),
     script:
@@ -56,8 +56,8 @@ rule check_overlap:
         "results/benchmarks/check_overlap/{text}/{other}.tsv"
     threads: 1
     resources:
-        mem_mb=8000,  # 16 bytes a word
-        runtime=20,
+        mem_mb=memory("check_overlap", 8000),  # 16 bytes a word
+        runtime=minutes(20),
     params:
         **stage("check_overlap"),
     script:
@@ -79,8 +79,8 @@ rule tokenize:
         windows=PLAN.windows_of("text"),
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=20,
+        mem_mb=memory("tokenize", 4000),
+        runtime=minutes(20),
     params:
         **stage("tokenize"),
     script:

@@ -16,8 +16,8 @@ rule retrieve_examples:
         "results/benchmarks/retrieve_examples/{task}.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=memory("retrieve_examples", 4000),
+        runtime=minutes(60),
     params:
         **stage("retrieve_examples"),
     script:
@@ -39,8 +39,8 @@ rule tokenize_rows:
         windows=PLAN.windows_of("task"),
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=20,
+        mem_mb=memory("tokenize_rows", 4000),
+        runtime=minutes(20),
     params:
         **stage("tokenize_rows"),
     script:
@@ -60,8 +60,8 @@ rule check_rows:
         "results/benchmarks/check_rows/{text}/{task}.tsv"
     threads: 1
     resources:
-        mem_mb=8000,  # 16 bytes a word
-        runtime=20,
+        mem_mb=memory("check_rows", 8000),  # 16 bytes a word
+        runtime=minutes(20),
     params:
         **stage("check_overlap"),
     script:

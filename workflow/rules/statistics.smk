@@ -19,8 +19,8 @@ rule collect_statistics:
     resources:
         gpu=1,
         batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
-        mem_mb=16000,  # the model and all its Gram matrices
-        runtime=60,
+        mem_mb=memory("collect_statistics", 16000),  # the model and all its Gram matrices
+        runtime=minutes(60),
     params:
         **stage("collect_statistics"),
     script:
@@ -42,8 +42,8 @@ rule collect_gradients:
     resources:
         gpu=1,
         batch_tokens=2048,
-        mem_mb=16000,  # the model, its activations, and second moments of all outputs
-        runtime=60,
+        mem_mb=memory("collect_gradients", 16000),  # the model, its activations, and second moments of all outputs
+        runtime=minutes(60),
     params:
         **stage("collect_gradients"),
     script:

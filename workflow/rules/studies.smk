@@ -16,8 +16,8 @@ rule measure_study:
     threads: ALL_CORES
     resources:
         gpu=1,
-        mem_mb=16000,  # the matrices of one role in all layers in float64, or the model and sums of all its blocks
-        runtime=240,
+        mem_mb=memory("measure_study", 16000),  # the matrices of one role in all layers in float64, or the model and sums of all its blocks
+        runtime=minutes(240),
     params:
         **stage("measure_study"),
     script:

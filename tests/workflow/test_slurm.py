@@ -1,0 +1,102 @@
+"""The workflow through a real Slurm: heavy rules are jobs of the cluster, GPU rules get their GPU, nothing runs twice."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.workflow.test_end_to_end import Workspace
+
+pytestmark = [
+    pytest.mark.workflow,
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.skipif(not shutil.which("sinfo") or subprocess.call("sinfo") != 0, reason="no Slurm"),
+]
+LOCAL = {"cards", "tables", "figures", "report", "all"}
+
+
+class Cluster(Workspace):
+    """A workspace whose runs are submitted, with the profile as its user fills it in."""
+
+    def __init__(self, folder: Path, name: str, **profile):
+        super().__init__(folder)
+        self.config["budgets"] = {"ffn-0.8": {"targets": ["ffn"], "keep_bytes": 0.8}}
+        self.config["experiments"]["one"] |= {"methods": ["whitened"], "budgets": ["ffn-0.8"]}
+        self.config["models"]["pico"]["shards"] = 1
+        self.name = name
+        text = (ROOT / "profiles" / "slurm" / "config.yaml").read_text()
+        accounts = words("sacctmgr", "-n", "show", "associations", "format=account%60")
+        partitions = words("sinfo", "-h", "-o", "%R")
+        gpu = next((p for p in partitions if "gpu" in p), partitions[-1])
+        mine = {"GPU_PARTITION": gpu, "PARTITION": partitions[0], "ACCOUNT": accounts[-1] if accounts else "none"}
+        for placeholder, value in mine.items():
+            text = re.sub(rf"\b{placeholder}\b", value, text)
+        filled = yaml.safe_load(text) | {"slurm-jobname-prefix": name, "slurm-init-seconds-before-status-checks": 5, **profile}
+        (folder / "profile").mkdir()
+        (folder / "profile" / "config.yaml").write_text(yaml.safe_dump(filled))
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config))
+        command = [sys.executable, "-m", "snakemake", *arguments, "--snakefile", str(ROOT / "Snakefile"), "--profile", "profile"]
+        command += ["--replace-workflow-config", "--configfile", "config.yaml"]
+        with open(self.folder / "output.txt", "a") as log:
+            return subprocess.Popen(command, cwd=self.folder, env=self.environment(), stdout=log, stderr=log)
+
+    def jobs(self) -> list[dict[str, str]]:
+        """What Slurm says of this workspace's jobs: name, state, comment, resources."""
+        fields = ["JobID", "JobName", "State", "Comment", "AllocTRES"]
+        command = ["sacct", "-X", "-n", "-P", "-o", ",".join(f"{field}%200" for field in fields)]
+        rows = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        found = [dict(zip(fields, row.split("|"), strict=True)) for row in rows]
+        return [job for job in found if job["JobName"].startswith(self.name)]
+
+
+def test_heavy_rules_are_jobs_and_a_killed_run_is_taken_up(tmp_path):
+    name = f"winnow-test-{os.getpid()}"
+    cluster = Cluster(tmp_path, name)
+    first = cluster.start()
+    try:
+        wait(lambda: [job for job in cluster.jobs() if job["State"] == "COMPLETED"], 600)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        wait(lambda: not running(name), 300)  # orphans finish, or are cancelled by their name
+        done_before = {path: path.read_bytes() for path in (tmp_path / "results").glob("texts/*.parquet")}
+        assert cluster.start().wait(timeout=1500) == 0, (tmp_path / "output.txt").read_text()[-3000:]
+    finally:
+        first.kill()
+        subprocess.run(["scancel", "--name", name], check=False)
+    assert all(path.read_bytes() == content for path, content in done_before.items())
+    jobs = cluster.jobs()
+    rules = {job["Comment"].removeprefix("rule_").partition("_wildcards")[0] for job in jobs}
+    assert {"retrieve_model", "tokenize", "collect_statistics", "factorize", "compress", "evaluate_perplexity"} <= rules
+    assert not rules & LOCAL, "tables and figures are made where the run was started"
+    for job in jobs:
+        heavy = any(rule in job["Comment"] for rule in ("rule_collect_statistics", "rule_evaluate", "rule_factorize"))
+        assert ("gres/gpu=1" in job["AllocTRES"]) == heavy, job
+    assert (tmp_path / "results" / "report.html").is_file()
+
+
+def words(*command: str) -> list[str]:
+    """What a command of Slurm prints, cut at spaces."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def running(name: str) -> list[str]:
+    return [job for job in words("squeue", "-h", "-o", "%j") if job.startswith(name)]
+
+
+def wait(ready, seconds: float) -> None:
+    """Until `ready()` is true."""
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(2)

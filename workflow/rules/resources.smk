@@ -1,0 +1,22 @@
+# What a job asks of a cluster. No rule stands here, and no number depends on it.
+
+from winnow.needs import Needs
+
+NEEDS = Needs(PLAN)
+
+
+def memory(stage, otherwise):
+    """Host memory in MB, as forecast for the job's model, else `otherwise`; twice as much at every retry."""
+
+    def asked(wildcards, attempt):
+        model = wildcards.get("model")
+        if model is None:
+            return otherwise * 2 ** (attempt - 1)
+        return NEEDS.memory_mb(stage, model, attempt, otherwise)
+
+    return asked
+
+
+def minutes(first):
+    """The time limit of a job; twice as much at every retry."""
+    return lambda wildcards, attempt: first * 2 ** (attempt - 1)
