@@ -211,8 +211,7 @@ class Grid:
     def study_scores(self, study: str) -> list[tuple[Cell, dict[str, str]]]:
         """As `study_cells`, on the classification tasks of all experiments that have one, with each of their recoveries."""
         names, own = self.of_studies[study], studies.study_of(study)
-        dense: dict[Cell, dict[str, str]] = {}
-        found: dict[Cell, dict[str, str]] = {}
+        dense, found = {}, {}
         for e in self.config.experiments.values() if own.scored else ():
             tasks = [name for name in e.evaluations if self.config.evaluations[name].kind == "classification"]
             calibration = self._seeds(e.calibrations)[0]

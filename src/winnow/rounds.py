@@ -19,6 +19,7 @@ from winnow.allocation import Group, allocate
 from winnow.architectures import moments_file
 from winnow.checkpoint import compress
 from winnow.gradients import collect_gradients
+from winnow.in_memory import put
 from winnow.io import Bundle
 from winnow.loading import load_model
 from winnow.models import ModelFiles
@@ -27,7 +28,6 @@ from winnow.prediction import predict
 from winnow.statistics import collect
 from winnow.structures.base import Structure
 from winnow.tokens import check_causal
-from winnow.trials import put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from winnow.allocation import Group, chosen_groups
 from winnow.allocations import allocation_of
 from winnow.checkpoint import compress
 from winnow.factors import fit_groups, storable
-from winnow.layouts import install
+from winnow.in_memory import put
 from winnow.metrics import metric_of
 from winnow.structures import structure_of
 
@@ -75,16 +75,6 @@ class Trial:
         model = copy.deepcopy(dense)
         put(model, stored, layouts)
         return model.eval()
-
-
-def put(model: PreTrainedModel, stored: dict[str, dict[str, Tensor]], layouts: dict[str, dict[str, Any]]) -> None:
-    """Replace modules of a model in memory by those of `layouts`, with the tensors that a checkpoint would hold."""
-    first = next(model.parameters())
-    device, dtype = first.device, first.dtype
-    install(model, layouts)
-    for name, tensors in stored.items():
-        cast = {key: t.to(device, dtype) if t.is_floating_point() else t.to(device) for key, t in tensors.items()}
-        model.get_submodule(name).load_state_dict(cast, assign=True)
 
 
 def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[float]]:

@@ -224,6 +224,7 @@ OF_METHODS = {
 }  # they reach the structure's file
 ALLOCATING = {"compress", "predict_in_rounds"}
 STUDY = {"measure_study", "conclude_study"}  # here of coupling
+OF_SCORES = {"tabulate_classification", "conclude_study"}
 MODELS = {
     "predict_in_rounds",
     "collect_statistics",
@@ -254,7 +255,7 @@ EDITS = [
         "src/winnow/spread.py",
         "n / (n - 1)",
         "n / n",
-        {*EVALUATIONS, "predict_in_rounds", "tables", "report", "tabulate_classification", *STUDY},
+        {*EVALUATIONS, "predict_in_rounds", "tables", "report", "studies", "tabulate_classification", *STUDY},
     ),
     ("src/winnow/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
     ("src/winnow/recovery/refine.py", "skipped = 0 if", "skipped = 2 if", {"recover"}),
@@ -271,7 +272,7 @@ EDITS = [
     ),
     ("src/winnow/accuracy.py", "return found if", "return found and found if", {"evaluate_accuracy"}),
     ("src/winnow/tasks.py", "not any(is_group", "all(not is_group", OF_TASKS),
-    ("src/winnow/accuracy_table.py", '"delta": 0.0', '"delta": 0.1', {"tabulate_accuracy", "tabulate_classification"}),
+    ("src/winnow/accuracy_table.py", '"delta": 0.0', '"delta": 0.1', {"tabulate_accuracy", *OF_SCORES}),
     ("src/winnow/rows.py", "row {bad}: there", "row {bad}, there", {"retrieve_examples", "check_overlap"}),
     ("src/winnow/examples.py", "padding=False", "padding=True", {"tokenize_rows", "finetune", "evaluate_classification"}),
     ("src/winnow/finetune.py", "EPS, BETAS = 1e-8", "EPS, BETAS = 1e-7", {"finetune"}),  # and of a recovery of that kind
@@ -280,7 +281,7 @@ EDITS = [
         "src/winnow/classification.py",
         "return 2 * right",
         "return 3 * right",
-        {"evaluate_classification", "tabulate_classification"},
+        {"evaluate_classification", *OF_SCORES},
     ),
     ("src/winnow/latency.py", "SLOT = 0.01", "SLOT = 0.02", {"evaluate_latency"}),
     ("src/winnow/latency_table.py", 'f"control_{key}"', 'f"dense_{key}"', {"tabulate_latency"}),
