@@ -211,15 +211,14 @@ class Grid:
     def study_scores(self, study: str) -> list[tuple[Cell, dict[str, str]]]:
         """As `study_cells`, on the classification tasks of all experiments that have one, with each of their recoveries."""
         names, own = self.of_studies[study], studies.study_of(study)
-        dense, found = {}, {}
+        dense, found, bare = {}, {}, {"method": "dense", "budget": "dense"}
         for e in self.config.experiments.values() if own.scored else ():
-            tasks = [name for name in e.evaluations if self.config.evaluations[name].kind == "classification"]
             calibration = self._seeds(e.calibrations)[0]
+            tasks = [name for name in e.evaluations if self.config.evaluations[name].kind == "classification"]
             for model, task, recovery in product(e.models, tasks, e.recoveries):
-                dense[Cell(model, task, kind="classification")] = {"method": "dense", "budget": "dense"}
+                dense[Cell(model, task, kind="classification")] = bare
                 if self.recovers(recovery):
-                    healed = Cell(model, task, calibration, recovery=recovery, kind="classification")
-                    dense[healed] = {"method": "dense", "budget": "dense"}
+                    dense[Cell(model, task, calibration, recovery=recovery, kind="classification")] = bare
                 for method, budget in own.scored:
                     cell = Cell(model, task, calibration, names[method], names[budget], recovery, "classification")
                     found[cell] = {"method": method, "budget": budget}
