@@ -11,18 +11,22 @@ from winnow.claims import read_claims
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 
-def test_studies_judge_every_claim_of_theirs(tmp_path):
-    place = Workspace(tmp_path)
-    targets = [f"study_{name}" for name in studies.names()]
-    done = place.run(*targets)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("studies"))
+
+
+@pytest.mark.parametrize("name", studies.names())
+def test_a_study_judges_every_claim_of_its_own(place, name):
+    done = place.run(f"study_{name}")
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in studies.names():
-        folder, study = tmp_path / "results" / "studies" / name, studies.study_of(name)
-        claims = pd.read_csv(folder / "claims.csv")
-        assert set(claims["id"]) == {c.id for c in read_claims(ROOT / "resources" / "claims.yaml") if c.study == name}
-        assert claims["verdict"].notna().all()
-        assert all((folder / f"{table}.csv").stat().st_size > 20 for table in study.tables)
-        assert all((folder / f"{figure}.{kind}").stat().st_size > 1000 for figure in study.figures for kind in ("svg", "png"))
-        assert (pd.read_csv(folder / "identities.csv")["residual"] < 1e-8).all()
-        assert "<svg" in (folder / "index.html").read_text()
-    assert not place.planned(*targets)
+    folder, study = place.folder / "results" / "studies" / name, studies.study_of(name)
+    claims = pd.read_csv(folder / "claims.csv")
+    assert set(claims["id"]) == {c.id for c in read_claims(ROOT / "resources" / "claims.yaml") if c.study == name}
+    assert claims["verdict"].notna().all()
+    empty = {"hourglass"}  # of a model of two layers
+    assert all((folder / f"{table}.csv").stat().st_size > 20 for table in study.tables if table not in empty)
+    assert all((folder / f"{figure}.{kind}").stat().st_size > 1000 for figure in study.figures for kind in ("svg", "png"))
+    assert (pd.read_csv(folder / "identities.csv")["residual"] < 1e-8).all()
+    assert "<svg" in (folder / "index.html").read_text()
+    assert not place.planned(f"study_{name}")

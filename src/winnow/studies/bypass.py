@@ -69,7 +69,7 @@ AT_EQUAL_BYTES = {
 }
 EQUAL_BYTES = [(method, "both-0.62") for method in ("svd", "whitened", "grc", "both_bypass")]
 EQUAL_BYTES += [(method, "ffn-0.6") for method in AT_EQUAL_BYTES]
-ALONE = [(method, budget) for method in ("svd", "whitened") for budget in ("down-0.5", "gate-up-0.5")]
+ALONE = [(method, budget) for method in ("svd", "whitened") for budget in ("down-rank-0.375", "gate-up-rank-0.375")]
 
 
 class BypassStudy(Study):
@@ -102,8 +102,8 @@ class BypassStudy(Study):
         **{f"both-rank-{k}": {"rank_fraction": {"qkv": 0.25, "ffn": k}} for k in (0.5, 0.5625, 0.75, 0.8125)},
         "both-0.62": {"targets": ["qkv", "ffn"], "keep_bytes": 0.62},
         "ffn-0.6": {"targets": ["ffn"], "keep_bytes": 0.6},
-        "down-0.5": {"targets": ["down_proj"], "keep_bytes": 0.5},
-        "gate-up-0.5": {"targets": ["gate_up"], "keep_bytes": 0.5},
+        "down-rank-0.375": {"targets": ["down_proj"], "rank_fraction": 0.375},
+        "gate-up-rank-0.375": {"targets": ["gate_up"], "rank_fraction": 0.375},
     }
     cells = [*(row.cell for row in ROWS.values()), *BESIDE, ("grc", "qkv-rank-0.375"), *EQUAL_BYTES, *ALONE]
     tables = ("rows", "equal_bytes", "alone", "hourglass", "accounting", "ranks")
@@ -249,7 +249,7 @@ def _of_cells(evidence: Evidence, model: str) -> dict[str, Answer]:
     share, error = _ratio(evidence, model, ("both_bypass", "both-0.62"), ("grc", "both-0.62"))
     answers["bypass_recovery"] = Answer(100 * (1 - share), 100 * error)
     for method, name in (("svd", "weights"), ("whitened", "outputs")):
-        cells = [(method, budget) for budget in ("down-0.5", "gate-up-0.5")]
+        cells = [(method, budget) for budget in ("down-rank-0.375", "gate-up-rank-0.375")]
         share, error = _ratio(evidence, model, cells[0], cells[1])
         saved = [row["dense_bytes"] - row["stored_bytes"] for row in (evidence.cell(model, *cell) for cell in cells)]
         bytes_of = saved[1] / saved[0]
