@@ -13,6 +13,7 @@ from winnow.ranks import DEFINITIONS, METRICS
 if TYPE_CHECKING:
     import pandas as pd
 
+LOSS = "loss above dense (nats per token)\nbars: 2 standard errors"
 ROW_NAMES = {
     "attention": "attention only",
     "ffn": "FFN only",
@@ -25,7 +26,7 @@ ROW_NAMES = {
 def rows(table: pd.DataFrame) -> Figure:
     """Loss of every row of the paper's table and of what stands beside it; the paper's own numbers as crosses."""
     models = list(table["model"].unique())
-    figure, axes = axes_grid(len(models), 6.6, 3.6)
+    figure, axes = axes_grid(len(models), 6.8, 4.2)
     for axis, model in zip(axes, models, strict=True):
         own = table[table["model"] == model].iloc[::-1].reset_index(drop=True)
         published = own["paper_delta_nll"].notna()
@@ -41,8 +42,9 @@ def rows(table: pd.DataFrame) -> Figure:
         axis.grid(axis="x", linewidth=0.4, color="0.85")
         axis.set_xlim(left=0)
         axis.set_title(f"{model}: the five rows (in brackets: share of the bytes kept)", fontsize=9)
-        axis.set_xlabel("loss above dense (nats per token); bars: 2 standard errors", fontsize=8)
-    shared_legend(figure, axes)
+        axis.set_xlabel(LOSS, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -61,7 +63,7 @@ def equal_bytes(table: pd.DataFrame, names: dict[str, str]) -> Figure:
         span = f"{own['keep_bytes'].min():.3f} to {own['keep_bytes'].max():.3f}"
         what = "q, k, v and FFN" if str(budget).startswith("both") else "FFN"
         axis.set_title(f"{model}: {what}, {span} of the bytes", fontsize=9)
-        axis.set_xlabel("loss above dense (nats per token); bars: 2 standard errors", fontsize=8)
+        axis.set_xlabel(LOSS, fontsize=8)
     return figure
 
 
@@ -75,9 +77,9 @@ def ranks(table: pd.DataFrame) -> Figure:
         for role in roles:
             own = part[part["role"] == role].sort_values("layer")
             axis.plot(own["layer"], own[definition], label=role, linewidth=1.2, markersize=4, **line_style(roles.index(role)))
-        axis.set_ylim(0, 1)
+        axis.set_ylim(0, 1.05 * float(table.loc[table["model"] == model, definition].max()))
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_title(f"{model}: {DEFINITIONS[definition]},\nmetric: {METRICS[metric]}", fontsize=8)
+        axis.set_title(f"{model}: {DEFINITIONS[definition]}\nof the {METRICS[metric]}", fontsize=8)
         axis.set_xlabel("layer", fontsize=8)
         axis.set_ylabel("rank (share of the\nsmaller side)", fontsize=8)
     shared_legend(figure, axes)
@@ -86,7 +88,7 @@ def ranks(table: pd.DataFrame) -> Figure:
 
 def accounting(table: pd.DataFrame, model: str) -> Figure:
     """What can be removed at the paper's ranks under every convention, and what the paper says."""
-    figure, axes = axes_grid(1, 6.6, 2.8)
+    figure, axes = axes_grid(1, 7.2, 2.8)
     own, axis = table[table["model"] == model], axes[0]
     names = list(dict.fromkeys(own["row"]))[::-1]
     for place, name in enumerate(names):

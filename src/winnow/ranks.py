@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from winnow.models import ModelFiles
 
 DEFINITIONS = {
-    "k95": "95 % of the energy (HyperTensor Paper I)",
-    "stable": "stable rank, energy over its largest part",
-    "entropy": "exp of the entropy of the energy (Roy and Vetterli)",
-    "rrr90": "90 % of the outputs' variance by reduced-rank regression",
+    "k95": "directions with 95 % of the energy",  # HyperTensor Paper I
+    "stable": "stable rank (energy over its largest part)",
+    "entropy": "entropy rank (exp of the energy's)",  # Roy and Vetterli
+    "rrr90": "rank for 90 % of the variance (RRR)",  # reduced-rank regression of outputs on inputs; of the weights: white inputs
 }
 METRICS = {"weights": "weights", "outputs": "outputs on the calibration tokens"}
 EARLY, LATE, OF = 6, 5, 30  # layers 0-5 and 25-29 of the paper's 30

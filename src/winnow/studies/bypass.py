@@ -47,7 +47,7 @@ PUBLISHED = {
     "ffn": "SVD of down, shared basis of gate and up",
     "both": "shared bases, SVD of down",
     "bypass": "r kept apart, shared bases",
-    "larger": "rank r + k: the best that r and k can do",
+    "larger": "rank r + k (the best case)",
 }
 
 
