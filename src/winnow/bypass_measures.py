@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from winnow.accounting import Ranks, stored
 from winnow.architectures import TARGETS, Matrix, moments_file
 from winnow.grc import basis, projected_error, sink_gain
-from winnow.metrics import metric_of
+from winnow.metrics import Gram, Weights
 from winnow.models import tensor_bytes
 from winnow.spectra import effective_ranks
-from winnow.structures import structure_of
-from winnow.structures.base import Problem
+from winnow.structures.base import Problem, Structure
+from winnow.structures.bypass import Bypass
+from winnow.structures.low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,10 +72,13 @@ def identities(files: ModelFiles, moments: Bundle, kept: float) -> dict[str, flo
         weight = files.weight(m)
         gram = moments.tensors(moments_file(m.layer))[f"{m.site}.gram"].double()
         for kind, columns in (("weights", torch.ones(m.shape[1], dtype=torch.float64)), ("outputs", gram)):
-            metric = metric_of({"kind": "weights" if kind == "weights" else "gram"})
+            metric = Weights(Weights.Options(kind="weights")) if kind == "weights" else Gram(Gram.Options(kind="gram"))
             problem = Problem([m], {m.name: weight}, {m.name: {"gram": gram}}, metric)
             k, r = min(m.shape) // 2, max(1, round(kept * min(m.shape)))
-            maps = [_map(problem, {"kind": "low_rank"}, k + r), _map(problem, {"kind": "bypass", "kept": r}, k)]
+            bypass = Bypass(
+                Bypass.Options.model_validate({"kind": "bypass", "kept": r})
+            )  # the rest by low_rank, in the same metric
+            maps = [_map(problem, LowRank(LowRank.Options(kind="low_rank")), k + r), _map(problem, bypass, k)]
             error, other, whole = (_squared(weight - one, columns) for one in (*maps, torch.zeros_like(weight)))
             name = f"r kept apart and an SVD of the rest = rank r + k, error of the {kind}"
             seen(name, abs(error - other) / whole)
@@ -94,11 +98,10 @@ def identities(files: ModelFiles, moments: Bundle, kept: float) -> dict[str, flo
     return worst
 
 
-def _map(problem: Problem, spec: dict, size: int) -> Tensor:
-    """The rank-`size` map (m, n) of a structure of two factors, or of those beside others kept apart."""
-    structure, (name,) = structure_of(spec), problem.weights
-    tensors = structure.fit(problem, size).tensors
-    if spec["kind"] == "low_rank":
+def _map(problem: Problem, structure: Structure, size: int) -> Tensor:
+    """The map (m, n) of size `size` of `low_rank`, or of a bypass around it."""
+    tensors, (name,) = structure.fit(problem, size).tensors, problem.weights
+    if isinstance(structure, LowRank):
         return tensors["left"][:, :size] @ tensors["right"][:size]
     kept = tensors[f"{name}.kept.left"] @ tensors[f"{name}.kept.right"]
     return kept + tensors["rest.left"][:, :size] @ tensors["rest.right"][:size]
