@@ -72,7 +72,7 @@ def identities(files: ModelFiles, moments: Bundle, kept: float) -> dict[str, flo
         weight = files.weight(m)
         gram = moments.tensors(moments_file(m.layer))[f"{m.site}.gram"].double()
         for kind, columns in (("weights", torch.ones(m.shape[1], dtype=torch.float64)), ("outputs", gram)):
-            metric = Weights(Weights.Options(kind="weights")) if kind == "weights" else Gram(Gram.Options(kind="gram"))
+            metric = Weights(Weights.Options(kind="weights")) if kind == "weights" else Gram(Gram.Options(kind="gram", ridge=0.0))
             problem = Problem([m], {m.name: weight}, {m.name: {"gram": gram}}, metric)
             k, r = min(m.shape) // 2, max(1, round(kept * min(m.shape)))
             bypass = Bypass(
