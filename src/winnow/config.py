@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from winnow.allocations import AnyAllocation, allocation_of
 from winnow.allocations.uniform import Uniform
-from winnow.architectures import ROLES
+from winnow.architectures import ROLES, TARGETS, Target, disjoint
 from winnow.errors import InputError
 from winnow.evaluations import PLAIN, AnyEvaluation, Classification, Perplexity
 from winnow.fields import Name, Strict
@@ -21,7 +21,21 @@ from winnow.recoveries import AnyRecovery, NoRecovery, Trained
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 from winnow.tuning import Tuning
 
-Target = Literal["ffn", "attention", *ROLES]  # type: ignore[valid-type]
+ONE, EACH = "one for all", "by target"  # how ranks are given; parts of the places of errors
+
+
+def _by_target(number: Any) -> Any:
+    """A number for all chosen matrices, or one for every target."""
+    each = Annotated[dict[Target, number], Tag(EACH)]
+    return Annotated[Annotated[number, Tag(ONE)] | each, Discriminator(lambda given: EACH if isinstance(given, dict) else ONE)]
+
+
+if typing.TYPE_CHECKING:
+    Ranks = int | dict[str, int]
+    Shares = float | dict[str, float]
+else:
+    Ranks = _by_target(Annotated[int, Field(ge=1)])
+    Shares = _by_target(Annotated[float, Field(gt=0, le=1)])
 UNIFORM = Uniform.Options(kind="uniform")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -154,15 +168,33 @@ class Method(Strict):
 class Budget(Strict):
     """How much is kept, of which matrices. Exactly one of `keep_bytes`, `rank`, `rank_fraction`."""
 
-    targets: list[Target] = Field(["ffn"], min_length=1, description="`ffn`, `attention`, or roles: " + ", ".join(ROLES))
+    targets: list[Target] = Field(
+        ["ffn"], min_length=1, description=", ".join(f"`{name}`" for name in TARGETS) + ", or roles: " + ", ".join(ROLES)
+    )
     keep_bytes: float | None = Field(
         None, gt=0, le=1, description="stored over dense bytes of the chosen matrices, met within 0.5 %"
     )
-    rank: int | None = Field(None, ge=1, description="the same rank for every chosen matrix")
-    rank_fraction: float | None = Field(
-        None, gt=0, le=1, description="rank as a share of the smaller side of each matrix (or of the structure's largest size)"
+    rank: Ranks | None = Field(
+        None, description="the same rank for every chosen matrix; or `{target: rank}` in the place of `targets`"
+    )
+    rank_fraction: Shares | None = Field(
+        None,
+        description="rank as a share of the smaller side of each matrix (or of the structure's largest size); or "
+        "`{target: share}` in the place of `targets`",
     )
     allocation: AnyAllocation = Field(UNIFORM, description="how `keep_bytes` is spread over the matrices; kinds below")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_target(cls, content: Any) -> Any:
+        """Ranks by target say which targets there are."""
+        given = [content.get(key) for key in ("rank", "rank_fraction")] if isinstance(content, dict) else []
+        for ranks in (value for value in given if isinstance(value, dict)):
+            if set(content.get("targets", ranks)) != set(ranks):
+                raise ValueError("ranks are given by target; leave `targets` out")
+            disjoint(ranks)
+            content = {**content, "targets": list(ranks)}
+        return content
 
     @model_validator(mode="after")
     def _one_currency(self) -> Budget:
@@ -324,7 +356,7 @@ def _as_written(path: list[str], config: Any) -> list[str]:
             config = config[part]
         elif isinstance(config, list) and part.isdigit():
             config = config[int(part)]
-        elif isinstance(config, dict) and config.get("kind", PLAIN) == part:
+        elif part in (ONE, EACH) or (isinstance(config, dict) and config.get("kind", PLAIN) == part):
             continue
         keys.append(part)
     return keys
