@@ -21,6 +21,7 @@ if __name__ == "__main__":
             Bundle(given.moments) if given.get("moments") else None,
             windows.get("ids"),
             (evaluation["ids"], evaluation["first"]) if evaluation else None,
+            {(c["method"], c["budget"], c["recovery"]): Bundle(c["manifest"]) for c in job.spec.get("checkpoints", [])},
         )
     )
     write_json(snakemake.output[0], found, job.provenance)

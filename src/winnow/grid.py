@@ -22,6 +22,7 @@ from winnow.errors import InputError
 from winnow.evaluations import PLAIN, Classification, Perplexity
 from winnow.metrics import GRADIENTS, METRICS
 from winnow.models import model_files
+from winnow.recoveries import Recovery, options_of
 from winnow.structures import structure_of
 from winnow.structures.base import Structure
 from winnow.task_files import files_of
@@ -66,7 +67,7 @@ def _by_seed(config: Config) -> tuple[dict[str, Calibration], dict[str, str]]:
     return found, presets
 
 
-def _add_studies(methods: dict[str, Method], budgets: dict[str, Budget]) -> dict[str, dict[str, str]]:
+def _add_studies(methods: dict[str, Method], budgets: dict[str, Budget], recoveries: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Add the presets of all studies to the configured ones; {study: {its name of a preset: that in the configuration}}.
 
     A preset of the same content serves, whatever it is called."""
@@ -84,6 +85,12 @@ def _add_studies(methods: dict[str, Method], budgets: dict[str, Budget]) -> dict
             alike = [other for other, b in budgets.items() if b == budget]
             found[study][name] = alike[0] if alike else f"{study}.{name}" if name in budgets else name
             budgets.setdefault(found[study][name], budget)
+        found[study][studies.NONE] = studies.NONE
+        for name, content in own.recoveries.items():
+            recovery = options_of(content)
+            equal = [other for other, r in recoveries.items() if r == recovery]
+            found[study][name] = equal[0] if equal else f"{study}.{name}" if name in recoveries else name
+            recoveries.setdefault(found[study][name], recovery)
     return found
 
 
@@ -108,8 +115,9 @@ class Grid:
         self.methods, self.controls = _with_controls(config)
         calibrations, self.preset_of_seed = _by_seed(config)
         self.budgets = dict(config.budgets)
-        self.of_studies = _add_studies(self.methods, self.budgets)
-        updated = {"methods": self.methods, "budgets": self.budgets, "calibrations": calibrations}
+        recoveries: dict[str, Recovery] = dict(config.recoveries)
+        self.of_studies = _add_studies(self.methods, self.budgets, recoveries)
+        updated = {"methods": self.methods, "budgets": self.budgets, "calibrations": calibrations, "recoveries": recoveries}
         self.config = config.model_copy(update=updated)
         self.labels: dict[str, dict[str, str]] = {}
         self.names: dict[str, dict[str, str]] = {}
@@ -184,15 +192,25 @@ class Grid:
         """Where studies measure a model (by label)."""
         return self.study_models()[self.names["models"][model_label]]
 
-    def study_cells(self, study: str) -> list[tuple[Cell, str, str]]:
-        """(cell, the study's own names of its method and budget) of a study on every model, dense ones first."""
-        names, own, found = self.of_studies[study], studies.study_of(study), []
+    def study_cells(self, study: str) -> list[tuple[Cell, dict[str, str]]]:
+        """(cell, the study's own names of its method, budget and recovery) of a study on every model, dense ones first."""
+        names, keys = self.of_studies[study], [studies.key_of(cell) for cell in studies.study_of(study).cells]
+        healed = dict.fromkeys(recovery for _, _, recovery in keys if recovery != studies.NONE)
+        found = []
         for model, at in self.study_models().items():
-            found.append((Cell(model, at.evaluation), "dense", "dense"))
-            for method, budget in own.cells:
-                cell = Cell(model, at.evaluation, at.calibration, names[method], names[budget], "none")
-                found.append((cell, method, budget))
+            rows = {("dense", "dense", studies.NONE): Cell(model, at.evaluation)}
+            for recovery in healed:
+                cell = Cell(model, at.evaluation, at.calibration, recovery=names[recovery])
+                rows["dense", "dense", recovery] = cell
+            for key in keys:
+                rows[key] = Cell(model, at.evaluation, at.calibration, *(names[name] for name in key))
+            found += [(cell, dict(zip(("method", "budget", "recovery"), key, strict=True))) for key, cell in rows.items()]
         return found
+
+    def study_checkpoints(self, study: str, model_label: str) -> list[dict[str, str]]:
+        """The study's own names and the manifest of the checkpoint of every cell on a model that has one."""
+        cells = [(c, own) for c, own in self.study_cells(study) if c.model == self.names["models"][model_label]]
+        return [{**own, "manifest": self.made(c)} for c, own in cells if c.method or c.recovery]
 
     def cells_of(self, kind: str) -> list[Cell]:
         """The cells whose evaluation is of this kind, dense ones first."""

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from winnow import studies
 from winnow.claims import read_claims
 from winnow.config import Calibration, Config
 from winnow.grid import EXECUTION, UNNAMED, Cell, Grid
@@ -53,7 +54,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "tabulate_classification": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
-    "measure_study": HUGGING_FACE,
+    "measure_study": (*HUGGING_FACE, "scikit-learn"),
     "conclude_study": ("matplotlib", "jinja2", *TABLES),
     "demo_texts": (),
     "demo_model": HUGGING_FACE,
@@ -285,14 +286,17 @@ class Plan(Grid):
         return {"cards": cards}
 
     def _spec_measure_study(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"study": w["study"], "dtype": self.preset("models", w["model"]).dtype}
+        spec = {"study": w["study"], "dtype": self.preset("models", w["model"]).dtype}
+        if "checkpoints" in studies.study_of(w["study"]).reads:
+            spec["checkpoints"] = self.study_checkpoints(w["study"], w["model"])
+        return spec
 
     def _spec_conclude_study(self, w: dict[str, str]) -> dict[str, Any]:
-        """The claims, the rows of the study's cells under its own names of methods and budgets, and {model: measurement}."""
+        """The claims, the rows of the study's cells under its own names of presets, and {model: measurement}."""
         cells = self.study_cells(w["study"])
         return {
             "claims": [c.model_dump() for c in read_claims(self.code.root / CLAIMS) if c.study == w["study"]],
-            "rows": [{**self._row(cell), "method": method, "budget": budget} for cell, method, budget in cells],
+            "rows": [{**self._row(cell), **own} for cell, own in cells],
             "measured": {model: self.study_measurement(w["study"], cell) for model, cell in self.study_models().items()},
             "template": file_digest(STUDY_TEMPLATE),
         }

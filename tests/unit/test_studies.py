@@ -13,6 +13,7 @@ from winnow.architectures import Matrix, moments_file
 from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, Answer, Claim, judge, read_claims, verdict
 from winnow.config import Budget, Method
 from winnow.errors import InputError
+from winnow.recoveries import options_of
 from winnow.studies.base import Evidence, Given
 
 CLAIMS = read_claims(ROOT / "resources" / "claims.yaml")
@@ -79,7 +80,15 @@ def test_studies_have_valid_presets_and_claims(name):
         Method.model_validate(content)
     for content in study.budgets.values():
         Budget.model_validate(content)
-    assert all(method in study.methods and budget in study.budgets for method, budget in study.cells)
+    for content in study.recoveries.values():
+        options_of(content)
+    assert len({*study.methods, *study.budgets, *study.recoveries}) == sum(
+        map(len, (study.methods, study.budgets, study.recoveries))
+    )
+    for method, budget, recovery in map(studies.key_of, study.cells):
+        assert method in study.methods
+        assert budget in study.budgets
+        assert recovery in {studies.NONE, *study.recoveries}
     assert any(c.study == name for c in CLAIMS)
     assert {c.study for c in CLAIMS} <= set(studies.names())
 
@@ -127,7 +136,7 @@ def evidence(found: dict, losses: dict[tuple[str, str], float]) -> Evidence:
         nll, key = losses.get((method, budget), 2.0), f"{method}/{budget}"
         results[key] = {"per_window": {"nll": [100 * nll + i for i in range(WINDOWS)], "tokens": [100] * WINDOWS}}
         own = {"keep_bytes": 0.35, "delta_nll": nll, "delta_nll_se": 0.01, "perplexity": 2.718**nll}
-        rows.append({"model": "m", "method": method, "budget": budget, "result": key, **own})
+        rows.append({"model": "m", "method": method, "budget": budget, "recovery": "none", "result": key, **own})
     return Evidence(pd.DataFrame(rows), results, {"m": found})
 
 

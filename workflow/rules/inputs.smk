@@ -130,11 +130,15 @@ def evaluated_checkpoint(wildcards):
 
 
 def read_by_study(wildcards):
-    """What a study's measurement reads beside the model: statistics, calibration windows, evaluation windows."""
+    """What a study's measurement reads beside the model: statistics, windows, the checkpoints of its cells."""
     folder, at = f"results/{wildcards.model}", PLAN.study_at(wildcards.model)
     known = {
         "moments": f"{folder}/{wildcards.calibration}/statistics/moments/manifest.json",
         "windows": f"{folder}/tokens/{wildcards.calibration}.safetensors",
         "evaluation": f"{folder}/tokens/{PLAN.labels['evaluations'][at.evaluation]}.safetensors",
+        "checkpoints": [
+            own["manifest"]
+            for own in PLAN.study_checkpoints(wildcards.study, wildcards.model)
+        ],
     }
     return {key: known[key] for key in studies.study_of(wildcards.study).reads}

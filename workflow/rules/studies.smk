@@ -27,7 +27,7 @@ rule measure_study:
 rule conclude_study:
     """Tables and figures of a study, and a verdict on each of its claims."""
     input:
-        cells=lambda w: [PLAN.result(cell) for cell, _, _ in PLAN.study_cells(w.study)],
+        cells=lambda w: [PLAN.result(cell) for cell, _ in PLAN.study_cells(w.study)],
         measured=lambda w: [
             PLAN.study_measurement(w.study, cell)
             for cell in PLAN.study_models().values()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from winnow.studies.base import Study
+from winnow.studies.base import NONE, Study, key_of
+
+__all__ = ["NONE", "key_of", "names", "study_of"]
 
 
 def names() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from winnow.models import ModelFiles
 
 
+NONE = "none"  # the recovery of a cell that names none
+
+
+def key_of(cell: Sequence[str]) -> tuple[str, str, str]:
+    """(method, budget, recovery) of a cell as a study names it."""
+    method, budget, *recovery = cell
+    return method, budget, recovery[0] if recovery else NONE
+
+
 @dataclass(frozen=True)
 class Given:
     """What a measurement on a model may read: of the statistics and windows, those that the study names in `reads`."""
@@ -26,6 +36,7 @@ class Given:
     moments: Bundle | None = None
     windows: Tensor | None = None  # of the calibration (count, length)
     evaluation: tuple[Tensor, Tensor] | None = None  # ids (count, length) and the first scored token of every window
+    checkpoints: dict[tuple[str, str, str], Bundle] = field(default_factory=dict)  # of the study's cells, by `key_of`
 
 
 @dataclass(frozen=True)
@@ -37,20 +48,25 @@ class Evidence:
     results: dict[str, dict[str, Any]]
     measured: dict[str, dict[str, Any]]
 
-    def cell(self, model: str, method: str, budget: str) -> dict[str, Any]:
-        """The summary's row of a compressed cell, with its paired difference to dense; KeyError if there is none."""
+    def cell(self, model: str, method: str, budget: str, recovery: str = NONE) -> dict[str, Any]:
+        """The summary's row of a cell, with its paired difference to dense; KeyError if there is none. The dense model's budget
+        is `dense`."""
         t = self.summary
-        rows = t[(t["model"] == model) & (t["method"] == method) & (t["budget"] == budget)]
+        same = (t["model"] == model) & (t["method"] == method) & (t["budget"] == budget)
+        rows = t[same & (t["recovery"] == recovery)]
         if rows.empty:
-            raise KeyError(f"{model}, {method}, {budget}: no such cell")
+            raise KeyError(f"{model}, {method}, {budget}, {recovery}: no such cell")
         return {str(key): value for key, value in rows.iloc[0].items()}
 
-    def above(self, model: str, one: tuple[str, str], other: tuple[str, str]) -> tuple[float, float]:
-        """(nats per token of cell `one` above cell `other`, standard error), paired by window; cells are (method, budget)."""
+    def windows(self, model: str, cell: Sequence[str]) -> dict[str, Any]:
+        """What was summed over every window of a cell: (method, budget) or (method, budget, recovery)."""
+        return self.results[self.cell(model, *cell)["result"]]["per_window"]
+
+    def above(self, model: str, one: Sequence[str], other: Sequence[str]) -> tuple[float, float]:
+        """(nats per token of cell `one` above cell `other`, standard error), paired by window; cells as for `windows`."""
         from winnow.spread import paired
 
-        a, b = (self.results[self.cell(model, *cell)["result"]]["per_window"] for cell in (one, other))
-        return paired(a, b)
+        return paired(self.windows(model, one), self.windows(model, other))
 
 
 @dataclass(frozen=True)
@@ -70,11 +86,14 @@ class Study(ABC):
     paper: ClassVar[str]
     methods: ClassVar[dict[str, dict[str, Any]]] = {}  # presets of its own, beside those of the same content in the config
     budgets: ClassVar[dict[str, dict[str, Any]]] = {}
-    cells: ClassVar[list[tuple[str, str]]] = []  # (method, budget)
+    recoveries: ClassVar[dict[str, dict[str, Any]]] = {}
+    # (method, budget), or (method, budget, recovery); beside every recovery stands the dense model with the same.
+    cells: ClassVar[Sequence[tuple[str, ...]]] = []
     tables: ClassVar[tuple[str, ...]] = ()
     figures: ClassVar[tuple[str, ...]] = ()
 
-    reads: ClassVar[tuple[str, ...]] = ()  # of moments, windows, evaluation: what `measure` is given beside the model
+    # of moments, windows, evaluation, checkpoints: what `measure` is given beside the model
+    reads: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def measure(self, given: Given) -> dict[str, Any]:
