@@ -79,30 +79,29 @@ def gains(clustered: Blocks, one: Blocks, k: int) -> dict[str, float] | None:
     return found
 
 
-def published(weights: list[Tensor], labels: Tensor, fraction: float) -> dict[str, float]:
-    """The cluster paper's comparison as its script makes it, for an FFN [(gate,) up, down]: clusters of the d_model axis, each
-    of rank int(hidden / clusters x fraction), against one SVD of rank int(d x fraction) for all but down, whose rank is
-    int(hidden x fraction). Errors are means over the matrices; `gain` in %.
+def published(one: list[Blocks], many: list[Blocks], fraction: float) -> dict[str, float]:
+    """The cluster paper's comparison as its script makes it, for an FFN [(gate,) up, down], each as one block and in the same
+    clusters of the d_model axis (columns, and rows of down): every cluster has rank int(hidden / clusters x fraction), against
+    one SVD of rank int(d x fraction) for all but down, whose rank is int(hidden x fraction). Errors are means over the matrices;
+    `gain` in %.
 
-    `rank_ratio` is the total rank of the clusters over that of the one SVD in the first matrix, `stored` what the clusters
-    store over dense."""
-    d, hidden = weights[-1].shape
-    count = int(labels.max()) + 1
+    `rank_ratio` is the total rank of the clusters over that of the one SVD in the first matrix, `stored` what the clusters'
+    factors store over dense."""
+    (d, hidden), count = one[-1].shapes[0], len(many[0].shapes)
     errors: dict[str, list[float]] = {"global": [], "cluster": []}
-    stored, dense, ratio = 0.0, 0.0, 0.0
-    for i, weight in enumerate(weights):
-        last = i == len(weights) - 1
-        size = float(min(int((hidden if last else d) * fraction), *weight.shape))
-        blocks = blocks_of(weight, labels, rows=last)
+    stored, dense, ratios = 0.0, 0.0, []
+    for whole, blocks in zip(one, many, strict=True):
+        (m, n), width = whole.shapes[0], hidden if whole is one[-1] else d
+        size = float(min(int(width * fraction), m, n))
         ranks = [float(min(int(hidden / count * fraction), *shape)) for shape in blocks.shapes]
-        errors["global"].append(blocks_of(weight).lost([size]) ** 0.5)
+        errors["global"].append(whole.lost([size]) ** 0.5)
         errors["cluster"].append(blocks.lost(ranks) ** 0.5)
-        stored += sum(k * (m + n) for k, (m, n) in zip(ranks, blocks.shapes, strict=True))  # as published: factors, always
-        dense += weight.numel()
-        ratio = ratio or sum(ranks) / size
-    one, many = (sum(errors[name]) / len(weights) for name in ("global", "cluster"))
-    gain = 100 * (1 - many / one) if one > 0 else 0.0
-    return {"global": one, "cluster": many, "gain": gain, "rank_ratio": ratio, "stored": stored / dense}
+        stored += sum(k * (rows + columns) for k, (rows, columns) in zip(ranks, blocks.shapes, strict=True))
+        dense += m * n
+        ratios.append(sum(ranks) / size)
+    mean = {name: sum(values) / len(values) for name, values in errors.items()}
+    gain = 100 * (1 - mean["cluster"] / mean["global"]) if mean["global"] > 0 else 0.0
+    return {**mean, "gain": gain, "rank_ratio": ratios[0], "stored": stored / dense}
 
 
 def norm_bins(weight: Tensor, count: int) -> Tensor:
