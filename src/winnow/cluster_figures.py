@@ -51,6 +51,7 @@ def reconstruction_figure(table: pd.DataFrame, published: pd.DataFrame) -> Any:
             axis.plot(one["k"], one["gain"], label=label, marker="*", markersize=9, linestyle="none", color=colour)
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.set_xticks([0.25, 0.5, 0.75])
+        axis.set_xlim(0.2, 0.8)
         axis.set_title(f"{model}: {count} clusters", fontsize=9)
         axis.set_xlabel("rank k (share of the smaller side)")
         axis.set_ylabel("gain of clusters over one SVD (%)")
@@ -77,8 +78,7 @@ def correlation_figure(errors: pd.DataFrame, budgets: Sequence[str]) -> Any:
             )
             if budget in budgets:
                 told.append(f"{budget} {spearman(rows[measure].tolist(), rows['delta_nll'].tolist()):+.2f}")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        axis.locator_params(nbins=5)
         axis.set_title(f"{model}: rank correlation {', '.join(told)}", fontsize=8)
         axis.set_xlabel(MEASURES[measure], fontsize=8)
         axis.set_ylabel("loss above dense (nats per token)", fontsize=8)
@@ -109,10 +109,10 @@ def massive_figure(massive: pd.DataFrame) -> Any:
 
 def distillation_figure(table: pd.DataFrame) -> Any:
     """Loss above dense before and after LoRA from every start, beside the dense model after the same LoRA; a panel per model."""
-    from winnow.figures import axes_grid, line_style, shared_legend
+    from winnow.figures import axes_grid, line_style
 
     models = list(dict.fromkeys(table["model"]))
-    figure, axes = axes_grid(len(models), 4.6, 2.6)
+    figure, axes = axes_grid(len(models), 5.6, 3.0)
     for axis, model in zip(axes, models, strict=True):
         rows = table[table["model"] == model].sort_values("before", ascending=False).reset_index(drop=True)
         for i, (key, label) in enumerate((("before", "as compressed"), ("after", "after LoRA"))):
@@ -127,5 +127,5 @@ def distillation_figure(table: pd.DataFrame) -> Any:
         axis.grid(axis="x", linewidth=0.4, color="0.85")
         axis.set_title(f"{model}: LoRA from every start at 0.4 of the FFN's bytes", fontsize=9)
         axis.set_xlabel("loss above the dense model (nats per token); bars: 2 standard errors", fontsize=8)
-    shared_legend(figure, axes)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
