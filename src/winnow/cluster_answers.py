@@ -26,7 +26,6 @@ def distillation(evidence: Evidence, model: str, starts: Sequence[str], training
     """A row per start, the dense model's first: loss above dense before and after LoRA, and above the dense model after the same
     LoRA (nats per token); how much of the gap is closed, in nats, against that control, and in raw perplexity (%)."""
     dense, healed = (evidence.windows(model, cell) for cell in (DENSE, HEALED))
-    base = evidence.cell(model, *DENSE)["perplexity"]
     rows = []
     for start in ("dense", *starts):
         before, after = (DENSE, HEALED) if start == "dense" else ((start, TIGHT), (start, TIGHT, LORA))
@@ -40,10 +39,21 @@ def distillation(evidence: Evidence, model: str, starts: Sequence[str], training
             for name, other in (("closed", dense), ("closed_control", healed)):
                 left, error = ratio(np.subtract(a["nll"], other["nll"]).tolist(), gap)
                 row[name], row[f"{name}_se"] = 100 * (1 - left), 100 * error
-            row["closed_raw"] = 100 * (1 - (raw[1] - base) / (raw[0] - base))
+            row["closed_raw"], row["closed_raw_se"] = _closed_raw(b, a, dense)
         row |= {"perplexity_before": raw[0], "perplexity_after": raw[1]}
         rows.append(row | {key: training[start][key] for key in ("trained_numbers", "tokens", "best_step") if start in training})
     return rows
+
+
+def _closed_raw(before: dict[str, Any], after: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
+    """(% of the gap in perplexity that is closed, its standard error by leaving out one window at a time)."""
+    nll, tokens = (np.array([of[key] for of in (before, after, dense)], dtype=np.float64) for key in ("nll", "tokens"))
+
+    def closed(windows: list[int]) -> float:
+        first, last, base = np.exp(nll[:, windows].sum(1) / tokens[:, windows].sum(1))
+        return float(100 * (1 - (last - base) / (first - base)))
+
+    return jackknife(closed, nll.shape[1])
 
 
 def rank_correlations(cells: list[dict[str, Any]], budgets: Sequence[str]) -> list[dict[str, Any]]:
@@ -179,7 +189,7 @@ def _of_lora(evidence: Evidence, model: str, healed: list[dict[str, Any]]) -> di
     first, last = (min(starts, key=lambda row: row[key])["start"] for key in ("before", "after"))
     ends = {name: (name, TIGHT, LORA) for name in (first, last, "tiers_activation", "tiers_weight_norm")}
     return {
-        "clusters_lora_raw": Answer(worst["closed_raw"]),
+        "clusters_lora_raw": Answer(worst["closed_raw"], worst["closed_raw_se"]),
         "clusters_lora_nats": Answer(worst["closed"], worst["closed_se"]),
         "clusters_lora_start": Answer(*evidence.above(model, ends["tiers_activation"], ends["tiers_weight_norm"])),
         "clusters_lora_open": Answer(best["after"], best["after_se"]),
