@@ -144,6 +144,24 @@ def test_errors_of_outputs_are_those_of_a_changed_block():
     assert found["logits"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("family", "layers", "down"),
+    [
+        ("gpt2", "transformer.h", "mlp.c_proj"),
+        ("opt", "model.decoder.layers", "fc2"),
+        ("gpt_neox", "gpt_neox.layers", "mlp.dense_4h_to_h"),
+    ],
+)
+def test_blocks_of_every_form_are_compared(family, layers, down):
+    dense, ids = pico(family), torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(0))
+    other, names = copy.deepcopy(dense), [f"{layers}.0", f"{layers}.1"]
+    assert output_errors(dense, other, names, ids, 2) == {"blocks": 0, "logits": 0}
+    other.get_submodule(f"{layers}.1.{down}").weight.data *= 0.5
+    found = output_errors(dense, other, names, ids, 2)
+    assert 0 < found["blocks"] < 0.125 + 1e-6, "half of what one of two FFNs adds is gone, or less where attention adds too"
+    assert found["logits"] > 0
+
+
 def test_a_column_left_out_is_a_column_at_zero():
     model, ids = pico("llama"), torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(1))
     down = Matrix(0, "down_proj", "model.layers.0.mlp.down_proj", "ffn_hidden", (64, 96), False, False)
