@@ -172,6 +172,9 @@ def test_columns_kept_exact_by_hand():
     kept = float(torch.linalg.svdvals(rest)[rank:].square().sum())
     assert sink_gain(spiked, k) == pytest.approx(100 * (1 - kept / plain))
     assert sink_gain(stack, k) < 0
+    powered = basis(stack, 4)
+    assert not torch.equal(powered, basis(stack)), "another matrix was decomposed"
+    assert projected_error(stack, powered[:, :k]) == pytest.approx(projected_error(stack, basis(stack)[:, :k]), rel=1e-12)
     assert projected_error(stack, basis(stack)[:, :k]) == pytest.approx(
         float(torch.linalg.svdvals(stack)[k:].square().sum() / stack.square().sum())
     )
