@@ -103,6 +103,8 @@ def massive_figure(massive: pd.DataFrame) -> Any:
         axis.set_xlabel("layer")
         axis.set_ylabel(label, fontsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
+        if key == "massive":
+            axis.yaxis.get_major_locator().set_params(integer=True)
     shared_legend(figure, axes, "score of a column")
     return figure
 
