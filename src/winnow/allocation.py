@@ -9,7 +9,7 @@ import numpy as np
 
 from winnow.allocations import allocation_of
 from winnow.allocations.base import Choice
-from winnow.architectures import Matrix, group_name, select
+from winnow.architectures import Matrix, group_name, named_by, select
 from winnow.errors import InputError
 from winnow.models import ModelFiles, tensor_bytes
 from winnow.structures.base import Structure
@@ -101,7 +101,8 @@ def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
         return _spread(groups, budget["keep_bytes"], budget["allocation"])
     sizes: dict[str, int | None] = {}
     for g in groups:
-        size = budget["rank"] or max(1, round(budget["rank_fraction"] * g.structure.whole(g.matrices)))
+        rank = of_target(g, budget["rank"])
+        size = rank or max(1, round(of_target(g, budget["rank_fraction"]) * g.structure.whole(g.matrices)))
         if size > g.largest:
             raise InputError(
                 f"rank {size} of {g.describe()} would store no less than dense, which stores {g.dense:,} bytes; "
@@ -109,6 +110,19 @@ def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
             )
         sizes[g.name] = size
     return Choice(sizes)
+
+
+def of_target(group: Group, ranks: Any) -> Any:
+    """What a budget's `rank` or `rank_fraction` says of a group: the value itself, or that of the target that names the group.
+    Raises InputError where the group's matrices have different ones."""
+    if not isinstance(ranks, dict):
+        return ranks
+    found = {ranks[str(named_by(m.role, ranks))] for m in group.matrices}
+    if len(found) > 1:
+        raise InputError(
+            f"{group.structure.kind()} fits {', '.join(m.role for m in group.matrices)} together; give them the same rank"
+        )
+    return found.pop()
 
 
 def _spread(groups: list[Group], keep: float, allocation: dict[str, Any]) -> Choice:

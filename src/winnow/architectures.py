@@ -7,8 +7,9 @@ a new role also needs the site that feeds it. `tests/conftest.py` then needs a t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from winnow.errors import InputError
 
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 FFN_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # gate_up_proj: gate above up, in one matrix
 ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
+# What a budget can name besides single roles; fused matrices belong to the same names as the matrices in them.
+TARGETS = {
+    "ffn": FFN_ROLES,
+    "attention": ATTENTION_ROLES,
+    "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "gate_up": ("gate_proj", "up_proj", "gate_up_proj"),
+}
+Target = Literal["ffn", "attention", "qkv", "gate_up", *ROLES]  # type: ignore[valid-type]
 
 # A site is a distinct input: one Gram matrix each, shared by all matrices that read it.
 SITES = {
@@ -190,14 +199,28 @@ def _prefix(layers: str, tensors: dict[str, Any]) -> str:
 
 
 def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
-    """The matrices that `targets` (ffn, attention, or roles) name; InputError if a target names none."""
-    groups = {"ffn": FFN_ROLES, "attention": ATTENTION_ROLES}
+    """The matrices that `targets` (keys of `TARGETS`, or roles) name; InputError if a target names none."""
     for target in targets:
-        if not any(m.role in groups.get(target, (target,)) for m in matrices):
+        if not any(m.role in TARGETS.get(target, (target,)) for m in matrices):
             have = ", ".join(sorted({m.role for m in matrices}))
             raise InputError(f"target {target!r} names no matrix of this model (it has {have})")
-    roles = {role for target in targets for role in groups.get(target, (target,))}
+    roles = {role for target in targets for role in TARGETS.get(target, (target,))}
     return [m for m in matrices if m.role in roles]
+
+
+def named_by(role: str, targets: Iterable[str]) -> str | None:
+    """The one of `targets` that names a role, or None."""
+    return next((target for target in targets if role in TARGETS.get(target, (target,))), None)
+
+
+def disjoint(targets: Iterable[str]) -> None:
+    """Raise ValueError if two targets name the same role."""
+    named: dict[str, str] = {}
+    for target in targets:
+        for role in TARGETS.get(target, (target,)):
+            if role in named:
+                raise ValueError(f"{role} is named by both {named[role]!r} and {target!r}")
+            named[role] = target
 
 
 def ffn_groups(matrices: list[Matrix]) -> list[list[Matrix]]:

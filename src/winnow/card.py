@@ -77,8 +77,8 @@ def _options(preset: dict[str, Any] | None) -> str:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return _options(value)
+    if isinstance(value, dict):  # a preset, or {target: something}
+        return _options(value) if "kind" in value else ", ".join(f"{key}: {_short(of)}" for key, of in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -116,7 +116,7 @@ def _recipe(recipe: dict[str, Any], dense: bool) -> list[str]:
     model, method, budget = recipe["model"], recipe["method"], recipe["budget"]
     revision = f", revision `{model['revision']}`" if model.get("revision") else ""
     share = recipe["stored_bytes"] / recipe["dense_bytes"]
-    asked = [f"{key} {budget[key]}" for key in ("keep_bytes", "rank", "rank_fraction") if budget.get(key) is not None]
+    asked = [f"{key} {_short(budget[key])}" for key in ("keep_bytes", "rank", "rank_fraction") if budget.get(key) is not None]
     allocation = [f"allocation `{budget['allocation']['kind']}`"] if budget.get("allocation") else []
     whole = f"{recipe['model_stored_bytes']:,} of {recipe['model_dense_bytes']:,}"
     rows = [

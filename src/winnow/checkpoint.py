@@ -49,9 +49,9 @@ def compress(
                 stored[module][key] = cast
         if report := structure.report(group, fit, size):
             reports[name] = report
-        if structure.bias_name is not None:
-            for matrix in (m for m in group if m.bias):
-                stored[matrix.module][structure.bias_name] = files.tensor(f"{matrix.module}.bias")
+        for matrix in (m for m in group if m.bias):
+            if bias := structure.bias_of(matrix):
+                stored[matrix.module][bias] = files.tensor(f"{matrix.module}.bias")
     return stored, layouts, reports
 
 

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from winnow.allocations import AnyAllocation, allocation_of
 from winnow.allocations.uniform import Uniform
-from winnow.architectures import ROLES
+from winnow.architectures import ROLES, TARGETS, Target, disjoint
+from winnow.config_errors import EACH, ONE, as_written, file_of, keys_at, nearest
 from winnow.errors import InputError
-from winnow.evaluations import PLAIN, AnyEvaluation, Classification, Perplexity
+from winnow.evaluations import AnyEvaluation, Classification, Perplexity
 from winnow.fields import Name, Strict
 from winnow.metrics import GRADIENTS, METRICS, AnyMetric
 from winnow.recoveries import AnyRecovery, NoRecovery, Trained
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 from winnow.tuning import Tuning
 
-Target = Literal["ffn", "attention", *ROLES]  # type: ignore[valid-type]
+
+def _by_target(number: Any) -> Any:
+    """A number for all chosen matrices, or one for every target."""
+    each = Annotated[dict[Target, number], Tag(EACH)]
+    return Annotated[Annotated[number, Tag(ONE)] | each, Discriminator(lambda given: EACH if isinstance(given, dict) else ONE)]
+
+
+if typing.TYPE_CHECKING:
+    Ranks = int | dict[str, int]
+    Shares = float | dict[str, float]
+else:
+    Ranks = _by_target(Annotated[int, Field(ge=1)])
+    Shares = _by_target(Annotated[float, Field(gt=0, le=1)])
 UNIFORM = Uniform.Options(kind="uniform")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -154,15 +165,33 @@ class Method(Strict):
 class Budget(Strict):
     """How much is kept, of which matrices. Exactly one of `keep_bytes`, `rank`, `rank_fraction`."""
 
-    targets: list[Target] = Field(["ffn"], min_length=1, description="`ffn`, `attention`, or roles: " + ", ".join(ROLES))
+    targets: list[Target] = Field(
+        ["ffn"], min_length=1, description=", ".join(f"`{name}`" for name in TARGETS) + ", or roles: " + ", ".join(ROLES)
+    )
     keep_bytes: float | None = Field(
         None, gt=0, le=1, description="stored over dense bytes of the chosen matrices, met within 0.5 %"
     )
-    rank: int | None = Field(None, ge=1, description="the same rank for every chosen matrix")
-    rank_fraction: float | None = Field(
-        None, gt=0, le=1, description="rank as a share of the smaller side of each matrix (or of the structure's largest size)"
+    rank: Ranks | None = Field(
+        None, description="the same rank for every chosen matrix; or `{target: rank}` in the place of `targets`"
+    )
+    rank_fraction: Shares | None = Field(
+        None,
+        description="rank as a share of the smaller side of each matrix (or of the structure's largest size); or "
+        "`{target: share}` in the place of `targets`",
     )
     allocation: AnyAllocation = Field(UNIFORM, description="how `keep_bytes` is spread over the matrices; kinds below")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_target(cls, content: Any) -> Any:
+        """Ranks by target say which targets there are."""
+        given = [content.get(key) for key in ("rank", "rank_fraction")] if isinstance(content, dict) else []
+        for ranks in (value for value in given if isinstance(value, dict)):
+            if set(content.get("targets", ranks)) != set(ranks):
+                raise ValueError("ranks are given by target; leave `targets` out")
+            disjoint(ranks)
+            content = {**content, "targets": list(ranks)}
+        return content
 
     @model_validator(mode="after")
     def _one_currency(self) -> Budget:
@@ -285,13 +314,7 @@ def random_control(method: Method) -> Method | None:
 
 def _known(where: str, name: str, presets: dict[str, Any]) -> None:
     if name not in presets:
-        raise ValueError(f"{where}: there is no {name!r}{_nearest(name, presets)}")
-
-
-def _nearest(name: str, valid: typing.Iterable[str]) -> str:
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"
+        raise ValueError(f"{where}: there is no {name!r}{nearest(name, presets)}")
 
 
 def load(config: dict[str, Any], files: typing.Sequence[str | Path] = ()) -> Config:
@@ -304,70 +327,13 @@ def load(config: dict[str, Any], files: typing.Sequence[str | Path] = ()) -> Con
         path = [str(part) for part in detail["loc"]]
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
-            message = f"unknown key{_nearest(path[-1], _keys_at(path[:-1], config))}"
+            message = f"unknown key{nearest(path[-1], keys_at(path[:-1], Config))}"
         elif detail["type"] == "union_tag_invalid":
             context = detail["ctx"]
             valid = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
-            message = f"there is no kind {context['tag']!r}{_nearest(context['tag'], valid)}"
+            message = f"there is no kind {context['tag']!r}{nearest(context['tag'], valid)}"
         elif detail["type"] == "union_tag_not_found":
             message = "`kind` is missing"
-        keys = _as_written(path, config)
-        where = _file_of(keys, files)
+        keys = as_written(path, config)
+        where = file_of(keys, files)
         raise InputError(": ".join(filter(None, [where, ".".join(keys), message]))) from error
-
-
-def _as_written(path: list[str], config: Any) -> list[str]:
-    """The location without the union tags that pydantic puts into it."""
-    keys = []
-    for part in path:
-        if isinstance(config, dict) and part in config:
-            config = config[part]
-        elif isinstance(config, list) and part.isdigit():
-            config = config[int(part)]
-        elif isinstance(config, dict) and config.get("kind", PLAIN) == part:
-            continue
-        keys.append(part)
-    return keys
-
-
-def _keys_at(path: list[str], config: Any) -> list[str]:
-    """Valid keys of the preset or section found at `path`; a path holds names of presets and tags of unions too."""
-    annotation: Any = Config
-    for part in path:
-        if typing.get_origin(annotation) is dict:  # `part` is the name of a preset
-            annotation = typing.get_args(annotation)[1]
-            continue
-        models = _models(annotation)
-        tagged = [model for model in models if _kind(model) == part]
-        annotation = tagged[0] if tagged else models[0].model_fields[part].annotation
-    return list(_models(annotation)[0].model_fields)
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models of an annotation: itself, or those of a union."""
-    if isinstance(annotation, typing.ForwardRef):
-        annotation = AnyStructure
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    arguments = typing.get_args(annotation)
-    parts = arguments[:1] if typing.get_origin(annotation) is Annotated else arguments
-    return [model for part in parts for model in _models(part)]
-
-
-def _kind(model: type[BaseModel]) -> str | None:
-    """The one value that a model's `kind` can have."""
-    return typing.get_args(model.model_fields["kind"].annotation)[0] if "kind" in model.model_fields else None
-
-
-def _file_of(keys: list[str], files: typing.Sequence[str | Path]) -> str:
-    """The last configuration file that holds the key, or the longest beginning of it."""
-    best, depth = "", 0
-    for file in files:
-        content, found = yaml.safe_load(Path(file).read_text(encoding="utf-8")), 0
-        for key in keys:
-            if not isinstance(content, dict) or key not in content:
-                break
-            content, found = content[key], found + 1
-        if found >= max(depth, 1):
-            best, depth = str(file), found
-    return best or (str(files[-1]) if files else "")

@@ -10,12 +10,13 @@ from typing import Any
 from winnow import studies
 from winnow.claims import read_claims
 from winnow.config import Calibration, Config
-from winnow.grid import EXECUTION, UNNAMED, Cell, Grid
+from winnow.grid import EXECUTION, UNNAMED, Cell
 from winnow.io import file_digest
 from winnow.metrics import METRICS
 from winnow.provenance import CodeTracker, versions
 from winnow.recoveries import RECOVERIES, Finetune
 from winnow.structures import STRUCTURES
+from winnow.study_grid import StudyGrid
 from winnow.tokens import PROTOCOLS
 
 TORCH = ("torch", "numpy", "safetensors")
@@ -98,7 +99,7 @@ def _kinds(content: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys([*([content["kind"]] if "kind" in content else []), *inner]))
 
 
-class Plan(Grid):
+class Plan(StudyGrid):
     """Cells and stages of a validated configuration; knows nothing of Snakemake and starts no job."""
 
     def __init__(self, config: Config, root: Path, memory: Path | None = None):

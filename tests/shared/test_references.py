@@ -85,7 +85,8 @@ def experiments() -> dict:
 def structures() -> dict:
     """Every structure on the demo model and on four families, in the FFN at two byte budgets, with random controls."""
     config, keeps, demo = experiments(), ["ffn-0.8", "ffn-0.5"], default()
-    methods = ["svd", "whitened", "kfac", "whitened_gauge_fixed", "grc_whitened", "basis_sharing", "bypass"]
+    methods = ["svd", "whitened", "kfac", "whitened_gauge_fixed", "grc_whitened", "basis_sharing", "bypass", "mixed"]
+    config["methods"]["mixed"] = {"structure": {"kind": "by_target"}, "metric": {"kind": "weights"}}
     methods += ["clusters_cosine", "tiers_activation", "ffsplit_whitened", "ffsplit_affine", "modegpt_mlp"]
     config["budgets"]["ffn-0.5"] = {"targets": ["ffn"], "keep_bytes": 0.5}
     config["budgets"]["whole"] = {"targets": ["ffn"], "rank_fraction": 1.0}  # the affine block has one form, of few bytes

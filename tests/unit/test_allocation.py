@@ -70,6 +70,16 @@ def test_ranks_and_fractions():
     assert allocate(groups, budget(rank_fraction=0.25)).sizes == {"000.up_proj": 32, "001.up_proj": 16}
 
 
+def test_ranks_by_target():
+    group = [Matrix(0, role, f"layers.0.{role}", "attention_input", (64, 64), False, False) for role in ("q_proj", "o_proj")]
+    groups = [Group(m.name, [m], LOW_RANK, 2, 0, 8192, list(range(0, 4096, 128)), [1.0] * 32) for m in group]
+    assert allocate(groups, budget(rank={"qkv": 7, "o_proj": 9})).sizes == {"000.q_proj": 7, "000.o_proj": 9}
+    assert allocate(groups, budget(rank_fraction={"qkv": 0.25, "o_proj": 0.125})).sizes == {"000.q_proj": 16, "000.o_proj": 8}
+    both = Group("both", group, structure_of({"kind": "shared_basis"}), 2, 0, 8192, list(range(0, 4096, 128)), [1.0] * 32)
+    with pytest.raises(InputError, match="shared_basis fits q_proj, o_proj together; give them the same rank"):
+        allocate([both], budget(rank={"qkv": 7, "o_proj": 9}))
+
+
 def test_a_rank_beyond_break_even_is_refused_with_the_number():
     """The seed's "3072 + 256" on 4096 x 14336 stores more than dense; its break-even rank is 3185."""
     with pytest.raises(InputError, match=r"rank 3328 of layers\.0\.up_proj \(4096 x 14336\).*break-even rank is 3185"):

@@ -66,6 +66,25 @@ MISTAKES = [
     ),
     (lambda c: c["budgets"]["ffn-0.8"].update(rank=3), "budgets.ffn-0.8: give exactly one of"),
     (lambda c: c["budgets"]["ffn-0.8"].update(targets=["fnn"]), "budgets.ffn-0.8.targets.0: Input should be"),
+    (lambda c: c["budgets"].update(x={"rank": 0}), "budgets.x.rank: Input should be greater than or equal to 1"),
+    (lambda c: c["budgets"].update(x={"rank": {"ffn": 0}}), "budgets.x.rank.ffn: Input should be greater than or equal to 1"),
+    (lambda c: c["budgets"].update(x={"targets": ["ffn"], "rank": {"qkv": 4}}), "budgets.x: ranks are given by target; leave"),
+    (
+        lambda c: c["budgets"].update(x={"rank_fraction": {"qkv": 0.5, "attention": 0.2}}),
+        "budgets.x: q_proj is named by both 'qkv' and 'attention'",
+    ),
+    (
+        lambda c: c["methods"]["bypass"]["structure"].update(kept=3, kept_fraction=0.1),
+        "methods.bypass.structure: give either `kept` or `kept_fraction`",
+    ),
+    (
+        lambda c: c["methods"]["svd"].update(structure={"kind": "by_target", "parts": {"qkv": {"kind": "split"}}}),
+        "methods.svd.structure: split replaces a whole FFN",
+    ),
+    (
+        lambda c: c["methods"]["svd"].update(structure={"kind": "by_target", "parts": {"qkv": {"kind": "low"}}}),
+        "methods.svd.structure.parts.qkv: there is no kind 'low'; did you mean 'low_rank'?",
+    ),
     (lambda c: c["models"]["demo"].update(revision="main"), "models.demo.revision: String should match pattern"),
     (
         lambda c: c["texts"]["demo_evaluation"].update(dataset="wikitext"),

@@ -284,6 +284,27 @@ def test_sliced_neurons_are_corrected_by_least_squares():
             torch.testing.assert_close(world.ffn(model, layer), best, atol=1e-6, rtol=1e-6)
 
 
+def test_by_target_is_each_structure_on_its_own_matrices():
+    world = World("gram", 10, 16, 5)
+    parts = {"attention": {"kind": "shared_basis"}, "ffn": {"kind": "gauge_fixed"}}
+    structure = structure_of({"kind": "by_target", "parts": parts})
+    groups = structure.groups(world.matrices)
+    assert {m.name for group in groups for m in group} == {m.name for m in world.matrices}
+    for group in groups:
+        own = structure_of(parts["ffn" if group[0].role in ("gate_proj", "up_proj", "down_proj") else "attention"])
+        assert own.groups(group) == [group]
+        models = [world.compressed(s, group, s.fit(world.problem(s, group), 4).tensors, 4) for s in (structure, own)]
+        assert models[0][1] == models[1][1]
+        for m in group:
+            one, other = (matrix_of(model.get_submodule(m.module), m.shape[1]) for model, _ in models)
+            assert torch.equal(one, other)
+    clusters = {"qkv": {"kind": "low_rank"}, "ffn": {"kind": "cluster", "clusters": 2}}
+    control = structure_of({"kind": "by_target", "parts": clusters}).control()
+    assert [part["kind"] for part in control.model_dump()["parts"].values()] == ["low_rank", "cluster"]
+    assert control.model_dump()["parts"]["ffn"]["by"] == "random"
+    assert structure_of(control.model_dump()).control() is None
+
+
 def test_random_controls_differ_in_the_selection_only():
     for kind in ("cluster", "tiers", "split", "split_affine", "neuron_slice"):
         structure = structure_of(small(kind))

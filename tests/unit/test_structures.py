@@ -21,7 +21,8 @@ def metrics_of(spec) -> list:
     structure = STRUCTURES[spec["kind"]]
     if structure.objective != "metric":
         return [None]
-    kinds = ["gram", "two_sided"] if spec in VARIANTS else list(METRICS)
+    few = spec in VARIANTS or spec["kind"] == "by_target"  # whose parts see all of them
+    kinds = ["gram", "two_sided"] if few else list(METRICS)
     return [kind for kind in kinds if structure.weighs_outputs or not set(METRICS[kind].needs) & set(GRADIENTS)]
 
 

@@ -23,7 +23,7 @@ VARIANTS = [
     {"kind": "cluster", "clusters": 2, "by": "activation"},
     {"kind": "cluster", "clusters": 2, "axis": "neurons", "by": "co_activation"},
     {"kind": "bypass", "kept": 2, "remainder": {"kind": "cluster", "clusters": 2}},
-    {"kind": "bypass", "kept": 1, "remainder": {"kind": "shared_basis"}},
+    {"kind": "bypass", "kept_fraction": 0.2, "remainder": {"kind": "shared_basis"}},
     {"kind": "tiers", "exact": 1, "columns": [0.5, 0.5], "ranks": [0.6, 0.4], "score": "weight_norm"},
     {"kind": "split", "exact": 0.0},
     {"kind": "split", "exact": 0.5, "criterion": "leverage"},
@@ -131,7 +131,7 @@ class World:
         indices = sum(tensor.nbytes for tensor in state.values() if not tensor.is_floating_point())
         assert indices == structure.index_bytes(group), "bytes of indices by formula are those stored"
         if structure.bias_name is not None:
-            state |= {f"{m.module}.{structure.bias_name}": self.biases[m.name] for m in group if m.bias}
+            state |= {f"{m.module}.{structure.bias_of(m)}": self.biases[m.name] for m in group if m.bias}
         expected = {k for name in parts for k in model.get_submodule(name).state_dict(prefix=f"{name}.")}
         assert expected == set(state) | set(tied), "the module's tensors are those stored"
         model.load_state_dict({**state, **{key: state[owner] for key, owner in tied.items()}}, strict=False)

@@ -28,9 +28,10 @@ def once_per_rule(check):
     checked = set()
 
     def is_valid(job):
-        if job.rule not in checked:
+        made_by = job.rule
+        if made_by not in checked:
             check(job)
-            checked.add(job.rule)
+            checked.add(made_by)
 
     return is_valid
 

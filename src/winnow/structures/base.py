@@ -126,6 +126,10 @@ class Structure(ABC):
     def kind(cls) -> str:
         return get_args(cls.Options.model_fields["kind"].annotation)[0]
 
+    def bias_of(self, matrix: Matrix) -> str | None:
+        """`bias_name`, for structures that store different matrices in different forms."""
+        return self.bias_name
+
     def needs(self) -> tuple[str, ...]:
         """Statistics of inputs that the structure needs besides those of the method's metric."""
         return ()

@@ -32,6 +32,9 @@ class Bypass(Structure):
     class Options(StructureOptions):
         kind: Literal["bypass"]
         kept: int = Field(8, ge=1, description="directions kept apart, r")
+        kept_fraction: float | None = Field(
+            None, gt=0, lt=1, description="r as a share of the smaller side of each matrix, in the place of `kept`"
+        )
         remainder: AnyStructure = Field(  # resolved by the registry, which knows them all
             default_factory=lambda: {"kind": "low_rank"}, validate_default=True, description="structure of the remainder"
         )
@@ -41,6 +44,8 @@ class Bypass(Structure):
         def _of_matrices(self) -> Bypass.Options:
             from winnow.structures import STRUCTURES
 
+            if self.kept_fraction is not None and self.kept != type(self).model_fields["kept"].default:
+                raise ValueError("give either `kept` or `kept_fraction`")
             if STRUCTURES[self.remainder.kind].bias_name is None:
                 raise ValueError(f"{self.remainder.kind} replaces a whole FFN, so it cannot hold the remainder of a matrix")
             if STRUCTURES[self.remainder.kind].optimised_at_size:
@@ -88,7 +93,8 @@ class Bypass(Structure):
         return self.inner.index_bytes(group)
 
     def _kept(self, matrix: Matrix) -> int:
-        return min(self.options.kept, *matrix.shape)
+        share = self.options.kept_fraction
+        return min(max(1, round(share * min(matrix.shape))) if share else self.options.kept, *matrix.shape)
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         from winnow.linalg import leading_directions

@@ -1,0 +1,31 @@
+"""Rank correlations of a few pairs, with standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """The correlation of ranks, ties at their mean rank; NaN where one side has no spread."""
+    import pandas as pd
+
+    a, b = (pd.Series(list(values), dtype="float64").rank() for values in (one, other))
+    return float(a.corr(b))
+
+
+def jackknife(statistic: Callable[[list[int]], float], count: int) -> tuple[float, float]:
+    """(the statistic of all of `count` items, its standard error by leaving out one at a time); `statistic` takes indices."""
+    items = list(range(count))
+    left = np.array([statistic(items[:i] + items[i + 1 :]) for i in items])
+    error = math.sqrt((count - 1) / count * float(((left - left.mean()) ** 2).sum()))
+    return statistic(items), error
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, its standard error over the values; 0 of a single one)."""
+    if len(values) < 2:
+        return float(values[0]), 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))

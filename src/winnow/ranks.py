@@ -1,0 +1,106 @@
+"""Effective ranks of every matrix under four definitions, in the metric of the weights and in that of the outputs; and whether
+their profile over layers has the shape of an hourglass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from winnow.architectures import moments_file
+from winnow.spectra import effective_ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from winnow.io import Bundle
+    from winnow.models import ModelFiles
+
+DEFINITIONS = {
+    "k95": "directions with 95 % of the energy",  # HyperTensor Paper I
+    "stable": "stable rank (energy over its largest part)",
+    "entropy": "entropy rank (exp of the energy's)",  # Roy and Vetterli
+    "rrr90": "rank for 90 % of the variance (RRR)",  # reduced-rank regression of outputs on inputs; of the weights: white inputs
+}
+METRICS = {"weights": "weights", "outputs": "outputs on the calibration tokens"}
+EARLY, LATE, OF = 6, 5, 30  # layers 0-5 and 25-29 of the paper's 30
+ORDERS = 2000  # random orders of layers, where there are too many to take all
+ALL_ORDERS = 7  # layers up to which all orders are taken
+
+
+def profile(files: ModelFiles, moments: Bundle) -> list[dict[str, Any]]:
+    """One row per matrix and metric (experts left out): the effective ranks as shares of the smaller side, `ambient`."""
+    import torch
+
+    rows = []
+    for m in (m for m in files.matrices if m.expert is None):
+        weight, site = files.weight(m), moments.tensors(moments_file(m.layer))
+        gram, mean = site[f"{m.site}.gram"].double(), site[f"{m.site}.mean"].double()
+        plain = torch.linalg.svdvals(weight)
+        found = {"weights": (plain, plain)}
+        found["outputs"] = (_values(weight, gram), _values(weight, gram - torch.outer(mean, mean)))
+        for metric, (values, centred) in found.items():
+            ambient, own = min(m.shape), effective_ranks(values.numpy())
+            ranks = {"k95": own["k95"], "stable": own["stable_rank"], "entropy": own["entropy_rank"]}
+            ranks["rrr90"] = effective_ranks(centred.numpy())["k90"]
+            shares = {name: value / ambient for name, value in ranks.items()}
+            rows.append({"layer": m.layer, "role": m.role, "metric": metric, "ambient": ambient, **shares})
+    return rows
+
+
+def _values(weight: Tensor, gram: Tensor) -> Tensor:
+    """Singular values of W C^{1/2}, largest first."""
+    import torch
+
+    from winnow.linalg import square_root
+
+    return torch.linalg.svdvals(weight @ square_root(gram))
+
+
+def ends(layers: int) -> tuple[int, int]:
+    """How many of the first and of the last layers stand for the paper's 0-5 and 25-29 of 30."""
+    return -(-EARLY * layers // OF), -(-LATE * layers // OF)
+
+
+def hourglass(values: Sequence[float]) -> dict[str, float]:
+    """Means over the early, middle and late layers; `excess`, by how much the lower of the two ends is above the middle (%); and
+    `chance`, the share of orders of the layers whose excess is at least that. An hourglass has an excess above 0.
+
+    Raises ValueError for fewer layers than have a middle."""
+    early, late = ends(len(values))
+    if early + late >= len(values):
+        raise ValueError(f"{len(values)} layers have no middle between the first {early} and the last {late}")
+    own = np.asarray(values, dtype=np.float64)
+    if len(own) <= ALL_ORDERS:
+        orders = np.array(list(permutations(own)))
+    else:
+        generator = np.random.default_rng(0)
+        orders = np.array([own, *(generator.permutation(own) for _ in range(ORDERS))])
+    excess = _excess(own[None], early, late)[0]
+    chance = float((_excess(orders, early, late) >= excess - 1e-9).mean())
+    parts = {"early": own[:early].mean(), "middle": own[early:-late].mean(), "late": own[-late:].mean()}
+    return {**{name: float(value) for name, value in parts.items()}, "excess": float(excess), "chance": chance}
+
+
+def _excess(orders: np.ndarray, early: int, late: int) -> np.ndarray:
+    """(orders,) from (orders, layers)."""
+    lower = np.minimum(orders[:, :early].mean(1), orders[:, -late:].mean(1))
+    return 100 * (lower / orders[:, early:-late].mean(1) - 1)
+
+
+def hourglasses(rows: list[dict[str, Any]], roles: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per role (and `ffn`, the mean of all), metric and definition. Empty where there are too few layers."""
+    layers = sorted({row["layer"] for row in rows if row["role"] in roles})
+    if not layers or sum(ends(len(layers))) >= len(layers):
+        return []
+    found = []
+    named = {role: [role] for role in roles} | {"ffn": list(roles)}
+    for name, own in named.items():
+        for metric in METRICS:
+            for definition in DEFINITIONS:
+                chosen = [row for row in rows if row["role"] in own and row["metric"] == metric]
+                by_layer = [float(np.mean([row[definition] for row in chosen if row["layer"] == layer])) for layer in layers]
+                found.append({"role": name, "metric": metric, "definition": definition, **hourglass(by_layer)})
+    return found

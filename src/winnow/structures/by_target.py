@@ -1,0 +1,119 @@
+"""`by_target`: another structure for every target, as attention by one and the FFN by another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from winnow.architectures import Matrix, Target, disjoint, named_by
+from winnow.structures.base import AnyStructure, Fit, Part, Problem, Structure, StructureOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from winnow.clusters import Clustering
+
+
+class ByTarget(Structure):
+    """Every target's matrices by the structure of its own, all in the method's metric; matrices that no target names cannot be
+    compressed so. With `rank_fraction: {target: share}` in the budget, targets can have ranks of their own too."""
+
+    reference = "combined attention and FFN compression (HyperTensor Paper VIII)"
+    stores = "what the structure of each target stores"
+    formula = "that of each target's structure"
+    bias_name = "bias"  # of no matrix: `bias_of` has the names
+
+    class Options(StructureOptions):
+        kind: Literal["by_target"]
+        parts: dict[Target, AnyStructure] = Field(  # resolved by the registry, which knows them all
+            default_factory=lambda: {"attention": {"kind": "shared_basis"}, "ffn": {"kind": "low_rank"}},
+            validate_default=True,
+            min_length=1,
+            description="`{target: structure}`; targets as in a budget",
+        )
+
+        @model_validator(mode="after")
+        def _of_matrices(self) -> ByTarget.Options:
+            from winnow.structures import STRUCTURES, structure_of
+
+            disjoint(self.parts)
+            for part in self.parts.values():
+                if STRUCTURES[part.kind].bias_name is None:
+                    raise ValueError(f"{part.kind} replaces a whole FFN, so it cannot be the structure of some matrices")
+                if STRUCTURES[part.kind].optimised_at_size:
+                    raise ValueError(f"{part.kind} couples layers, so it cannot stand beside another structure")
+            clusterings = [structure_of(part.model_dump()).clustering() for part in self.parts.values()]
+            if len({c.model_dump_json() for c in clusterings if c}) > 1:
+                raise ValueError("the parts cluster in different ways; one method has one assignment of clusters")
+            return self
+
+    options: Options
+
+    def __init__(self, options: StructureOptions):
+        from winnow.structures import structure_of
+
+        super().__init__(options)
+        self.parts = {target: structure_of(part.model_dump()) for target, part in self.options.parts.items()}
+
+    def part(self, matrix: Matrix) -> Structure:
+        """The structure of a matrix. KeyError if no target names it."""
+        return self.parts[str(named_by(matrix.role, self.parts))]
+
+    def bias_of(self, matrix: Matrix) -> str | None:
+        return self.part(matrix).bias_of(matrix)
+
+    def needs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(need for part in self.parts.values() for need in part.needs()))
+
+    def clustering(self) -> Clustering | None:
+        return next((c for c in (part.clustering() for part in self.parts.values()) if c), None)
+
+    def control(self) -> StructureOptions | None:
+        controls = {target: part.control() for target, part in self.parts.items()}
+        if not any(controls.values()):
+            return None
+        return self.options.model_copy(update={"parts": {t: c or self.options.parts[t] for t, c in controls.items()}})
+
+    def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
+        found = []
+        for target, part in self.parts.items():
+            found += part.groups([m for m in matrices if named_by(m.role, self.parts) == target])
+        return sorted(found, key=lambda group: group[0].layer)  # so that a shard reads the files of few layers
+
+    def limit(self, group: list[Matrix]) -> int:
+        return self.part(group[0]).limit(group)
+
+    def whole(self, group: list[Matrix]) -> int:
+        return self.part(group[0]).whole(group)
+
+    def largest(self, group: list[Matrix]) -> int:
+        return self.part(group[0]).largest(group)
+
+    def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
+        return self.part(group[0]).numbers(group, size, tensors)
+
+    def index_bytes(self, group: list[Matrix]) -> int:
+        return self.part(group[0]).index_bytes(group)
+
+    def metric_of_error(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        return self.part(problem.group[0]).metric_of_error(problem)
+
+    def fit(self, problem: Problem, largest: int) -> Fit:
+        return self.part(problem.group[0]).fit(problem, largest)
+
+    def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+        return self.part(group[0]).stored(group, tensors, size)
+
+    @staticmethod
+    def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
+        """The module of the part whose layout it is: a checkpoint names that part's kind, never this one's."""
+        from winnow.structures import STRUCTURES
+
+        return STRUCTURES[layout["kind"]].module(layout, dense)
+
+    @staticmethod
+    def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
+        from winnow.structures import STRUCTURES
+
+        return STRUCTURES[layout["kind"]].share(model, name, layout)

@@ -1,0 +1,269 @@
+"""Study of per-cluster column SVD, what ranks columns, and LoRA afterwards (HyperTensor Paper VII)."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from winnow.cluster_answers import answers_of, distillation, rank_correlations
+from winnow.cluster_figures import correlation_figure, distillation_figure, massive_figure, reconstruction_figure
+from winnow.studies.base import NONE, Conclusion, Evidence, Given, Study, key_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from winnow.architectures import Matrix
+    from winnow.claims import Answer
+
+COUNTS, FRACTIONS = (2, 4, 8), (0.25, 0.5, 0.75)
+WAYS = ("norm", "cosine", "activation", "random")
+RANDOM_SEEDS = 3  # random clusterings that a gain is compared with
+LAYERS = 8  # most layers whose matrices are cut up, evenly spread
+WINDOWS, LEFT_OUT, COLUMNS = 8, 4, 20  # calibration windows of the error measures and of leaving out; columns left out per layer
+PAPER = (576, 1536)  # d and hidden width of the paper's model, for matrices without structure
+WEIGHTS, LOW_RANK = {"kind": "weights"}, {"kind": "low_rank"}
+CLUSTERS = {"kind": "cluster", "clusters": 4}
+TIERS = {"kind": "tiers", "exact": 8}  # of the demo's 352 neurons as the published 32 of 1,536
+EQUAL = ("ffn-0.6", "ffn-0.4")  # budgets in bytes
+STARTS = ("svd", "tiers_weight_norm", "tiers_activation", "asvd", "whitened")
+
+
+class ClustersStudy(Study):
+    title = "Per-cluster column SVD, activation weighting and LoRA"
+    paper = "HyperTensor Paper VII"
+    methods = {
+        "svd": {"structure": LOW_RANK, "metric": WEIGHTS},
+        "weight_norm": {"structure": LOW_RANK, "metric": {"kind": "weight_norm"}},
+        "asvd": {"structure": LOW_RANK, "metric": {"kind": "mean_abs", "alpha": 0.5}},
+        "whitened": {"structure": LOW_RANK, "metric": {"kind": "gram"}},
+        "clusters_norm": {"structure": {**CLUSTERS, "by": "norm"}, "metric": WEIGHTS},
+        "clusters_cosine": {"structure": {**CLUSTERS, "by": "cosine"}, "metric": WEIGHTS},
+        "clusters_activation": {"structure": {**CLUSTERS, "by": "activation"}, "metric": WEIGHTS},
+        "clusters_random": {"structure": {**CLUSTERS, "by": "random"}, "metric": WEIGHTS},
+        "clusters_d_model": {"structure": {**CLUSTERS, "by": "norm", "axis": "d_model"}, "metric": WEIGHTS},
+        "tiers_activation": {"structure": {**TIERS, "score": "mean_abs"}, "metric": WEIGHTS},
+        "tiers_weight_norm": {"structure": {**TIERS, "score": "weight_norm"}, "metric": WEIGHTS},
+        "tiers_random": {"structure": {**TIERS, "score": "random"}, "metric": WEIGHTS},
+    }
+    budgets = {
+        **{f"ffn-{keep}": {"targets": ["ffn"], "keep_bytes": keep} for keep in (0.6, 0.4)},
+        **{f"ffn-rank-{share}": {"targets": ["ffn"], "rank_fraction": share} for share in FRACTIONS},
+        "down-rank-0.5": {"targets": ["down_proj"], "rank_fraction": 0.5},
+    }
+    recoveries = {
+        # LoRA as published (rank 8, alpha 16, rate 5e-4, 500 windows), on the text and on the dense model's distribution alike:
+        # with the second alone the dense model, which is its own teacher, would gain nothing and be no control.
+        "lora": {"kind": "distill", "parameters": "lora", "rate": 5e-4, "nll": 1.0, "steps": 250, "batch": 2, "every": 50},
+    }
+    cells = [
+        *((m, b) for b, m in product(EQUAL, methods) if m != "clusters_d_model"),
+        *(("clusters_d_model", f"ffn-rank-{share}") for share in FRACTIONS),
+        *(("svd", f"ffn-rank-{share}") for share in (0.25, 0.5)),
+        *((m, "down-rank-0.5") for m in ("svd", "asvd", "whitened", "tiers_activation", "tiers_weight_norm", "tiers_random")),
+        *((m, "ffn-0.4", "lora") for m in STARTS),
+    ]
+    tables = ("reconstruction", "published", "massive", "errors", "correlations", "loss", "distillation")
+    figures = ("reconstruction", "correlations", "massive", "distillation")
+    reads = ("moments", "windows", "checkpoints")
+
+    def measure(self, given: Given) -> dict[str, Any]:
+        """Errors of clusters against one SVD, columns that stand out, errors of the study's checkpoints, training of LoRA."""
+        from winnow.architectures import ffn_groups, moments_file
+
+        files, moments, windows = given.files, given.moments, given.windows
+        assert moments is not None
+        assert windows is not None
+        groups = ffn_groups([m for m in files.matrices if m.expert is None])
+        if not groups:
+            return {"missing": "the model has no FFN but mixtures of experts"}
+        step = max(1, -(-len(groups) // LAYERS))
+        sampled = groups[::step]
+        statistics = lambda m: {  # noqa: E731
+            name.removeprefix(f"{m.site}."): value.double()
+            for name, value in moments.tensors(moments_file(m.layer)).items()
+            if name.startswith(f"{m.site}.")
+        }
+        cut = [_cut(m, files.weight(m), statistics(m)) for group in sampled for m in group]
+        found: dict[str, Any] = {
+            "reconstruction": _table(cut),
+            "published": _published([[files.weight(m) for m in g] for g in (groups[0], groups[len(groups) // 2], groups[-1])]),
+            "flatness": _flatness(cut),
+            "identities": _identities(sampled[0][0], files.weight(sampled[0][0]), cut),
+        }
+        found |= self._of_model(given, [group[-1] for group in groups], statistics)
+        found["training"] = {
+            method: json.loads(bundle.path("recovery.json").read_text(encoding="utf-8"))
+            for (method, _, recovery), bundle in given.checkpoints.items()
+            if recovery != NONE
+        }
+        return found
+
+    def _of_model(self, given: Given, downs: list[Matrix], statistics: Any) -> dict[str, Any]:
+        """What takes the model itself: errors of every checkpoint, and of single columns of down left out."""
+        import torch
+
+        from winnow.architectures import blocks_of
+        from winnow.correlation import spearman
+        from winnow.loading import load_model
+        from winnow.proxies import left_out, matrix_errors, output_errors
+        from winnow.reconstruction import outlying
+
+        files, windows, moments = given.files, given.windows, given.moments
+        assert windows is not None
+        assert moments is not None
+        dense = load_model(files.verify(), given.dtype, given.device)
+        names, shown = list(blocks_of(files.manifest["model_type"], files.tensors).values()), windows[:WINDOWS]
+        batch, errors = max(1, 4096 // windows.shape[1]), []
+        for (method, budget, recovery), bundle in given.checkpoints.items():
+            if recovery == NONE:
+                model = load_model(bundle.verify(), given.dtype, given.device)
+                own = matrix_errors(files, moments, bundle, model) | output_errors(dense, model, names, shown, batch)
+                errors.append({"method": method, "budget": budget, **own})
+        massive, generator = [], torch.Generator().manual_seed(0)
+        for down in downs:
+            scores = {"activation": statistics(down)["mean_abs"], "weight norm": files.weight(down).norm(dim=0)}
+            columns = torch.randperm(down.shape[1], generator=generator)[:COLUMNS].sort().values
+            lost = left_out(dense, down, columns.tolist(), windows[:LEFT_OUT])
+            for name, score in scores.items():
+                row = {"layer": down.layer, "score": name, "columns": down.shape[1], **outlying(score)}
+                massive.append({**row, "left_out": spearman(score[columns].tolist(), lost)})
+        return {"errors": errors, "massive": massive}
+
+    def conclude(self, evidence: Evidence) -> Conclusion:
+        import pandas as pd
+
+        tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
+        identities: list[dict[str, Any]] = []
+        answers: dict[str, dict[str, Answer]] = {}
+        for model, found in evidence.measured.items():
+            for method, budget, recovery in map(key_of, self.cells):
+                row = evidence.cell(model, method, budget, recovery)
+                own = {key: row[key] for key in ("keep_bytes", "delta_nll", "delta_nll_se", "kl", "perplexity")}
+                if recovery == NONE:
+                    tables["loss"].append({"model": model, "method": method, "budget": budget, **own})
+            healed = distillation(evidence, model, STARTS, found.get("training", {}))
+            tables["distillation"] += [{"model": model, **row} for row in healed]
+            correlations = []
+            if "missing" not in found:
+                for name in ("reconstruction", "published", "massive"):
+                    tables[name] += [{"model": model, **row} for row in found[name]]
+                losses = {(r["method"], r["budget"]): r for r in tables["loss"] if r["model"] == model}
+                of_cells = [{**row, **losses[row["method"], row["budget"]]} for row in found["errors"]]
+                correlations = rank_correlations(of_cells, EQUAL)
+                shown = ("model", "method", "budget", "weights", "activations", "blocks", "logits", "delta_nll", "delta_nll_se")
+                tables["errors"] += [{key: row[key] for key in shown} for row in of_cells]
+                tables["correlations"] += [{"model": model, **row} for row in correlations]
+                identities += [{"model": model, "identity": k, "residual": v} for k, v in found["identities"].items()]
+            for claim, by_model in answers_of(evidence, model, found, correlations, healed).items():
+                answers.setdefault(claim, {}).update(by_model)
+        frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+        figures = {
+            "reconstruction": reconstruction_figure(frames["reconstruction"], frames["published"]),
+            "correlations": correlation_figure(frames["errors"], EQUAL),
+            "massive": massive_figure(frames["massive"]),
+            "distillation": distillation_figure(frames["distillation"]),
+        }
+        return Conclusion(frames, figures, answers, pd.DataFrame(identities))
+
+
+def _cut(matrix: Matrix, weight: Tensor, site: dict[str, Tensor]) -> dict[str, Any]:
+    """The singular values of a matrix and of its clusters by every way and count; `random` several times."""
+    from winnow.clusters import Clustering, assign
+    from winnow.reconstruction import blocks_of
+
+    clustered = {}
+    for by, count in product(WAYS, COUNTS):
+        for seed in range(RANDOM_SEEDS if by == "random" else 1):
+            clustering = Clustering.model_validate({"clusters": count, "by": by, "seed": seed})
+            labels = assign(weight, site, clustering, matrix)[0]
+            clustered[by, count, seed] = blocks_of(weight, labels)
+    return {"shape": matrix.shape, "role": matrix.role, "one": blocks_of(weight), "clustered": clustered}
+
+
+def _table(cut: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Gains of clusters over one SVD, means over matrices with standard errors, and over random clusters of the same matrix."""
+    from winnow.correlation import mean_error
+    from winnow.reconstruction import gains
+
+    of: dict[tuple[str, int, float], list[dict[str, float] | None]] = {}
+    for by, count, share in product(WAYS, COUNTS, FRACTIONS):
+        of[by, count, share] = []
+        for each in cut:
+            k = max(1, int(share * min(each["shape"])))
+            seeds = [gains(b, each["one"], k) for (way, c, _), b in each["clustered"].items() if (way, c) == (by, count)]
+            known = [g for g in seeds if g is not None]
+            mean = {key: sum(g[key] for g in known) / len(known) for key in known[0]} if len(known) == len(seeds) else None
+            of[by, count, share].append(mean)
+    rows = []
+    for (by, count, share), found in of.items():
+        row: dict[str, Any] = {"by": by, "clusters": count, "k": share}
+        pairs = [(g, r) for g, r in zip(found, of["random", count, share], strict=True) if g is not None and r is not None]
+        row |= {"matrices": len(pairs), "stored": mean_error([g["stored"] for g, _ in pairs])[0] if pairs else None}
+        for key in ("equal_rank", "equal_bytes", "gauge_fixed"):
+            row[key], row[f"{key}_se"] = mean_error([g[key] for g, _ in pairs]) if pairs else (None, None)
+        over = mean_error([g["equal_bytes"] - r["equal_bytes"] for g, r in pairs]) if pairs else (None, None)
+        rows.append({**row, "over_random": over[0], "over_random_se": over[1]})
+    return rows
+
+
+def _published(layers: list[list[Tensor]], shape: tuple[int, int] = PAPER) -> list[dict[str, Any]]:
+    """The paper's own comparison on the FFNs of some layers, and on matrices of its model's shape without any structure."""
+    from winnow.reconstruction import blocks_of, norm_bins, published, structureless
+
+    rows = []
+    for name, ffns in {"this model": layers, **{kind: [structureless(kind, *shape)] for kind in ("noise", "flat")}}.items():
+        one = [[blocks_of(w) for w in ffn] for ffn in ffns]
+        for count in (4, 8, 16):
+            labels = [norm_bins(ffn[0], count) for ffn in ffns]
+            many = [[blocks_of(w, own, w is ffn[-1]) for w in ffn] for ffn, own in zip(ffns, labels, strict=True)]
+            for share in FRACTIONS:
+                found = [published(*pair, share) for pair in zip(one, many, strict=True)]
+                mean = {key: sum(row[key] for row in found) / len(found) for key in found[0]}
+                if mean["global"] > 0:
+                    mean["gain"] = 100 * (1 - mean["cluster"] / mean["global"])  # of the mean errors, as the paper has it
+                rows.append({"matrices": name, "clusters": count, "k": share, **mean})
+    return rows
+
+
+def _flatness(cut: list[dict[str, Any]]) -> float:
+    """The share of directions that hold 95 % of the squared norm, mean over the matrices."""
+    shares = []
+    for each in cut:
+        (energy,) = each["one"].energies
+        shares.append(float((energy.cumsum(0) < 0.95 * energy.sum()).sum() + 1) / len(energy))
+    return sum(shares) / len(shares)
+
+
+def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> dict[str, float]:
+    """Residuals, relative to the squared norm, of what must hold exactly; the first is a bound: its excess, at most 0."""
+    import torch
+
+    from winnow.metrics import metric_of
+    from winnow.reconstruction import blocks_of, gains
+    from winnow.structures import structure_of
+    from winnow.structures.base import Problem
+
+    excess = [
+        found["excess"]
+        for each, share in product(cut, FRACTIONS)
+        for blocks in each["clustered"].values()
+        if (found := gains(blocks, each["one"], max(1, int(share * min(each["shape"])))))
+    ]
+    structure = structure_of({"kind": "cluster", "clusters": 1})
+    labels = torch.zeros(weight.shape[1], dtype=torch.int64)
+    problem = Problem([matrix], {matrix.name: weight}, {}, metric_of(WEIGHTS), labels={matrix.name: labels})
+    k = max(1, min(weight.shape) // 4)
+    one = float(structure.fit(problem, k).error[k] / weight.square().sum())
+    order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0))
+    halves = torch.arange(weight.shape[1]) % 2
+    parts = [blocks_of(weight, halves), blocks_of(weight[:, order], halves[order])]
+    lost = [part.lost([k / 2, k / 2]) for part in parts]
+    return {
+        "||W - W_clusters||^2 >= ||W - W_k||^2 at equal total rank": max(excess, default=0.0),
+        "one cluster is the truncated SVD": abs(one - blocks_of(weight).lost([float(k)])),
+        "the order of the columns changes nothing": abs(lost[0] - lost[1]),
+    }
+
+
+STUDY = ClustersStudy()
