@@ -20,10 +20,13 @@ HOLDS, OTHER, FAILS = "holds", "holds with another number", "fails"
 IMPOSSIBLE, UNTESTED, UNDECIDED = "impossible", "cannot be tested here", "undecided"
 VERDICTS = (HOLDS, OTHER, FAILS, UNDECIDED, IMPOSSIBLE, UNTESTED)
 ERRORS = 2  # standard errors that a difference must exceed
+COARSE = 0.25  # of the claimed number (or its tolerance, if that is larger): a wider margin of error neither confirms nor refutes
+SMALL = 0.1  # of the claimed number: what is less than that on its side is not the claim with another number
 
 
 class Number(Strict):
-    """The claimed number is measured again: it holds within `tolerance`, with another number if only its side of 0 does."""
+    """The claimed number is measured again: it holds within `tolerance`, with another number if only its side of 0 does and at
+    least a tenth of it is left; a measurement too coarse to tell decides nothing."""
 
     kind: Literal["number"]
     tolerance: float = Field(ge=0, description="in the claim's unit; two standard errors of the measurement are added")
@@ -114,14 +117,15 @@ def verdict(claim: Claim, answer: Answer) -> str:
         if min(room) >= (margin if margin else 0.0):
             return HOLDS
         return FAILS if min(room) < -margin else UNDECIDED
-    if claim.number is not None and abs(answer.value - claim.number) <= check.tolerance + margin:
-        return HOLDS
+    claimed = claim.number or 0.0
+    if claim.number is not None and abs(answer.value - claimed) <= check.tolerance + margin:
+        return HOLDS if margin <= max(check.tolerance, COARSE * abs(claimed)) else UNDECIDED
     if check.side is None:
         return FAILS
-    signed = answer.value if check.side == "above" else -answer.value
-    if signed > margin:
+    signed, least = (answer.value if check.side == "above" else -answer.value), SMALL * abs(claimed)
+    if signed > margin and signed >= least:
         return OTHER
-    return FAILS if signed < -margin or not margin else UNDECIDED
+    return FAILS if signed < max(least - margin, -margin) or not margin else UNDECIDED
 
 
 def judge(claims: Iterable[Claim], answers: dict[str, dict[str, Answer]]) -> pd.DataFrame:
