@@ -8,34 +8,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from winnow.allocations import AnyAllocation, allocation_of
 from winnow.allocations.uniform import Uniform
 from winnow.architectures import ROLES, TARGETS, Target, disjoint
 from winnow.errors import InputError
 from winnow.evaluations import PLAIN, AnyEvaluation, Classification, Perplexity
-from winnow.fields import Name, Strict
+from winnow.fields import EACH, ONE, Name, Ranks, Shares, Strict
 from winnow.metrics import GRADIENTS, METRICS, AnyMetric
 from winnow.recoveries import AnyRecovery, NoRecovery, Trained
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 from winnow.tuning import Tuning
 
-ONE, EACH = "one for all", "by target"  # how ranks are given; parts of the places of errors
-
-
-def _by_target(number: Any) -> Any:
-    """A number for all chosen matrices, or one for every target."""
-    each = Annotated[dict[Target, number], Tag(EACH)]
-    return Annotated[Annotated[number, Tag(ONE)] | each, Discriminator(lambda given: EACH if isinstance(given, dict) else ONE)]
-
-
-if typing.TYPE_CHECKING:
-    Ranks = int | dict[str, int]
-    Shares = float | dict[str, float]
-else:
-    Ranks = _by_target(Annotated[int, Field(ge=1)])
-    Shares = _by_target(Annotated[float, Field(gt=0, le=1)])
 UNIFORM = Uniform.Options(kind="uniform")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
