@@ -6,33 +6,20 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from winnow.allocations import AnyAllocation, allocation_of
 from winnow.allocations.uniform import Uniform
 from winnow.architectures import ROLES, TARGETS, Target, disjoint
-from winnow.config_errors import EACH, ONE, as_written, file_of, keys_at, nearest
+from winnow.config_errors import as_written, file_of, keys_at, nearest
 from winnow.errors import InputError
 from winnow.evaluations import AnyEvaluation, Classification, Perplexity
-from winnow.fields import Name, Strict
+from winnow.fields import Name, Ranks, Shares, Strict
 from winnow.metrics import GRADIENTS, METRICS, AnyMetric
 from winnow.recoveries import AnyRecovery, NoRecovery, Trained
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 from winnow.tuning import Tuning
 
-
-def _by_target(number: Any) -> Any:
-    """A number for all chosen matrices, or one for every target."""
-    each = Annotated[dict[Target, number], Tag(EACH)]
-    return Annotated[Annotated[number, Tag(ONE)] | each, Discriminator(lambda given: EACH if isinstance(given, dict) else ONE)]
-
-
-if typing.TYPE_CHECKING:
-    Ranks = int | dict[str, int]
-    Shares = float | dict[str, float]
-else:
-    Ranks = _by_target(Annotated[int, Field(ge=1)])
-    Shares = _by_target(Annotated[float, Field(gt=0, le=1)])
 UNIFORM = Uniform.Options(kind="uniform")
 Dtype = Literal["float32", "bfloat16", "float16"]
 

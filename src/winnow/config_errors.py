@@ -11,9 +11,8 @@ import yaml
 from pydantic import BaseModel
 
 from winnow.evaluations import PLAIN
+from winnow.fields import EACH, ONE
 from winnow.structures import AnyStructure
-
-ONE, EACH = "one for all", "by target"  # how ranks are given; pydantic puts these tags into the places of errors
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:

@@ -202,7 +202,7 @@ def evidence(found: dict, losses: dict[tuple[str, str], float]) -> Evidence:
         if name in found["stored_bytes"]:
             own["stored_bytes"] = found["stored_bytes"][name]
         own |= {"model_dense_bytes": 4000, "model_stored_bytes": 3000}
-        rows.append({"model": "m", "method": cell[0], "budget": cell[1], "result": key, **own})
+        rows.append({"model": "m", "method": cell[0], "budget": cell[1], "recovery": "none", "result": key, **own})
     return Evidence(pd.DataFrame(rows), results, {"m": found})
 
 
