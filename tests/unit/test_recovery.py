@@ -354,7 +354,7 @@ def test_a_changed_option_moves_the_label_of_its_recovery_only():
 def test_an_edit_of_a_kind_reaches_its_own_recoveries_only():
     plan = plan_of()
     labels = plan.labels
-    wildcards = {"model": labels["models"]["demo"], "method": labels["methods"]["svd"]}
+    wildcards = {"model": labels["models"]["demo"], "method": labels["methods"]["svd"], "budget": labels["budgets"]["ffn-0.8"]}
     codes = {n: plan.fingerprint("recover", {**wildcards, "recovery": labels["recoveries"][n]}) for n in ("refine", "distill")}
     modules = {name: {line.split()[0] for line in code} for name, code in codes.items()}
     assert {"winnow.recovery.refine", "winnow.recovery.training", "winnow.recoveries", "recover.py"} <= modules["refine"]
