@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from winnow.errors import InputError
 from winnow.forecast import MB, forecast, shape_of
 from winnow.plan import Plan
 
@@ -23,7 +24,7 @@ class Needs:
 
     def memory_mb(self, stage: str, model: str, attempt: int, otherwise: int) -> int:
         """MB for a stage on a model (by label), twice as much at every further attempt; `otherwise` at the first one where
-        nothing is forecast: for a model of the hub that is not here yet, and for stages without a forecast."""
+        nothing is forecast: for a model of the hub that is not here yet or is damaged, and for stages without a forecast."""
         if model not in self._found:
             self._found[model] = self._of(model)
         memory = self._found[model].get(stage)
@@ -36,5 +37,8 @@ class Needs:
         model = self.plan.config.models[name]
         if not model.local() and not manifest.is_file():
             return {}
-        shape = shape_of(Path(model.source), manifest)
+        try:
+            shape = shape_of(Path(model.source), None if model.local() else manifest)
+        except InputError:  # the jobs that read the model say what is wrong with it
+            return {}
         return {work.stage: work.memory for work in forecast(self.plan, {name: shape})}

@@ -19,7 +19,11 @@ def test_memory_is_the_forecast_with_a_margin_and_doubles_at_a_retry():
 def test_a_model_that_is_not_here_yet_gets_the_default(tmp_path):
     hub = {"source": "someone/model", "revision": "0" * 40}
     plan = plan_of(lambda c: c["models"].update(hub=hub))
-    assert Needs(plan, tmp_path).memory_mb("compress", plan.labels["models"]["hub"], 1, 16000) == 16000
+    label = plan.labels["models"]["hub"]
+    assert Needs(plan, tmp_path).memory_mb("compress", label, 1, 16000) == 16000
+    (tmp_path / label).mkdir()
+    (tmp_path / label / "model.json").write_text("cut")
+    assert Needs(plan, tmp_path).memory_mb("compress", label, 1, 16000) == 16000, "the job says that it is damaged"
 
 
 def test_every_kind_of_evaluation_and_every_method_that_clusters_is_forecast():
