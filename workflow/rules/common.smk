@@ -12,7 +12,6 @@ sys.path.insert(0, str(ROOT / "src"))
 from winnow import studies
 from winnow.config import load
 from winnow.errors import InputError
-from winnow.explain import difference
 from winnow.plan import Plan
 
 ALL_CORES = (
@@ -74,6 +73,8 @@ def refuse_unrecorded(has_metadata):
         outputs = [str(path) for path in job.output if os.path.exists(path)]
         if not outputs or record._filter_incomplete_keys(outputs):
             return known
+        from winnow.explain import difference  # rarely needed
+
         today = {name: job.params.get(name) for name in ("spec", "code", "versions")}
         if today["code"] and (change := difference(outputs, today)):
             print(

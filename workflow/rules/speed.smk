@@ -10,9 +10,10 @@ import snakemake.sourcecache
 from snakemake.dag import DAG
 from snakemake.jobs import Job
 from snakemake.output_index import OutputIndex
+from snakemake.rules import Rule
 
 # A plan of thousands of jobs is millions of objects that stay: looking for garbage among them takes a tenth of the time.
-gc.set_threshold(1_000_000)
+gc.set_threshold(20_000_000)
 snakemake.rules.get_function_params = cache(snakemake.common.get_function_params)
 snakemake.common.get_function_params = snakemake.rules.get_function_params
 snakemake.sourcecache.parse_uri = cache(snakemake.sourcecache.parse_uri)
@@ -50,5 +51,20 @@ def once_per_file(find):
     return file2jobs
 
 
+def of_equal_depth(matches):
+    """Whether a rule makes a file. No wildcard holds a slash, so only patterns as deep as the path have to be matched."""
+    depths = {}
+
+    def is_producer(made_by, path):
+        if made_by not in depths:
+            depths[made_by] = {
+                str(product).count("/") for product in made_by.products()
+            }
+        return path.count("/") in depths[made_by] and matches(made_by, path)
+
+    return is_producer
+
+
+Rule.is_producer = of_equal_depth(Rule.is_producer)
 Job.is_valid = once_per_rule(Job.is_valid)
 DAG.file2jobs = once_per_file(DAG.file2jobs)
