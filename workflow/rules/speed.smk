@@ -21,6 +21,9 @@ snakemake.sourcecache.SourceCache._cache = cache(
     snakemake.sourcecache.SourceCache._cache
 )
 OutputIndex.match_producers = cache(OutputIndex.match_producers)
+WILDCARDS = snakemake.rules.Wildcards
+of_items = cache(lambda items: WILDCARDS(fromdict=dict(items)))
+snakemake.rules.Wildcards = lambda fromdict: of_items(tuple(fromdict.items()))
 DAG.check_directory_outputs = lambda dag: None  # no rule makes a folder
 
 
