@@ -32,6 +32,11 @@ CASES = [
     (NUMBER, 10, Answer(30, 0.6), OTHER),
     (NUMBER, 10, Answer(-3, 0.6), FAILS),
     (NUMBER, 10, Answer(0.5, 0.6), UNDECIDED),
+    (NUMBER, 10, Answer(0.5, 0.01), FAILS),  # certain, and next to nothing of what is claimed
+    (NUMBER, 10, Answer(0.5), FAILS),
+    (NUMBER, 10, Answer(0.99, 0.1), UNDECIDED),  # a tenth of it, or not
+    (NUMBER, 10, Answer(10, 1.2), HOLDS),
+    (NUMBER, 10, Answer(10, 1.3), UNDECIDED),  # too coarse: two standard errors are more than a quarter of 10
     ({"kind": "number", "tolerance": 1, "side": "below"}, -10, Answer(-30), OTHER),
     ({"kind": "number", "tolerance": 1}, 10, Answer(12), FAILS),
     ({"kind": "bound", "most": 0}, None, Answer(-0.3, 0.1), HOLDS),
