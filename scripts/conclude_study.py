@@ -18,7 +18,7 @@ if __name__ == "__main__":
     results = {row["result"]: read_json(row["result"]) for row in (*rows, *scored)}
     table = summary(rows, results).assign(result=[row["result"] for row in rows])
     measured = {model: read_json(path) for model, path in job.spec["measured"].items()}
-    evidence = Evidence(table, results, measured, classification_table(scored, results) if scored else None)
+    evidence = Evidence(table, results, measured, classification_table(scored, results) if scored else None, scored)
     conclusion = study.conclude(evidence)
     verdicts = judge(read_claims_of(job.spec["claims"]), conclusion.answers)
     folder = Path(snakemake.output[0]).parent

@@ -42,20 +42,22 @@ class StudyGrid(Grid):
         return found
 
     def study_scores(self, study: str) -> list[tuple[Cell, dict[str, str]]]:
-        """As `study_cells`, on the classification tasks of all experiments that have one, with each of their recoveries."""
+        """As `study_cells`, on the tasks of the study's kind in all experiments that have one; classification tasks with each of
+        the experiment's recoveries."""
         names, own = self.of_studies[study], studies.study_of(study)
         dense: dict[Cell, dict[str, str]] = {}
         found: dict[Cell, dict[str, str]] = {}
+        kind = own.scored_by
         for e in self.config.experiments.values() if own.scored else ():
-            tasks = [name for name in e.evaluations if self.config.evaluations[name].kind == "classification"]
+            tasks = [name for name in e.evaluations if self.config.evaluations[name].kind == kind]
             calibration = self._seeds(e.calibrations)[0]
-            for model, task, recovery in product(e.models, tasks, e.recoveries):
-                dense[Cell(model, task, kind="classification")] = {"method": "dense", "budget": "dense"}
+            for model, task, recovery in product(e.models, tasks, e.recoveries if kind == "classification" else [studies.NONE]):
+                dense[Cell(model, task, kind=kind)] = {"method": "dense", "budget": "dense"}
                 if self.recovers(recovery):
-                    healed = Cell(model, task, calibration, recovery=recovery, kind="classification")
+                    healed = Cell(model, task, calibration, recovery=recovery, kind=kind)
                     dense[healed] = {"method": "dense", "budget": "dense"}
                 for method, budget in own.scored:
-                    cell = Cell(model, task, calibration, names[method], names[budget], recovery, "classification")
+                    cell = Cell(model, task, calibration, names[method], names[budget], recovery, kind)
                     found[cell] = {"method": method, "budget": budget}
         return [*dense.items(), *found.items()]
 

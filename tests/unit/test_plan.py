@@ -460,3 +460,17 @@ def test_a_preset_cannot_pass_for_a_seed():
 
     with pytest.raises(InputError, match=r"calibrations\.demo\.seed-1: the name is taken by a seed of 'demo'"):
         plan_of(change)
+
+
+def test_a_study_is_scored_on_the_tasks_of_its_kind_that_are_configured():
+    assert not plan_of().study_scores("coupling")
+
+    def change(config):
+        next(iter(config["experiments"].values()))["evaluations"] += ["tasks", "times"]
+
+    plan = plan_of(change)
+    scored = plan.study_scores("coupling")
+    assert {cell.kind for cell, _ in scored} == {"accuracy"}
+    assert [own["method"] for _, own in scored] == ["dense", "coupled", "whitened", "whitened"]
+    assert len({plan.result(cell) for cell, _ in scored}) == 4
+    assert not plan.study_scores("ffsplit"), "no task of kind classification"

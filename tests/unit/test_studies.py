@@ -1,5 +1,6 @@
 """Verdicts follow from numbers, and what the studies measure from a few lines of algebra."""
 
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -170,3 +171,26 @@ def test_verdicts_on_coupling_change_with_the_numbers(coupling):
     assert other["coupling_optimum"] == FAILS
     absent = verdicts({"missing": "o_proj is 8 x 16"}, {})
     assert absent["coupling_rate"] == UNTESTED
+
+
+@pytest.mark.parametrize(("lost", "expected"), [(132, HOLDS), (50, OTHER), (-10, FAILS), (None, UNTESTED)])
+def test_the_verdict_on_hellaswag_is_of_paired_documents(coupling, lost, expected):
+    """Of 1,000 documents, so many more are wrong for coupled sections than for whitened SVD."""
+    given, cells = evidence(coupling, {}), {("coupled", "o-rank-0.25"): 600 - (lost or 0), ("whitened", "o-rank-0.25"): 600}
+    cells |= {("whitened", "o-0.344"): 600, ("dense", "dense"): 700}
+    scored = []
+    for (method, budget), right in cells.items() if lost is not None else ():
+        path = f"{method}/{budget}/accuracy"
+        own = [float(i < right) for i in range(1000)]
+        given.results[path] = {"scores": {"hellaswag": {"acc_norm": {"per_document": own}}}}
+        scored.append({"model": "m", "evaluation": "hs", "method": method, "budget": budget, "result": path})
+    answers = studies.study_of("coupling").conclude(replace(given, scored=scored)).answers
+    for name in ("coupling_hellaswag", "coupling_hellaswag_equal_bytes"):
+        (claim,) = (c for c in CLAIMS if c.id == name)
+        ((place, answer),) = answers[name].items()
+        assert verdict(claim, answer) == expected
+        if lost is not None:
+            assert place == "m, hs"
+            assert answer.value == pytest.approx(-lost / 10)
+            spread = sum((float(600 - max(lost, 0) <= i < 600 + max(-lost, 0)) - abs(lost) / 1000) ** 2 for i in range(1000))
+            assert answer.error == pytest.approx(100 * (spread / 999 / 1000) ** 0.5)

@@ -42,12 +42,13 @@ class Given:
 @dataclass(frozen=True)
 class Evidence:
     """What a conclusion rests on: the summary table of the study's cells, the results behind it (by path), what was measured on
-    every model (by name), and the table of its scores on classification tasks, where models with such tasks are configured."""
+    every model (by name), and, where tasks of the study's kind are configured, the table of its scores and the cells in it."""
 
     summary: pd.DataFrame
     results: dict[str, dict[str, Any]]
     measured: dict[str, dict[str, Any]]
     scores: pd.DataFrame | None = None
+    scored: Sequence[dict[str, Any]] = ()  # the cells in `scores`: model, evaluation, method, budget, recovery, result (a path)
 
     def cell(self, model: str, method: str, budget: str, recovery: str = NONE) -> dict[str, Any]:
         """The summary's row of a cell, with its paired difference to dense; KeyError if there is none. The dense model's budget
@@ -90,7 +91,8 @@ class Study(ABC):
     recoveries: ClassVar[dict[str, dict[str, Any]]] = {}
     # (method, budget), or (method, budget, recovery); beside every recovery stands the dense model with the same.
     cells: ClassVar[Sequence[tuple[str, ...]]] = []
-    scored: ClassVar[Sequence[tuple[str, str]]] = []  # (method, budget) on the classification tasks of models that have one
+    scored: ClassVar[Sequence[tuple[str, str]]] = []  # (method, budget) on the tasks of models that have one of the kind
+    scored_by: ClassVar[str] = "classification"  # or `accuracy`: the kind of evaluation
     tables: ClassVar[tuple[str, ...]] = ()
     figures: ClassVar[tuple[str, ...]] = ()
 

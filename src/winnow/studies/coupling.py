@@ -20,6 +20,9 @@ SWEEPS = 60  # most updates of every section
 STRENGTHS = (0.0, 1e-2, 1e-1, 1.0, 10.0, 1e2, 1e3, 1e4)  # lambda, as a share of the mean squared norm of the maps
 WEIGHTS, GRAM, LOW_RANK = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}
 NAMES = {"coupled": "coupled", "coupled_gram": "coupled, Gram metric", "svd": "SVD", "whitened": "SVD-LLM (whitened)"}
+SCORES = ["model", "evaluation", "task", "measure", "method", "budget", "keep_bytes", "documents", "value", "value_se"]
+SCORES += ["delta", "delta_se"]
+HELLASWAG, MEASURE = "hellaswag", "acc_norm"  # the measure that peers publish
 NAMES |= {"basis_sharing": "Basis Sharing", "coupled_anchored": "coupled, lambda = 1", "coupled_tied": "coupled, one section"}
 
 
@@ -42,7 +45,9 @@ class CouplingStudy(Study):
     }
     cells = [(method, budget) for budget, method in product(("o-rank-0.25", "ffn-rank-0.25"), methods)]
     cells += [("svd", "o-0.344"), ("whitened", "o-0.344")]
-    tables = ("sweep", "tying", "errors", "loss")
+    scored = [("coupled", "o-rank-0.25"), ("whitened", "o-rank-0.25"), ("whitened", "o-0.344")]
+    scored_by = "accuracy"
+    tables = ("sweep", "tying", "errors", "loss", "scores")
     figures = ("sweep", "loss")
 
     reads = ("moments",)
@@ -115,9 +120,9 @@ class CouplingStudy(Study):
     def conclude(self, evidence: Evidence) -> Conclusion:
         import pandas as pd
 
-        tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
+        tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables if name != "scores"}
         identities: list[dict[str, Any]] = []
-        answers: dict[str, dict[str, Answer]] = {}
+        answers: dict[str, dict[str, Answer]] = _hellaswag(evidence)
         for model, found in evidence.measured.items():
             for claim, answer in self._answers(evidence, model, found).items():
                 answers.setdefault(claim, {})[model] = answer
@@ -132,6 +137,7 @@ class CouplingStudy(Study):
             tables["errors"] += [{"model": model, "form": form, **row} for form, row in found["errors"].items()]
             identities += [{"model": model, "identity": name, "residual": value} for name, value in found["identities"].items()]
         frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+        frames["scores"] = pd.DataFrame(columns=SCORES) if evidence.scores is None else evidence.scores[SCORES]
         figures = {"sweep": _sweep_figure(frames["sweep"], evidence.measured), "loss": _loss_figure(frames["loss"])}
         return Conclusion(frames, figures, answers, pd.DataFrame(identities))
 
@@ -161,6 +167,32 @@ class CouplingStudy(Study):
             100 * (errors["coupled"] / errors["SVD"] - 1),
         )
         return answers | dict(zip((*named, "coupling_against_svd"), map(Answer, values), strict=True))
+
+
+def _hellaswag(evidence: Evidence) -> dict[str, dict[str, Answer]]:
+    """Points of HellaSwag of coupled sections above whitened SVD at the same rank and at about the same bytes, paired by
+    document, by model and evaluation."""
+    import numpy as np
+
+    from winnow.spread import ratio
+
+    found: dict[str, dict[str, Answer]] = {}
+    for claim, budget in {"coupling_hellaswag": "o-rank-0.25", "coupling_hellaswag_equal_bytes": "o-0.344"}.items():
+        found[claim] = {}
+        right: dict[str, dict[tuple[str, str], Any]] = {}
+        for row in evidence.scored:
+            task = evidence.results[row["result"]]["scores"].get(HELLASWAG)
+            if task:
+                own = right.setdefault(f"{row['model']}, {row['evaluation']}", {})
+                own[row["method"], row["budget"]] = task[MEASURE]["per_document"]
+        for place, of_cell in right.items():
+            points = np.subtract(of_cell["coupled", "o-rank-0.25"], of_cell["whitened", budget])
+            mean, error = ratio(points.tolist(), [1.0] * len(points))
+            found[claim][place] = Answer(100 * mean, 100 * error)
+        if not right:
+            why = "no evaluation of HellaSwag is configured; add --configfile config/studies/accuracy.yaml"
+            found[claim]["any"] = Answer(missing=why)
+    return found
 
 
 def _anchors(coupling: Coupling, lefts: Tensor) -> Sections:
