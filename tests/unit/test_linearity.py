@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import pico
 from winnow.architectures import matrices_of
-from winnow.linearity import (
+from winnow.studies.linearity.recoverability import (
     Sums,
     affine_of,
     bilinear_gain,

@@ -12,19 +12,20 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import ROOT, pico
-from winnow import bypass_figures, studies
-from winnow.accounting import LLAMA_8B, Ranks, dense, llama_tensors, parameters, reachable, removed, stored
+from winnow import studies
 from winnow.architectures import FFN_ROLES, TARGETS, matrices_of, moments_file
-from winnow.bypass_measures import identities, stored_bytes
 from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
-from winnow.grc import basis, projected_error, sink_gain
 from winnow.io import write_json
 from winnow.models import ModelFiles
-from winnow.ranks import ends, hourglass, hourglasses, profile
 from winnow.retrieve import describe
 from winnow.structures import structure_of
 from winnow.studies.base import Evidence, Given
-from winnow.studies.bypass import ROWS
+from winnow.studies.bypass import figures as bypass_figures
+from winnow.studies.bypass.accounting import LLAMA_8B, Ranks, dense, llama_tensors, parameters, reachable, removed, stored
+from winnow.studies.bypass.grc import basis, projected_error, sink_gain
+from winnow.studies.bypass.measures import identities, stored_bytes
+from winnow.studies.bypass.ranks import ends, hourglass, hourglasses, profile
+from winnow.studies.bypass.study import ROWS
 
 STUDY = studies.study_of("bypass")
 CLAIMS = [c for c in read_claims(ROOT / "resources" / "claims.yaml") if c.study == "bypass"]
@@ -153,7 +154,7 @@ def test_identities_hold_and_notice_what_breaks_them(files, monkeypatch):
     found = identities(files, moments_of(files), 1 / 16)
     assert len(found) == 6
     assert max(found.values()) < 1e-12
-    monkeypatch.setattr("winnow.bypass_measures.basis", lambda stack, power=1: basis(stack, power).flip(1))
+    monkeypatch.setattr("winnow.studies.bypass.measures.basis", lambda stack, power=1: basis(stack, power).flip(1))
     assert (
         identities(files, moments_of(files), 1 / 16)["shared basis of q, k, v and of gate, up = truncated SVD of the stack"]
         > 1e-3

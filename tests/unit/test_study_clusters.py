@@ -16,14 +16,14 @@ from winnow.architectures import Matrix
 from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
 from winnow.config import load
 from winnow.config_files import default
-from winnow.correlation import jackknife, spearman
 from winnow.modules import LowRankLinear
 from winnow.plan import Plan
-from winnow.proxies import left_out, matrix_of, output_errors
-from winnow.reconstruction import blocks_of, gains, norm_bins, outlying, published, structureless
-from winnow.reconstruction_counts import counts, savings
 from winnow.studies.base import Evidence
-from winnow.studies.clusters import _cut, _identities, _published, _table
+from winnow.studies.clusters.correlation import jackknife, spearman
+from winnow.studies.clusters.counts import counts, savings
+from winnow.studies.clusters.proxies import left_out, matrix_of, output_errors
+from winnow.studies.clusters.reconstruction import blocks_of, gains, norm_bins, outlying, published, structureless
+from winnow.studies.clusters.study import _cut, _identities, _published, _table
 
 STUDY = studies.study_of("clusters")
 CLAIMS = [c for c in read_claims(ROOT / "resources" / "claims.yaml") if c.study == "clusters"]

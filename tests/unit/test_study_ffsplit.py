@@ -11,16 +11,16 @@ from tests.conftest import ROOT, VOCABULARY, pico
 from tests.unit.test_checkpoint import statistics
 from winnow import studies
 from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
-from winnow.ffsplit_figures import drawn
-from winnow.heavy import Ffn, concentration, count_of, ffns_of, zeroed
 from winnow.loading import load_model
 from winnow.models import ModelFiles
-from winnow.sizes import counted, published
 from winnow.structures import structure_of
 from winnow.structures.split import Split
 from winnow.studies import ffsplit
 from winnow.studies.base import Evidence, Given
-from winnow.trials import Trial, loss
+from winnow.studies.ffsplit.figures import drawn
+from winnow.studies.ffsplit.heavy import Ffn, concentration, count_of, ffns_of, zeroed
+from winnow.studies.ffsplit.sizes import counted, published
+from winnow.studies.trials import Trial, loss
 
 STUDY = studies.study_of("ffsplit")
 CLAIMS = [c for c in read_claims(ROOT / "resources" / "claims.yaml") if c.study == "ffsplit"]
@@ -151,7 +151,7 @@ def evidence(found: dict, losses: dict[tuple[str, str], float], scores: pd.DataF
 
 def verdicts(found, losses=None, scores=None, drawn=lambda frames, names: {}) -> pd.Series:
     with pytest.MonkeyPatch.context() as patch:  # most tests look at no figure
-        patch.setattr("winnow.ffsplit_figures.drawn", drawn)
+        patch.setattr("winnow.studies.ffsplit.figures.drawn", drawn)
         conclusion = STUDY.conclude(evidence(found, losses or {}, scores))
     assert set(conclusion.tables) == set(STUDY.tables)
     return judge(CLAIMS, conclusion.answers).set_index(["id", "model"])["verdict"]

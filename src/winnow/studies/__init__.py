@@ -1,4 +1,5 @@
-"""Studies: the experiments of one paper each. A module of this package that defines `STUDY` is one."""
+"""Studies: the experiments of one paper each. A folder of this package is one: its `study` defines `STUDY`, and beside it
+stands what no other study needs."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ __all__ = ["NONE", "key_of", "names", "study_of"]
 
 def names() -> list[str]:
     """Names of all studies, without importing them."""
-    return [entry.name for entry in pkgutil.iter_modules(__path__) if entry.name != "base"]
+    return [entry.name for entry in pkgutil.iter_modules(__path__) if entry.ispkg]
 
 
 def study_of(name: str) -> Study:
-    """The study of a name; its module alone is imported, so that no study depends on another's code."""
+    """The study of a name; its folder alone is imported, so that no study depends on another's code."""
     return importlib.import_module(f"{__name__}.{name}").STUDY

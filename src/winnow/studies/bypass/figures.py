@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from winnow.architectures import ROLES
 from winnow.figures import COLOURS, axes_grid, line_style, shared_legend
-from winnow.ranks import DEFINITIONS, METRICS
+from winnow.studies.bypass.ranks import DEFINITIONS, METRICS
 
 if TYPE_CHECKING:
     import pandas as pd

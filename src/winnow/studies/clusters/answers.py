@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from winnow.claims import Answer
-from winnow.correlation import jackknife, mean_error, spearman
-from winnow.reconstruction_counts import PUBLISHED, counts, savings
 from winnow.spread import paired, ratio
+from winnow.studies.clusters.correlation import jackknife, mean_error, spearman
+from winnow.studies.clusters.counts import PUBLISHED, counts, savings
 
 if TYPE_CHECKING:
     from winnow.studies.base import Evidence

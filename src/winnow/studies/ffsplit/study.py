@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from winnow.heavy import Ffn
+    from winnow.studies.ffsplit.heavy import Ffn
 
 HEAVY, LIGHT, ZEROED = 0.25, 0.1, 0.03  # of the paper: heavy neurons, rank of the light ones, neurons of its ablation
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # of heavy neurons
@@ -73,11 +73,11 @@ class FfsplitStudy(Study):
     def measure(self, given: Given) -> dict[str, Any]:
         """Concentration by layer, losses without some neurons, sweeps of the split, sizes, times beside dense, identities."""
         from winnow.classes import empty_model
-        from winnow.heavy import concentration, ffns_of, identities
         from winnow.loading import load_model
-        from winnow.sizes import PUBLISHED, counted, published
         from winnow.structures import structure_of
-        from winnow.trials import loss
+        from winnow.studies.ffsplit.heavy import concentration, ffns_of, identities
+        from winnow.studies.ffsplit.sizes import PUBLISHED, counted, published
+        from winnow.studies.trials import loss
 
         files = given.files
         assert given.moments is not None
@@ -104,7 +104,7 @@ class FfsplitStudy(Study):
     def conclude(self, evidence: Evidence) -> Conclusion:
         import pandas as pd
 
-        from winnow.ffsplit_figures import drawn
+        from winnow.studies.ffsplit.figures import drawn
 
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
         answers: dict[str, dict[str, Answer]] = {"ffsplit_glue": _glue(evidence.scores)}
@@ -145,9 +145,9 @@ def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor,
     import numpy as np
     import torch
 
-    from winnow.heavy import count_of, zeroed
     from winnow.spread import over_seeds, paired
-    from winnow.trials import loss
+    from winnow.studies.ffsplit.heavy import count_of, zeroed
+    from winnow.studies.trials import loss
 
     def without(choose: Any) -> dict[str, list[float]]:
         with zeroed(model, {ffn.down.module: choose(ffn) for ffn in ffns}):
@@ -189,7 +189,7 @@ class Sweeps:
 
     def all(self) -> list[dict[str, Any]]:
         """A row per point: what varies (`sweep`), heavy share, light rank or bytes, criterion, metric, bytes kept, loss."""
-        from winnow.trials import Trial
+        from winnow.studies.trials import Trial
 
         rows = []
         for share in SHARES:
@@ -214,7 +214,7 @@ class Sweeps:
         return list(max(others))
 
     def _criterion(self, criterion: str, seed: int = 0) -> dict[str, Any]:
-        from winnow.trials import Trial
+        from winnow.studies.trials import Trial
 
         trial = Trial.of(self.given.files, self.given.moments, split_of(criterion=criterion, seed=seed), self.given.device)
         name = f"random, seed {seed}" if criterion == "random" else criterion
@@ -230,7 +230,7 @@ class Sweeps:
         metric: str = "weights",
         criterion: str = "activation",
     ) -> dict[str, Any]:
-        from winnow.trials import loss
+        from winnow.studies.trials import loss
 
         found = loss(trial.model(self.model, sizes), self.ids, self.first)
         own = {"sweep": sweep, "heavy": share, "light_rank": rank, "criterion": criterion, "metric": metric}
@@ -244,7 +244,7 @@ def _latency(given: Given, model: PreTrainedModel) -> list[dict[str, Any]]:
     """Times over the dense model's, in turns with it, of the split FFN and of FFNs of a single neuron (what is left of the time
     is not theirs); prefill and decoding."""
     from winnow.latency import evaluate
-    from winnow.trials import Trial
+    from winnow.studies.trials import Trial
 
     held = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     most = [min(length, held - TIMED["decode"] - 1) if held else length for length in TIMED["prompts"]]  # type: ignore[operator, attr-defined]

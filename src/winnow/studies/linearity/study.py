@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from winnow.linearity import Block, Sums
+    from winnow.studies.linearity.recoverability import Block, Sums
 
 FOLDS = 5
 ROWS = 15_000  # of the paper's survey: tokens for what is trained by gradient
@@ -36,8 +36,8 @@ class LinearityStudy(Study):
         """R^2 of every block by all definitions, folds and token counts; probes of the most and least linear; swaps."""
         import torch
 
-        from winnow.linearity import blocks_of, collect_sums
         from winnow.loading import load_model
+        from winnow.studies.linearity.recoverability import blocks_of, collect_sums
 
         assert given.windows is not None
         assert given.evaluation is not None
@@ -85,7 +85,7 @@ class LinearityStudy(Study):
 
 def _block(block: Block, folds: list[tuple[Sums, Sums]]) -> dict[str, Any]:
     """All that least squares says of a block; every fold is held out once, the last one for what has one number."""
-    from winnow.linearity import effective_rank, least_squares, reduced_rank, scores, total
+    from winnow.studies.linearity.recoverability import effective_rank, least_squares, reduced_rank, scores, total
 
     whole, without = [pair[0] for pair in folds], [pair[0] - pair[1] for pair in folds]
     held = [scores(least_squares(total(whole[:i] + whole[i + 1 :])), whole[i]) for i in range(FOLDS)]
@@ -117,7 +117,7 @@ def _rows(model: PreTrainedModel, block: Block, windows: Tensor) -> tuple[Tensor
     """Inputs and outputs (tokens, d) of a block, float32, on the first `ROWS` tokens."""
     import torch
 
-    from winnow.linearity import tapped
+    from winnow.studies.linearity.recoverability import tapped
 
     xs, ys, device = [], [], next(model.parameters()).device
     with torch.no_grad(), tapped(model, [block], windows.shape[1]) as seen:
@@ -130,7 +130,7 @@ def _rows(model: PreTrainedModel, block: Block, windows: Tensor) -> tuple[Tensor
 
 def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> dict[str, Any]:
     """The trained baseline against the closed form, on inputs as they are and standardised; the bilinear probe of the rest."""
-    from winnow.linearity import Sums, bilinear_gain, least_squares, scores, train_affine
+    from winnow.studies.linearity.recoverability import Sums, bilinear_gain, least_squares, scores, train_affine
 
     x, y = _rows(model, block, windows)
     cut, early = int(0.8 * len(x)), int(0.7 * len(x))
@@ -160,8 +160,8 @@ def _swaps(
     """The loss with one block at a time replaced by its affine map, whole and cut to a quarter of its rank."""
     import torch
 
-    from winnow.linearity import affine_of, least_squares, swapped, total
     from winnow.spread import paired
+    from winnow.studies.linearity.recoverability import affine_of, least_squares, swapped, total
 
     dense, found = _loss(model, ids, first), []
     for block in blocks:
@@ -189,8 +189,8 @@ def _healed(
     first: Tensor,
 ) -> list[dict[str, Any]]:
     """The affine map, and as a control the dense FFN itself, after the same steps of Adam on the calibration windows."""
-    from winnow.linearity import affine_of, least_squares, swapped, total
     from winnow.spread import paired
+    from winnow.studies.linearity.recoverability import affine_of, least_squares, swapped, total
 
     dense, found = _loss(model, ids, first), []
     affine = affine_of(least_squares(total(pair[0] for pair in folds)))
@@ -233,7 +233,7 @@ def _train(model: PreTrainedModel, parameters: list[Any], windows: Tensor) -> No
 
 def _identities(sums: dict[int, list[tuple[Sums, Sums]]]) -> dict[str, float]:
     """Residuals, the largest over blocks: what must hold exactly on the training tokens."""
-    from winnow.linearity import least_squares, reduced_rank, scores, total
+    from winnow.studies.linearity.recoverability import least_squares, reduced_rank, scores, total
 
     worst = {"the residual is orthogonal to [X, 1]": 0.0, "reduced rank d is least squares": 0.0}
     worst["R^2 on training tokens falls with the rank: largest rise"] = 0.0

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from winnow.accounting import Ranks, stored
 from winnow.architectures import TARGETS, Matrix, moments_file
-from winnow.grc import basis, projected_error, sink_gain
 from winnow.metrics import Gram, Weights
 from winnow.models import tensor_bytes
 from winnow.spectra import effective_ranks
 from winnow.structures.base import Problem, Structure
 from winnow.structures.bypass import Bypass
 from winnow.structures.low_rank import LowRank
+from winnow.studies.bypass.accounting import Ranks, stored
+from winnow.studies.bypass.grc import basis, projected_error, sink_gain
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from winnow.accounting import Ranks
 from winnow.claims import Answer
 from winnow.studies.base import Conclusion, Evidence, Given, Study
+from winnow.studies.bypass.accounting import Ranks
 
 KEPT = 256 / 4096  # directions kept apart, as a share of the width
 LLAMA = "Llama-3.1-8B"  # by its config alone
@@ -113,10 +113,10 @@ class BypassStudy(Study):
 
     def measure(self, given: Given) -> dict[str, Any]:
         """Effective ranks and their profiles, what is stored under every way to count, GRC's own numbers, identities."""
-        from winnow.accounting import dense, parameters, removed
         from winnow.architectures import FFN_ROLES, TARGETS
-        from winnow.bypass_measures import grc_numbers, identities, stored_bytes
-        from winnow.ranks import hourglasses, profile
+        from winnow.studies.bypass.accounting import dense, parameters, removed
+        from winnow.studies.bypass.measures import grc_numbers, identities, stored_bytes
+        from winnow.studies.bypass.ranks import hourglasses, profile
 
         files, moments = given.files, given.moments
         assert moments is not None
@@ -137,7 +137,7 @@ class BypassStudy(Study):
     def conclude(self, evidence: Evidence) -> Conclusion:
         import pandas as pd
 
-        from winnow import bypass_figures as figures
+        from winnow.studies.bypass import figures
 
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
         answers, identities = _of_llama(tables["accounting"])
@@ -169,8 +169,8 @@ class BypassStudy(Study):
 
 def _of_llama(table: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Answer]], list[dict[str, Any]]]:
     """Answers and identities that follow from the paper's own figures and from the config of its model; adds to `table`."""
-    from winnow.accounting import LLAMA_8B, dense, llama_tensors, parameters, reachable, removed
     from winnow.architectures import TARGETS, matrices_of
+    from winnow.studies.bypass.accounting import LLAMA_8B, dense, llama_tensors, parameters, reachable, removed
 
     tensors = llama_tensors(LLAMA_8B)
     matrices, total = matrices_of("llama", tensors), parameters(tensors)

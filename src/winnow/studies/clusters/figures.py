@@ -61,8 +61,8 @@ def reconstruction_figure(table: pd.DataFrame, published: pd.DataFrame) -> Any:
 
 def correlation_figure(errors: pd.DataFrame, budgets: Sequence[str]) -> Any:
     """Loss against every error measure; a panel per model and measure, a marker per budget."""
-    from winnow.correlation import spearman
     from winnow.figures import axes_grid, line_style, shared_legend
+    from winnow.studies.clusters.correlation import spearman
 
     models = list(dict.fromkeys(errors["model"])) if len(errors) else []
     figure, axes = axes_grid(max(1, len(models) * len(MEASURES)), 4.2, 3.0)

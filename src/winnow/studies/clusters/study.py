@@ -6,9 +6,9 @@ import json
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from winnow.cluster_answers import answers_of, distillation, rank_correlations
-from winnow.cluster_figures import correlation_figure, distillation_figure, massive_figure, reconstruction_figure
 from winnow.studies.base import NONE, Conclusion, Evidence, Given, Study, key_of
+from winnow.studies.clusters.answers import answers_of, distillation, rank_correlations
+from winnow.studies.clusters.figures import correlation_figure, distillation_figure, massive_figure, reconstruction_figure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,10 +104,10 @@ class ClustersStudy(Study):
         import torch
 
         from winnow.architectures import blocks_of
-        from winnow.correlation import spearman
         from winnow.loading import load_model
-        from winnow.proxies import left_out, matrix_errors, output_errors
-        from winnow.reconstruction import outlying
+        from winnow.studies.clusters.correlation import spearman
+        from winnow.studies.clusters.proxies import left_out, matrix_errors, output_errors
+        from winnow.studies.clusters.reconstruction import outlying
 
         files, windows, moments = given.files, given.windows, given.moments
         assert windows is not None
@@ -170,7 +170,7 @@ class ClustersStudy(Study):
 def _cut(matrix: Matrix, weight: Tensor, site: dict[str, Tensor]) -> dict[str, Any]:
     """The singular values of a matrix and of its clusters by every way and count; `random` several times."""
     from winnow.clusters import Clustering, assign
-    from winnow.reconstruction import blocks_of
+    from winnow.studies.clusters.reconstruction import blocks_of
 
     clustered = {}
     for by, count in product(WAYS, COUNTS):
@@ -183,8 +183,8 @@ def _cut(matrix: Matrix, weight: Tensor, site: dict[str, Tensor]) -> dict[str, A
 
 def _table(cut: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Gains of clusters over one SVD, means over matrices with standard errors, and over random clusters of the same matrix."""
-    from winnow.correlation import mean_error
-    from winnow.reconstruction import gains
+    from winnow.studies.clusters.correlation import mean_error
+    from winnow.studies.clusters.reconstruction import gains
 
     of: dict[tuple[str, int, float], list[dict[str, float] | None]] = {}
     for by, count, share in product(WAYS, COUNTS, FRACTIONS):
@@ -209,7 +209,7 @@ def _table(cut: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _published(layers: list[list[Tensor]], shape: tuple[int, int] = PAPER) -> list[dict[str, Any]]:
     """The paper's own comparison on the FFNs of some layers, and on matrices of its model's shape without any structure."""
-    from winnow.reconstruction import blocks_of, norm_bins, published, structureless
+    from winnow.studies.clusters.reconstruction import blocks_of, norm_bins, published, structureless
 
     rows = []
     for name, ffns in {"this model": layers, **{kind: [structureless(kind, *shape)] for kind in ("noise", "flat")}}.items():
@@ -240,9 +240,9 @@ def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> di
     import torch
 
     from winnow.metrics import metric_of
-    from winnow.reconstruction import blocks_of, gains
     from winnow.structures import structure_of
     from winnow.structures.base import Problem
+    from winnow.studies.clusters.reconstruction import blocks_of, gains
 
     excess = [
         found["excess"]

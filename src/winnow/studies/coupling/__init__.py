@@ -1,0 +1,5 @@
+"""Cross-layer subspace coupling."""
+
+from winnow.studies.coupling.study import STUDY
+
+__all__ = ["STUDY"]
