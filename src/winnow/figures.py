@@ -85,11 +85,15 @@ def ranking(summary: pd.DataFrame) -> Figure:
         axis.grid(axis="x", linewidth=0.4, color="0.85")
         if (rows["delta_nll"] > 0).all() and rows["delta_nll"].max() > 20 * rows["delta_nll"].min():
             axis.set_xscale("log")
-        kept = rows["keep_bytes"]
-        share = f"{kept.max():.3f}" if kept.max() - kept.min() < 0.005 else f"{kept.min():.3f} to {kept.max():.3f}"
-        axis.set_title(f"{model}: {budget}, {share} of the bytes", fontsize=9)
+        axis.set_title(f"{model}: {budget}, {span(rows['keep_bytes'])} of the bytes", fontsize=9)
         axis.set_xlabel(f"loss above dense (nats per token); {_dense(summary, str(model), str(evaluation))}", fontsize=8)
     return figure
+
+
+def span(shares: pd.Series) -> str:
+    """The range of shares, or one number where they are nearly the same."""
+    low, high = shares.min(), shares.max()
+    return f"{high:.3f}" if high - low < 0.005 else f"{low:.3f} to {high:.3f}"
 
 
 def _with_lines(summary: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from winnow.architectures import ROLES
-from winnow.figures import COLOURS, axes_grid, line_style, shared_legend
+from winnow.figures import COLOURS, axes_grid, line_style, shared_legend, span
 from winnow.studies.bypass.ranks import DEFINITIONS, METRICS
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ def equal_bytes(table: pd.DataFrame, names: dict[str, str]) -> Figure:
             axis.errorbar(row["delta_nll"], place, xerr=2 * row["delta_nll_se"], markersize=5, capsize=2, **style)
         axis.set_yticks(own.index, [names[method] for method in own["method"]], fontsize=7)
         axis.grid(axis="x", linewidth=0.4, color="0.85")
-        span = f"{own['keep_bytes'].min():.3f} to {own['keep_bytes'].max():.3f}"
         what = "q, k, v and FFN" if str(budget).startswith("both") else "FFN"
-        axis.set_title(f"{model}: {what}, {span} of the bytes", fontsize=9)
+        axis.set_title(f"{model}: {what}, {span(own['keep_bytes'])} of the bytes", fontsize=9)
         axis.set_xlabel(LOSS, fontsize=8)
     return figure
 

@@ -270,7 +270,7 @@ def _sweep_figure(sweep: pd.DataFrame, measured: dict[str, dict[str, Any]]) -> A
 
 
 def _loss_figure(loss: pd.DataFrame) -> Any:
-    from winnow.figures import axes_grid, line_style
+    from winnow.figures import axes_grid, line_style, span
 
     cells = list(loss.groupby(["model", "budget"], sort=False))
     figure, axes = axes_grid(len(cells), 4.2, 2.2)
@@ -280,9 +280,7 @@ def _loss_figure(loss: pd.DataFrame) -> Any:
         axis.errorbar(rows["delta_nll"], rows.index, xerr=2 * rows["delta_nll_se"], markersize=4, capsize=2, **style)
         axis.set_yticks(rows.index, [NAMES[name] for name in rows["method"]], fontsize=7)
         axis.grid(axis="x", linewidth=0.4, color="0.85")
-        axis.set_title(
-            f"{model}: {budget}, {rows['keep_bytes'].min():.3f} to {rows['keep_bytes'].max():.3f} of the bytes", fontsize=8
-        )
+        axis.set_title(f"{model}: {budget}, {span(rows['keep_bytes'])} of the bytes", fontsize=8)
         axis.set_xlabel("loss above dense (nats per token); bars: 2 standard errors", fontsize=8)
     return figure
 

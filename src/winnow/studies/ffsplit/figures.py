@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from winnow.figures import axes_grid, line_style, shared_legend
+from winnow.figures import axes_grid, line_style, shared_legend, span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -137,9 +137,7 @@ def _loss(frame: pd.DataFrame) -> Figure:
         )
         axis.set_yticks(range(len(labels)), labels, fontsize=7)
         axis.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
-        axis.set_title(
-            f"{model}: FFNs at {plain['keep_bytes'].min():.3f} to {plain['keep_bytes'].max():.3f} of their bytes", fontsize=9
-        )
+        axis.set_title(f"{model}: FFNs at {span(plain['keep_bytes'])} of their bytes", fontsize=9)
         axis.set_xlabel(f"loss above dense (nats per token); {BARS}", fontsize=8)
         axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
