@@ -15,8 +15,8 @@ from winnow.loading import load_model
 from winnow.models import ModelFiles
 from winnow.structures import structure_of
 from winnow.structures.split import Split
-from winnow.studies import ffsplit
 from winnow.studies.base import Evidence, Given
+from winnow.studies.ffsplit import study as ffsplit
 from winnow.studies.ffsplit.figures import drawn
 from winnow.studies.ffsplit.heavy import Ffn, concentration, count_of, ffns_of, zeroed
 from winnow.studies.ffsplit.sizes import counted, published
