@@ -2,9 +2,8 @@
 
 import pandas as pd
 import pytest
-import transformers
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT
 from tests.workflow.test_classification import Reviews
 from tests.workflow.test_end_to_end import Workspace
 from winnow import studies
@@ -13,14 +12,9 @@ from winnow.claims import read_claims
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Workspace:
-    """With as many layers as it takes to meet a budget in bytes by whole ranks of clusters."""
-    place = Workspace(tmp_path_factory.mktemp("studies"))
-    class_name, options = TINY["llama"]
-    cls = getattr(transformers, class_name)
-    cls(cls.config_class(**{**options, "num_hidden_layers": 8})).save_pretrained(place.folder / "model")
-    return place
+@pytest.fixture
+def place(studied) -> Workspace:
+    return studied
 
 
 @pytest.mark.parametrize("name", studies.names())
