@@ -13,10 +13,17 @@ if TYPE_CHECKING:
 
 
 def put(model: PreTrainedModel, stored: dict[str, dict[str, Tensor]], layouts: dict[str, dict[str, Any]]) -> None:
-    """Replace modules of a model in memory by those of `layouts`, with the tensors that a checkpoint would hold."""
+    """Replace modules of a model in memory by those of `layouts`, with the tensors that a checkpoint would hold: what several of
+    them share stands there once, and is one tensor here as well."""
     first = next(model.parameters())
     device, dtype = first.device, first.dtype
     install(model, layouts)
-    for name, tensors in stored.items():
-        cast = {key: t.to(device, dtype) if t.is_floating_point() else t.to(device) for key, t in tensors.items()}
-        model.get_submodule(name).load_state_dict(cast, assign=True)
+    held = {
+        f"{name}.{key}": t.to(device, dtype) if t.is_floating_point() else t.to(device)
+        for name, tensors in stored.items()
+        for key, t in tensors.items()
+    }
+    held |= {own: held[kept] for own, kept in model.all_tied_weights_keys.items() if kept in held}  # type: ignore[operator]
+    for name in stored:
+        own = {key.removeprefix(f"{name}."): t for key, t in held.items() if key.startswith(f"{name}.")}
+        model.get_submodule(name).load_state_dict(own, assign=True)

@@ -1,5 +1,6 @@
 """The study of bypasses: arithmetic on shapes alone, effective ranks by hand, and verdicts that follow the numbers."""
 
+import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
@@ -16,16 +17,19 @@ from winnow import studies
 from winnow.architectures import FFN_ROLES, TARGETS, matrices_of, moments_file
 from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
 from winnow.io import write_json
+from winnow.loading import load_model
 from winnow.models import ModelFiles
 from winnow.retrieve import describe
 from winnow.structures import structure_of
 from winnow.studies.base import Evidence, Given
 from winnow.studies.bypass import figures as bypass_figures
+from winnow.studies.bypass import study as bypass_study
 from winnow.studies.bypass.accounting import LLAMA_8B, Ranks, dense, llama_tensors, parameters, reachable, removed, stored
 from winnow.studies.bypass.grc import basis, projected_error, sink_gain
 from winnow.studies.bypass.measures import identities, stored_bytes
 from winnow.studies.bypass.ranks import ends, hourglass, hourglasses, profile
 from winnow.studies.bypass.study import ROWS
+from winnow.studies.trials import Trial
 
 STUDY = studies.study_of("bypass")
 CLAIMS = [c for c in read_claims(ROOT / "resources" / "claims.yaml") if c.study == "bypass"]
@@ -184,7 +188,33 @@ def test_columns_kept_exact_by_hand():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict:
     files = files_of("llama", tmp_path_factory.mktemp("measured"))
-    return STUDY.measure(Given(files, "float32", "cpu", moments_of(files)))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bypass_study, "TIMED", {"batches": [1], "prompts": [8], "decode": 2, "repeats": 2, "warm_up": 1})
+        return STUDY.measure(Given(files, "float32", "cpu", moments_of(files)))  # type: ignore[arg-type]
+
+
+def test_the_model_that_is_timed_has_the_best_map_of_rank_k_for_q_k_v_and_the_rest_dense(files):
+    model = load_model(files.verify(), "float32", "cpu")
+    trial = Trial.of(files, None, STUDY.methods["grc"], "cpu", ["qkv"])
+    form, expected = trial.model(model, trial.of_rank(0.25)), copy.deepcopy(model)
+    qkv = [m for m in files.matrices if m.role in TARGETS["qkv"]]
+    assert len(trial.factors) == len({m.layer for m in qkv}), "nothing else is fitted"
+    for layer in {m.layer for m in qkv}:
+        group = [m for m in qkv if m.layer == layer]
+        stack = torch.cat([files.weight(m) for m in group])
+        k = round(0.25 * min(stack.shape))
+        u = torch.linalg.svd(stack).U[:, :k]
+        for m, part in zip(group, (u @ u.T @ stack).split([m.shape[0] for m in group]), strict=True):
+            expected.get_submodule(m.module).weight.data.copy_(part.T if m.transposed else part)
+        rights = {form.get_submodule(m.module).right.weight.data_ptr() for m in group}
+        assert len(rights) == 1, "stored once, and one product"
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        logits, dense, found = (one(input_ids=ids, use_cache=False).logits for one in (expected, model, form))
+    torch.testing.assert_close(found, logits, atol=2e-4, rtol=1e-3)
+    assert float((dense - logits).abs().max()) > 1e-2
+    rest = [m for m in files.matrices if m not in qkv]
+    assert all(type(form.get_submodule(m.module)) is type(model.get_submodule(m.module)) for m in rest)
 
 
 RIPPLE = [0.0, 0.1, -0.1, 0.05, -0.05, 0.1, 0.0, -0.1]
@@ -270,3 +300,18 @@ def test_verdicts_on_ranks_and_their_profile(measured):
     assert own["bypass_rank_ratio_weights", "m"] == HOLDS
     assert own["bypass_rank_ratio_outputs", "m"] == FAILS
     assert UNDECIDED not in set(own.filter(like="hourglass"))
+
+
+def test_the_verdict_on_speed_is_of_decoding_beside_dense(measured):
+    assert [row["phase"] for row in measured["latency"]] == ["prefill", "decode"]
+    for ratio, error, expected in ((0.9, 0.01, HOLDS), (1.0, 0.1, UNDECIDED), (1.1, 0.01, FAILS)):
+        rows = [
+            {**row, **dict(zip(("ratio", "ratio_low", "ratio_high"), (r, r - error, r + error), strict=True))}
+            for row, r in zip(measured["latency"], (2 - ratio, ratio), strict=True)
+        ]
+        with mock.patch.multiple(bypass_figures, **dict.fromkeys(STUDY.figures, mock.DEFAULT)):
+            conclusion = STUDY.conclude(evidence({**measured, "latency": rows}, {}))
+        assert judge(CLAIMS, conclusion.answers).set_index(["id", "model"])["verdict"]["grc_speed", "m"] == expected
+        answer = conclusion.answers["grc_speed"]["m"]
+        assert answer.value == pytest.approx(100 / ratio), "of the dense speed, in %"
+        assert answer.error == pytest.approx(25 * (1 / (ratio - error) - 1 / (ratio + error)))

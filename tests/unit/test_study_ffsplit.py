@@ -1,6 +1,7 @@
 """The study of FFSplit: what it measures against a few lines of algebra on a tiny model, and verdicts that follow numbers."""
 
 import copy
+from itertools import product
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -13,12 +14,14 @@ from winnow import studies
 from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
 from winnow.loading import load_model
 from winnow.models import ModelFiles
+from winnow.spread import paired
 from winnow.structures import structure_of
 from winnow.structures.split import Split
 from winnow.studies.base import Evidence, Given
 from winnow.studies.ffsplit import study as ffsplit
 from winnow.studies.ffsplit.figures import drawn
 from winnow.studies.ffsplit.heavy import Ffn, concentration, count_of, ffns_of, zeroed
+from winnow.studies.ffsplit.quantised import answered, bits_of, compared, rounded
 from winnow.studies.ffsplit.sizes import counted, published
 from winnow.studies.trials import Trial, loss
 
@@ -116,6 +119,76 @@ def test_a_trial_stores_what_it_says_and_is_dense_where_nothing_is_left_out(case
     torch.testing.assert_close(whole, dense, atol=2e-4, rtol=1e-3)
 
 
+def test_numbers_on_the_grid_stay_and_others_move_half_a_step_at_most():
+    generator = torch.Generator().manual_seed(5)
+    for bits, group in product((2, 3, 4, 8), (None, 32, 5)):
+        most, columns = 2 ** (bits - 1) - 1, 70
+        width = group or columns
+        scale = 2.0 ** torch.randint(-4, 4, (6, -(-columns // width)), generator=generator)
+        steps = torch.randint(-most, most + 1, (6, columns), generator=generator)
+        steps[:, ::width] = -most  # every scale is used to the end
+        scales = scale.repeat_interleave(width, 1)[:, :columns]
+        assert torch.equal(rounded(steps * scales, bits, group), steps * scales)
+        w = torch.randn(6, columns, generator=generator, dtype=torch.float64)
+        blocks = w.split(width, 1)
+        largest = torch.cat([b.abs().amax(1, keepdim=True).expand_as(b) for b in blocks], 1)
+        error = (rounded(w, bits, group) - w).abs() * most / largest  # in steps
+        assert float(error.max()) <= 0.5 + 1e-9
+        assert float(error.max()) > 0.4, "nothing was rounded"
+        torch.testing.assert_close(rounded(w, bits, group).abs().amax(1), w.abs().amax(1))  # the largest of a row is on the grid
+    assert torch.equal(rounded(torch.zeros(2, 40), 4, 32), torch.zeros(2, 40))
+    assert rounded(w.half(), 4).dtype == torch.float16
+    with pytest.raises(ValueError, match="1 bits"):
+        rounded(w, 1)
+    assert bits_of((6, 70), 4, 32) == 6 * (70 * 4 + 3 * 16)
+    assert bits_of((6, 70), 4) == 6 * (70 * 4 + 16)
+
+
+def logits_of(model) -> dict[str, list[float]]:
+    """In the place of a loss, which hardly feels the FFNs of a model that was never trained: one direction of the logits."""
+    direction = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        found = model(input_ids=IDS, use_cache=False).logits @ direction
+    return {"nll": found.double().sum(1).tolist(), "tokens": [float(IDS.shape[1])] * len(IDS)}
+
+
+def test_rounding_takes_the_bits_that_it_says_and_with_many_loses_nothing(case):
+    """Against a count and a rounding of the same matrices by name; GPT-2's are stored the other way round."""
+    given, model, ffns = case
+    trial = Trial.of(given.files, given.moments, ffsplit.split_of(), "cpu")
+    sizes, dense = trial.of_rank(0.1), logits_of(model)
+    rows = compared(model, lambda: trial.model(model, sizes), ffns, logits_of, dense)
+    split = trial.model(model, sizes)
+    shapes = [(m.module, n, p.shape) for f in ffns for m in f.group for n, p in split.get_submodule(m.module).named_parameters()]
+    shapes = [(name, shape) for _, name, shape in shapes if len(shape) == 2]
+    assert any("light" in name for name, _ in shapes)
+    of_dense = [given.files.weight(m).shape for f in ffns for m in f.group]
+    numbers = sum(a * b for a, b in of_dense)
+    for row in rows:
+        width = 32 if "32" in row["scale"] else 10**9
+        bits = [row["light_bits"] if "light" in name else row["heavy_bits"] for name, _ in shapes]
+        own = sum(a * (b * n + 16 * -(-b // width)) for (_, (a, b)), n in zip(shapes, bits, strict=True))
+        alike = sum(a * (b * row["all_bits"] + 16 * -(-b // width)) for a, b in of_dense)
+        assert row["split_per_number"] == own / numbers
+        assert row["all_per_number"] == alike / numbers
+        assert (row["more"] == "all") == (alike >= own)
+        assert row["above"] == pytest.approx(row["split_nll"] - row["all_nll"])
+        edited = copy.deepcopy(model)
+        for m in (m for f in ffns for m in f.group):
+            weight = edited.get_submodule(m.module).weight.data
+            value = rounded(given.files.weight(m), row["all_bits"], 32 if width == 32 else None).to(weight.dtype)
+            weight.copy_(value.T if m.transposed else value)
+        assert row["all_nll"] == pytest.approx(paired(logits_of(edited), dense)[0], rel=1e-4)
+    assert answered(rows) == (rows[0]["above"], rows[0]["above_se"])
+    assert logits_of(model) == dense, "the dense model stays as it was"
+    unrounded = paired(logits_of(split), dense)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("winnow.studies.ffsplit.quantised.PAIRS", ((15, 15),))
+        (fine, *_) = compared(model, lambda: trial.model(model, sizes), ffns, logits_of, dense)
+    assert fine["split_nll"] == pytest.approx(unrounded, rel=0.01)
+    assert rows[-1]["split_nll"] != pytest.approx(unrounded, rel=0.01), "four bits change something"
+
+
 def test_sizes_of_bert_by_hand():
     """d = 768, f = 3072: a quarter of the neurons whole, the rest of rank 77 in both matrices; biases count on both sides."""
     found = counted(published("BERT-base"), structure_of(ffsplit.split_of()["structure"]), 0.1)
@@ -171,7 +244,6 @@ def test_every_claim_has_a_verdict_and_identities_hold(measured):
     assert found["ffsplit_ffn_size", "OPT-6.7B, by its config"] == HOLDS
     assert found["ffsplit_ffn_size", "BERT-base, by its config"] == OTHER
     assert found["ffsplit_glue", "any"] == UNTESTED
-    assert found["ffsplit_quantised", "any"] == UNTESTED
     ranks = [row["delta_nll"] for row in measured["sweeps"] if row["sweep"] == "light rank" and row["metric"] == "gram"]
     assert len(ranks) == len(ffsplit.RANKS)
     equal = [row for row in measured["sweeps"] if "bytes" in row["sweep"]]
@@ -203,6 +275,14 @@ def test_verdicts_change_with_the_numbers(measured):
     assert {verdicts({**measured, "latency": timed})[f"ffsplit_{name}", "m"] for name in ("speed", "speed_everywhere")} == {HOLDS}
     slow = [{**row, "ratio": 1.1, "ratio_low": 1.09, "ratio_high": 1.11} for row in measured["latency"]]
     assert {verdicts({**measured, "latency": slow})[f"ffsplit_{name}", "m"] for name in ("speed", "speed_everywhere")} == {FAILS}
+    for above, expected in ((-0.5, HOLDS), (0.05, UNDECIDED), (0.5, FAILS)):
+        own = ("of 32 inputs", 8, 8, "all")  # no other pair counts
+        rounded = [
+            {**row, "above": above if (row["scale"], row["heavy_bits"], row["light_bits"], row["more"]) == own else -above}
+            for row in measured["quantised"]
+        ]
+        rounded = [{**row, "above_se": 0.04} for row in rounded]
+        assert verdicts({**measured, "quantised": rounded})["ffsplit_quantised", "m"] == expected
 
 
 def test_a_mixture_and_no_model_at_all_are_said_and_not_judged(measured):

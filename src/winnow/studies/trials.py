@@ -1,8 +1,10 @@
-"""Compressed models in memory, as their checkpoints would load: for sweeps, where a job would cost more than a point."""
+"""Compressed models in memory, as their checkpoints would load, with their losses and times: for sweeps, where a job would cost
+more than a point."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from winnow.allocation import Group, chosen_groups
 from winnow.allocations import allocation_of
+from winnow.architectures import group_name, select
 from winnow.checkpoint import compress
 from winnow.factors import fit_groups, storable
 from winnow.in_memory import put
@@ -37,7 +40,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Trial:
-    """A method fitted to the FFNs of a model for every size."""
+    """A method fitted to some targets of a model for every size."""
 
     files: ModelFiles
     structure: Any
@@ -45,15 +48,20 @@ class Trial:
     groups: list[Group]
 
     @classmethod
-    def of(cls, files: ModelFiles, moments: Bundle | None, method: dict[str, Any], device: str) -> Trial:
-        """Fit a method ({structure, metric}, as in a preset). Raises InputError, naming the matrix, if that fails."""
+    def of(
+        cls, files: ModelFiles, moments: Bundle | None, method: dict[str, Any], device: str, targets: Sequence[str] = ("ffn",)
+    ) -> Trial:
+        """Fit a method ({structure, metric}, as in a preset) to what a budget's `targets` name, and to nothing else. Raises
+        InputError, naming the matrix, if that fails."""
         structure = structure_of(method["structure"])
         metric = metric_of(method["metric"]) if method.get("metric") else None
         factors, rows = {}, {}
-        for name, fit, numbers in fit_groups(files, moments, None, {}, structure, metric, "1-of-1", device):
+        chosen = {m.name for m in select(files.matrices, list(targets))}
+        others = [group_name(g) for g in structure.groups(files.matrices) if not any(m.name in chosen for m in g)]
+        for name, fit, numbers in fit_groups(files, moments, None, {}, structure, metric, "1-of-1", device, others):
             factors[name] = Factors(storable(structure, fit))
             rows[name] = {"numbers": numbers, "error": fit.error.tolist()}
-        groups = chosen_groups(files, structure, ["ffn"], pd.DataFrame.from_dict(rows, orient="index"))
+        groups = chosen_groups(files, structure, list(targets), pd.DataFrame.from_dict(rows, orient="index"))
         return cls(files, structure, factors, groups)
 
     def of_rank(self, share: float) -> dict[str, int | None]:
@@ -66,7 +74,7 @@ class Trial:
         return allocation_of({"kind": "uniform"}).allocate(self.groups, keep).sizes
 
     def kept(self, sizes: dict[str, int | None]) -> float:
-        """Stored over dense bytes of the FFNs."""
+        """Stored over dense bytes of the targets."""
         return sum(g.bytes(sizes[g.name]) for g in self.groups) / sum(g.dense for g in self.groups)
 
     def model(self, dense: PreTrainedModel, sizes: dict[str, int | None]) -> PreTrainedModel:
@@ -83,3 +91,27 @@ def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[f
 
     with torch.no_grad():
         return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
+
+
+def timed(
+    dense: PreTrainedModel, forms: Mapping[str, PreTrainedModel], spec: dict[str, Any], device: str
+) -> list[dict[str, Any]]:
+    """Times of every form over the dense model's, in turns with it, by the `spec` of `winnow.latency.evaluate` (prompts no longer
+    than the model's positions allow): a row per form, phase, batch and prompt with the median `ratio` and its interval of 95 %,
+    the quartiles of dense against dense (`control_*`), the verdict, products and bytes read over dense's, and the machine."""
+    from winnow.latency import evaluate
+
+    held = getattr(dense.config.get_text_config(), "max_position_embeddings", None)
+    prompts = [min(length, held - spec["decode"] - 1) if held else length for length in spec["prompts"]]
+    rows = []
+    for name, form in forms.items():
+        found = evaluate(dense, form, {**spec, "prompts": prompts}, device)
+        for case in found["cases"]:
+            own, control = case["compressed"], case["control"]["ratio"]
+            row = {"form": name, **{key: case[key] for key in ("phase", "batch", "prompt")}}
+            row |= {"ratio": own["ratio"]["median"], "ratio_low": own["ratio"]["low"], "ratio_high": own["ratio"]["high"]}
+            row |= {"control_q1": control["q1"], "control_q3": control["q3"], "verdict": own["verdict"]}
+            for key in ("flops", "weight_bytes"):
+                row[key] = own[key] / case["dense"][key]
+            rows.append({**row, **{key: found["machine"][key] for key in ("device", "name", "threads")}})
+    return rows

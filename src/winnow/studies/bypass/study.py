@@ -6,13 +6,14 @@ import math
 from typing import Any, NamedTuple
 
 from winnow.claims import Answer
-from winnow.studies.base import Conclusion, Evidence, Given, Study
+from winnow.studies.base import Conclusion, Evidence, Given, Study, speed
 from winnow.studies.bypass.accounting import Ranks
 
 KEPT = 256 / 4096  # directions kept apart, as a share of the width
 LLAMA = "Llama-3.1-8B"  # by its config alone
 WEIGHTS, GRAM, LOW_RANK, SHARED = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}, {"kind": "shared_basis"}
 BASE = 6.79  # perplexity of the paper's dense model
+TIMED = {"batches": [1], "prompts": [64], "decode": 16, "repeats": 21, "warm_up": 2}
 
 
 class Row(NamedTuple):
@@ -106,13 +107,14 @@ class BypassStudy(Study):
         "gate-up-rank-0.375": {"targets": ["gate_up"], "rank_fraction": 0.375},
     }
     cells = [*(row.cell for row in ROWS.values()), *BESIDE, ("grc", "qkv-rank-0.375"), *EQUAL_BYTES, *ALONE]
-    tables = ("rows", "equal_bytes", "alone", "hourglass", "accounting", "ranks")
+    tables = ("rows", "equal_bytes", "alone", "hourglass", "accounting", "ranks", "latency")
     figures = ("rows", "equal_bytes", "ranks", "accounting")
 
     reads = ("moments",)
 
     def measure(self, given: Given) -> dict[str, Any]:
-        """Effective ranks and their profiles, what is stored under every way to count, GRC's own numbers, identities."""
+        """Effective ranks and their profiles, what is stored under every way to count, GRC's own numbers, its times
+        beside dense, identities."""
         from winnow.architectures import FFN_ROLES, TARGETS
         from winnow.studies.bypass.accounting import dense, parameters, removed
         from winnow.studies.bypass.measures import grc_numbers, identities, stored_bytes
@@ -131,6 +133,7 @@ class BypassStudy(Study):
             "accounting": {name: removed(files.matrices, total, row.ranks) for name, row in ROWS.items()},
             "stored_bytes": {name: stored_bytes(files, ROWS[name].ranks) for name in ("attention", "ffn", "both", "bypass")},
             "grc": grc_numbers(files),
+            "latency": _latency(given),
             "identities": identities(files, moments, KEPT),
         }
 
@@ -149,7 +152,8 @@ class BypassStudy(Study):
             tables["alone"] += [_cell(evidence, model, cell) for cell in ALONE]
             tables["hourglass"] += [{"model": model, **row} for row in found["hourglass"]]
             tables["accounting"] += _counts(model, found["accounting"])
-            tables["ranks"] += [{"model": model, **row} for row in found["ranks"]]
+            for name in ("ranks", "latency"):
+                tables[name] += [{"model": model, **row} for row in found[name]]
             exact = dict(found["identities"])
             if found["stored_bytes"]["both"] is not None:
                 exact["bytes stored in rows 1 to 4 are those of the formulas"] = max(
@@ -165,6 +169,18 @@ class BypassStudy(Study):
             "accounting": figures.accounting(frames["accounting"], LLAMA),
         }
         return Conclusion(frames, drawn, answers, pd.DataFrame(identities))
+
+
+def _latency(given: Given) -> list[dict[str, Any]]:
+    """Times of the cell of row 1, GRC at k = d / 4, beside dense."""
+    from winnow.loading import load_model
+    from winnow.studies.trials import Trial, timed
+
+    model = load_model(given.files.verify(), given.dtype, given.device).requires_grad_(False)
+    row = ROWS["attention"]
+    trial = Trial.of(given.files, given.moments, BypassStudy.methods[row.cell[0]], given.device, ["qkv"])
+    form = trial.model(model, trial.of_rank(row.ranks.attention))
+    return timed(model, {PUBLISHED["attention"]: form}, TIMED, given.device)
 
 
 def _of_llama(table: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Answer]], list[dict[str, Any]]]:
@@ -200,6 +216,8 @@ def _of_model(found: dict[str, Any]) -> dict[str, Answer]:
         value = found["grc"][name]
         answers[f"grc_{name}"] = Answer(missing=few) if value is None else Answer(value)
     answers["grc_full"] = Answer(low=0.0, high=found["grc"]["full"])
+    (decoding,) = (row for row in found["latency"] if row["phase"] == "decode")
+    answers["grc_speed"] = speed(decoding, 100)
     shares: dict[tuple[str, str], list[float]] = {}
     for row in found["ranks"]:
         kind = {"down_proj": "down", "gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up"}.get(row["role"])

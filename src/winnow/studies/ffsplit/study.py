@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from winnow.claims import Answer
-from winnow.studies.base import Conclusion, Evidence, Given, Study
+from winnow.studies.base import Conclusion, Evidence, Given, Study, speed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ AT, TUNED = "ffn-0.35", "fine_tuned"
 SCORES = ["model", "evaluation", "method", "recovery", "measure", "value", "value_se", "delta", "delta_se"]
 SCORES += ["delta_control", "delta_control_se"]
 ANSWERED = ["concentrated", "concentrated_output", "any_token", "same_text", "zeroed", "zeroed_random", "zeroed_norm"]
-ANSWERED += ["quarter", "ffn_time", "speed", "speed_everywhere"]  # by what is measured, in this order
+ANSWERED += ["quarter", "ffn_time", "speed", "speed_everywhere", "quantised"]  # by what is measured, in this order
 SIZES = ["ffn_size", "size", "size_whole"]
 COMPARED = {  # by two cells, the first above the second
     "against_low_rank": (("split", AT), ("svd", AT)),
@@ -66,12 +66,13 @@ class FfsplitStudy(Study):
     tuned = ("split", "split_random", "svd", "neuron_slice", "split_whitened")
     cells = [*((method, AT) for method in methods), *((method, AT, TUNED) for method in tuned)]
     scored = [("split", AT), ("svd", AT)]
-    tables = ("concentration", "zeroed", "sweeps", "loss", "sizes", "latency", "scores")
+    tables = ("concentration", "zeroed", "sweeps", "loss", "sizes", "latency", "quantised", "scores")
     figures = ("concentration", "zeroed", "sweeps", "loss", "latency")
     reads = ("moments", "evaluation")
 
     def measure(self, given: Given) -> dict[str, Any]:
-        """Concentration by layer, losses without some neurons, sweeps of the split, sizes, times beside dense, identities."""
+        """Concentration by layer, losses without some neurons and of rounded numbers, sweeps of the split, sizes, times beside
+        dense, identities."""
         from winnow.classes import empty_model
         from winnow.loading import load_model
         from winnow.structures import structure_of
@@ -98,6 +99,7 @@ class FfsplitStudy(Study):
             "quarter": sweeps.quarter(),
             "sizes": sizes,
             "latency": _latency(given, model),
+            "quantised": _quantised(given, model, ffns, ids, first, dense),
             "identities": {**identities(model, files, ffns, ids), **_split_identities(given, ffns)},
         }
 
@@ -129,7 +131,8 @@ class FfsplitStudy(Study):
                 continue
             for row in found["concentration"]:
                 tables["concentration"].append({"model": model, **{key: value for key, value in row.items() if key != "curve"}})
-            for name, rows in (("zeroed", found["zeroed"]["rows"]), ("sweeps", found["sweeps"]), ("latency", found["latency"])):
+            own_rows = {"zeroed": found["zeroed"]["rows"], **{name: found[name] for name in ("sweeps", "latency", "quantised")}}
+            for name, rows in own_rows.items():
                 tables[name] += [{"model": model, **row} for row in rows]
             residuals += [{"model": model, "identity": name, "residual": v} for name, v in found["identities"].items()]
         frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
@@ -241,29 +244,25 @@ class Sweeps:
 
 
 def _latency(given: Given, model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Times over the dense model's, in turns with it, of the split FFN and of FFNs of a single neuron (what is left of the time
-    is not theirs); prefill and decoding."""
-    from winnow.latency import evaluate
-    from winnow.studies.trials import Trial
+    """Times beside dense of the split FFN and of FFNs of a single neuron: what is left of the time is not theirs."""
+    from winnow.studies.trials import Trial, timed
 
-    held = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    most = [min(length, held - TIMED["decode"] - 1) if held else length for length in TIMED["prompts"]]  # type: ignore[operator, attr-defined]
     split = Trial.of(given.files, given.moments, split_of(), given.device)
     one = {"structure": {"kind": "neuron_slice", "criterion": "activation", "correction": "none"}}
     bare = Trial.of(given.files, given.moments, one, given.device)
     forms = {"split": split.model(model, split.of_rank(LIGHT)), "one neuron": bare.model(model, {g.name: 1 for g in bare.groups})}
-    rows = []
-    for name, form in forms.items():
-        found = evaluate(model, form, {**TIMED, "prompts": most}, given.device)
-        for case in found["cases"]:
-            own, control = case["compressed"], case["control"]["ratio"]
-            row = {"form": name, **{key: case[key] for key in ("phase", "batch", "prompt")}}
-            row |= {"ratio": own["ratio"]["median"], "ratio_low": own["ratio"]["low"], "ratio_high": own["ratio"]["high"]}
-            row |= {"control_q1": control["q1"], "control_q3": control["q3"], "verdict": own["verdict"]}
-            for key in ("flops", "weight_bytes"):
-                row[key] = own[key] / case["dense"][key]
-            rows.append({**row, **{key: found["machine"][key] for key in ("device", "name", "threads")}})
-    return rows
+    return timed(model, forms, TIMED, given.device)
+
+
+def _quantised(
+    given: Given, model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: dict[str, list[float]]
+) -> list[dict[str, Any]]:
+    from winnow.studies.ffsplit.quantised import compared
+    from winnow.studies.trials import Trial, loss
+
+    trial = Trial.of(given.files, given.moments, split_of(), given.device)
+    sizes = trial.of_rank(LIGHT)
+    return compared(model, lambda: trial.model(model, sizes), ffns, lambda form: loss(form, ids, first), dense)
 
 
 def _split_identities(given: Given, ffns: list[Ffn]) -> dict[str, float]:
@@ -307,13 +306,15 @@ def _split_identities(given: Given, ffns: list[Ffn]) -> dict[str, float]:
 
 
 def _answers(evidence: Evidence, model: str, found: dict[str, Any]) -> dict[str, Answer]:
+    from winnow.studies.ffsplit.quantised import answered
+
     answers = {f"ffsplit_{name}": Answer(*evidence.above(model, *pair)) for name, pair in COMPARED.items()}
     if "missing" in found:
         return answers | {f"ffsplit_{name}": Answer(missing=found["missing"]) for name in ANSWERED}
     by = {c: [row for row in found["concentration"] if row["criterion"] == c] for c in ("act", "act_x_row")}
     above_of = found["zeroed"]["above"]
     timed = {form: [row for row in found["latency"] if row["form"] == form] for form in ("split", "one neuron")}
-    speeds = sorted((_inverse(row) for row in timed["split"]), key=lambda answer: answer.value or 0.0)
+    speeds = sorted((speed(row) for row in timed["split"]), key=lambda answer: answer.value or 0.0)
     longest = max(timed["one neuron"], key=lambda row: 1 - row["ratio"])
     values = (
         Answer(min(row["held"] for row in by["act"])),
@@ -327,13 +328,9 @@ def _answers(evidence: Evidence, model: str, found: dict[str, Any]) -> dict[str,
         Answer(100 * (1 - longest["ratio"]), 100 * (longest["ratio_high"] - longest["ratio_low"]) / 4),
         speeds[-1],
         speeds[0],
+        Answer(*answered(found["quantised"])),
     )
     return answers | {f"ffsplit_{name}": answer for name, answer in zip(ANSWERED, values, strict=True)}
-
-
-def _inverse(row: dict[str, Any]) -> Answer:
-    """Times as fast as dense; the interval of 95 % is taken for two standard errors to each side."""
-    return Answer(1 / row["ratio"], (1 / row["ratio_low"] - 1 / row["ratio_high"]) / 4)
 
 
 def _of_sizes(size: dict[str, Any], claimed: bool) -> dict[str, Answer]:

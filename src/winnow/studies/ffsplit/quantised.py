@@ -1,0 +1,118 @@
+"""The split and all neurons alike with rounded numbers, at equal bits.
+
+Quantisation of weights is simulated, in the model's dtype. The split keeps about a third of the numbers of an FFN, so that at 8
+bits it takes no more than all of them at 3. Scales are counted, and are not rounded themselves; biases are neither rounded nor
+counted, on either side.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from winnow.spread import paired
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from winnow.studies.ffsplit.heavy import Ffn
+
+GROUPS = (32, None)  # inputs of a row that share a scale; None: all of it
+SCALE = 16  # bits of a scale
+PAIRS = ((8, 8), (8, 4), (4, 4))  # bits of the split's heavy neurons, and of its light ones
+ANSWERED = ("of 32 inputs", 8, 8, "all")  # what the claim is judged by
+MOST = 16  # bits of all neurons alike
+
+
+def rounded(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
+    """The matrix (m, n) rounded to nearest: every `group` inputs of a row (the last ones may be fewer), or the whole row, to
+    multiples of a scale of their own, from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1, the largest of them at an end of that grid.
+    Computed in float64, returned in the dtype of `weight`. Raises ValueError below 2 bits."""
+    from torch.nn import functional
+
+    if bits < 2:
+        raise ValueError(f"{bits} bits have no symmetric grid but 0")
+    rows, columns = weight.shape
+    group = group or columns
+    blocks = functional.pad(weight.double(), (0, -columns % group)).view(rows, -1, group)
+    scale = blocks.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
+    steps = (blocks / scale.clamp(min=1e-300)).round()
+    return (steps * scale).view(rows, -1)[:, :columns].to(weight.dtype).contiguous()
+
+
+def bits_of(shape: tuple[int, ...], bits: int, group: int | None = None) -> int:
+    """Bits that such a matrix (m, n) takes, with its scales."""
+    rows, columns = shape
+    return rows * (columns * bits + -(-columns // (group or columns)) * SCALE)
+
+
+def compared(
+    dense: PreTrainedModel,
+    split: Callable[[], PreTrainedModel],
+    ffns: list[Ffn],
+    loss: Callable[[PreTrainedModel], dict[str, list[float]]],
+    of_dense: dict[str, list[float]],
+) -> list[dict[str, Any]]:
+    """A row per pair of a split (`split` makes one anew) and all neurons alike: at the fewest bits at which these take no less
+    than the split (`more` is "all"), and at one bit fewer (`more` is "split"). With bits of each per number of the dense FFNs,
+    losses above dense (nats per token), and the loss of the split above that of all neurons, paired by window."""
+    shapes = [_shape(transposed, weight) for _, transposed, weight in _matrices(dense, ffns)]
+    numbers = sum(rows * columns for rows, columns in shapes)
+    found = []
+    for group in GROUPS:
+        costs = {bits: sum(bits_of(shape, bits, group) for shape in shapes) for bits in range(2, MOST + 1)}
+        alike: dict[int, dict[str, list[float]]] = {}
+        for heavy, light in PAIRS:
+            model = split()
+            spent = _round(model, ffns, heavy, light, group)
+            own = loss(model)
+            enough = next(bits for bits, cost in costs.items() if cost >= spent)
+            for bits in (bits for bits in (enough, enough - 1) if bits in costs):
+                if bits not in alike:
+                    model = copy.deepcopy(dense)
+                    _round(model, ffns, bits, bits, group)
+                    alike[bits] = loss(model)
+                row: dict[str, Any] = {"scale": f"of {group} inputs" if group else "of a row"}
+                row |= {"heavy_bits": heavy, "light_bits": light, "all_bits": bits, "more": "all" if bits == enough else "split"}
+                row |= {"split_per_number": spent / numbers, "all_per_number": costs[bits] / numbers}
+                pairs = {"split_nll": (own, of_dense), "all_nll": (alike[bits], of_dense), "above": (own, alike[bits])}
+                for name, pair in pairs.items():
+                    row[name], row[f"{name}_se"] = paired(*pair)
+                found.append(row)
+    return found
+
+
+def answered(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """(nats of the split above all neurons alike, standard error) of the pair that the claim names."""
+    keys = ("scale", "heavy_bits", "light_bits", "more")
+    (row,) = (row for row in rows if tuple(row[key] for key in keys) == ANSWERED)
+    return row["above"], row["above_se"]
+
+
+def _matrices(model: PreTrainedModel, ffns: list[Ffn]) -> Iterator[tuple[bool, bool, nn.Parameter]]:
+    """(whether it is of light neurons, whether it is W^T, W (out, in)) of every matrix that a dense or a split model stores for
+    its FFNs."""
+    for m in (m for ffn in ffns for m in ffn.group):
+        for name, parameter in model.get_submodule(m.module).named_parameters():
+            if parameter.dim() == 2:
+                yield "light" in name.split("."), m.transposed and name == "weight", parameter  # a split stores none transposed
+
+
+def _shape(transposed: bool, parameter: nn.Parameter) -> tuple[int, int]:
+    """(out, in)."""
+    rows, columns = parameter.shape
+    return (columns, rows) if transposed else (rows, columns)
+
+
+def _round(model: PreTrainedModel, ffns: list[Ffn], heavy: int, light: int, group: int | None) -> int:
+    """Round the FFNs of a model; the bits that they take then. The tensors are new ones: others may share the old ones."""
+    total = 0
+    for is_light, transposed, parameter in _matrices(model, ffns):
+        bits = light if is_light else heavy
+        weight = parameter.data.T if transposed else parameter.data
+        found = rounded(weight, bits, group)
+        parameter.data = found.T.contiguous() if transposed else found
+        total += bits_of(tuple(weight.shape), bits, group)
+    return total
