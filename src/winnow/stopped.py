@@ -22,13 +22,14 @@ MOST = 20  # lines; a run that is ended cancels all its jobs
 
 
 def stopped(logs: Path, since: float) -> list[str]:
-    """A line for each log in `logs`, as <kind>_<rule>/<wildcards>/<job>.log, that was last written to after `since` (seconds
-    since 1970) and ends with a reason. Logs of jobs that succeeded are removed by the executor."""
+    """A line for each log in `logs`, as rule_<rule>/<wildcards>/<job>.log or group_<group>_<rule>/<job>.log, that was last
+    written to after `since` (seconds since 1970) and ends with a reason. The executor removes logs of jobs that succeeded."""
     lines: list[str] = []
     for path in sorted(logs.rglob("*.log"), key=lambda p: p.stat().st_mtime):
         if path.stat().st_mtime >= since and (reason := reason_of(path)):
-            rule = path.relative_to(logs).parts[0].partition("_")[2]
-            lines.append(f"{rule}: job {path.stem} {reason} ({path})")
+            kind, _, rule = path.relative_to(logs).parts[0].partition("_")
+            name = f"several {rule.partition('_')[2]}" if kind == "group" else rule
+            lines.append(f"{name}: job {path.stem} {reason} ({path})")
     if len(lines) > MOST:
         return [*lines[:MOST], f"and {len(lines) - MOST} more, whose logs are in {logs}"]
     return lines

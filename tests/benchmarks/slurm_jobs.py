@@ -2,15 +2,16 @@
 
     python tests/benchmarks/slurm_jobs.py [folder of the run] [beginning of the job names, default winnow]
 
-A job's own time is that of its benchmark file. Start-up is the time that it held its node above that: two starts of Snakemake.
-The wait is from submission to start. Fails if a rule that is not local made something without a job, or a job lacks its GPU.
+A job's own time is that of the benchmark files of what it made. Start-up is the time that it held its node above that: one start
+of Snakemake, and one for each of its members where the profile groups them. The wait is the median from submission to start.
+Fails if fewer jobs of a rule were completed than it has benchmark files: then some were made where the run was started.
 """
 
 import csv
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from datetime import datetime
 from pathlib import Path
 
@@ -27,14 +28,32 @@ def jobs(prefix: str) -> list[dict[str, str]]:
     return [job for job in found if job["JobName"].startswith(prefix) and job["End"] != "Unknown"]
 
 
-def own_times(folder: Path) -> dict[tuple[str, str], float]:
-    """{(rule, its wildcards as in the comment of a job): seconds}"""
-    found = {}
+def members() -> Counter:
+    """{id of a job: its completed steps}, each the start of one rule."""
+    command = ["sacct", "-n", "-P", "-S", "now-2days", "-o", "JobID%60,State"]
+    rows = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    steps = [row.partition("|")[0].split(".") for row in rows if row.endswith("|COMPLETED") and "." in row]
+    return Counter(job for job, step in steps if step.isdigit())
+
+
+def own_times(folder: Path) -> dict[str, list[float]]:
+    """{rule: seconds of each of its jobs}"""
+    found: dict[str, list[float]] = defaultdict(list)
     for path in sorted((folder / "results" / "benchmarks").rglob("*.tsv")):
-        rule, *wildcards = path.relative_to(folder / "results" / "benchmarks").with_suffix("").parts
         with open(path, newline="", encoding="utf-8") as stream:
-            found[rule, "_".join(wildcards)] = float(next(csv.DictReader(stream, delimiter="\t"))["s"])
+            rule = path.relative_to(folder / "results" / "benchmarks").with_suffix("").parts[0]
+            found[rule].append(float(next(csv.DictReader(stream, delimiter="\t"))["s"]))
     return found
+
+
+def rule_of(job: dict[str, str], rules: set[str]) -> str:
+    """A job's comment is rule_<rule>_wildcards_..., that of several together rule_<group>_<rule>."""
+    name = job["Comment"].removeprefix("rule_").partition("_wildcards")[0]
+    return name if name in rules else name.partition("_")[2]
+
+
+def held(job: dict[str, str]) -> float:
+    return seconds(job, "Start", "End")
 
 
 def seconds(job: dict[str, str], begin: str, end: str) -> float:
@@ -42,32 +61,28 @@ def seconds(job: dict[str, str], begin: str, end: str) -> float:
 
 
 def main(folder: Path, prefix: str) -> None:
-    made, own = jobs(prefix), own_times(folder)
-    heavy = {key: time for key, time in own.items() if key[0] not in LOCAL}
-    done, rows = set(), defaultdict(list)
-    for job in made:
-        rule, _, wildcards = job["Comment"].removeprefix("rule_").partition("_wildcards_")
-        done |= {(rule, wildcards)} if job["State"] == "COMPLETED" else set()
-        rows[rule].append((job, heavy.get((rule, wildcards))))
-    print("| rule | jobs | completed | with a GPU | own time, s | start-up, s | wait, s |\n|---|---:|---:|---:|---:|---:|---:|")
-    for rule, found in sorted(rows.items()):
-        finished = [(job, time) for job, time in found if job["State"] == "COMPLETED" and time is not None]
-        gpus = sum("gres/gpu=1" in job["AllocTRES"] for job, _ in found)
-        numbers = [
-            statistics.mean(time for _, time in finished),
-            statistics.mean(seconds(job, "Start", "End") - time for job, time in finished),
-            statistics.median(seconds(job, "Submit", "Start") for job, _ in finished),
-        ]
-        print(f"| {rule} | {len(found)} | {len(finished)} | {gpus} | {' | '.join(f'{n:.1f}' for n in numbers)} |")
-    held = sum(seconds(job, "Start", "End") for job in made)
-    began, ended = min(job["Submit"] for job in made), max(job["End"] for job in made)
-    whole = (datetime.fromisoformat(ended) - datetime.fromisoformat(began)).total_seconds()
-    spent = sum(heavy.values())
-    print(f"{len(made)} jobs on {', '.join(sorted({job['NodeList'] for job in made}))}; {whole:.0f} s from first to last")
-    print(f"{held:.0f} s held, {spent:.0f} s of them the rules' own: {(held - spent) / len(made):.1f} s of start-up a job")
-    print(f"made where the run was started: {', '.join(sorted({rule for rule, _ in own} & LOCAL))}")
-    if missing := set(heavy) - done:
-        sys.exit(f"made without a job: {sorted(missing)}")
+    made, own, steps = jobs(prefix), own_times(folder), members()
+    print("| rule | submissions | jobs | with a GPU | own time, s | start-up, s | wait, s |\n|---|---:|---:|---:|---:|---:|---:|")
+    missing, spent = [], 0.0
+    for rule in sorted(set(own) - LOCAL):
+        mine = [job for job in made if rule_of(job, set(own)) == rule]
+        done = [job for job in mine if job["State"] == "COMPLETED"]
+        count = sum(steps[job["JobID"]] for job in done)
+        missing += [rule] if count < len(own[rule]) else []
+        spent += sum(own[rule])
+        start = (sum(held(job) for job in done) - sum(own[rule])) / max(1, count)
+        wait = statistics.median([seconds(job, "Submit", "Start") for job in mine] or [0])
+        gpus = sum("gres/gpu=1" in job["AllocTRES"] for job in mine)
+        print(f"| {rule} | {len(mine)} | {count} | {gpus} | {statistics.mean(own[rule]):.1f} | {start:.1f} | {wait:.0f} |")
+    whole = datetime.fromisoformat(max(job["End"] for job in made)) - datetime.fromisoformat(min(job["Submit"] for job in made))
+    print(f"{len(made)} submissions on {', '.join(sorted({job['NodeList'] for job in made}))}; {whole} from first to last")
+    total = sum(held(job) for job in made)
+    print(
+        f"{total:.0f} s held, {spent:.0f} s of them the rules' own: {(total - spent) / len(made):.1f} s of start-up a submission"
+    )
+    print(f"made where the run was started: {', '.join(sorted(set(own) & LOCAL))}")
+    if missing:
+        sys.exit(f"made without a job: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

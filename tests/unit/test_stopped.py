@@ -35,7 +35,7 @@ def test_the_reason_of_a_stopped_job(tmp_path, text, reason):
 
 
 def test_jobs_of_earlier_runs_are_not_named_again_and_many_are_counted(tmp_path):
-    folder = tmp_path / "group_cells" / "1"
+    folder = tmp_path / "group_evaluate_evaluate_perplexity"
     folder.mkdir(parents=True)
     for job in range(MOST + 5):
         (folder / f"{job}.log").write_text(CANCELLED.format(""))
@@ -43,5 +43,5 @@ def test_jobs_of_earlier_runs_are_not_named_again_and_many_are_counted(tmp_path)
     assert len(stopped(tmp_path, since=1010)) == MOST + 5 - 10
     lines = stopped(tmp_path, since=0)
     assert len(lines) == MOST + 1
-    assert lines[0].startswith("cells: job 0 was cancelled")
+    assert lines[0].startswith("several evaluate_perplexity: job 0 was cancelled")
     assert lines[-1] == f"and 5 more, whose logs are in {tmp_path}"
