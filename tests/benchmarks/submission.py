@@ -4,8 +4,7 @@
 
 Nothing is computed, and no weight is made: the forecast reads shapes. Its times are set against the measured seconds that a
 submission holds a node beside its rule's own time (`--start`), and a further member of a group (`--member`), both from
-tests/benchmarks/slurm_jobs.py. `--rate` is in floating-point operations per second; without it, this machine's. Of `compress`,
-which counts no operations, the own time is that of its start alone: it reads and writes gigabytes, so its share is rather less.
+tests/benchmarks/slurm_jobs.py. `--rate` is in floating-point operations per second; without it, this machine's.
 """
 
 import argparse
