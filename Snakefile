@@ -40,4 +40,9 @@ onstart:
 
 
 onsuccess:
+    print_stopped()
     print_report_path()
+
+
+onerror:
+    print_stopped()

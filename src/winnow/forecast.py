@@ -1,7 +1,7 @@
 """Peak memory, disk and time of every stage, from the configuration and the shapes of the models alone.
 
-Bounds, not promises: memory and disk are sums of the tensors that a stage holds or writes; time is arithmetic over a measured
-rate, or the median of earlier runs of the same stage on the same model where there are any.
+Bounds, not promises: memory and disk are sums of the tensors that a stage holds or writes; time is arithmetic and bytes
+written over a rate each, or the median of earlier runs of the same stage on the same model where there are any.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from winnow.tuning import Tuning
 MB, GB = 1e6, 1e9
 BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
 START = 5.0  # seconds until such a process computes
+WRITTEN = 0.15 * GB  # bytes a second of what a job writes, with reading, checking and cutting what that is made of; of `compress`
 EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
 ROWS = 10_000  # of a task, where its files do not tell
 LOGITS = 1 << 24  # numbers that the loss holds in float64 at a time, several copies
@@ -67,7 +68,7 @@ class Work:
     operations: float  # floating point, of all jobs
 
     def seconds(self, rate: float) -> float:
-        return self.jobs * START + self.operations / rate
+        return self.jobs * START + self.operations / rate + self.disk / WRITTEN
 
 
 def shape_of(source: Path, manifest: Path | None = None) -> Shape:

@@ -49,6 +49,11 @@ def test_jobs_bytes_and_memory_of_the_demo():
     assert more["factorize"] == works["factorize"]
 
 
+def test_time_is_of_starts_arithmetic_and_bytes():
+    work = Work("compress", "large", 2, 1 * GB, 30 * GB, 4e12)
+    assert work.seconds(1e12) == pytest.approx(2 * 5 + 4 + 200)
+
+
 def test_jobs_and_work_of_a_task(tmp_path):
     rows = {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "test")}
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "x"}\n' * 100)

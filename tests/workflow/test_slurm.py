@@ -5,15 +5,15 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.workflow.test_end_to_end import Workspace
+from tests.workflow.test_rerun_truth import Place
 
 pytestmark = [
     pytest.mark.workflow,
@@ -24,13 +24,13 @@ pytestmark = [
 LOCAL = {"cards", "tables", "figures", "report", "all"}
 
 
-class Cluster(Workspace):
-    """A workspace whose runs are submitted, with the profile as its user fills it in."""
+class Cluster(Place):
+    """A place whose runs are submitted, with the profile as its user fills it in."""
 
-    def __init__(self, folder: Path, name: str, **profile):
+    def __init__(self, folder: Path, name: str, keeps: tuple[float, ...] = (0.8,)):
         super().__init__(folder)
-        self.config["budgets"] = {"ffn-0.8": {"targets": ["ffn"], "keep_bytes": 0.8}}
-        self.config["experiments"]["one"] |= {"methods": ["whitened"], "budgets": ["ffn-0.8"]}
+        self.config["budgets"] = {f"ffn-{keep}": {"targets": ["ffn"], "keep_bytes": keep} for keep in keeps}
+        self.experiment(methods=["whitened"], budgets=list(self.config["budgets"]))
         self.config["models"]["pico"]["shards"] = 1
         self.name = name
         text = (ROOT / "profiles" / "slurm" / "config.yaml").read_text()
@@ -40,20 +40,21 @@ class Cluster(Workspace):
         mine = {"GPU_PARTITION": gpu, "PARTITION": partitions[0], "ACCOUNT": accounts[-1] if accounts else "none"}
         for placeholder, value in mine.items():
             text = re.sub(rf"\b{placeholder}\b", value, text)
-        filled = yaml.safe_load(text) | {"slurm-jobname-prefix": name, "slurm-init-seconds-before-status-checks": 5, **profile}
-        (folder / "profile").mkdir()
-        (folder / "profile" / "config.yaml").write_text(yaml.safe_dump(filled))
+        filled = yaml.safe_load(text) | {"slurm-jobname-prefix": name, "slurm-init-seconds-before-status-checks": 5}
+        (self.folder / "profile").mkdir()
+        (self.folder / "profile" / "config.yaml").write_text(yaml.safe_dump(filled))
 
     def start(self, *arguments: str) -> subprocess.Popen:
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config))
-        command = [sys.executable, "-m", "snakemake", *arguments, "--snakefile", str(ROOT / "Snakefile"), "--profile", "profile"]
-        command += ["--replace-workflow-config", "--configfile", "config.yaml"]
+        command = self.command(*arguments, "--profile", "profile")
         with open(self.folder / "output.txt", "a") as log:
-            return subprocess.Popen(command, cwd=self.folder, env=self.environment(), stdout=log, stderr=log)
+            return subprocess.Popen(**command, stdout=log, stderr=log)
+
+    def said(self) -> str:
+        return (self.folder / "output.txt").read_text()
 
     def jobs(self) -> list[dict[str, str]]:
-        """What Slurm says of this workspace's jobs: name, state, comment, resources."""
-        fields = ["JobID", "JobName", "State", "Comment", "AllocTRES"]
+        """What Slurm says of this place's jobs, in their order: name, state, comment, resources."""
+        fields = ["JobID", "JobName", "State", "Comment", "AllocTRES", "ReqMem", "Timelimit"]
         command = ["sacct", "-X", "-n", "-P", "-o", ",".join(f"{field}%200" for field in fields)]
         rows = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         found = [dict(zip(fields, row.split("|"), strict=True)) for row in rows]
@@ -62,27 +63,33 @@ class Cluster(Workspace):
 
 def test_heavy_rules_are_jobs_and_a_killed_run_is_taken_up(tmp_path):
     name = f"winnow-test-{os.getpid()}"
-    cluster = Cluster(tmp_path, name)
+    cluster = Cluster(tmp_path, name, keeps=(0.8, 0.6))
     first = cluster.start()
     try:
         wait(lambda: [job for job in cluster.jobs() if job["State"] == "COMPLETED"], 600)
         first.send_signal(signal.SIGKILL)
         first.wait()
         wait(lambda: not running(name), 300)  # orphans finish, or are cancelled by their name
-        done_before = {path: path.read_bytes() for path in (tmp_path / "results").glob("texts/*.parquet")}
-        assert cluster.start().wait(timeout=1500) == 0, (tmp_path / "output.txt").read_text()[-3000:]
+        done_before = {path: path.read_bytes() for path in (cluster.folder / "results").glob("texts/*.parquet")}
+        assert cluster.start().wait(timeout=1500) == 0, cluster.said()[-3000:]
     finally:
         first.kill()
         subprocess.run(["scancel", "--name", name], check=False)
     assert all(path.read_bytes() == content for path, content in done_before.items())
-    jobs = cluster.jobs()
-    rules = {job["Comment"].removeprefix("rule_").partition("_wildcards")[0] for job in jobs}
-    assert {"retrieve_model", "tokenize", "collect_statistics", "factorize", "compress", "evaluate_perplexity"} <= rules
-    assert not rules & LOCAL, "tables and figures are made where the run was started"
-    for job in jobs:
-        heavy = any(rule in job["Comment"] for rule in ("rule_collect_statistics", "rule_evaluate", "rule_factorize"))
+    rules = Counter(rule_of(job) for job in cluster.jobs() if job["State"] == "COMPLETED")
+    assert {"retrieve_model", "tokenize", "collect_statistics", "factorize"} <= set(rules)
+    assert rules["compress"] == rules["evaluate_perplexity"] == 1, "both budgets in one submission"
+    assert not set(rules) & LOCAL, "tables and figures are made where the run was started"
+    for job in cluster.jobs():
+        heavy = rule_of(job) in ("collect_statistics", "factorize", "evaluate_dense", "evaluate_perplexity")
         assert ("gres/gpu=1" in job["AllocTRES"]) == heavy, job
-    assert (tmp_path / "results" / "report.html").is_file()
+    assert (cluster.folder / "results" / "report.html").is_file()
+
+
+def rule_of(job: dict[str, str]) -> str:
+    """The rule of a job, or of the jobs that were submitted together as it."""
+    name = job["Comment"].removeprefix("rule_")
+    return name.partition("_wildcards")[0] if "_wildcards" in name else name.partition("_")[2] or name
 
 
 def words(*command: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from snakemake.persistence import PersistenceBase
@@ -14,6 +15,7 @@ from winnow.config import load
 from winnow.errors import InputError
 from winnow.plan import Plan
 
+BEGAN = time.time()
 ALL_CORES = (
     workflow.resource_settings.cores or 4
 )  # of this run: nothing runs beside a job that takes them
@@ -112,6 +114,16 @@ def hold_folder():
         )
         sys.exit(1)
     globals()["HELD"] = held  # as long as this process lives
+
+
+def print_stopped():
+    """One line for each job that a cluster stopped in this run; retries may have finished what it was to do."""
+    logs = getattr(workflow.executor_settings, "logdir", None)
+    if logs and Path(logs).is_dir():
+        from winnow.stopped import stopped
+
+        for line in stopped(Path(logs), BEGAN):
+            print(f"winnow: {line}", file=sys.stderr)
 
 
 def print_report_path():
