@@ -264,7 +264,7 @@ def _sweep_figure(sweep: pd.DataFrame, measured: dict[str, dict[str, Any]]) -> A
             axis.axhline(value, label=name, linewidth=1.0, **{**line_style(i + 1), "marker": None})
         axis.set_xscale("log")
         axis.set_title(f"{model}: o_proj of {found['layers']} layers, d/D = {SHARE}", fontsize=9)
-        axis.set_xlabel("anchor strength lambda (share of the mean squared norm)")
+        axis.set_xlabel("anchor strength lambda\n(share of the mean squared norm)", fontsize=8)
         axis.set_ylabel("squared error of the weights (share)")
     return _labelled(figure, axes)
 
@@ -281,7 +281,7 @@ def _loss_figure(loss: pd.DataFrame) -> Any:
         axis.set_yticks(rows.index, [NAMES[name] for name in rows["method"]], fontsize=7)
         axis.grid(axis="x", linewidth=0.4, color="0.85")
         axis.set_title(f"{model}: {budget}, {span(rows['keep_bytes'])} of the bytes", fontsize=8)
-        axis.set_xlabel("loss above dense (nats per token); bars: 2 standard errors", fontsize=8)
+        axis.set_xlabel("loss above dense (nats per token)\nbars: 2 standard errors", fontsize=8)
     return figure
 
 
