@@ -176,22 +176,19 @@ def _hellaswag(evidence: Evidence) -> dict[str, dict[str, Answer]]:
 
     from winnow.spread import ratio
 
+    right: dict[str, dict[tuple[str, str], Any]] = {}
+    for row in evidence.scored:
+        if task := evidence.results[row["result"]]["scores"].get(HELLASWAG):
+            own = right.setdefault(f"{row['model']}, {row['evaluation']}", {})
+            own[row["method"], row["budget"]] = task[MEASURE]["per_document"]
+    missing = Answer(missing="no evaluation of HellaSwag is configured; add --configfile config/studies/accuracy.yaml")
     found: dict[str, dict[str, Answer]] = {}
     for claim, budget in {"coupling_hellaswag": "o-rank-0.25", "coupling_hellaswag_equal_bytes": "o-0.344"}.items():
-        found[claim] = {}
-        right: dict[str, dict[tuple[str, str], Any]] = {}
-        for row in evidence.scored:
-            task = evidence.results[row["result"]]["scores"].get(HELLASWAG)
-            if task:
-                own = right.setdefault(f"{row['model']}, {row['evaluation']}", {})
-                own[row["method"], row["budget"]] = task[MEASURE]["per_document"]
-        for place, of_cell in right.items():
-            points = np.subtract(of_cell["coupled", "o-rank-0.25"], of_cell["whitened", budget])
+        found[claim] = {} if right else {"any": missing}
+        for place, own in right.items():
+            points = np.subtract(own["coupled", "o-rank-0.25"], own["whitened", budget])
             mean, error = ratio(points.tolist(), [1.0] * len(points))
             found[claim][place] = Answer(100 * mean, 100 * error)
-        if not right:
-            why = "no evaluation of HellaSwag is configured; add --configfile config/studies/accuracy.yaml"
-            found[claim]["any"] = Answer(missing=why)
     return found
 
 

@@ -293,7 +293,10 @@ def _profile_figure(blocks: pd.DataFrame) -> Any:
     for axis, model in zip(axes, models, strict=True):
         rows = blocks[blocks["model"] == model].sort_values("layer")
         for i, (key, label) in enumerate(shown.items()):
-            axis.plot(rows["layer"], rows[key].clip(lower=-1), label=label, markersize=4, linewidth=1.2, **line_style(i))
+            style = {"markersize": 4, "linewidth": 1.2, **line_style(i)}
+            if key == "no_first_token":  # often the same as with them: open markers let the line below be seen
+                style |= {"markersize": 8, "linestyle": "--", "fillstyle": "none"}
+            axis.plot(rows["layer"], rows[key].clip(lower=-1), label=label, **style)
         axis.set_title(f"{model}: held-out R² of the affine map", fontsize=9)
         axis.set_xlabel("layer")
         axis.set_ylabel("R² (share of the variance)")
