@@ -23,26 +23,35 @@ WINDOWS = 32  # of the evaluation, for swaps
 HEAL = {"steps": 200, "rate": 1e-4, "batch": 4}  # of the paper
 TRAINED, EVERY = 3000, 500  # steps of the trained baseline, and between its scores
 PROBES = {"rank": 16, "steps": 3000}
+ANSWERED = (
+    *("highest", "lowest", "turns", "definition", "first_token", "trained", "standardised", "size", "swap", "heal"),
+    *("bilinear", "signal", "learned", "learned_directions", "learned_order"),
+)
 
 
 class LinearityStudy(Study):
     title = "Linear recoverability of FFN blocks"
     paper = "R2_lin, arXiv 2606.19379"
     reads = ("windows", "evaluation")
-    tables = ("blocks", "tokens", "ranks", "trained", "swaps")
-    figures = ("profile", "swaps")
+    tables = ("blocks", "tokens", "ranks", "trained", "swaps", "learned", "changes")
+    figures = ("profile", "swaps", "learned")
 
     def measure(self, given: Given) -> dict[str, Any]:
-        """R^2 of every block by all definitions, folds and token counts; probes of the most and least linear; swaps."""
+        """R^2 of every block by all definitions, folds and token counts, and of untrained ones; probes of the most and least
+        linear; swaps."""
         import torch
 
         from winnow.loading import load_model
+        from winnow.studies.linearity.learned import sizes_of, untrained_blocks
         from winnow.studies.linearity.recoverability import blocks_of, collect_sums
 
         assert given.windows is not None
         assert given.evaluation is not None
-        model = load_model(given.files.verify(), given.dtype, given.device)
         blocks = blocks_of(given.files.matrices)
+        if not blocks:
+            return {"missing": "the model has no FFN but mixtures of experts"}
+        directory = given.files.verify()
+        model = load_model(directory, given.dtype, given.device)
         model.requires_grad_(False)
         batch = max(1, 4096 // given.windows.shape[1])
         sums = collect_sums(model, blocks, given.windows, FOLDS, batch)
@@ -56,10 +65,16 @@ class LinearityStudy(Study):
         for name, block in chosen.items():
             with torch.random.fork_rng(devices=[]):
                 healed[name] = _healed(model, block, sums[block.layer], given.windows, ids, first)
-        return {"blocks": rows, "probes": probes, "swaps": swaps, "healed": healed, "identities": _identities(sums)}
+        found = {"blocks": rows, "probes": probes, "swaps": swaps, "healed": healed, "identities": _identities(sums)}
+        sizes = sizes_of(model)
+        del model, sums  # before an untrained model takes as much memory
+        learned = untrained_blocks(directory, sizes, blocks, given.windows, FOLDS, given.dtype, given.device)
+        return {**found, "learned": learned}
 
     def conclude(self, evidence: Evidence) -> Conclusion:
         import pandas as pd
+
+        from winnow.studies.linearity.learned import change_rows, learned_figure, learned_rows
 
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
         answers: dict[str, dict[str, Answer]] = {}
@@ -67,6 +82,8 @@ class LinearityStudy(Study):
         for model, found in evidence.measured.items():
             for claim, answer in _answers(found).items():
                 answers.setdefault(claim, {})[model] = answer
+            if "missing" in found:
+                continue
             for row in found["blocks"]:
                 listed = ("folds", "tokens", "ranks")
                 tables["blocks"].append({"model": model, **{key: v for key, v in row.items() if key not in listed}})
@@ -77,9 +94,12 @@ class LinearityStudy(Study):
             tables["swaps"] += [{"model": model, **row} for row in found["swaps"]]
             for name, rows in found["healed"].items():
                 tables["swaps"] += [{"model": model, **row, "block": name} for row in rows]
+            tables["learned"] += [{"model": model, **row} for row in learned_rows(found)]
+            tables["changes"] += [{"model": model, **row} for row in change_rows(found)]
             identities += [{"model": model, "identity": name, "residual": value} for name, value in found["identities"].items()]
         frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
         figures = {"profile": _profile_figure(frames["blocks"]), "swaps": _swaps_figure(frames)}
+        figures["learned"] = learned_figure(frames["learned"])
         return Conclusion(frames, figures, answers, pd.DataFrame(identities))
 
 
@@ -250,6 +270,10 @@ def _identities(sums: dict[int, list[tuple[Sums, Sums]]]) -> dict[str, float]:
 
 
 def _answers(found: dict[str, Any]) -> dict[str, Answer]:
+    from winnow.studies.linearity.learned import FRESH, RESIZED, change, correlation, spearman
+
+    if "missing" in found:
+        return dict.fromkeys((f"linearity_{name}" for name in ANSWERED), Answer(missing=found["missing"]))
     blocks = sorted(found["blocks"], key=lambda row: row["layer"])
     r2 = [row["scalar"] for row in blocks]
     errors = {row["layer"]: row["scalar_fold_se"] for row in blocks}
@@ -258,7 +282,8 @@ def _answers(found: dict[str, Any]) -> dict[str, Answer]:
     turns = sum(a * b < 0 for a, b in itertools.pairwise(steps))
     full = {row["layer"]: row for row in found["swaps"] if row["rank"] == max(r["rank"] for r in found["swaps"])}
     cheapest = min(full.values(), key=lambda row: row["delta_nll"])
-    rank = _spearman(r2, [full[row["layer"]]["delta_nll"] for row in blocks])
+    rank = spearman(r2, [full[row["layer"]]["delta_nll"] for row in blocks])
+    chance = 1 / math.sqrt(max(1, len(r2) - 1))  # standard error of the rank correlation of unrelated numbers
     last = {p: {r["inputs"]: r["r2"] for r in found["probes"][p]["trained"]} for p in found["probes"]}
     control = found["healed"]["most"][-1]
     return {
@@ -273,20 +298,17 @@ def _answers(found: dict[str, Any]) -> dict[str, Answer]:
         "linearity_swap": Answer(cheapest["delta_nll"], cheapest["delta_nll_se"]),
         "linearity_heal": Answer(control["delta_nll"], control["delta_nll_se"]),
         "linearity_bilinear": Answer(max(found["probes"][p]["bilinear_gain"] for p in found["probes"])),
-        "linearity_signal": Answer(rank, 1 / math.sqrt(max(1, len(r2) - 1))),
+        "linearity_signal": Answer(rank, chance),
+        "linearity_learned": Answer(*change(found, FRESH, "scalar")),
+        "linearity_learned_directions": Answer(*change(found, RESIZED, "scalar")),
+        "linearity_learned_order": Answer(correlation(found, FRESH, "scalar"), chance),
     }
-
-
-def _spearman(one: list[float], other: list[float]) -> float:
-    import pandas as pd
-
-    return float(pd.Series(one).rank().corr(pd.Series(other).rank()))
 
 
 def _profile_figure(blocks: pd.DataFrame) -> Any:
     from winnow.figures import axes_grid, line_style, shared_legend
 
-    models = list(blocks["model"].unique())
+    models = list(blocks["model"].unique()) if len(blocks) else []
     figure, axes = axes_grid(len(models))
     shown = {"scalar": "grand mean (published)", "feature": "own mean of every output", "median": "median over outputs"}
     shown |= {"no_first_token": "grand mean, without first tokens"}
@@ -309,7 +331,7 @@ def _swaps_figure(frames: dict[str, pd.DataFrame]) -> Any:
     from winnow.figures import axes_grid, line_style
 
     swaps, blocks = frames["swaps"], frames["blocks"]
-    models = list(blocks["model"].unique())
+    models = list(blocks["model"].unique()) if len(blocks) else []
     figure, axes = axes_grid(len(models))
     for axis, model in zip(axes, models, strict=True):
         own = swaps[(swaps["model"] == model) & (swaps["healed"] == "no")]
