@@ -230,6 +230,8 @@ class Config(Strict):
             for name, preset in getattr(self, section).items():
                 if isinstance(preset, Calibration | Perplexity) and preset.text is not None:
                     _known(f"{section}.{name}.text", preset.text, self.texts)
+        for name in self.recoveries:
+            self._check_steps(name)
         for where, task in self.tasks_named().items():
             _known(where, task, {n: e for n, e in self.evaluations.items() if isinstance(e, Classification)})
         for name, experiment in self.experiments.items():
@@ -264,6 +266,11 @@ class Config(Strict):
                         )
         return self
 
+    def steps(self, recovery: str) -> list[str]:
+        """The recoveries, by name and in order, that make what the recovery of this name makes."""
+        after = self.recoveries[recovery].after
+        return [*(self.steps(after) if after else []), recovery]
+
     def tasks_named(self) -> dict[str, str]:
         """{key of the configuration: the task that it names}, of models, calibrations and recoveries."""
         found = {f"models.{n}.finetune.task": m.finetune.task for n, m in self.models.items() if m.finetune}
@@ -273,13 +280,25 @@ class Config(Strict):
                     found[f"{section}.{name}.task"] = task
         return found
 
+    def _check_steps(self, name: str) -> None:
+        """Raise ValueError for a recovery that follows no other one, or at some length itself."""
+        seen, step = [name], self.recoveries[name].after
+        while step is not None:
+            where = f"recoveries.{seen[-1]}.after"
+            _known(where, step, {n: r for n, r in self.recoveries.items() if r.kind != "none"})
+            if step in seen:
+                raise ValueError(f"{where}: {step!r} would go on from itself; leave `after` out of one of them")
+            seen.append(step)
+            step = self.recoveries[step].after
+
     def _check_training(self, name: str, experiment: Experiment) -> None:
         """Raise ValueError where something learns the train rows of another task than the one that is scored: only those of one
         task are compared with its test rows."""
+        recoveries = [step for r in experiment.recoveries for step in self.steps(r)]
         used = [f"models.{n}.finetune.task" for n in experiment.models]
-        used += [f"{s}.{n}.task" for s in ("calibrations", "recoveries") for n in getattr(experiment, s)]
+        used += [f"calibrations.{n}.task" for n in experiment.calibrations] + [f"recoveries.{n}.task" for n in recoveries]
         for c in (c for c in experiment.calibrations if self.calibrations[c].task):
-            for r in (r for r in experiment.recoveries if isinstance(self.recoveries[r], Trained)):
+            for r in (r for r in recoveries if isinstance(self.recoveries[r], Trained)):
                 raise ValueError(
                     f"experiments.{name}: recovery {r!r} trains on whole windows of a text, calibration {c!r} is of the rows of "
                     "a task; calibrate on a text, or recover by `finetune`"

@@ -178,7 +178,12 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
             passes = again * (10 * tokens * shape.numbers + 2 * tokens * second)
             add("predict_in_rounds", 1, 2 * loaded + 8 * second + held, 1e6, passes)
         add("compress", 1, shape.bytes + kept, shape.bytes - dense + kept, 0)
-    recovered = dict.fromkeys((c.calibration, c.method, c.budget, c.recovery) for c in cells if c.calibration and c.recovery)
+    recovered = dict.fromkeys(
+        (c.calibration, c.method, c.budget, step)
+        for c in cells
+        if c.calibration and c.recovery
+        for step in plan.config.steps(c.recovery)
+    )
     exports = len({plan.made(cell, "dense_export") for cell in plan.exported() if cell.model == name})
     add("export_dense", exports, shape.bytes + 3 * 8 * largest.shape[0] * largest.shape[1], shape.bytes, 0)
     for given, of_method, of_budget, recovery in recovered:

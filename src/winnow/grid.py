@@ -128,14 +128,21 @@ class Grid:
             self.names[section] = {label: name for name, label in self.labels[section].items()}
         self.cells = self._cells()
 
-    def _label(self, section: str, name: str, preset: Strict) -> str:
+    def _content(self, section: str, preset: Strict) -> dict[str, Any]:
+        """What a preset says, with what it names put in the place of names."""
         content = preset.model_dump(exclude_defaults=True, exclude=UNNAMED, mode="json")
         if "text" in content:  # the text itself, not what it is called
             content["text"] = self.config.texts[content["text"]].model_dump(exclude_defaults=True, mode="json")
+        if "after" in content:  # likewise
+            content["after"] = self._content("recoveries", self.config.recoveries[content["after"]])
         for part in (content, content.get("finetune", {})):  # the rows that are learned, and how long they are
             if "task" in part:
                 task = self.task(part["task"])
                 part["task"] = {"rows": task.rows(), "length": task.length}
+        return content
+
+    def _label(self, section: str, name: str, preset: Strict) -> str:
+        content = self._content(section, preset)
         digest = hashlib.sha256(json.dumps([section, content], sort_keys=True).encode()).hexdigest()
         if section == "calibrations":  # a seed has one label, whether it stands in a list or by itself
             name = self.preset_of_seed[name]
@@ -225,7 +232,7 @@ class Grid:
         """Names of the classification tasks whose rows a cell reads: to score, to tune, or to calibrate on."""
         parts: list[Any] = [self.config.models[cell.model].finetune]
         parts += [self.config.calibrations[cell.calibration]] if cell.calibration else []
-        parts += [self.config.recoveries[cell.recovery]] if cell.recovery else []
+        parts += [self.config.recoveries[step] for step in self.config.steps(cell.recovery)] if cell.recovery else []
         named = [getattr(part, "task", None) for part in parts]
         return [name for name in [cell.evaluation if cell.kind == "classification" else None, *named] if name]
 

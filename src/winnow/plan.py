@@ -234,12 +234,18 @@ class Plan(StudyGrid):
             return {"files": task.train, "dataset": task.dataset, **hub, "columns": task.columns}
         return self.config.texts[calibration.text].model_dump(exclude_defaults=True, mode="json")
 
+    def _recovery(self, label: str) -> dict[str, Any]:
+        """The options of a recovery, and in the place of a name those of the one that it goes on from."""
+        recovery = self.preset("recoveries", label)
+        after = {"after": self._recovery(self.labels["recoveries"][recovery.after])} if recovery.after else {}
+        return {**recovery.model_dump(exclude={"after"}), **after}
+
     def _spec_recover(self, w: dict[str, str]) -> dict[str, Any]:
         recovery = self.preset("recoveries", w["recovery"])
         model, calibration = self.preset("models", w["model"]), self.preset("calibrations", w["calibration"])
         return {
             "name": self.names["recoveries"][w["recovery"]],
-            "recovery": recovery.model_dump(),
+            "recovery": self._recovery(w["recovery"]),
             **({"length": self.task(recovery.task).length} if isinstance(recovery, Finetune) else {}),
             "version": RECOVERIES[recovery.kind].version,
             "first_token": calibration.first_token,
@@ -250,26 +256,26 @@ class Plan(StudyGrid):
         evaluation = self.preset("evaluations", w["evaluation"])
         spec = evaluation.model_dump(include={"protocol", "length", "stride", "compare"})
         rule = PROTOCOLS[evaluation.protocol]
-        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        recovery = {"recovery": self._recovery(w["recovery"])} if "recovery" in w else {}
         dtype = self.preset("models", w["model"]).dtype
         return {**spec, **recovery, "dtype": dtype, "protocol_version": rule.version, "rule": rule.rule}
 
     def _spec_evaluate_latency(self, w: dict[str, str]) -> dict[str, Any]:
         """What is run, and not on what: device, threads and kernels are in the result, and times are never the same bits."""
         spec = self.preset("evaluations", w["evaluation"]).model_dump(exclude={"kind"})
-        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        recovery = {"recovery": self._recovery(w["recovery"])} if "recovery" in w else {}
         return {**spec, **recovery, "dtype": self.preset("models", w["model"]).dtype}
 
     def _spec_retrieve_tasks(self, w: dict[str, str]) -> dict[str, Any]:
         return self.preset("evaluations", w["evaluation"]).model_dump(exclude={"kind"})
 
     def _spec_evaluate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
-        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        recovery = {"recovery": self._recovery(w["recovery"])} if "recovery" in w else {}
         return {**self._spec_retrieve_tasks(w), **recovery, "dtype": self.preset("models", w["model"]).dtype}
 
     def _spec_evaluate_classification(self, w: dict[str, str]) -> dict[str, Any]:
         evaluation = self.preset("evaluations", w["evaluation"]).model_dump(include={"length", "limit"})
-        recovery = {"recovery": self.preset("recoveries", w["recovery"]).model_dump()} if "recovery" in w else {}
+        recovery = {"recovery": self._recovery(w["recovery"])} if "recovery" in w else {}
         name, dtype = self.names["evaluations"][w["evaluation"]], self.preset("models", w["model"]).dtype
         return {"task": name, **evaluation, **recovery, "dtype": dtype}
 

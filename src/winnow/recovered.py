@@ -32,15 +32,14 @@ def task_of(
     device: str,
     resume: Resume | None = None,
 ) -> Task:
-    """The task of a checkpoint, or with None of the dense model itself. Both models are in float32: steps of training get lost
-    in 16 bits."""
+    """The task of a checkpoint (of a compressed model, or of a recovered dense one), or with None of the dense model itself. Both
+    models are in float32: steps of training get lost in 16 bits."""
     dense = load_model(files.verify(), "float32", device)
     model = load_model(checkpoint.verify() if checkpoint else files.directory, "float32", device)
+    modules = [m.module for m in files.matrices]
     if checkpoint:
         config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
-        modules = list(config["quantization_config"]["layers"])
-    else:
-        modules = [m.module for m in files.matrices]
+        modules = list(config.get("quantization_config", {}).get("layers", modules))
     dtypes = {name: tensor.dtype for name, tensor in _stored(files, checkpoint)}
     blocks = blocks_of(files.manifest["model_type"], files.tensors)
     for each in (model, dense):
@@ -102,7 +101,7 @@ def write_recovered(
     config["dtype"] = job.spec["dtype"]
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     copy_files(files.manifest["files"], files.directory, directory)
-    if checkpoint:
+    if (source / "recipe.yaml").is_file():
         recipe = yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")) | {"recovery": recovery}
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     (directory / "recovery.json").write_text(json.dumps({**recovery, **report}, indent=1, allow_nan=False) + "\n", "utf-8")

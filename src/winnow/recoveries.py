@@ -19,6 +19,7 @@ class Recovery(Strict):
     version: ClassVar[int] = 1
     whole: ClassVar[bool] = False  # whether all numbers of the model are trained, not those of its compressed modules only
     kind: str
+    after: str | None = Field(None, description="another recovery by its name: this one goes on from the checkpoint that it made")
 
 
 class Trained(Recovery):
@@ -37,6 +38,7 @@ class NoRecovery(Recovery):
     """The checkpoint is evaluated as compressed."""
 
     kind: Literal["none"] = Field(description="none")
+    after: None = Field(default=None, description="always null")
 
 
 class Refine(Trained):
@@ -109,5 +111,5 @@ else:  # a union of what is registered, which a type checker cannot see
 
 
 def options_of(spec: dict) -> Recovery:
-    """The options that a resolved specification ({kind, ...}) holds."""
-    return RECOVERIES[spec["kind"]].model_validate(spec)
+    """The options that a resolved specification ({kind, ...}) holds; without those of the recovery that it goes on from."""
+    return RECOVERIES[spec["kind"]].model_validate({key: value for key, value in spec.items() if key != "after"})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import FAMILIES, ROOT, pico
@@ -403,9 +404,17 @@ def test_formats_do_not_change(llama, tmp_path):
     WinnowConfig(**after["quantization_config"])
 
 
-def test_what_is_fitted_anew_is_the_least_squares_optimum(llama):
+def product_of(module) -> torch.Tensor:
+    """The matrix (out, in) that a module of factors multiplies by, by rows of the identity."""
+    with torch.no_grad():
+        return module.double()(torch.eye(module.right.in_features, dtype=torch.float64)).T
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "gauge_fixed"])
+def test_what_is_fitted_anew_is_the_least_squares_optimum(saved_llama, structure, tmp_path):
     """Brute force: of all maps of the same rank none is nearer to W X, given the inputs X' of the compressed model."""
-    files, checkpoint = llama
+    files = files_of(saved_llama, tmp_path)
+    checkpoint = Bundle(build(saved_llama, tmp_path / "work", ["ffn", "attention"], 0.4, structure, metric="gram") / MANIFEST)
     options = {**KINDS["sequential"], "held_out": 0.02}
     start = task_of(files, checkpoint, WINDOWS, options_of(options), True, "cpu")
     task, _ = run(files, checkpoint, options)
@@ -427,14 +436,103 @@ def test_what_is_fitted_anew_is_the_least_squares_optimum(llama):
             root = vectors * values.clamp(min=0).sqrt()
             left_over = torch.linalg.svdvals(b @ root)[module.right.out_features :].square().sum()
             optimum = float((target - own @ b.T).square().sum() + left_over)
-            product = module.left.weight.double() @ module.right.weight.double()
+            product, before = (product_of(of.get_submodule(name)) for of in (task.model, start.model))
             assert float((target - own @ product.T).square().sum()) == pytest.approx(optimum, rel=1e-4)
-            old = start.model.get_submodule(name)
-            before = old.left.weight.double() @ old.right.weight.double()
             assert float((target - own @ before.T).square().sum()) > 1.001 * optimum
 
 
-def test_sequential_is_for_low_rank_factors(saved_llama, tmp_path):
-    checkpoint = Bundle(build(saved_llama, tmp_path / "work", ["ffn"], 0.6, "gauge_fixed", metric="gram") / MANIFEST)
-    with pytest.raises(InputError, match="no matrix is of the kind low_rank"):
+def test_sequential_is_for_factors_of_their_own(saved_llama, tmp_path):
+    checkpoint = Bundle(build(saved_llama, tmp_path / "work", ["ffn"], 0.6, "neuron_slice") / MANIFEST)
+    with pytest.raises(InputError, match="no matrix is of the kinds low_rank and gauge_fixed"):
         run(files_of(saved_llama, tmp_path), checkpoint, KINDS["sequential"])
+
+
+def test_sequential_names_what_it_leaves(saved_llama, tmp_path):
+    parts = {"attention": {"kind": "low_rank"}, "ffn": {"kind": "shared_basis"}}
+    folder = build(saved_llama, tmp_path / "work", ["ffn", "attention"], 0.6, "by_target", metric="gram", parts=parts)
+    task, report = run(files_of(saved_llama, tmp_path), Bundle(folder / MANIFEST), KINDS["sequential"])
+    others = {name for name in task.modules if ".mlp." in name}
+    assert others
+    assert others <= set(report["left_as_they_were"])
+
+
+# One recovery after another.
+
+CHAIN = {
+    "fitted": {"kind": "sequential"},
+    "refined": {"kind": "refine", "after": "fitted", **SHORT},
+    "learned": {"kind": "distill", "after": "refined", **SHORT},
+}
+
+
+def test_a_recovery_goes_on_from_the_one_before(llama, tmp_path):
+    """By way of a checkpoint as in memory, but for what is in float32 between; the recipe says all, the dense model likewise."""
+    files, checkpoint = llama
+    task, report = run(files, checkpoint, CHAIN["fitted"])
+    first = {"name": "fitted", **CHAIN["fitted"]}
+    write_recovered(tmp_path / "fitted", files, checkpoint, task, first, report, JOB)
+    middle = Bundle(tmp_path / "fitted" / MANIFEST)
+    spec = {"after": CHAIN["fitted"], **{k: v for k, v in CHAIN["refined"].items() if k != "after"}}
+    task, report = run(files, middle, spec)
+    write_recovered(tmp_path / "refined", files, middle, task, {"name": "refined", **spec}, report, JOB)
+    assert Bundle(tmp_path / "refined" / MANIFEST).manifest["stored_bytes"] == checkpoint.manifest["stored_bytes"]
+    assert yaml.safe_load((tmp_path / "refined" / "recipe.yaml").read_text())["recovery"] == {"name": "refined", **spec}
+    loaded = load_model(tmp_path / "refined", "float32", "cpu").state_dict()
+    before = load_model(tmp_path / "fitted", "float32", "cpu").state_dict()
+    assert any(not torch.equal(loaded[key], before[key]) for key in loaded)
+    assert all(best <= start for start, best in losses(report))
+    dense, _ = run(files, None, KINDS["nll"])
+    write_recovered(tmp_path / "dense", files, None, dense, {"name": "d", **KINDS["nll"]}, {}, JOB)
+    again, report = run(files, Bundle(tmp_path / "dense" / MANIFEST), KINDS["distill"])
+    assert again.modules == [m.module for m in files.matrices]
+    ((start, best),) = losses(report)
+    assert 0 < best < start, "the dense model of the control had moved, and learns back"
+    write_recovered(tmp_path / "twice", files, Bundle(tmp_path / "dense" / MANIFEST), again, {"name": "t"}, report, JOB)
+    assert Bundle(tmp_path / "twice" / MANIFEST).manifest["model_stored_bytes"] == files.manifest["bytes"]
+
+
+def chained(change=lambda c: None) -> Plan:
+    def all_of(c):
+        c["recoveries"] |= copy.deepcopy(CHAIN)
+        c["experiments"]["demo"]["recoveries"] = ["none", "learned"]
+        change(c)
+
+    return plan_of(all_of)
+
+
+def test_a_chain_in_the_plan():
+    plan = chained()
+    label = plan.labels["recoveries"]
+    spec = plan.spec(
+        "recover",
+        {
+            "model": plan.labels["models"]["demo"],
+            "calibration": plan.labels["calibrations"]["demo"],
+            "recovery": label["learned"],
+        },
+    )
+    assert spec["recovery"]["after"]["after"]["kind"] == "sequential"
+    assert "after" not in spec["recovery"]["after"]["after"]
+    assert options_of(spec["recovery"]).steps == 12
+    assert plan.config.steps("learned") == ["fitted", "refined", "learned"]
+    moved = chained(lambda c: c["recoveries"]["fitted"].update(batch=4)).labels["recoveries"]
+    assert {name for name in label if moved[name] != label[name]} == set(CHAIN), "what is downstream of a change, too"
+
+    def rename(c):
+        c["recoveries"].update(other=c["recoveries"].pop("fitted"), refined={**CHAIN["refined"], "after": "other"})
+
+    renamed = chained(rename)
+    assert renamed.labels["recoveries"]["learned"] == label["learned"], "a name is no content"
+
+
+def test_a_chain_is_checked_in_one_line():
+    def refused(**recoveries):
+        with pytest.raises(InputError) as caught:
+            chained(lambda c: c["recoveries"].update(recoveries))
+        return str(caught.value)
+
+    wrong = refused(refined={"kind": "refine", "after": "fited"})
+    assert "recoveries.refined.after: there is no 'fited'; did you mean 'fitted'?" in wrong
+    assert "would go on from itself" in refused(fitted={"kind": "sequential", "after": "learned"})
+    assert "there is no 'none'" in refused(refined={"kind": "refine", "after": "none"})
+    assert "recoveries.none" in refused(none={"kind": "none", "after": "fitted"})

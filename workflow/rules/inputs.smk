@@ -121,6 +121,18 @@ def rows_check(wildcards):
     return f"results/texts/overlap/{calibration}/{task}.json"
 
 
+def before_recovery(folder, first):
+    """The checkpoint that a recovery starts from: that of the one that it is `after`, or `first`; `folder` holds the recoveries."""
+
+    def path(wildcards):
+        after = PLAN.preset("recoveries", wildcards.recovery).after
+        if after is None:
+            return first
+        return f"{folder}/{PLAN.labels['recoveries'][after]}/checkpoint/manifest.json"
+
+    return path
+
+
 def evaluated_checkpoint(wildcards):
     """The checkpoint that is evaluated: the compressed one, or what its recovery made of it."""
     name = PLAN.names["recoveries"][wildcards.recovery]

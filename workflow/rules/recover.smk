@@ -9,7 +9,10 @@ rule recover:
         tokens="results/{model}/tokens/{calibration}.safetensors",
         train=rows_of_recovery("train.parquet"),
         facts=rows_of_recovery("task.json"),
-        checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
+        checkpoint=before_recovery(
+            "results/{model}/{calibration}/{method}/{budget}",
+            "results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",
+        ),
     output:
         "results/{model}/{calibration}/{method}/{budget}/{recovery}/checkpoint/manifest.json",
     log:
@@ -35,6 +38,7 @@ use rule recover as recover_dense with:
         tokens="results/{model}/tokens/{calibration}.safetensors",
         train=rows_of_recovery("train.parquet"),
         facts=rows_of_recovery("task.json"),
+        checkpoint=before_recovery("results/{model}/{calibration}/dense", []),
     output:
         "results/{model}/{calibration}/dense/{recovery}/checkpoint/manifest.json",
     log:

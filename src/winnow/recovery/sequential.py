@@ -3,7 +3,8 @@ compressed model makes.
 
 With W (m, n) the dense matrix, x its input in the dense model and x' in the compressed one: `anchored` minimises
 sum ||W x - W' x'||^2, whose target is B = W X X'^T (X' X'^T)^+, `shifted` sum ||(W - W') x'||^2, whose target is B = W. In the
-metric G = X' X'^T the best rank-k map is U_k U_k^T B. Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
+metric G = X' X'^T the best rank-k map is U_k U_k^T B. Factors without their gauge (`gauge_fixed`) keep the rows that they store.
+Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
 
 from __future__ import annotations
 
@@ -16,29 +17,35 @@ from transformers.pytorch_utils import Conv1D
 
 from winnow.errors import InputError
 from winnow.linalg import leading_directions
-from winnow.modules import LowRankLinear, SharedLinear
+from winnow.modules import LowRankLinear, RowsLinear, SharedLinear
 from winnow.recovery.base import Task
 from winnow.recovery.blocks import Calls, calls_of, outputs_of
 
 log = logging.getLogger(__name__)
 PRECISION = 2.0**-24  # relative rounding error of the activations
 KEYS = ("held_out_start", "held_out_best")
+Factors = LowRankLinear | RowsLinear
 
 
 @torch.no_grad()
 def recover(task: Task) -> dict[str, Any]:
     """Fit the low-rank factors of `task.model` anew, in place; returns {blocks: {name: held-out losses}}, as `refine` does. A
     block whose output is no nearer to the dense block's on the held-out windows is as it was. Goes on after the last block that
-    was saved. The dense model has no factors, and stays as it is.
+    was saved. The dense model has no factors, and stays as it is; so do modules of other kinds, which the report names.
 
-    Raises InputError for a checkpoint without matrices of the kind low_rank."""
-    factors = {
+    Raises InputError for a checkpoint without matrices of the kinds low_rank and gauge_fixed."""
+    factors: dict[str, Factors] = {
         name: module
         for name, module in task.model.named_modules()
-        if isinstance(module, LowRankLinear) and not isinstance(module.right, SharedLinear)
+        if isinstance(module, Factors) and not isinstance(module.right, SharedLinear)
     }
-    if not factors and any(not isinstance(task.model.get_submodule(name), nn.Linear | Conv1D) for name in task.modules):
-        raise InputError("recovery: no matrix is of the kind low_rank, which is all that `sequential` fits anew; use `refine`")
+    others = [name for name in task.modules if name not in factors and not _dense(task, name)]
+    if not factors and others:
+        raise InputError(
+            "recovery: no matrix is of the kinds low_rank and gauge_fixed, and `sequential` fits no other anew; use `refine`"
+        )
+    if others:
+        log.info("of other kinds, and left as they were: %s", ", ".join(others))
     flat = {f"{name}.{part}": getattr(module, part).weight.data for name, module in factors.items() for part in ("left", "right")}
     numbers = torch.zeros(len(task.blocks), 2, dtype=torch.float64)
     done = task.resume.restore({**flat, "numbers": numbers}) if task.resume else 0
@@ -50,10 +57,16 @@ def recover(task: Task) -> dict[str, Any]:
             task.resume.save(index + 1, {**flat, "numbers": numbers})
     rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in zip(task.blocks.values(), numbers.tolist(), strict=True)}
     kept = [name for name, row in rows.items() if row["held_out_best"] == row["held_out_start"]]
-    return {"loss": "squared error over mean square of the target", "blocks": rows, "left_as_they_were": kept}
+    return {"loss": "squared error over mean square of the target", "blocks": rows, "left_as_they_were": [*kept, *others]}
 
 
-def _block(task: Task, name: str, factors: dict[str, LowRankLinear]) -> tuple[float, float]:
+def _dense(task: Task, name: str) -> bool:
+    """Whether a module is as in the dense model, as all are where that is to be recovered."""
+    own, dense = (model.get_submodule(name) for model in (task.model, task.dense))
+    return type(own) is type(dense) and all(p.shape == q.shape for p, q in zip(own.parameters(), dense.parameters(), strict=True))
+
+
+def _block(task: Task, name: str, factors: dict[str, Factors]) -> tuple[float, float]:
     """(held-out loss before, of what is kept) of a block whose factors are fitted anew."""
     options, device = task.options, next(task.model.parameters()).device
     block, dense = task.model.get_submodule(name), task.dense.get_submodule(name)
@@ -83,7 +96,7 @@ def _block(task: Task, name: str, factors: dict[str, LowRankLinear]) -> tuple[fl
     return start, start
 
 
-def _readers(block: nn.Module, calls: Calls, factors: dict[str, LowRankLinear], batch: int, device: Any) -> list[list[str]]:
+def _readers(block: nn.Module, calls: Calls, factors: dict[str, Factors], batch: int, device: Any) -> list[list[str]]:
     """The names of the factors in the order that the block uses them; those that read the same tensor together."""
     seen: list[tuple[Tensor, list[str]]] = []
 
@@ -120,7 +133,7 @@ def _moments(task: Task, name: str, key: str, calls: Calls, source: Calls, skipp
     return gram, cross
 
 
-def _fit(task: Task, key: str, module: LowRankLinear, gram: Tensor, cross: Tensor) -> None:
+def _fit(task: Task, key: str, module: Factors, gram: Tensor, cross: Tensor) -> None:
     """Put the best factors of the module's rank into it, as they would be stored."""
     dense: Any = task.dense.get_submodule(key)
     weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).double()
@@ -128,6 +141,11 @@ def _fit(task: Task, key: str, module: LowRankLinear, gram: Tensor, cross: Tenso
         weight = weight @ cross @ torch.linalg.pinv(gram, rtol=len(gram) * PRECISION, hermitian=True)
     rank = module.right.out_features
     found = leading_directions(weight, gram, PRECISION)
-    for part, value in (("left", found.left[:, :rank]), ("right", found.right[:rank] @ weight)):
+    left, right = found.left[:, :rank], found.right[:rank] @ weight
+    if isinstance(module, RowsLinear):
+        places = module.order.long().argsort()  # of the rows that are stored, then of the others
+        rows, others = places[:rank], places[rank:]
+        left, right = torch.linalg.solve(left[rows], left[others], left=False), left[rows] @ right
+    for part, value in (("left", left), ("right", right)):
         own = getattr(module, part).weight
         own.copy_(value.to(task.dtypes[f"{key}.{part}.weight"]))
