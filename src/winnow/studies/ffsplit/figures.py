@@ -36,6 +36,7 @@ ZEROED = {
 def drawn(frames: dict[str, pd.DataFrame], names: Iterable[str]) -> dict[str, Figure]:
     """{name: figure}; one without data says so."""
     makers = {"concentration": _concentration, "zeroed": _zeroed, "sweeps": _sweeps, "loss": _loss, "latency": _latency}
+    makers["quantised"] = _quantised
     return {name: makers[name](frames[name]) if len(frames[name]) else _nothing() for name in names}
 
 
@@ -161,4 +162,25 @@ def _latency(frame: pd.DataFrame) -> Figure:
         axis.set_title(f"{model}: a quarter of neurons heavy, a tenth of the rank; {rows['name'].iloc[0]}", fontsize=8)
         axis.set_xlabel("time over the dense model's")
         axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _quantised(frame: pd.DataFrame) -> Figure:
+    figure, panels = _panels(frame, ["model", "scale"], 3.6, 3.2)
+    sides = {"split": "split; heavy part / light part", "all": "all neurons alike"}
+    for axis, (model, scale), rows in panels:
+        for i, (side, label) in enumerate(sides.items()):
+            numbers, loss = f"{side}_per_number", f"{side}_nll"
+            own = rows.drop_duplicates(numbers).sort_values(numbers)
+            errors = 2 * own[f"{loss}_se"]
+            axis.errorbar(own[numbers], own[loss], yerr=errors, label=label, markersize=4, capsize=2, **line_style(i))
+            for row in own.itertuples():
+                bits = f"{row.heavy_bits}/{row.light_bits}" if side == "split" else f"{row.all_bits}"
+                place = {"xytext": (0, 6), "textcoords": "offset points", "fontsize": 7, "ha": "center"}
+                axis.annotate(bits, (getattr(row, numbers), getattr(row, loss)), **place)
+        axis.margins(0.12)
+        axis.set_title(f"{model}: a scale per {str(scale).removeprefix('of ').removeprefix('a ')}", fontsize=9)
+        axis.set_xlabel("bits per number of the dense FFNs,\nscales counted", fontsize=8)
+        axis.set_ylabel(f"loss above dense (nats per token)\n{BARS}", fontsize=8)
+    shared_legend(figure, [axis for axis, *_ in panels], "numbers: bits")
     return figure

@@ -67,7 +67,7 @@ class FfsplitStudy(Study):
     cells = [*((method, AT) for method in methods), *((method, AT, TUNED) for method in tuned)]
     scored = [("split", AT), ("svd", AT)]
     tables = ("concentration", "zeroed", "sweeps", "loss", "sizes", "latency", "quantised", "scores")
-    figures = ("concentration", "zeroed", "sweeps", "loss", "latency")
+    figures = ("concentration", "zeroed", "sweeps", "loss", "latency", "quantised")
     reads = ("moments", "evaluation")
 
     def measure(self, given: Given) -> dict[str, Any]:
