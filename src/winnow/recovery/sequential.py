@@ -127,7 +127,7 @@ def _fit(task: Task, key: str, module: LowRankLinear, gram: Tensor, cross: Tenso
     if task.options.objective == "anchored":
         weight = weight @ cross @ torch.linalg.pinv(gram, rtol=len(gram) * PRECISION, hermitian=True)
     rank = module.right.out_features
-    found = leading_directions(weight, gram, PRECISION)
-    for part, value in (("left", found.left[:, :rank]), ("right", found.right[:rank] @ weight)):
+    found = leading_directions(weight, gram, PRECISION, largest=rank)
+    for part, value in (("left", found.left), ("right", found.right)):
         own = getattr(module, part).weight
         own.copy_(value.to(task.dtypes[f"{key}.{part}.weight"]))
