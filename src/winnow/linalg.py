@@ -33,23 +33,20 @@ def finite(value: Tensor) -> bool:
     return math.isfinite(float(value.sum()))
 
 
+def gram_of(x: Tensor, other: Tensor | None = None) -> Tensor:
+    """x^T x (n, n) of x (t, n), or x^T y with `other` y (t, d). On a CPU by NumPy, which makes half of x^T x and mirrors it (BLAS's
+    syrk), and whose BLAS is the faster one on AMD."""
+    if x.device.type != "cpu":
+        return x.T @ (x if other is None else other)
+    array = x.numpy()
+    return torch.from_numpy(array.T @ (array if other is None else other.numpy()))
+
+
 def blocks(n: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of eight parts of n columns, or fewer of at least 256: products of symmetric and triangular matrices take
-    9/16 of the operations if they leave out blocks above the diagonal."""
+    """(begin, end) of eight parts of n columns, or fewer of at least 256: products with a symmetric or triangular matrix take
+    9/16 of the operations without its blocks above the diagonal."""
     step = max(256, -(-n // 8))
     return ((begin, min(begin + step, n)) for begin in range(0, n, step))
-
-
-def add_gram(total: Tensor, x: Tensor) -> Tensor:
-    """Add x^T x of x (t, n) to `total` (n, n), in blocks on and below the diagonal only; returns `total`."""
-    for begin, end in blocks(x.shape[1]):
-        total[begin:end, :end] += x[:, begin:end].T @ x[:, :end]
-    return total
-
-
-def symmetric(lower: Tensor) -> Tensor:
-    """The symmetric matrix whose lower triangle is given."""
-    return lower.tril() + lower.tril(-1).T
 
 
 def sandwich(weight: Tensor, gram: Tensor) -> Tensor:
@@ -151,10 +148,10 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
     elif m > n:
         root, divisible = _root(columns)
         scaled = _times(own, root.to(dtype), divisible)
-    if m > n:
-        product = add_gram(scaled.new_zeros(n, n), scaled)
+    if m > n or columns.dim() == 1:
+        product = gram_of(scaled if m > n else scaled.T)
     else:
-        product = add_gram(scaled.new_zeros(m, m), scaled.T) if columns.dim() == 1 else sandwich(own, columns.to(dtype))
+        product = sandwich(own, columns.to(dtype))
     values, vectors = eigh(product.double())
     squared = values.flip(0).clamp(min=0)
     s = squared.sqrt()

@@ -53,9 +53,7 @@ class AffineBlock(FfnStructure):
         maps, constant, rest = affine_map(problem, self.options.ridge)
         whole = weight @ maps
         bias = weight @ constant + problem.biases.get(down.name, 0.0)
-        found = leading_directions(
-            whole, x["gram"] - torch.outer(x["mean"], x["mean"]), problem.precision, largest=largest
-        )
+        found = leading_directions(whole, x["gram"] - torch.outer(x["mean"], x["mean"]), problem.precision, largest=largest)
         limit = self.limit(problem.group)
         floor = float(((weight @ rest) * weight).sum())
         error = floor + found.error[: largest + 1]
