@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Moments:
-    """Sums over tokens (not sequences) of the inputs x (n,) of one site, float64; what a batch adds to them is made in `precision`."""
+    """Sums over tokens (not sequences) of the inputs x (n,) of one site, float64; what a batch adds is made in `precision`."""
 
     precision: torch.dtype
     count: Tensor  # (): tokens
@@ -49,13 +49,14 @@ class Moments:
 
     def accumulate(self, x: Tensor, other: Tensor | None = None) -> None:
         """Add inputs x (tokens, n), and their products with `other` (tokens, d)."""
-        x = x.detach().to(self.precision)
+        x = x.detach()
         if not len(x):
             return
         if other is not None:
-            self.cross += gram_of(x, other.detach().to(self.precision))
+            self.cross += gram_of(x, other.detach(), self.precision)
         self.count += len(x)
-        self.gram += gram_of(x)
+        self.gram += gram_of(x, dtype=self.precision)
+        x = x.to(self.precision)
         self.total += x.sum(0)
         own = x.abs()
         self.total_abs += own.sum(0)

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/statistics_pass.py [--threads 2] [--repeats 3] [--precision float32] [--skip-block] [--device cpu]
 
-Two models: the demo, and one block of Llama-3.2-1B's shape with random weights. The forward pass is that of the base model, without
-the head. The floor is the larger of two times, both of rates measured here: the operations of the forward pass and of the second
+Two models: the demo, and one block of Llama-3.2-1B's shape with random weights. The forward pass is the base model's, without the
+head. The floor is the larger of two times, both of rates measured here: the operations of the forward pass and of the second
 moments (a Gram matrix counts half, since it is symmetric) over the rate of a float32 product, and the bytes of weights and sums,
 once per batch, over the rate of a copy. Printed for several numbers of windows: ratios, medians over the repeats, with the
 lowest and the highest; how both grow with windows; and the largest relative difference of a moment from float64.
