@@ -16,6 +16,7 @@ from torch import Tensor
 from winnow.architectures import Matrix, tokens_of
 from winnow.classes import is_causal
 from winnow.errors import InputError
+from winnow.linalg import gram_of
 from winnow.progress import every
 from winnow.resume import Resume
 
@@ -37,7 +38,7 @@ class OutputMoments:
         x, g = x.to(self.precision), g.to(self.precision)
         self.count += g.shape[0] * g.shape[1]
         flat = g.flatten(0, 1)
-        self.gram += flat.T @ flat
+        self.gram += gram_of(flat)
         # sum_j (sum_t g_ti x_tj)^2 = sum_tt' g_ti (x x^T)_tt' g_t'i, without forming the gradient of the matrix
         self.fisher += (g * ((x @ x.mT) @ g)).sum((0, 1), dtype=torch.float64)
 

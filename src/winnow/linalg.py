@@ -1,24 +1,80 @@
-"""Weighted low-rank approximation in float64: the one routine that every factorising method goes through."""
+"""Weighted low-rank approximation: the one routine that every factorising method goes through; all results are float64."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 EPSILON = torch.finfo(torch.float64).eps
+# A root is only divided by if its smallest pivot is above this share of the largest: half of the digits are left then.
+INVERTIBLE = EPSILON**0.5
 
 
 class Directions(NamedTuple):
-    """A fit of every rank: W_k = left[:, :k] @ (right[:k] @ W), with singular values (K,) and squared errors (K + 1,)."""
+    """A fit of every rank up to K: W_k = left[:, :k] @ right[:k], with all singular values (s,) and squared errors (s + 1,),
+    s the smaller side of W. The norms are in `right`; `left` has orthonormal columns, up to the rounding of a metric in float32.
+    """
 
     left: Tensor  # (m, K)
-    right: Tensor  # (K, m)
+    right: Tensor  # (K, n)
     spectrum: Tensor
     error: Tensor
+
+
+def finite(value: Tensor) -> bool:
+    """Whether all numbers of a tensor are, by one sum instead of a mask as large as the tensor."""
+    return math.isfinite(float(value.sum()))
+
+
+def gram_of(x: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x^T x (n, n) of x (t, n), or x^T y with `other` y (t, d), made in `dtype` (by default that of x).
+
+    On a CPU by NumPy, which makes half of x^T x and mirrors it (BLAS's syrk), and whose BLAS is the faster one on AMD. On a GPU
+    numbers of 16 bits are multiplied as they are and summed in float32, which is exact but for the sums.
+    """
+    dtype, other = dtype or x.dtype, x if other is None else other
+    if x.device.type == "cuda" and dtype == torch.float32 and x.dtype == other.dtype and x.dtype.itemsize == 2:
+        return torch.mm(x.T, other, out_dtype=dtype)
+    x, other = x.to(dtype), other.to(dtype) if other is not x else None
+    if x.device.type != "cpu":
+        return x.T @ (x if other is None else other)
+    array = x.numpy()
+    return torch.from_numpy(array.T @ (array if other is None else other.numpy()))
+
+
+def blocks(n: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of eight parts of n columns, or fewer of at least 256: products with a symmetric or triangular matrix take
+    9/16 of the operations without its blocks above the diagonal."""
+    step = max(256, -(-n // 8))
+    return ((begin, min(begin + step, n)) for begin in range(0, n, step))
+
+
+def sandwich(weight: Tensor, gram: Tensor) -> Tensor:
+    """W G W^T (m, m) for a symmetric G (n, n): with H the lower half of G, G = H + H^T, it is W H W^T plus its transpose."""
+    half = weight.new_zeros(len(weight), len(weight))
+    for begin, end in blocks(len(gram)):
+        part = weight[:, begin:end] @ (gram[begin:end, begin:end] / 2) + weight[:, end:] @ gram[end:, begin:end]
+        half.addmm_(part, weight[:, begin:end].T)
+    return half + half.T
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), ascending, and eigenvectors (n, n) of a symmetric matrix; only its lower triangle is read.
+
+    On a CPU by NumPy, whose LAPACK takes about half the time of PyTorch's (2048, AMD EPYC). Drivers for a part of the spectrum
+    (evr, evx) take as long as this one already for half of it.
+    """
+    if matrix.device.type != "cpu":
+        return torch.linalg.eigh(matrix)
+    values, vectors = np.linalg.eigh(matrix.numpy())
+    return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
 def regularized(gram: Tensor, ridge: float, what: str) -> Tensor:
@@ -45,65 +101,95 @@ def regularized(gram: Tensor, ridge: float, what: str) -> Tensor:
 
 def square_root(gram: Tensor) -> Tensor:
     """A symmetric root S (n, n) of a positive semi-definite matrix, S S = gram; negative rounding is cut to 0."""
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def leading_directions(weight: Tensor, columns: Tensor, precision: float = EPSILON, rows: Tensor | None = None) -> Directions:
-    """Directions that solve min over rank(B) <= k of ||R^{1/2} (W - B) C^{1/2}||_F for every k at once.
+def leading_directions(
+    weight: Tensor, columns: Tensor, precision: float = EPSILON, rows: Tensor | None = None, largest: int | None = None
+) -> Directions:
+    """Directions that solve min over rank(B) <= k of ||R^{1/2} (W - B) C^{1/2}||_F^2 for every k <= `largest` at once.
 
     `weight` (m, n), `columns` (the metric C as its diagonal (n,) or in full (n, n)) and `rows` (R likewise, positive
-    definite; None for I) are float64; `precision` is the relative rounding error that a full C was computed with. With U
-    the left singular vectors of R^{1/2} W C^{1/2}, left = R^{-1/2} U and right = U^T R^{1/2}.
+    definite; None for I) are float64; `precision` is the relative rounding error that a full C was computed with: products with
+    a C of float32 are made in float32, eigenproblems always in float64. With U the left singular vectors of R^{1/2} W C^{1/2},
+    left = R^{-1/2} U and right = U^T R^{1/2} W.
 
-    Neither Cholesky nor an inverse of C is needed, and a singular C is no special case: directions beyond the rank of
-    W C^{1/2} cost nothing in the metric and are spent on what is left of W itself, so rank K = min(m, n) gives W back. The
-    eigenproblem has the smaller side of W. (methods: T2, T3; Swift-SVD for the left side.)
+    A singular C is no special case: directions beyond the rank of W C^{1/2} cost nothing in the metric and are spent on what is
+    left of W itself, so rank min(m, n) gives W back. The eigenproblem has the smaller side of W, and no root of C is made if
+    that is m. (methods: T2, T3; Swift-SVD for the left side.)
 
     Raises FloatingPointError if an input is not finite or R is not positive.
     """
     for name, value in (("the weight", weight), ("the metric", columns), ("the metric of the outputs", rows)):
-        if value is not None and not torch.isfinite(value).all():
+        if value is not None and not finite(value):
             raise FloatingPointError(f"{name} is not finite")
+    largest = min(weight.shape) if largest is None else min(largest, *weight.shape)
     if rows is None:
-        left, spectrum, error = _leading(weight, columns, precision)
-        return Directions(left, left.T, spectrum, error)
+        return _leading(weight, columns, precision, largest)
     if rows.dim() == 1:
         if not (rows > 0).all():
             raise FloatingPointError("the metric of the outputs is not positive")
-        root = rows.sqrt()
-        left, spectrum, error = _leading(root[:, None] * weight, columns, precision)
-        return Directions(left / root[:, None], left.T * root, spectrum, error)
-    values, vectors = torch.linalg.eigh(rows)
+        root = rows.sqrt()[:, None]
+        found = _leading(root * weight, columns, precision, largest)
+        return found._replace(left=found.left / root)
+    values, vectors = eigh(rows)
     if not values[0] > 0:
         raise FloatingPointError("the metric of the outputs is not positive definite")
     root, inverse = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
-    left, spectrum, error = _leading(root @ weight, columns, precision)
-    return Directions(inverse @ left, left.T @ root, spectrum, error)
+    found = _leading(root @ weight, columns, precision, largest)
+    return found._replace(left=inverse @ found.left)
 
 
-def _leading(weight: Tensor, columns: Tensor, precision: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthonormal left singular vectors (m, K) of W C^{1/2}, singular values, and squared errors left, for R = I."""
+def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) -> Directions:
+    """The same for R = I."""
     m, n = weight.shape
+    rounded = columns.dim() == 2 and precision > EPSILON
     # Squared singular values below this share of the largest are rounding noise of the metric or of the eigensolver.
-    noise = max(m, n) * EPSILON + (16 * precision if precision > EPSILON else 0)
+    noise = max(m, n) * EPSILON + (16 * precision if rounded else 0)
+    dtype = torch.float32 if rounded else torch.float64
+    own = weight.to(dtype)
     if columns.dim() == 1:
-        scaled = weight * columns.clamp(min=0).sqrt()
-        u, s, _ = torch.linalg.svd(scaled, full_matrices=False)
-        noise = (max(m, n) * EPSILON) ** 2
-    elif m <= n:
-        values, vectors = torch.linalg.eigh(weight @ columns @ weight.T)
-        u, s = vectors.flip(1), values.flip(0).clamp(min=0).sqrt()
+        root, divisible = columns.clamp(min=0).sqrt(), bool(columns.min() > INVERTIBLE * columns.max())
+        scaled = own * root
+    elif m > n:
+        root, divisible = _root(columns)
+        scaled = _times(own, root.to(dtype), divisible)
+    if m > n or columns.dim() == 1:
+        product = gram_of(scaled if m > n else scaled.T)
     else:
-        scaled = weight @ square_root(columns)
-        values, vectors = torch.linalg.eigh(scaled.T @ scaled)
-        s = values.flip(0).clamp(min=0).sqrt()
-        u = torch.linalg.qr(scaled @ vectors.flip(1)).Q
-    squared = s.square()
-    rank = int((squared > noise * squared[0]).sum()) if squared[0] > 0 else 0
-    u = _complete(u[:, :rank], weight, min(m, n))
+        product = sandwich(own, columns.to(dtype))
+    values, vectors = eigh(product.double())
+    squared = values.flip(0).clamp(min=0)
+    s = squared.sqrt()
     tail = torch.cat([squared.flip(0).cumsum(0).flip(0), squared.new_zeros(1)])
-    return u, s, tail
+    rank = min(largest, int((squared > noise * squared[0]).sum()) if squared[0] > 0 else 0)
+    vectors = vectors[:, len(s) - rank :].flip(1)
+    if m > n and rank == largest and divisible:
+        # W S V V^T S^{-1}, whose error in the metric depends on V alone, however the columns of W S V / s are rounded.
+        left = scaled @ (vectors / s[:rank]).to(dtype)
+        right = vectors.T * s[:rank, None]
+        right = right / root if root.dim() == 1 else torch.linalg.solve_triangular(root, right, upper=False, left=False)
+        return Directions(left.double(), right, s, tail)
+    u = torch.linalg.qr(scaled.double() @ vectors).Q if m > n else vectors
+    u = _complete(u, weight, largest)
+    return Directions(u, (u.T.to(dtype) @ own).double(), s, tail)
+
+
+def _root(gram: Tensor) -> tuple[Tensor, bool]:
+    """(S, whether it may be divided by), S S^T = gram: the Cholesky factor, or a symmetric root if there is none to rely on."""
+    lower, info = torch.linalg.cholesky_ex(gram)
+    pivots = lower.diagonal()
+    if int(info) == 0 and pivots.min() ** 2 > INVERTIBLE * pivots.max() ** 2:
+        return lower, True
+    return square_root(gram), False
+
+
+def _times(weight: Tensor, root: Tensor, lower: bool) -> Tensor:
+    """W S (m, n), without the zeros of a lower triangular S."""
+    if not lower:
+        return weight @ root
+    return torch.cat([weight[:, begin:] @ root[begin:, begin:end] for begin, end in blocks(len(root))], dim=1)
 
 
 def truncation_errors(weight: Tensor, left: Tensor, right: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
@@ -129,9 +215,9 @@ def principal_components(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tenso
     if columns.dim() == 1:
         raise ValueError("principal components of the inputs need the metric `gram`")
     for name, value in (("the weight", weight), ("the metric", columns)):
-        if not torch.isfinite(value).all():
+        if not finite(value):
             raise FloatingPointError(f"{name} is not finite")
-    values, vectors = torch.linalg.eigh(columns)
+    values, vectors = eigh(columns)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     lost = values * (weight @ vectors).square().sum(0)
     tail = torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from winnow.architectures import Matrix, tokens_of
+from winnow.linalg import gram_of
 from winnow.progress import every
 from winnow.resume import Resume
 
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Moments:
-    """Sums over tokens (not sequences) of the inputs x (n,) of one site, float64; products are made in `precision`."""
+    """Sums over tokens (not sequences) of the inputs x (n,) of one site, float64; what a batch adds is made in `precision`."""
 
     precision: torch.dtype
     count: Tensor  # (): tokens
@@ -48,16 +49,19 @@ class Moments:
 
     def accumulate(self, x: Tensor, other: Tensor | None = None) -> None:
         """Add inputs x (tokens, n), and their products with `other` (tokens, d)."""
-        x = x.detach().to(self.precision)
+        x = x.detach()
+        if not len(x):
+            return
         if other is not None:
-            self.cross += x.T @ other.detach().to(self.precision)
+            self.cross += gram_of(x, other.detach(), self.precision)
         self.count += len(x)
-        self.gram += x.T @ x
-        self.total += x.sum(0, dtype=torch.float64)
-        self.total_abs += x.abs().sum(0, dtype=torch.float64)
-        if len(x):
-            torch.maximum(self.largest, x.abs().amax(0).double(), out=self.largest)
-        self.active += (x > 0).sum(0, dtype=torch.float64)
+        self.gram += gram_of(x, dtype=self.precision)
+        x = x.to(self.precision)
+        self.total += x.sum(0)
+        own = x.abs()
+        self.total_abs += own.sum(0)
+        torch.maximum(self.largest, own.amax(0).to(self.largest.dtype), out=self.largest)
+        self.active += torch.gt(x, 0, out=own).sum(0)  # as numbers: sums of bools are many times slower
 
     def merge(self, other: Moments) -> Moments:
         return Moments(
@@ -86,6 +90,11 @@ class Moments:
             **({"cross": self.cross / n} if self.cross.numel() else {}),
         }
         return {**{k: v.to(self.precision).cpu() for k, v in means.items()}, "count": self.count}
+
+
+def counted_of(x: Tensor, counted: Tensor) -> Tensor:
+    """The tokens (t, n) of x (windows, length, n) that are counted; no copy if all are."""
+    return x.flatten(0, 1) if bool(counted.all()) else x[counted]
 
 
 @torch.no_grad()
@@ -122,7 +131,7 @@ def collect(
 
         def hook(_module, args):
             if expert is None:
-                x = tokens_of(args[0], length)[batches["counted"]]
+                x = counted_of(tokens_of(args[0], length), batches["counted"])
             else:  # gets some tokens of the batch, and knows which
                 x = args[0][batches["counted"].flatten()[expert.tokens]]
             if site.endswith("ffn_input"):

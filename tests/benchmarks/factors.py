@@ -1,12 +1,14 @@
 """Factors for five budgets of every matrix of one block: winnow against the published recipe, in one process, in turns.
 
-    python tests/benchmarks/factors.py [--width 2048] [--tokens 4096] [--threads 2] [--repeats 1]
+    python tests/benchmarks/factors.py [--widths 512 1024 2048] [--tokens 4096] [--threads 2] [--repeats 1] [--recipe-to 2048]
 
 The recipe is SVD-LLM's (arXiv 2403.07378): a Gram matrix per linear layer, its Cholesky factor, and for every budget the inverse
 of that and a full SVD of W L, in float32 as published. winnow: a Gram matrix per distinct input, one eigenproblem of the smaller
-side in float64, and a truncation per budget. Llama-3.2-1B's block at --width 2048 (ffn 4 times, keys and values a quarter);
-weights and inputs are random, inputs with a spectrum like i^-1. Printed: recipe over winnow in time (Gram matrices apart), and
-the largest excess of winnow's calibration error over the recipe's, which must not be above rounding.
+side in float64, and a truncation per budget. Llama-3.2-1B's block at width 2048 (ffn 4 times, keys and values a quarter);
+weights and inputs are random, inputs with a spectrum like i^-1. Printed: recipe over winnow in time, for every matrix and for the
+block without and with Gram matrices; the largest excess of winnow's calibration error over the recipe's, which must not be above
+rounding; and how both grow with the width. Above --recipe-to the recipe is not run but forecast, as eight times its time at half
+the width, and marked so.
 """
 
 import argparse
@@ -15,10 +17,12 @@ import time
 import torch
 
 from winnow.architectures import Matrix
+from winnow.linalg import gram_of
 from winnow.metrics import metric_of
 from winnow.structures import structure_of
 from winnow.structures.base import Problem
 
+CLOCK = [time.perf_counter]
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 ROLES = {  # role: rows and columns over the width, input
     "q_proj": (1, 1, "attention_input"),
@@ -29,6 +33,8 @@ ROLES = {  # role: rows and columns over the width, input
     "up_proj": (4, 1, "ffn_input"),
     "down_proj": (1, 4, "ffn_hidden"),
 }
+
+FIRST = ("q_proj", "o_proj", "gate_proj", "down_proj")  # of those that read the same input
 
 
 def inputs(width: int, tokens: int) -> torch.Tensor:
@@ -71,49 +77,77 @@ def error(x: torch.Tensor, weight: torch.Tensor, factors: tuple[torch.Tensor, to
 
 
 def timed(function, *arguments):
-    began = time.perf_counter()
+    began = CLOCK[0]()
     found = function(*arguments)
-    return time.perf_counter() - began, found
+    return CLOCK[0]() - began, found
+
+
+def block(width: int, given: argparse.Namespace) -> dict[str, float]:
+    """Seconds of both for one block: {recipe, recipe gram, winnow, winnow gram}; 0 for a recipe that is not run."""
+    torch.manual_seed(0)
+    sites = {site: inputs(int(n * width), given.tokens) for _, n, site in ROLES.values()}
+    total = dict.fromkeys(("recipe", "recipe gram", "winnow", "winnow gram"), 0.0)
+    grams: dict[str, torch.Tensor] = {}
+    for role, (rows, columns, site) in ROLES.items():
+        m, n = int(rows * width), int(columns * width)
+        x, weight = sites[site], torch.randn(m, n) / n**0.5
+        matrix = Matrix(0, role, f"block.{role}", site, (m, n), transposed=False, bias=False)
+        ranks = [int(keep * m * n / (m + n)) for keep in KEEPS]
+        spent, excess = dict.fromkeys(total, 0.0), []
+        for _ in range(given.repeats):
+            if width <= given.recipe_to:
+                took, gram = timed(recipe_gram, x)
+                spent["recipe gram"] += took / given.repeats
+            if role in FIRST:
+                took, grams[site] = timed(gram_of, x)
+                spent["winnow gram"] += took / given.repeats
+            took, found = timed(ours, matrix, weight, grams[site], ranks)
+            spent["winnow"] += took / given.repeats
+            if width <= given.recipe_to:
+                took, theirs = timed(recipe, weight, gram, ranks)
+                spent["recipe"] += took / given.repeats
+                excess += [error(x, weight, a) - error(x, weight, b) for a, b in zip(found, theirs, strict=True)]
+        if excess:
+            print(f"| {role} | {m} x {n} | {spent['recipe'] / spent['winnow']:.1f} | {max(excess):.1e} |", flush=True)
+        else:
+            print(f"| {role} | {m} x {n} | not run | |", flush=True)
+        total = {name: total[name] + spent[name] for name in total}
+    return total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--recipe-to", type=int, default=2048, help="largest width at which the recipe is run")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that others use; with one thread")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    torch.manual_seed(0)
-    sites = {site: inputs(int(n * given.width), given.tokens) for _, n, site in ROLES.values()}
-    print("| matrix | shape | recipe / winnow, Gram | recipe / winnow, factors of 5 budgets | largest excess of error |")
-    print("|---|---|---:|---:|---:|")
-    total = {"recipe": 0.0, "ours": 0.0}
-    grams: dict[str, torch.Tensor] = {}
-    for role, (rows, columns, site) in ROLES.items():
-        m, n = int(rows * given.width), int(columns * given.width)
-        x, weight = sites[site], torch.randn(m, n) / n**0.5
-        matrix = Matrix(0, role, f"block.{role}", site, (m, n), transposed=False, bias=False)
-        ranks = [int(keep * m * n / (m + n)) for keep in KEEPS]
-        times, excess, gram_times = {"recipe": [], "ours": []}, [], {"recipe": [], "ours": []}
-        for _ in range(given.repeats):
-            spent, gram = timed(recipe_gram, x)
-            gram_times["recipe"].append(spent)
-            if site not in grams:
-                spent, grams[site] = timed(recipe_gram, x)
-                gram_times["ours"].append(spent)
-            spent, theirs = timed(recipe, weight, gram, ranks)
-            times["recipe"].append(spent)
-            spent, found = timed(ours, matrix, weight, grams[site], ranks)
-            times["ours"].append(spent)
-            excess += [error(x, weight, a) - error(x, weight, b) for a, b in zip(found, theirs, strict=True)]
-        mean = {name: sum(values) / len(values) for name, values in times.items()}
-        gram_mean = {name: sum(values) / given.repeats for name, values in gram_times.items()}
-        for name in total:
-            total[name] += mean[name] + gram_mean[name]
-        ratio = f"{gram_mean['recipe'] / gram_mean['ours']:.1f}" if gram_mean["ours"] else "shared"
-        print(f"| {role} | {m} x {n} | {ratio} | {mean['recipe'] / mean['ours']:.1f} | {max(excess):.1e} |", flush=True)
-    print(f"\nthe block, Gram matrices included: recipe / winnow = {total['recipe'] / total['ours']:.1f}")
+    if given.cpu_time:
+        CLOCK[0] = time.process_time
+    found: dict[int, dict[str, float]] = {}
+    for width in sorted(given.widths):
+        print(f"\nwidth {width}\n\n| matrix | shape | recipe / winnow, factors | largest excess of error |\n|---|---|---:|---:|")
+        found[width] = block(width, given)
+    print("\n| width | winnow, s | recipe, s | recipe / winnow | with Gram matrices | winnow grew by | recipe grew by |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    last: dict[str, float] = {}
+    for width, own in found.items():
+        note = ""
+        if not own["recipe"]:
+            if not (last and found.get(width // 2) is last):
+                raise SystemExit(f"no forecast for the recipe at width {width}: give --widths {width // 2} too")
+            own |= {"recipe": 8 * last["recipe"], "recipe gram": 4 * last["recipe gram"]}
+            note = " (forecast)"
+        grown = [f"{own[name] / last[name]:.1f}" if last else "" for name in ("winnow", "recipe")]
+        both = (own["recipe"] + own["recipe gram"]) / (own["winnow"] + own["winnow gram"])
+        print(
+            f"| {width} | {own['winnow']:.2f} | {own['recipe']:.1f}{note} | {own['recipe'] / own['winnow']:.1f} | {both:.1f} "
+            f"| {grown[0]} | {grown[1]} |"
+        )
+        last = own
 
 
 if __name__ == "__main__":

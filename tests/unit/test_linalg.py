@@ -19,8 +19,8 @@ def gram_of(x):
     return x @ x.T / x.shape[1]
 
 
-def approximation(weight, u, k):
-    return u[:, :k] @ (u[:, :k].T @ weight)
+def approximation(found, k):
+    return found.left[:, :k] @ found.right[:k]
 
 
 def output_error(weight, approx, gram):
@@ -39,13 +39,13 @@ def cholesky_svd(weight, gram, k):
 @given(SHAPES, st.integers(0, 10**6))
 def test_plain_metric_is_eckart_young(shape, seed):
     weight = random(shape, seed)
-    u, _, s, error = leading_directions(weight, weight.new_ones(shape[1]))
+    found = leading_directions(weight, weight.new_ones(shape[1]))
     expected = torch.linalg.svdvals(weight)
-    torch.testing.assert_close(s, expected)
+    torch.testing.assert_close(found.spectrum, expected)
     for k in range(min(shape) + 1):
-        left = (weight - approximation(weight, u, k)).square().sum()
+        left = (weight - approximation(found, k)).square().sum()
         torch.testing.assert_close(left, expected[k:].square().sum(), atol=1e-10, rtol=1e-10)
-        torch.testing.assert_close(error[k], left, atol=1e-10, rtol=1e-9)
+        torch.testing.assert_close(found.error[k], left, atol=1e-10, rtol=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,13 +53,13 @@ def test_plain_metric_is_eckart_young(shape, seed):
 def test_whitened_agrees_with_cholesky_and_svd(shape, seed):
     weight, x = random(shape, seed), random((shape[1], 8 * shape[1]), seed + 1)
     gram = gram_of(x)
-    u, _, s, error = leading_directions(weight, gram)
-    torch.testing.assert_close(s, torch.linalg.svdvals(weight @ torch.linalg.cholesky(gram)), atol=1e-8, rtol=1e-8)
+    found = leading_directions(weight, gram)
+    torch.testing.assert_close(found.spectrum, torch.linalg.svdvals(weight @ torch.linalg.cholesky(gram)), atol=1e-8, rtol=1e-8)
     for k in range(1, min(shape)):
-        ours = output_error(weight, approximation(weight, u, k), gram)
+        ours = output_error(weight, approximation(found, k), gram)
         theirs = output_error(weight, cholesky_svd(weight, gram, k), gram)
         assert ours == pytest.approx(theirs, rel=1e-9), (k, shape)
-        assert float(error[k]) == pytest.approx(ours, rel=1e-9)
+        assert float(found.error[k]) == pytest.approx(ours, rel=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -69,40 +69,40 @@ def test_singular_gram_gives_finite_optimal_factors(shape, tokens, dead, seed):
     weight, x = random(shape, seed), random((shape[1], tokens), seed + 1)
     x[: min(dead, shape[1] - 1)] = 0
     gram = gram_of(x)
-    u, _, _, error = leading_directions(weight, gram)
-    assert torch.isfinite(u).all()
-    assert u.shape == (shape[0], min(shape))
-    torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1], dtype=torch.float64), atol=1e-10, rtol=0)
+    found = leading_directions(weight, gram)
+    assert torch.isfinite(found.right).all()
+    assert found.left.shape == (shape[0], min(shape))
+    torch.testing.assert_close(found.left.T @ found.left, torch.eye(min(shape), dtype=torch.float64), atol=1e-10, rtol=0)
     best = torch.linalg.svdvals(weight @ x / tokens**0.5).square()
     total = float(best.sum())
     for k in range(min(shape) + 1):
-        assert output_error(weight, approximation(weight, u, k), gram) == pytest.approx(
+        assert output_error(weight, approximation(found, k), gram) == pytest.approx(
             float(best[k:].sum()), abs=1e-10 * max(total, 1)
         )
-        assert float(error[k]) == pytest.approx(float(best[k:].sum()), abs=1e-10 * max(total, 1))
-    torch.testing.assert_close(approximation(weight, u, min(shape)), weight, atol=1e-10, rtol=1e-10)
+        assert float(found.error[k]) == pytest.approx(float(best[k:].sum()), abs=1e-10 * max(total, 1))
+    torch.testing.assert_close(approximation(found, min(shape)), weight, atol=1e-10, rtol=1e-10)
 
 
 def test_directions_beyond_the_gram_reduce_the_weight_error():
     """With a Gram of rank 1, rank 2 and more are spent on the weights themselves."""
     weight, x = random((9, 6), 1), random((6, 1), 2)
-    u, _, _, _ = leading_directions(weight, gram_of(x))
-    rest = weight - approximation(weight, u, 1)
+    found = leading_directions(weight, gram_of(x))
+    rest = weight - approximation(found, 1)
     tail = torch.linalg.svdvals(rest).square()
     for k in range(1, 6):
-        left = float((weight - approximation(weight, u, k)).square().sum())
+        left = float((weight - approximation(found, k)).square().sum())
         assert left == pytest.approx(float(tail[k - 1 :].sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7)])
 def test_identity_gram_and_scale_change_nothing(shape):
     weight = random(shape, 3)
-    plain, _, _, _ = leading_directions(weight, weight.new_ones(shape[1]))
-    full, _, _, _ = leading_directions(weight, 1e6 * torch.eye(shape[1], dtype=torch.float64))
-    diagonal, _, _, _ = leading_directions(weight, weight.new_full((shape[1],), 1e-6))
+    plain = leading_directions(weight, weight.new_ones(shape[1]))
+    full = leading_directions(weight, 1e6 * torch.eye(shape[1], dtype=torch.float64))
+    diagonal = leading_directions(weight, weight.new_full((shape[1],), 1e-6))
     for k in (1, 3, 6):
-        torch.testing.assert_close(approximation(weight, full, k), approximation(weight, plain, k))
-        torch.testing.assert_close(approximation(weight, diagonal, k), approximation(weight, plain, k))
+        torch.testing.assert_close(approximation(full, k), approximation(plain, k))
+        torch.testing.assert_close(approximation(diagonal, k), approximation(plain, k))
 
 
 @pytest.mark.parametrize("shape", [(10, 16), (16, 10)])
@@ -110,8 +110,8 @@ def test_each_metric_wins_in_its_own_currency(shape):
     weight, x = random(shape, 4), random((shape[1], 200), 5)
     x *= torch.logspace(0, 2, shape[1], dtype=torch.float64)[:, None]
     gram = gram_of(x)
-    plain = approximation(weight, leading_directions(weight, weight.new_ones(shape[1]))[0], 4)
-    whitened = approximation(weight, leading_directions(weight, gram)[0], 4)
+    plain = approximation(leading_directions(weight, weight.new_ones(shape[1])), 4)
+    whitened = approximation(leading_directions(weight, gram), 4)
     assert output_error(weight, whitened, gram) < output_error(weight, plain, gram)
     assert (weight - plain).square().sum() < (weight - whitened).square().sum()
 
@@ -121,10 +121,10 @@ def test_scales_over_eight_orders_of_magnitude():
     weight, x = random((20, 12), 6), random((12, 400), 7)
     x *= torch.logspace(-4, 4, 12, dtype=torch.float64)[:, None]
     gram = gram_of(x)
-    u, _, _, _ = leading_directions(weight, gram)
+    found = leading_directions(weight, gram)
     best = torch.linalg.svdvals(weight @ x / 20).square()
     for k in range(13):
-        assert output_error(weight, approximation(weight, u, k), gram) == pytest.approx(
+        assert output_error(weight, approximation(found, k), gram) == pytest.approx(
             float(best[k:].sum()), abs=1e-12 * float(best.sum())
         )
 
@@ -136,12 +136,12 @@ def test_rank_deficient_weights(shape, rank, full, seed):
     weight = random((shape[0], rank), seed) @ random((rank, shape[1]), seed + 1)
     weight[: shape[0] // 2] = 0
     columns = gram_of(random((shape[1], 50), seed + 2)) if full else random((shape[1],), seed + 2).square() + 0.1
-    u, _, _, error = leading_directions(weight, columns)
-    torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1], dtype=torch.float64), atol=1e-10, rtol=0)
+    found = leading_directions(weight, columns)
+    torch.testing.assert_close(found.left.T @ found.left, torch.eye(min(shape), dtype=torch.float64), atol=1e-10, rtol=0)
     scale = float(weight.square().sum())
     for k in range(rank, min(shape) + 1):
-        assert float((weight - approximation(weight, u, k)).square().sum()) <= 1e-18 * scale
-        assert float(error[k]) <= 1e-12 * float(error[0])
+        assert float((weight - approximation(found, k)).square().sum()) <= 1e-18 * scale
+        assert float(found.error[k]) <= 1e-12 * float(found.error[0])
 
 
 def test_statistics_in_float32_leave_the_noise_to_the_weights():
@@ -150,18 +150,18 @@ def test_statistics_in_float32_leave_the_noise_to_the_weights():
     exact = gram_of(x)
     errors = []
     for gram, precision in ((exact, 2.0**-52), (exact.float().double(), 2.0**-23)):
-        u, _, _, _ = leading_directions(weight, gram, precision)
-        assert output_error(weight, approximation(weight, u, 30), exact) <= 1e-5 * output_error(weight, 0 * weight, exact)
-        errors.append(float((weight - approximation(weight, u, 30)).square().sum()))
+        found = leading_directions(weight, gram, precision)
+        assert output_error(weight, approximation(found, 30), exact) <= 1e-5 * output_error(weight, 0 * weight, exact)
+        errors.append(float((weight - approximation(found, 30)).square().sum()))
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
 def test_zero_weight_and_zero_metric():
     for weight, gram in ((torch.zeros(4, 6), torch.eye(6)), (torch.ones(4, 6), torch.zeros(6, 6))):
-        u, _, s, error = leading_directions(weight.double(), gram.double())
-        assert float(s.abs().max()) == 0
-        assert float(error[0]) == 0
-        torch.testing.assert_close(approximation(weight.double(), u, 4), weight.double())
+        found = leading_directions(weight.double(), gram.double())
+        assert float(found.spectrum.abs().max()) == 0
+        assert float(found.error[0]) == 0
+        torch.testing.assert_close(approximation(found, 4), weight.double())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -220,4 +220,4 @@ def test_two_sided_is_the_svd_between_the_roots(shape, seed):
             if s[k - 1] - s[k] < 1e-6 * s[0]:
                 continue
             expected = torch.linalg.solve(left.T, (u[:, :k] * s[:k]) @ vh[:k]) @ torch.linalg.inv(right)
-            torch.testing.assert_close(found.left[:, :k] @ found.right[:k] @ weight, expected, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(approximation(found, k), expected, atol=1e-6, rtol=1e-5)

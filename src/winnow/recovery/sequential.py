@@ -140,8 +140,8 @@ def _fit(task: Task, key: str, module: Factors, gram: Tensor, cross: Tensor) -> 
     if task.options.objective == "anchored":
         weight = weight @ cross @ torch.linalg.pinv(gram, rtol=len(gram) * PRECISION, hermitian=True)
     rank = module.right.out_features
-    found = leading_directions(weight, gram, PRECISION)
-    left, right = found.left[:, :rank], found.right[:rank] @ weight
+    found = leading_directions(weight, gram, PRECISION, largest=rank)
+    left, right = found.left, found.right
     if isinstance(module, RowsLinear):
         places = module.order.long().argsort()  # of the rows that are stored, then of the others
         rows, others = places[:rank], places[rank:]

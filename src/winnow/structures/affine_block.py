@@ -53,13 +53,13 @@ class AffineBlock(FfnStructure):
         maps, constant, rest = affine_map(problem, self.options.ridge)
         whole = weight @ maps
         bias = weight @ constant + problem.biases.get(down.name, 0.0)
-        found = leading_directions(whole, x["gram"] - torch.outer(x["mean"], x["mean"]), problem.precision)
+        found = leading_directions(whole, x["gram"] - torch.outer(x["mean"], x["mean"]), problem.precision, largest=largest)
         limit = self.limit(problem.group)
         floor = float(((weight @ rest) * weight).sum())
         error = floor + found.error[: largest + 1]
         error[limit:] = floor
         mean = bias + whole @ x["mean"]  # of the output, which stays right at every rank
-        factors = {"left": found.left[:, :largest], "right": found.right[:largest] @ whole}
+        factors = {"left": found.left, "right": found.right}
         return Fit({"map": whole, "mean": mean, "input_mean": x["mean"], **factors}, error, found.spectrum)
 
     def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:

@@ -51,14 +51,14 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Raises FloatingPointError, naming the number, if one is not finite."""
-        import torch
+        from winnow.linalg import finite
 
         values = [("weight", self.weights.items()), ("bias", self.biases.items())]
         for name, found in (*self.sites.items(), *self.outputs.items()):
             values += [(f"statistic {key}", {name: value}.items()) for key, value in found.items()]
         for what, named in values:
             for name, value in named:
-                if not torch.isfinite(value).all():
+                if not finite(value):
                     raise FloatingPointError(f"the {what} of {name} is not finite")
 
     def columns(self, matrices: list[Matrix] | None = None) -> Tensor:
@@ -66,7 +66,7 @@ class Problem:
         assert self.metric is not None
         weights, matrices = self.metric_weights or self.weights, matrices or self.group
         parts = [self.metric.columns(weights[m.name], self.sites.get(m.name, {})) for m in matrices]
-        return sum(parts[1:], start=parts[0]) / len(parts)
+        return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0]) / len(parts)
 
     def rows(self, matrices: list[Matrix] | None = None) -> Tensor | None:
         """The metric of the outputs of matrices stacked along their outputs, diagonal or full; None where it is I."""

@@ -103,8 +103,8 @@ class Bypass(Structure):
         rest: dict[str, Tensor] = {}
         for m in problem.group:
             weight, r = problem.weights[m.name], self._kept(m)
-            found = leading_directions(weight, problem.columns([m]), problem.precision, problem.rows([m]))
-            left, right = found.left[:, :r], found.right[:r] @ weight
+            found = leading_directions(weight, problem.columns([m]), problem.precision, problem.rows([m]), r)
+            left, right = found.left, found.right
             kept |= {f"{m.name}.kept.left": left, f"{m.name}.kept.right": right}
             rest[m.name] = weight - left @ right
         other = self.options.remainder_metric

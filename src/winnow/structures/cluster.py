@@ -95,7 +95,7 @@ class Cluster(Structure):
             else:
                 block, c, r = weight[:, channels], _part(columns, channels), rows
             found = leading_directions(block, c, problem.precision, r)
-            tensors |= {f"{cluster}.left": found.left, f"{cluster}.right": found.right @ block}
+            tensors |= {f"{cluster}.left": found.left, f"{cluster}.right": found.right}
             spectra.append(found.spectrum)
             tails.append(found.error)
         error = torch.zeros(largest + 1, dtype=torch.float64)

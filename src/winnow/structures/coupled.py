@@ -129,7 +129,7 @@ class Coupled(Structure):
                 w.new_ones(w.shape[1]) if plain else problem.sites[m.name]["gram"] for m, w in zip(group, weights, strict=True)
             ]
             best = [leading_directions(w, c, problem.precision) for w, c in zip(weights, columns, strict=True)]
-        tensors |= {"maps": coupling.maps, "lefts": torch.stack([found.left[:, :largest] for found in best])}
+        tensors |= {"maps": coupling.maps, "lefts": torch.stack([torch.linalg.qr(found.left[:, :largest]).Q for found in best])}
         tensors |= {"inputs": torch.tensor(inputs), "outputs": torch.tensor(outputs, dtype=torch.int64), "spectrum": spectrum}
         error = coupling.nested_error(coupling.nested(self.limit(group)))
         return Fit(tensors, error[: largest + 1], spectrum)

@@ -31,8 +31,8 @@ class LowRank(Structure):
         from winnow.linalg import leading_directions
 
         (weight,) = problem.weights.values()
-        found = leading_directions(weight, problem.columns(), problem.precision, problem.rows())
-        factors = {"left": found.left[:, :largest], "right": found.right[:largest] @ weight}
+        found = leading_directions(weight, problem.columns(), problem.precision, problem.rows(), largest)
+        factors = {"left": found.left, "right": found.right}
         return Fit(factors, found.error[: largest + 1], found.spectrum)
 
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:

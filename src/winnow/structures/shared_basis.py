@@ -48,8 +48,7 @@ class SharedBasis(Structure):
         stacked = torch.cat([problem.weights[m.name] for m in problem.group])
         columns = problem.columns()
         if self.options.basis == "outputs":  # type: ignore[attr-defined]
-            left, maps, spectrum, error = leading_directions(stacked, columns, problem.precision, problem.rows())
-            right = maps[:largest] @ stacked
+            left, right, spectrum, error = leading_directions(stacked, columns, problem.precision, problem.rows(), largest)
         elif problem.rows() is None:
             right, spectrum, error = principal_components(stacked, columns)
             left = stacked @ right.T

@@ -71,8 +71,8 @@ class Split(FfnStructure):
                 rows = rows if rows is None else rows[light] if rows.dim() == 1 else rows[light][:, light]
             tensors[f"{m.role}.exact"] = exact
             if len(light):
-                found = leading_directions(rest, columns, problem.precision, rows)
-                tensors |= {f"{m.role}.left": found.left[:, :largest], f"{m.role}.right": found.right[:largest] @ rest}
+                found = leading_directions(rest, columns, problem.precision, rows, largest)
+                tensors |= {f"{m.role}.left": found.left, f"{m.role}.right": found.right}
                 errors.append(found.error[: largest + 1])
                 spectra.append(found.spectrum)
         if not len(light):
