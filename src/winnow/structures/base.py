@@ -186,8 +186,13 @@ class Structure(ABC):
     def fit(self, problem: Problem, largest: int) -> Fit:
         """Fit the group once for every size up to `largest`."""
 
+    def judged(self, group: list[Matrix]) -> list[Matrix]:
+        """The matrices whose outputs' gradients `predicted` reads."""
+        return group
+
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
-        """(sizes + 1,): predicted increase of the loss in nats per token at every size of a fit, see `winnow.prediction`."""
+        """(sizes + 1,): predicted increase of the loss in nats per token at every size of a fit, see `winnow.prediction`. The
+        problem has the statistics of `needs`, `gram`, and `gradient_gram` of `judged`; they need not be those of the fit."""
         raise NotImplementedError(f"{self.kind()} predicts no loss")
 
     @abstractmethod
