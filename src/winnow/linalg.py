@@ -120,7 +120,8 @@ def residual_errors(target: Tensor, cross: Tensor, left: Tensor, right: Tensor, 
 
     `target` E[y y^T] (m, m), `cross` E[y x^T] (m, n), `columns` C = E[x x^T] (n, n), `left` (m, K), `right` (K, n), `rows` R
     (m, m). No map is formed: tr(R E[y y^T]) - 2 sum over i < k of (L^T R E[y x^T] B^T)_ii + sum over i, j < k of
-    (L^T R L)_ij (B C B^T)_ij, with L = left and B = right; the last are sums over leading blocks, so all sizes cost what one does.
+    (L^T R L)_ij (B C B^T)_ij, with L = left and B = right; the last are sums over leading blocks, so all sizes cost what one
+    does.
     """
     inner, outer = right @ columns, rows @ left
     start = (rows * target).sum()

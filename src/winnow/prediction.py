@@ -2,8 +2,8 @@
 
 A change D of a matrix moves its output by D x, and the loss by 1/2 E[(g^T D x)^2] with g the loss's gradient in the output: the
 Fisher information as its Hessian. With x and g taken as independent this is 1/2 tr(F D C D^T), C = E[x x^T], F = E[g g^T] (KFAC,
-arXiv 1503.05671). A structure that replaces a whole FFN changes its output instead: there D x is that change, with F the moment of
-the gradient in the FFN's output. Changes of several matrices are taken to add up, which holds as long as each is small.
+arXiv 1503.05671). A structure that replaces a whole FFN changes its output instead: there D x is that change, and F the moment
+of the gradient in the FFN's output. Changes of several matrices are taken to add up, which holds as long as each is small.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from winnow.architectures import group_name, reads
 from winnow.errors import InputError
 from winnow.io import Bundle
 from winnow.layer_statistics import Layers, Statistics
-from winnow.metrics import GRADIENTS
 from winnow.models import ModelFiles
 from winnow.structures.base import Problem, Structure
 
@@ -35,7 +34,7 @@ def predict(
     not finite.
     """
     inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
-    needs = dict.fromkeys(("gram", *(need for need in structure.needs() if need not in GRADIENTS)))
+    needs = dict.fromkeys(("gram", *structure.needs()))
     for group in structure.groups(files.matrices):
         name = group_name(group)
         if group[0].expert is not None or name not in factors:

@@ -64,7 +64,7 @@ class AffineBlock(FfnStructure):
         return Fit({"map": whole, "mean": mean, "input_mean": x["mean"], **factors}, error, found.spectrum)
 
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
-        """Of the residual of the map, at every rank: W_down h - y - A_k (x - m), with m and y + b the means it was fitted with."""
+        """Of the residual of the map at every rank: W_down h - y - A_k (x - m), with m and y + b the means of the fit."""
         import torch
 
         from winnow.linalg import residual_errors

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from winnow.architectures import Matrix
+from winnow.architectures import Matrix, group_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -149,6 +149,15 @@ class Structure(ABC):
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         """Which matrices are fitted together (by default every matrix alone); those in no group cannot be compressed so."""
         return [[m] for m in matrices]
+
+    def alternatives(self) -> dict[str, Structure]:
+        """The structures that an allocation chooses between, by what their names end in; by default itself alone."""
+        return {"": self}
+
+    def fits(self, matrices: list[Matrix]) -> list[tuple[str, Structure, list[Matrix]]]:
+        """(name, structure, group) of all that is fitted; a matrix stands once for each alternative that applies to it."""
+        found = self.alternatives().items()
+        return [(f"{group_name(group)}{end}", own, group) for end, own in found for group in own.groups(matrices)]
 
     def limit(self, group: list[Matrix]) -> int:
         """The largest size that makes sense, whatever it stores."""
