@@ -11,12 +11,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from winnow.allocations import AnyAllocation, allocation_of
 from winnow.allocations.uniform import Uniform
-from winnow.architectures import ROLES, TARGETS, Target, disjoint
+from winnow.architectures import GRADIENTS, ROLES, TARGETS, Target, disjoint
 from winnow.config_errors import as_written, file_of, keys_at, nearest
 from winnow.errors import InputError
 from winnow.evaluations import AnyEvaluation, Classification, Perplexity
 from winnow.fields import Name, Ranks, Shares, Strict
-from winnow.metrics import GRADIENTS, METRICS, AnyMetric
+from winnow.metrics import METRICS, AnyMetric
 from winnow.recoveries import AnyRecovery, NoRecovery, Trained
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 from winnow.structures.mixed import Mixed

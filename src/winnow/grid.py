@@ -17,11 +17,12 @@ from typing import Any
 from winnow import studies
 from winnow.allocations import allocation_of
 from winnow.allocations.base import Allocation
+from winnow.architectures import GRADIENTS
 from winnow.clusters import Clustering
 from winnow.config import Budget, Calibration, Config, Method, Strict, random_control
 from winnow.errors import InputError
 from winnow.evaluations import PLAIN, Classification, Perplexity
-from winnow.metrics import GRADIENTS, METRICS
+from winnow.metrics import METRICS
 from winnow.models import model_files
 from winnow.recoveries import Recovery, options_of
 from winnow.structures import structure_of

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pandas as pd
 from torch import Tensor
 
-from winnow.architectures import group_name, reads
+from winnow.architectures import GRADIENTS, group_name, reads
 from winnow.errors import InputError
 from winnow.io import Bundle
 from winnow.layer_statistics import Layers, Statistics
@@ -34,7 +34,7 @@ def predict(
     not finite.
     """
     inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
-    needs = dict.fromkeys(("gram", *structure.needs()))
+    needs = dict.fromkeys(("gram", *(need for need in structure.needs() if need not in GRADIENTS)))
     for group in structure.groups(files.matrices):
         name = group_name(group)
         if group[0].expert is not None or name not in factors:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import logits, statistics
@@ -224,7 +225,8 @@ def test_members_are_methods_and_share_their_factors():
     works = {w.stage: w for w in forecast(plan, {"demo": shape_of(ROOT / "resources" / "models" / "demo")})}
     assert works["factorize"].jobs == works["predict_losses"].jobs == 3
     assert works["compress"].jobs == 1
-    code = " ".join(plan.fingerprint("compress", {"method": plan.labels["methods"]["mine"], "budget": plan.labels["budgets"]["x"]}))
+    wildcards = {"method": plan.labels["methods"]["mine"], "budget": plan.labels["budgets"]["x"]}
+    code = " ".join(plan.fingerprint("compress", wildcards))
     assert all(f"winnow.structures.{kind} " in code for kind in ("mixed", "low_rank", "neuron_slice", "affine_block"))
     assert "winnow.structures.gauge_fixed " not in code
 
@@ -329,7 +331,7 @@ def test_statistics_around_a_model_whose_ffns_are_replaced(fitted):
             seen["x"] = args[0]
 
         def give(_module, _args, output, given=given):
-            output.register_hook(lambda g: given.update(g=g))
+            output.register_hook(lambda gradient, given=given: given.update(g=gradient))
 
         places = (group[0].module, read), (down.module, give)
         hooks = [beside.get_submodule(name).register_forward_hook(hook) for name, hook in places]
@@ -362,3 +364,12 @@ def test_rounds_predict_anew_for_all_members(fitted):
     sizes = allocate(groups, budget).sizes
     assert any(len(g.matrices) > 1 and sizes.get(g.name) for g in groups), "an FFN is replaced as a whole"
     assert json.dumps(found) == json.dumps(predict_in_rounds(files, factors, structure, groups, budget, 1, setting)[0])
+
+
+def test_the_study_is_valid_and_members_are_fitted_once():
+    config = copy.deepcopy(default())
+    study = yaml.safe_load((ROOT / "config" / "studies" / "mixed.yaml").read_text())
+    for section, presets in study.items():
+        config[section] |= presets
+    plan = Plan(load(config), ROOT)
+    assert plan.members["mixed"] == ["kfac_gauge_fixed", "mixed.neuron_slice", "r2lin"]

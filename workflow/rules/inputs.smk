@@ -102,11 +102,8 @@ def predicted_for_budget(wildcards):
     if not allocation.predicts():
         return []
     if allocation.rounds():
-        return (
-            "results/{model}/{calibration}/{method}/{budget}/predicted.parquet".format(
-                **wildcards
-            )
-        )
+        folder = f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}"
+        return [f"{folder}/{wildcards.budget}/predicted.parquet"]
     return of_members("predicted.parquet")(wildcards)
 
 

@@ -152,7 +152,7 @@ def lagrangian(every: list[Options], blocks: Blocks, allowed: float) -> tuple[fl
         middle = (low + high) / 2
         low, high = (low, middle) if pick(every, blocks, 1.0, middle).bytes <= allowed else (middle, high)
     found = pick(every, blocks, 1.0, high)
-    return max(pick(every, blocks, 1.0, u).cost - u * allowed for u in (low, high)), found
+    return float(max(pick(every, blocks, 1.0, u).cost - u * allowed for u in (low, high))), found
 
 
 def _offer(every: Options, picked: int, spread: int, near: int) -> Options:

@@ -26,7 +26,11 @@ class Mixed(Structure):
     class Options(StructureOptions):
         kind: Literal["mixed"]
         members: list[AnyStructure] = Field(  # resolved by the registry, which knows them all
-            default_factory=lambda: [{"kind": "gauge_fixed"}, {"kind": "neuron_slice"}, {"kind": "affine_block"}],
+            default_factory=lambda: [
+                {"kind": "gauge_fixed"},
+                {"kind": "neuron_slice", "criterion": "loss"},
+                {"kind": "affine_block"},
+            ],
             validate_default=True,
             min_length=2,
             description="the structures to choose between, each kind once; they must have predicted losses",

@@ -27,8 +27,10 @@ class NeuronSlice(FfnStructure):
 
     class Options(StructureOptions):
         kind: Literal["neuron_slice"]
-        criterion: Literal["leverage", "activation", "activation_x_row", "weight_norm", "random"] = Field(
-            "leverage", description="what makes a neuron important; see winnow/neurons.py"
+        criterion: Literal["leverage", "output", "loss", "activation", "activation_x_row", "weight_norm", "random"] = Field(
+            "leverage",
+            description="what makes a neuron important: `output` and `loss` take them one by one, by what each gains of the "
+            "corrected output, or of the predicted loss (needs a backward pass); see winnow/neurons.py for the others",
         )
         correction: Literal["nystrom", "none"] = Field("nystrom", description="whether down makes up for the dropped neurons")
         ridge: float = Field(1e-4, gt=0, le=1, description="of the leverage scores, as a share of the mean second moment")
