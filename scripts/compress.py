@@ -4,7 +4,8 @@ from pathlib import Path
 
 from winnow.allocation import allocate, chosen_groups, experts_left_dense, summarize
 from winnow.checkpoint import compress, recipe_of, write_checkpoint
-from winnow.io import Bundle, atomic, read_parquet, write_json
+from winnow.io import atomic, write_json
+from winnow.members import factors_of, table_of
 from winnow.models import ModelFiles
 from winnow.runtime import start_job
 from winnow.structures import structure_of
@@ -15,12 +16,10 @@ if __name__ == "__main__":
     files = ModelFiles(snakemake.input.model)
     structure = structure_of(presets["method"]["structure"])
     given = snakemake.input
-    chosen = (files, structure, presets["budget"]["targets"], read_parquet(given.spectra).set_index("group"))
-    groups = chosen_groups(*chosen, read_parquet(given.predicted).set_index("group") if given.get("predicted") else None)
+    chosen = (files, structure, presets["budget"]["targets"], table_of(structure, given.spectra))
+    groups = chosen_groups(*chosen, table_of(structure, given.predicted) if given.get("predicted") else None)
     choice = allocate(groups, presets["budget"])
-    bundles = [Bundle(path) for path in given.factors]
-    factors = {name: bundle for bundle in bundles for name in bundle.manifest["groups"]}
-    tokens = {name: count for bundle in bundles for name, count in bundle.manifest["left_dense"].items()}
+    factors, tokens = factors_of(structure, given.factors)
     left_dense = {name: tokens[name] for name in experts_left_dense(*chosen)}
     allocation = {"budget": presets["budget"], **choice.facts, **summarize(groups, choice.sizes), "left_dense": left_dense}
     stored, layouts, reports = compress(files, factors, structure, choice.sizes)

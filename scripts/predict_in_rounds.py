@@ -3,7 +3,9 @@
 import torch
 
 from winnow.allocation import chosen_groups
-from winnow.io import Bundle, read_parquet, read_tensors, write_json, write_parquet
+from winnow.io import read_tensors, write_json, write_parquet
+from winnow.members import factors_of
+from winnow.members import table_of as read_tables
 from winnow.models import ModelFiles
 from winnow.prediction import table_of
 from winnow.rounds import Setting, predict_in_rounds
@@ -14,8 +16,8 @@ if __name__ == "__main__":
     job = start_job(snakemake)
     spec, given = job.spec, snakemake.input
     files, structure = ModelFiles(given.model), structure_of(spec["structure"])
-    factors = {name: bundle for bundle in map(Bundle, given.factors) for name in bundle.manifest["groups"]}
-    tables = (read_parquet(path).set_index("group") for path in (given.spectra, given.predicted))
+    factors, _ = factors_of(structure, given.factors)
+    tables = (read_tables(structure, paths) for paths in (given.spectra, given.predicted))
     groups = chosen_groups(files, structure, spec["budget"]["targets"], *tables)
     windows = read_tensors(given.tokens, sealed=True)[0]["ids"]
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])

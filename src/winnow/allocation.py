@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from winnow.allocations import allocation_of
-from winnow.allocations.base import Choice
-from winnow.architectures import Matrix, group_name, named_by, select
+from winnow.allocations.base import Choice, dense_bytes, stored_bytes
+from winnow.architectures import Matrix, named_by, select
 from winnow.errors import InputError
 from winnow.models import ModelFiles, tensor_bytes
 from winnow.structures.base import Structure
@@ -52,51 +52,68 @@ class Group:
 def chosen_groups(
     files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame, predicted: pd.DataFrame | None = None
 ) -> list[Group]:
-    """The groups of matrices that `targets` name, whole groups only; `spectra` (index: group) has what each stores, `predicted`
-    (likewise) the loss of every size, where the allocation asks for it."""
+    """The groups of matrices that `targets` name, whole groups only; `spectra` (index: name of a fit) has what each stores,
+    `predicted` (likewise) the loss of every size, where the allocation asks for it. Of a structure with alternatives, a matrix
+    is in several groups, and in one by itself that has the size 0 alone, which is dense."""
     chosen = {m.name: m for m in select(files.matrices, targets)}
-    groups = []
-    for matrices in structure.groups(files.matrices):
-        if group_name(matrices) not in spectra.index and matrices[0].expert is not None:
+    several, left, groups = len(structure.alternatives()) > 1, dict(chosen), []
+    for name, own, matrices in structure.fits(files.matrices):
+        if name not in spectra.index and matrices[0].expert is not None:
             for m in matrices:
-                chosen.pop(m.name, None)
+                left.pop(m.name, None)
             continue  # too few tokens: it stays dense, and counts in no budget
-        inside = [chosen.pop(m.name) for m in matrices if m.name in chosen]
-        if inside and len(inside) < len(matrices):
+        inside = [m for m in matrices if m.name in chosen]
+        if inside and len(inside) < len(matrices) and not several:
             raise InputError(
                 f"{structure.kind()} fits {', '.join(m.role for m in matrices)} together; target all or none of them"
             )
-        if inside:
-            record = files.tensors[f"{matrices[0].module}.weight"]
-            unit = tensor_bytes({"shape": [1], "dtype": record["dtype"]})
-            own = structure.bias_name is None  # then its numbers count the biases
-            fixed = 0 if own else sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in matrices if m.bias)
-            fixed += structure.index_bytes(matrices)
-            name = group_name(matrices)
-            numbers, error = (np.asarray(spectra.at[name, key]).tolist() for key in ("numbers", "error"))
-            known = predicted is not None and name in predicted.index
-            loss = np.asarray(predicted.at[name, "predicted"]).tolist() if known else None  # type: ignore[union-attr]
-            groups.append(Group(name, matrices, structure, unit, fixed, files.dense_bytes(matrices), numbers, error, loss))
-    if chosen:
-        left = next(iter(chosen.values()))
-        raise InputError(f"{structure.kind()} does not apply to {left.role} ({left.module}); take it out of the budget's targets")
+        if inside and len(inside) == len(matrices):
+            groups.append(_group(files, own, name, matrices, spectra, predicted))
+            for m in matrices:
+                left.pop(m.name, None)
+    if left:
+        missed = next(iter(left.values()))
+        where = f"{missed.role} ({missed.module})"
+        raise InputError(f"{structure.kind()} does not apply to {where}; take it out of the budget's targets")
+    if several:
+        alone = {m.name: m for g in groups for m in g.matrices}.values()
+        groups = [g for g in groups if g.largest]
+        groups += [Group(m.name, [m], structure, 0, 0, files.dense_bytes([m]), [0], [0.0], [0.0]) for m in alone]
     if not groups:
         raise InputError(f"every expert stays dense, and {', '.join(targets)} names nothing else; calibrate on more tokens")
     return groups
 
 
+def _group(
+    files: ModelFiles, own: Structure, name: str, matrices: list[Matrix], spectra: pd.DataFrame, predicted: pd.DataFrame | None
+) -> Group:
+    record = files.tensors[f"{matrices[0].module}.weight"]
+    unit = tensor_bytes({"shape": [1], "dtype": record["dtype"]})
+    counted = own.bias_name is None  # then its numbers count the biases
+    fixed = 0 if counted else sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in matrices if m.bias)
+    fixed += own.index_bytes(matrices)
+    numbers, error = (np.asarray(spectra.at[name, key]).tolist() for key in ("numbers", "error"))
+    known = predicted is not None and name in predicted.index
+    loss = np.asarray(predicted.at[name, "predicted"]).tolist() if known else None  # type: ignore[union-attr]
+    return Group(name, matrices, own, unit, fixed, files.dense_bytes(matrices), numbers, error, loss)
+
+
 def experts_left_dense(files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame) -> list[str]:
     """The groups of experts that `targets` name and that were not fitted, for want of calibration tokens."""
     roles = {m.role for m in select(files.matrices, targets)}
-    groups = [g for g in structure.groups(files.matrices) if g[0].expert is not None and g[0].role in roles]
-    return [name for name in map(group_name, groups) if name not in spectra.index]
+    fits = [(name, g) for name, _, g in structure.fits(files.matrices) if g[0].expert is not None and g[0].role in roles]
+    return [name for name, _ in fits if name not in spectra.index]
 
 
 def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
-    """A size for every group, or dense, for a resolved budget (see `winnow.config.Budget`).
+    """A size for every group, or dense, for a resolved budget (see `winnow.config.Budget`); of groups that are alternatives to
+    each other, for the chosen ones.
 
     Raises InputError, with the break-even size, for a size that stores more than dense and for bytes that cannot be met.
     """
+    named = [m.name for g in groups for m in g.matrices]
+    if len(set(named)) < len(named) and not allocation_of(budget["allocation"]).chooses:
+        raise InputError(f"{budget['allocation']['kind']} does not choose between structures; spread `keep_bytes` by `ilp`")
     if budget["keep_bytes"] is not None:
         return _spread(groups, budget["keep_bytes"], budget["allocation"])
     sizes: dict[str, int | None] = {}
@@ -127,11 +144,12 @@ def of_target(group: Group, ranks: Any) -> Any:
 
 def _spread(groups: list[Group], keep: float, allocation: dict[str, Any]) -> Choice:
     """The allocation's choice; refused if its bytes are over the budget, or under it by more than the tolerance."""
-    dense = sum(g.dense for g in groups)
+    dense = dense_bytes(groups)
     choice = allocation_of(allocation).allocate(groups, keep)
-    stored = sum(g.bytes(choice.sizes[g.name]) for g in groups)
+    stored = stored_bytes(groups, choice.sizes)
     if stored > keep * dense + 1e-6 or keep * dense - stored > TOLERANCE * dense:
-        g = max(groups, key=lambda g: keep * g.dense - g.bytes(choice.sizes[g.name]))
+        chosen = [g for g in groups if g.name in choice.sizes]
+        g = max([g for g in chosen if g.largest] or chosen, key=lambda g: keep * g.dense - g.bytes(choice.sizes[g.name]))
         raise InputError(
             f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}; "
             f"{g.describe()} can store rank 1 to {g.largest}, its break-even rank; choose a keep_bytes in between"
@@ -143,7 +161,7 @@ def summarize(groups: list[Group], sizes: dict[str, int | None]) -> dict[str, An
     """What allocation.json holds: sizes (null: stays dense), bytes, the share of the objective that is lost in each group, and
     the predicted loss where it is known."""
     rows: list[dict[str, Any]] = []
-    for g in groups:
+    for g in (g for g in groups if g.name in sizes):
         size = sizes[g.name]
         lost = 0.0 if size is None or g.error[0] <= 0 else g.error[size] / g.error[0]
         row = {"group": g.name, "size": size, "dense_bytes": g.dense, "stored_bytes": g.bytes(size), "relative_error": lost}

@@ -28,6 +28,7 @@ TARGETS = {
 }
 Target = Literal["ffn", "attention", "qkv", "gate_up", *ROLES]  # type: ignore[valid-type]
 
+GRADIENTS = ("fisher", "gradient_gram")  # statistics of output gradients, which need a backward pass
 # A site is a distinct input: one Gram matrix each, shared by all matrices that read it.
 SITES = {
     "q_proj": "attention_input",

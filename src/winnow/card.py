@@ -79,7 +79,7 @@ def _options(preset: dict[str, Any] | None) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, dict):  # a preset, or {target: something}
         return _options(value) if "kind" in value else ", ".join(f"{key}: {_short(of)}" for key, of in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
 def _calibration(recipe: dict[str, Any]) -> list[tuple[str, str]]:

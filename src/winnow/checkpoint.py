@@ -12,10 +12,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from winnow.architectures import group_name
 from winnow.card import card
 from winnow.errors import InputError
 from winnow.io import Bundle, write_manifest
+from winnow.members import fit_file
 from winnow.models import ModelFiles
 from winnow.structures.base import FORMAT_VERSION, METHOD, Structure
 from winnow.weights import SHARD_BYTES, copy_files, write_weights
@@ -27,30 +27,29 @@ def compress(
     """({module: {name below it: tensor}}, {module: layout}, {group: report of its optimisation, where there is one}) for every
     group of `sizes` that does not stay dense, in the dtype of the dense weights.
 
-    `factors` maps a group's name to the bundle that holds its fit. Raises InputError, naming the module, if a number is
-    not finite in the stored dtype.
+    `factors` maps the name of a fit (see `winnow.members`) to the bundle that holds it. Raises InputError, naming the module, if
+    a number is not finite in the stored dtype.
     """
     stored: dict[str, dict[str, Tensor]] = {}
     layouts: dict[str, dict[str, Any]] = {}
     reports: dict[str, dict[str, Any]] = {}
-    for group in structure.groups(files.matrices):
-        name = group_name(group)
+    for name, own, group in structure.fits(files.matrices):
         size = sizes.get(name)
         if size is None:
-            continue  # not in the budget, or dense by its allocation
-        fit = factors[name].tensors(f"{name}.safetensors")
+            continue  # not in the budget, dense by its allocation, or stored in another way
+        fit = factors[name].tensors(fit_file(name))
         dtype = files.tensor(f"{group[0].module}.weight").dtype
-        for module, part in structure.stored(group, fit, size).items():
+        for module, part in own.stored(group, fit, size).items():
             layouts[module], stored[module] = part.layout, {}
             for key, tensor in part.tensors.items():
                 cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
                 if not torch.isfinite(cast).all():
                     raise InputError(f"{module}.{key}: not finite as {dtype}; choose another dtype for the model's weights")
                 stored[module][key] = cast
-        if report := structure.report(group, fit, size):
+        if report := own.report(group, fit, size):
             reports[name] = report
         for matrix in (m for m in group if m.bias):
-            if bias := structure.bias_of(matrix):
+            if bias := own.bias_of(matrix):
                 stored[matrix.module][bias] = files.tensor(f"{matrix.module}.bias")
     return stored, layouts, reports
 

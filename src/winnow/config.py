@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,14 +11,15 @@ from pydantic import Field, ValidationError, model_validator
 
 from winnow.allocations import AnyAllocation, allocation_of
 from winnow.allocations.uniform import Uniform
-from winnow.architectures import ROLES, TARGETS, Target, disjoint
+from winnow.architectures import GRADIENTS, ROLES, TARGETS, Target, disjoint
 from winnow.config_errors import as_written, file_of, keys_at, nearest
 from winnow.errors import InputError
 from winnow.evaluations import AnyEvaluation, Classification, Perplexity
 from winnow.fields import Name, Ranks, Shares, Strict
-from winnow.metrics import GRADIENTS, METRICS, AnyMetric
+from winnow.metrics import METRICS, AnyMetric
 from winnow.recoveries import AnyRecovery, NoRecovery, Trained
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
+from winnow.structures.mixed import Mixed
 from winnow.tuning import Tuning
 
 UNIFORM = Uniform.Options(kind="uniform")
@@ -135,6 +137,8 @@ class Method(Strict):
     @model_validator(mode="after")
     def _one_objective(self) -> Method:
         structure = STRUCTURES[self.structure.kind]
+        if isinstance(self.structure, Mixed.Options) and self.metric is not None:
+            self.members()
         if structure.objective == "metric" and self.metric is None:
             raise ValueError(f"{structure.kind()} needs a `metric`; {{kind: weights}} is the error of the weights")
         if structure.objective != "metric" and self.metric is not None:
@@ -142,6 +146,13 @@ class Method(Strict):
         if self.metric and not structure.weighs_outputs and set(METRICS[self.metric.kind].needs) & set(GRADIENTS):
             raise ValueError(f"{structure.kind()} cannot weigh outputs, as {self.metric.kind} does; use a metric of the inputs")
         return self
+
+    def members(self) -> list[Method]:
+        """A method for each structure that an allocation chooses between, in the metric of this one if it takes one."""
+        found = structure_of(self.structure.model_dump()).alternatives().values()
+        return [
+            Method(paper=None, structure=one.options, metric=self.metric if one.objective == "metric" else None) for one in found
+        ]
 
     @property
     def objective(self) -> str:
@@ -242,13 +253,7 @@ class Config(Strict):
                 if reason := structure_of(self.methods[method].structure.model_dump()).not_dense():
                     raise ValueError(f"experiments.{name}.export: {method!r} cannot be written as a dense model: {reason}")
             self._check_training(name, experiment)
-            predicted = [b for b in experiment.budgets if allocation_of(self.budgets[b].allocation.model_dump()).predicts()]
-            for method in experiment.methods if predicted else []:
-                if not STRUCTURES[kind := self.methods[method].structure.kind].predicts:
-                    raise ValueError(
-                        f"experiments.{name}: budget {predicted[0]!r} reads predicted losses, which {kind} ({method}) does not "
-                        "have; choose another `objective` or allocation for it"
-                    )
+            self._check_allocations(name, experiment)
             for c in experiment.calibrations:
                 for e in experiment.evaluations:
                     evaluation, text = self.evaluations[e], self.calibrations[c].text
@@ -270,6 +275,23 @@ class Config(Strict):
         """The recoveries, by name and in order, that make what the recovery of this name makes."""
         after = self.recoveries[recovery].after
         return [*(self.steps(after) if after else []), recovery]
+
+    def _check_allocations(self, name: str, experiment: Experiment) -> None:
+        """Raise ValueError for a method and a budget that do not go together."""
+        allocations = {b: allocation_of(self.budgets[b].allocation.model_dump()) for b in experiment.budgets}
+        for method, (b, allocation) in itertools.product(experiment.methods, allocations.items()):
+            structure = structure_of(self.methods[method].structure.model_dump())
+            members = structure.alternatives().values()
+            if len(members) > 1 and not (allocation.chooses and allocation.predicts()):
+                raise ValueError(
+                    f"experiments.{name}: {structure.kind()} ({method}) chooses between structures by predicted loss, which "
+                    f"budget {b!r} does not; give it `keep_bytes` and `allocation: {{kind: ilp}}`"
+                )
+            if allocation.predicts() and not all(member.predicts for member in members):
+                raise ValueError(
+                    f"experiments.{name}: budget {b!r} reads predicted losses, which {structure.kind()} ({method}) does not "
+                    "have; choose another `objective` or allocation for it"
+                )
 
     def tasks_named(self) -> dict[str, str]:
         """{key of the configuration: the task that it names}, of models, calibrations and recoveries."""

@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from winnow.architectures import Matrix, group_name, moments_file, reads
+from winnow.architectures import GRADIENTS, Matrix, group_name, moments_file, reads
 from winnow.errors import InputError
 from winnow.io import Bundle
 from winnow.layer_statistics import Statistics
-from winnow.metrics import GRADIENTS, Metric
+from winnow.metrics import Metric
 from winnow.models import ModelFiles
 from winnow.structures.base import Fit, Problem, Structure
 

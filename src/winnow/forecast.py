@@ -124,7 +124,8 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
     loaded = shape.numbers * dtype
     compressed = [cell for cell in cells if cell.method]
     calibrations = dict.fromkeys(cell.calibration for cell in compressed if cell.calibration)
-    methods = dict.fromkeys((c.calibration, c.method) for c in compressed if c.calibration and c.method)
+    fits = [(c.calibration, member) for c in compressed if c.calibration and c.method for member in plan.members[c.method]]
+    methods = dict.fromkeys(fits)
     checkpoints = dict.fromkeys(
         (c.calibration, c.method, c.budget) for c in compressed if c.calibration and c.method and c.budget
     )
@@ -140,7 +141,8 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         if jobs:
             works.append(Work(stage, name, jobs, BASE + memory, disk, operations))
 
-    predicted = {(c, m) for c, m, b in checkpoints if b and plan.allocation(plan.labels["budgets"][b]).predicts()}
+    reading = [(c, m) for c, m, b in checkpoints if b and plan.allocation(plan.labels["budgets"][b]).predicts()]
+    predicted = {(c, member) for c, method in reading for member in plan.members[method]}
     gradients = {c for c, m in methods if "gradients" in plan.needs(plan.labels["methods"][m])} | {c for c, _ in predicted}
     for calibration in calibrations:
         preset = plan.config.calibrations[calibration]

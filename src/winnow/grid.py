@@ -17,11 +17,12 @@ from typing import Any
 from winnow import studies
 from winnow.allocations import allocation_of
 from winnow.allocations.base import Allocation
+from winnow.architectures import GRADIENTS
 from winnow.clusters import Clustering
 from winnow.config import Budget, Calibration, Config, Method, Strict, random_control
 from winnow.errors import InputError
 from winnow.evaluations import PLAIN, Classification, Perplexity
-from winnow.metrics import GRADIENTS, METRICS
+from winnow.metrics import METRICS
 from winnow.models import model_files
 from winnow.recoveries import Recovery, options_of
 from winnow.structures import structure_of
@@ -95,6 +96,27 @@ def _add_studies(methods: dict[str, Method], budgets: dict[str, Budget], recover
     return found
 
 
+def _add_members(methods: dict[str, Method]) -> dict[str, list[str]]:
+    """Add a method for every structure that a method chooses between; {method: those methods}, by name. A preset of the same
+    content serves, so that both share factors; a method without a choice is its own.
+
+    Raises InputError if another preset has the name of a member."""
+    found: dict[str, list[str]] = {}
+    for name, method in list(methods.items()):
+        members = method.members()
+        found[name] = [name] if len(members) == 1 else []
+        for member in members if len(members) > 1 else []:
+            content = (member.structure, member.metric)
+            same = sorted(other for other, m in methods.items() if (m.structure, m.metric) == content)
+            own = same[0] if same else f"{name}.{member.structure.kind}"
+            if not same and own in methods:
+                raise InputError(f"methods.{own}: the name is taken by a member of {name!r}; rename the preset")
+            found[name].append(own)
+            methods.setdefault(own, member)
+            found.setdefault(own, [own])
+    return found
+
+
 @dataclass(frozen=True)
 class Cell:
     """One evaluated point, as preset names. `method` is None for the dense model, and so are its upstream choices; with a
@@ -118,6 +140,7 @@ class Grid:
         self.budgets = dict(config.budgets)
         recoveries: dict[str, Recovery] = dict(config.recoveries)
         self.of_studies = _add_studies(self.methods, self.budgets, recoveries)
+        self.members = _add_members(self.methods)
         updated = {"methods": self.methods, "budgets": self.budgets, "calibrations": calibrations, "recoveries": recoveries}
         self.config = config.model_copy(update=updated)
         self.labels: dict[str, dict[str, str]] = {}
@@ -321,6 +344,13 @@ class Grid:
     def shards(self, model_label: str) -> list[str]:
         total = self.preset("models", model_label).shards
         return [f"{i + 1}-of-{total}" for i in range(total)]
+
+    def of_members(self, model: str, calibration: str, method: str, name: str) -> list[str]:
+        """The files `name` of a method by labels, or of the methods that it chooses between, one after the other; with `{shard}`
+        in the name, of all shards."""
+        labels = [self.labels["methods"][member] for member in self.members[self.names["methods"][method]]]
+        shards = self.shards(model) if "{shard}" in name else [""]
+        return [f"results/{model}/{calibration}/{label}/{name.format(shard=shard)}" for label in labels for shard in shards]
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a preset
     def needs(self, method_label: str) -> set[str]:

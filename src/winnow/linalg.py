@@ -195,15 +195,25 @@ def _times(weight: Tensor, root: Tensor, lower: bool) -> Tensor:
 def truncation_errors(weight: Tensor, left: Tensor, right: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     """(K + 1,): tr(R D C D^T) with D = W - left[:, :k] right[:k], for every k from 0 to K, in float64.
 
-    `weight` (m, n), `left` (m, K), `right` (K, n), `columns` C (n, n), `rows` R (m, m), both positive semi-definite. No D is
-    formed: tr(R W C W^T) - 2 sum over i < k of (L^T R W C B^T)_ii + sum over i, j < k of (L^T R L)_ij (B C B^T)_ij, with
-    L = left and B = right; the last are sums over leading blocks, so all sizes cost what one does.
+    `weight` (m, n), `left` (m, K), `right` (K, n), `columns` C (n, n), `rows` R (m, m), both positive semi-definite.
+    """
+    cross = weight @ columns
+    return residual_errors(cross @ weight.T, cross, left, right, columns, rows)
+
+
+def residual_errors(target: Tensor, cross: Tensor, left: Tensor, right: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """(K + 1,): E[e^T R e] with e = y - left[:, :k] right[:k] x, for every k from 0 to K, in float64.
+
+    `target` E[y y^T] (m, m), `cross` E[y x^T] (m, n), `columns` C = E[x x^T] (n, n), `left` (m, K), `right` (K, n), `rows` R
+    (m, m). No map is formed: tr(R E[y y^T]) - 2 sum over i < k of (L^T R E[y x^T] B^T)_ii + sum over i, j < k of
+    (L^T R L)_ij (B C B^T)_ij, with L = left and B = right; the last are sums over leading blocks, so all sizes cost what one
+    does.
     """
     inner, outer = right @ columns, rows @ left
-    start = ((rows @ weight) * (weight @ columns)).sum()
-    cross = ((inner @ weight.T) * outer.T).sum(1).cumsum(0)
+    start = (rows * target).sum()
+    products = ((right @ cross.T) * outer.T).sum(1).cumsum(0)
     blocks = ((left.T @ outer) * (inner @ right.T)).cumsum(0).cumsum(1).diagonal()
-    return torch.cat([start[None], start - 2 * cross + blocks]).clamp(min=0)
+    return torch.cat([start[None], start - 2 * products + blocks]).clamp(min=0)
 
 
 def principal_components(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

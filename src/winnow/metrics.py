@@ -21,9 +21,6 @@ class MetricOptions(BaseModel):
     kind: str
 
 
-GRADIENTS = ("fisher", "gradient_gram")  # statistics of output gradients, which need a backward pass
-
-
 class Metric(ABC):
     """C and R for a matrix W (m, n): `site` holds statistics of its inputs, `output` of the loss's gradient in its outputs
     (float64 tensors by name)."""

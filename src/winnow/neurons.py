@@ -13,12 +13,14 @@ from torch import Tensor
 from winnow.linalg import regularized
 from winnow.structures.base import Problem
 
-Criterion = Literal["activation", "activation_x_row", "weight_norm", "leverage", "random", "lowest"]
+Criterion = Literal["activation", "activation_x_row", "weight_norm", "leverage", "output", "loss", "random", "lowest"]
 
 
 def statistics_of(criterion: str) -> tuple[str, ...]:
-    """Statistics of the hidden units that a criterion needs."""
-    needs = {"activation": ("rms",), "activation_x_row": ("rms",), "lowest": ("rms",), "leverage": ("gram",)}
+    """Statistics of the hidden units that a criterion needs, and of the loss's gradient in the output."""
+    if criterion == "loss":
+        return ("gram", "gradient_gram")
+    needs = {"activation": ("rms",), "activation_x_row": ("rms",), "lowest": ("rms",), "leverage": ("gram",), "output": ("gram",)}
     return needs.get(criterion, ())
 
 
@@ -27,13 +29,16 @@ def order_of(problem: Problem, criterion: str, seed: int, ridge: float = 1e-4) -
 
     activation: root mean square of h_j (FFSplit). activation_x_row: the same times ||W_down[:, j]||, the size of what the
     neuron adds to the output. weight_norm: norm of all weights of the neuron. leverage: ridge leverage score
-    [C (C + ridge * mean(C_jj) I)^{-1}]_jj with C = E[h h^T] (MoDeGPT). lowest: the reverse of activation. random: by `seed`.
+    [C (C + ridge * mean(C_jj) I)^{-1}]_jj with C = E[h h^T] (MoDeGPT). output, loss: as `by_gain`, in the error of the output or
+    in the loss that it is predicted to cost. lowest: the reverse of activation. random: by `seed`.
     """
     *inner, down = problem.group
     weight = problem.weights[down.name]
     if criterion == "random":
         return torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed)).to(weight.device)
     hidden = problem.sites[down.name] if criterion != "weight_norm" else {}
+    if criterion in ("output", "loss"):
+        return by_gain(weight, hidden["gram"], problem.outputs[down.name]["gradient_gram"] if criterion == "loss" else None)
     if criterion == "activation":
         score = hidden["rms"]
     elif criterion == "lowest":
@@ -48,6 +53,31 @@ def order_of(problem: Problem, criterion: str, seed: int, ridge: float = 1e-4) -
         shifted = regularized(gram, ridge, "the second moment of the hidden units")
         score = torch.linalg.solve(shifted, gram).diagonal()
     return score.argsort(descending=True, stable=True)
+
+
+def by_gain(weight: Tensor, gram: Tensor, rows: Tensor | None) -> Tensor:
+    """(f,): neurons in the order in which one after the other, each time the one that gains most, lowers the error
+    tr(R D C D^T) of the best prediction of W h from those taken, D being what the prediction lacks of W.
+
+    `weight` W (d, f), `gram` C = E[h h^T] (f, f), `rows` R (d, d), or None for I. In exact arithmetic this is a Cholesky
+    factorisation of C with pivots by gain: of what is left, S of C and W S = T of the outputs, neuron j gains T_j^T R T_j / S_jj.
+    Neurons that those taken determine, to rounding, come last, by position. It takes f steps of f^2 operations (d^2 f with R).
+    """
+    left, targets = gram.clone(), weight @ gram
+    floor = len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().mean()
+    free = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    order: list[int] = []
+    while True:
+        open_ = free & (left.diagonal() > floor)
+        if not open_.any():
+            return torch.tensor([*order, *free.nonzero().flatten().tolist()], device=gram.device)
+        gained = ((targets if rows is None else rows @ targets) * targets).sum(0) / left.diagonal()
+        best = int(torch.where(open_, gained, -torch.inf).argmax())
+        order.append(best)
+        free[best] = False
+        share = left[best] / left[best, best]
+        targets = targets - torch.outer(targets[:, best], share)
+        left = left - torch.outer(left[:, best], share)
 
 
 def permuted(problem: Problem, order: Tensor) -> dict[str, Tensor]:

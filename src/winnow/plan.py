@@ -95,7 +95,8 @@ OF_STATISTICS = {"precision", "first_token", "gradient_labels"}  # options of a 
 
 def _kinds(content: dict[str, Any]) -> list[str]:
     """All kinds in a resolved preset, nested ones too, each once."""
-    inner = [kind for value in content.values() if isinstance(value, dict) for kind in _kinds(value)]
+    parts = [part for value in content.values() for part in (value if isinstance(value, list) else [value])]
+    inner = [kind for part in parts if isinstance(part, dict) for kind in _kinds(part)]
     return list(dict.fromkeys([*([content["kind"]] if "kind" in content else []), *inner]))
 
 

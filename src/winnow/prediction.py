@@ -2,7 +2,8 @@
 
 A change D of a matrix moves its output by D x, and the loss by 1/2 E[(g^T D x)^2] with g the loss's gradient in the output: the
 Fisher information as its Hessian. With x and g taken as independent this is 1/2 tr(F D C D^T), C = E[x x^T], F = E[g g^T] (KFAC,
-arXiv 1503.05671). Changes of several matrices are taken to add up, which holds as long as each is small.
+arXiv 1503.05671). A structure that replaces a whole FFN changes its output instead: there D x is that change, and F the moment
+of the gradient in the FFN's output. Changes of several matrices are taken to add up, which holds as long as each is small.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 import pandas as pd
 from torch import Tensor
 
-from winnow.architectures import group_name
+from winnow.architectures import GRADIENTS, group_name, reads
 from winnow.errors import InputError
 from winnow.io import Bundle
 from winnow.layer_statistics import Layers, Statistics
@@ -33,6 +34,7 @@ def predict(
     not finite.
     """
     inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
+    needs = dict.fromkeys(("gram", *(need for need in structure.needs() if need not in GRADIENTS)))
     for group in structure.groups(files.matrices):
         name = group_name(group)
         if group[0].expert is not None or name not in factors:
@@ -43,10 +45,11 @@ def predict(
             problem = Problem(
                 group,
                 {m.name: files.weight(m).to(device) for m in group},
-                {m.name: inputs.of(m, m.site, ["gram"]) for m in group},
+                {m.name: inputs.of(m, m.site, [need for need in needs if reads(m, need)]) for m in group},
                 None,
                 inputs.precision,
-                outputs={m.name: outputs.of(m, m.role, ["gradient_gram"]) for m in group},
+                {m.name: files.tensor(f"{m.module}.bias").double().to(device) for m in group if m.bias},
+                {m.name: outputs.of(m, m.role, ["gradient_gram"]) for m in structure.judged(group)},
             )
         except FloatingPointError as error:
             raise InputError(f"{group[0].module}: {error}") from error

@@ -49,6 +49,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "coupled_tied": (COUPLING, {"kind": "coupled", "tying": "tied"}, WEIGHTS),
     "coupled_anchored": (COUPLING, {"kind": "coupled", "anchor_strength": 1.0}, GRAM),
     "coupled_one_sided": (COUPLING + ", one side", {"kind": "coupled", "tying": "grouped", "sides": "one"}, GRAM),
+    "mixed": ("several; chosen by predicted loss", {"kind": "mixed"}, {"kind": "two_sided"}),
     "modegpt_mlp": ("MoDeGPT, arXiv 2408.09632", {"kind": "neuron_slice"}, None),
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from winnow.allocation import Group, allocate
 from winnow.architectures import moments_file
+from winnow.beside import put_beside
 from winnow.checkpoint import compress
 from winnow.gradients import collect_gradients
 from winnow.in_memory import put
@@ -66,10 +67,16 @@ class Setting:
 def compressed_model(
     files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None], setting: Setting
 ) -> PreTrainedModel:
-    """The model with its groups at these sizes, in memory, as a checkpoint would load."""
+    """The model with its groups at these sizes, in memory, as a checkpoint would load; FFNs that are replaced as a whole have
+    their dense matrices beside them, for statistics."""
     stored, layouts, _ = compress(files, factors, structure, sizes)
     model = load_model(files.verify(), setting.dtype, setting.device)
+    whole = [g for name, own, g in structure.fits(files.matrices) if own.bias_name is None and sizes.get(name) is not None]
+    names = {name for group in whole for name in (*(m.module for m in group), group[-1].activation)}
+    dense = {name: model.get_submodule(name) for name in names}
     put(model, stored, layouts)
+    for group in whole:
+        put_beside(model, group, dense)
     return model.eval()
 
 
@@ -83,11 +90,16 @@ def calibration_loss(model: PreTrainedModel, setting: Setting) -> float:
 def around(
     model: PreTrainedModel, files: ModelFiles, factors: dict[str, Bundle], structure: Structure, setting: Setting
 ) -> dict[str, Tensor]:
-    """{group: predicted loss of every size} with the second moments of inputs and gradients of `model`, compressed or not."""
+    """{name of a fit: predicted loss of every size} with the second moments of inputs and gradients of `model`, compressed or
+    not."""
     s = setting
     moments = Held(collect(model, files.matrices, s.windows, s.batch, s.precision, s.first_token))
     gradients = Held(collect_gradients(model, files.matrices, s.windows, s.batch, s.precision, s.labels, s.seed, s.first_token))
-    return dict(predict(files, moments, gradients, factors, structure, s.device))
+    found: dict[str, Tensor] = {}
+    for end, own in structure.alternatives().items():
+        mine = {name.removesuffix(end): bundle for name, bundle in factors.items() if name.endswith(end)}
+        found |= {f"{name}{end}": losses for name, losses in predict(files, moments, gradients, mine, own, s.device)}
+    return found
 
 
 def predict_in_rounds(
@@ -105,7 +117,11 @@ def predict_in_rounds(
     Raises InputError for a model that predicts no next token.
     """
     check_causal(files.manifest)
-    current = {g.name: torch.tensor(g.predicted, dtype=torch.float64) for g in groups if g.predicted is not None}
+    current = {
+        g.name: torch.tensor(g.predicted, dtype=torch.float64)
+        for g in groups
+        if g.predicted is not None and g.name in factors  # not the dense alternatives, which lose nothing
+    }
     found: list[dict[str, Tensor]] = []
     records: list[dict[str, Any]] = []
     for number in range(rounds + 1):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import winnow.checkpoint
 from tests.conftest import VOCABULARY
-from tests.unit.worlds import small
+from tests.unit.worlds import FITTED, small
 from winnow.allocation import allocate, chosen_groups, experts_left_dense, summarize
 from winnow.architectures import moments_file
 from winnow.checkpoint import compress, recipe_of, write_checkpoint
@@ -97,7 +97,7 @@ def targets_of(kind: str) -> list[str]:
     return ["ffn"] if STRUCTURES[kind].bias_name is None else ["ffn", "attention"]
 
 
-@pytest.fixture(scope="module", params=STRUCTURES)
+@pytest.fixture(scope="module", params=FITTED)
 def checkpoint(request, saved_model, tmp_path_factory) -> Path:
     """Every structure on every family."""
     return build(saved_model, tmp_path_factory.mktemp("work"), targets_of(request.param), 0.6, request.param)
@@ -125,7 +125,7 @@ def test_bytes_in_the_file_are_the_bytes_reported(checkpoint, saved_model):
 
 def test_a_new_process_gives_the_same_bits(saved_model, tmp_path):
     """Every structure of a family in one process that knows nothing but `import winnow`."""
-    folders = [build(saved_model, tmp_path / kind, targets_of(kind), 0.6, kind) for kind in STRUCTURES]
+    folders = [build(saved_model, tmp_path / kind, targets_of(kind), 0.6, kind) for kind in FITTED]
     code = (
         "import sys, torch, winnow; from safetensors.torch import save_file; from transformers import AutoModelForCausalLM\n"
         f"ids = torch.tensor({IDS.tolist()}); torch.set_num_threads({torch.get_num_threads()})\n"
@@ -135,7 +135,7 @@ def test_a_new_process_gives_the_same_bits(saved_model, tmp_path):
     out = tmp_path / "out.safetensors"
     subprocess.run([sys.executable, "-c", code, str(out), *map(str, folders)], check=True)
     there = load_file(out)
-    assert len(there) == len(STRUCTURES)
+    assert len(there) == len(FITTED)
     for folder in folders:
         assert torch.equal(there[str(folder)], logits(load_model(folder, "float32", "cpu")))
 
@@ -150,7 +150,7 @@ def test_save_load_save_is_stable_and_generates(checkpoint, tmp_path):
     assert model.generate(IDS[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 7)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in STRUCTURES if kind != "affine_block"])
+@pytest.mark.parametrize("kind", [kind for kind in FITTED if kind != "affine_block"])
 def test_at_full_size_the_logits_are_those_of_the_dense_model(saved_model, tmp_path, kind):
     """T5, through the cache and the checkpoint, where numbers are float32."""
     dense = logits(load_model(saved_model, "float32", "cpu"))
@@ -248,7 +248,7 @@ def test_formats_from_elsewhere_say_what_to_install(llama_checkpoint, tmp_path, 
 
 def test_transformers_without_winnow_refuses_too(saved_model, tmp_path):
     """No layer of random numbers behind a warning: an empty or smaller `weight` in every form makes plain transformers stop."""
-    folders = [build(saved_model, tmp_path / kind, targets_of(kind), 0.6, kind) for kind in STRUCTURES]
+    folders = [build(saved_model, tmp_path / kind, targets_of(kind), 0.6, kind) for kind in FITTED]
     code = (
         "import sys; from transformers import AutoModelForCausalLM\n"
         "for path in sys.argv[1:]:\n"

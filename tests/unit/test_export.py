@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import winnow.export
 from tests.conftest import pico
 from tests.unit.test_checkpoint import IDS, build, logits, targets_of
+from tests.unit.worlds import FITTED
 from winnow.__main__ import main
 from winnow.card import Measured, card
 from winnow.errors import InputError
@@ -22,10 +23,10 @@ from winnow.export import Checkpoint, affine_of, export_dense
 from winnow.io import Bundle, file_digest, write_json
 from winnow.loading import load_model
 from winnow.share import measured_beside, share
-from winnow.structures import STRUCTURES, structure_of
+from winnow.structures import structure_of
 
 REFUSED = ("affine_block", "split_affine")
-WRITABLE = [(kind, {}) for kind in STRUCTURES if kind not in REFUSED] + [("split_affine", {"light": "dropped"})]
+WRITABLE = [(kind, {}) for kind in FITTED if kind not in REFUSED] + [("split_affine", {"light": "dropped"})]
 ELSEWHERE = """
 import sys
 sys.modules["winnow"] = sys.modules["snakemake"] = None  # importing either raises

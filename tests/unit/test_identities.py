@@ -220,6 +220,30 @@ def test_scores_do_not_depend_on_the_order_of_tokens(criterion):
     assert torch.equal(order_of(world.problem(structure, group), criterion, 0), plain)
 
 
+@pytest.mark.parametrize("criterion", ["output", "loss"])
+def test_neurons_are_taken_by_what_each_gains(criterion):
+    """Every next one is the best of all that are left, by least squares on the tokens; what is no news comes last."""
+    world = World(None, 5, 9, 23)
+    world.inputs[0, "ffn_hidden"][4] = 2 * world.inputs[0, "ffn_hidden"][1] - world.inputs[0, "ffn_hidden"][7]
+    structure = structure_of({"kind": "neuron_slice", "criterion": criterion})
+    group = structure.groups(world.matrices)[0]
+    problem, down = world.problem(structure, group), group[-1]
+    order = order_of(problem, criterion, 0).tolist()
+    assert sorted(order) == list(range(9))
+    assert order[-1] in (1, 4, 7)
+    hidden = world.inputs[0, "ffn_hidden"].T
+    target, rows = hidden @ world.weights[down.name].T, problem.outputs[down.name]["gradient_gram"]
+    rows = rows if criterion == "loss" else torch.eye(5, dtype=torch.float64)
+
+    def lost(kept):
+        rest = target - hidden[:, kept] @ torch.linalg.lstsq(hidden[:, kept], target).solution
+        return float(((rest @ rows) * rest).sum())
+
+    for count in range(8):
+        after = {j: lost([*order[:count], j]) for j in order[count:]}
+        assert after[order[count]] <= min(after.values()) + 1e-9 * lost(order[:1])
+
+
 def test_affine_maps_are_least_squares():
     """Of the whole FFN and of its light neurons: the residual is orthogonal to [x, 1], lstsq finds the same, and the error
     of rank d is that of the full map."""

@@ -1,5 +1,6 @@
 """Predicted losses: exact against changes written out, and in the order of what is measured; matrices that stay dense."""
 
+import copy
 import json
 
 import pandas as pd
@@ -15,6 +16,7 @@ from winnow.architectures import group_name, matrices_of
 from winnow.checkpoint import compress, recipe_of, write_checkpoint
 from winnow.factors import fit_groups, storable
 from winnow.gradients import collect_gradients
+from winnow.in_memory import put
 from winnow.io import Bundle, write_manifest, write_tensors
 from winnow.linalg import truncation_errors
 from winnow.loading import load_model
@@ -24,9 +26,13 @@ from winnow.prediction import predict
 from winnow.rounds import Held, Setting, around, compressed_model, predict_in_rounds
 from winnow.statistics import collect
 from winnow.structures import STRUCTURES, structure_of
+from winnow.structures.base import Problem
 from winnow.tokens import encode, load_tokenizer
 
 PREDICTING = [kind for kind, cls in STRUCTURES.items() if cls.predicts]
+OF_MATRICES = [kind for kind in PREDICTING if STRUCTURES[kind].objective == "metric"]
+OF_FFNS = [{"kind": kind} for kind in PREDICTING if STRUCTURES[kind].objective == "ffn_output"]
+OF_FFNS += [{"kind": "neuron_slice", "correction": "none", "criterion": criterion} for criterion in ("activation", "random")]
 
 
 @pytest.mark.parametrize(("m", "n"), [(7, 12), (12, 7), (9, 9)])
@@ -45,7 +51,7 @@ def test_all_truncations_at_once_are_those_written_out(m, n, generator):
     assert len(found) == 6
 
 
-@pytest.mark.parametrize("kind", PREDICTING)
+@pytest.mark.parametrize("kind", OF_MATRICES)
 @pytest.mark.parametrize("metric", ["weights", "gram", "two_sided"])
 def test_a_prediction_is_that_of_the_matrix_that_is_stored(kind, metric):
     world, structure = World(metric, 8, 14, seed=3), structure_of({"kind": kind})
@@ -64,8 +70,37 @@ def test_a_prediction_is_that_of_the_matrix_that_is_stored(kind, metric):
             assert float(predicted[size]) == pytest.approx(by_hand, rel=1e-6, abs=1e-9 * float(predicted[0]))
 
 
-def test_predictions_are_in_the_order_of_what_is_measured():
-    """Every matrix of the demo model by itself, at a tenth and a third of the sizes, on a few windows of calibration text."""
+@pytest.mark.parametrize("spec", OF_FFNS, ids=str)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_prediction_of_an_ffn_is_that_of_the_change_of_its_output(spec, elsewhere):
+    """At every size, also on other tokens than those of the fit (`elsewhere`), as in rounds."""
+    world, structure = World(None, 6, 14, seed=4), structure_of(spec)
+    for group in structure.groups(world.matrices):
+        layer, down = group[0].layer, group[-1]
+        fit = structure.fit(world.problem(structure, group), structure.limit(group))
+        if elsewhere:
+            x = world.inputs[layer, "ffn_input"]
+            world.inputs[layer, "ffn_input"] = x * x.roll(1, 1) + 0.5
+            gate, up = (world.dense().get_submodule(m.module) for m in group[:2])
+            with torch.no_grad():
+                hidden = torch.nn.functional.silu(gate(world.inputs[layer, "ffn_input"].T))
+                world.inputs[layer, "ffn_hidden"] = (hidden * up(world.inputs[layer, "ffn_input"].T)).T
+        problem = world.problem(structure, group)
+        problem.sites[down.name]["gram"] = world.moments(layer, "ffn_hidden")["gram"]
+        predicted = structure.predicted(problem, fit.tensors)
+        assert len(predicted) == len(fit.error)
+        assert structure.judged(group) == [down]
+        f = problem.outputs[down.name]["gradient_gram"]
+        for size in range(1, len(predicted)):
+            model, _ = world.compressed(structure, group, fit.tensors, size)
+            change = world.ffn(model, layer) - world.ffn(world.dense(), layer)
+            by_hand = float(((change @ f) * change).sum()) / 2 / len(change)
+            assert float(predicted[size]) == pytest.approx(by_hand, rel=1e-6, abs=1e-9 * float(predicted[0]))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """(model, matrices, moments, gradients, windows to measure on) of the demo model on a few windows of calibration text."""
     source = ROOT / "resources" / "models" / "demo"
     model = load_model(source, "float32", "cpu")
     texts = (ROOT / "resources" / "texts" / "demo" / "calibration.jsonl").read_text().splitlines()
@@ -75,12 +110,28 @@ def test_predictions_are_in_the_order_of_what_is_measured():
     matrices = matrices_of("llama", shapes)
     moments = dict(collect(model, matrices, windows, 4, torch.float64))
     gradients = dict(collect_gradients(model, matrices, windows, 4, torch.float64, "model", 0))
+    return model, matrices, moments, gradients, windows[:6].long()
 
-    @torch.no_grad()
-    def log_probabilities():
-        return model(input_ids=windows[:6].long(), use_cache=False).logits.log_softmax(-1)
 
-    dense = log_probabilities()
+@torch.no_grad()
+def log_probabilities(model, ids):
+    return model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+
+
+def divergence(dense, now):
+    """Nats per token."""
+    return float((dense.exp() * (dense - now)).sum(-1).mean())
+
+
+def in_order(predicted, measured):
+    ratio = sorted(a / b for a, b in zip(measured, predicted, strict=True))[len(measured) // 2]
+    return spearmanr(predicted, measured).statistic > 0.95 and 0.7 < ratio < 2.5
+
+
+def test_predictions_are_in_the_order_of_what_is_measured(demo):
+    """Every matrix of the demo model by itself, at a tenth and a third of the sizes."""
+    model, matrices, moments, gradients, ids = demo
+    dense = log_probabilities(model, ids)
     predicted, measured = [], []
     for m in matrices:
         weight = model.get_submodule(m.module).weight
@@ -90,14 +141,33 @@ def test_predictions_are_in_the_order_of_what_is_measured():
         losses = truncation_errors(w, u, u.T @ w, c, f) / 2
         for size in (min(m.shape) // 10, min(m.shape) // 3):
             weight.data.copy_(u[:, :size] @ (u.T @ w)[:size])
-            now = log_probabilities()
-            measured.append(float((dense.exp() * (dense - now)).sum(-1).mean()))
+            measured.append(divergence(dense, log_probabilities(model, ids)))
             predicted.append(float(losses[size]))
         weight.data.copy_(before)
     assert len(predicted) == 84
-    assert spearmanr(predicted, measured).statistic > 0.95
-    ratio = sorted(a / b for a, b in zip(measured, predicted, strict=True))[42]
-    assert 0.7 < ratio < 2.5
+    assert in_order(predicted, measured)
+
+
+@pytest.mark.parametrize("kind", ["neuron_slice", "affine_block"])
+def test_predictions_of_ffns_are_in_the_order_of_what_is_measured(demo, kind):
+    """Every FFN of the demo model by itself, at a third and at nearly all of the sizes."""
+    model, matrices, moments, gradients, ids = demo
+    dense, structure, predicted, measured = log_probabilities(model, ids), structure_of({"kind": kind}), [], []
+    for group in structure.groups(matrices):
+        weights = {m.name: model.get_submodule(m.module).weight.detach().double() for m in group}
+        sites = {m.name: moments[m.layer][m.site] for m in group}
+        outputs = {m.name: gradients[m.layer][m.role] for m in group}
+        problem = Problem(group, weights, sites, None, outputs=outputs)
+        fit = structure.fit(problem, structure.largest(group))
+        losses = structure.predicted(problem, fit.tensors)
+        for size in (len(losses) // 3, len(losses) - 10):
+            parts = structure.stored(group, fit.tensors, size)
+            changed = copy.deepcopy(model)
+            put(changed, {n: part.tensors for n, part in parts.items()}, {n: part.layout for n, part in parts.items()})
+            measured.append(divergence(dense, log_probabilities(changed, ids)))
+            predicted.append(float(losses[size]))
+    assert len(predicted) == 12
+    assert in_order(predicted, measured)
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.worlds import VARIANTS, World, matrix_of, small
-from winnow.metrics import GRADIENTS, METRICS
+from tests.unit.worlds import FITTED, VARIANTS, World, matrix_of, small
+from winnow.architectures import GRADIENTS
+from winnow.metrics import METRICS
 from winnow.structures import STRUCTURES, structure_of
 from winnow.structures.base import Problem
 
-SPECS = [*(small(kind) for kind in STRUCTURES), *VARIANTS]
+SPECS = [*(small(kind) for kind in FITTED), *VARIANTS]
 
 
 def metrics_of(spec) -> list:
@@ -159,7 +160,7 @@ def test_the_order_of_channels_changes_nothing(spec, metric_kind):
                 torch.testing.assert_close(moved, plain[:, order], atol=1e-7, rtol=1e-7)
 
 
-@pytest.mark.parametrize("spec", [small(kind) for kind in STRUCTURES], ids=named)
+@pytest.mark.parametrize("spec", [small(kind) for kind in FITTED], ids=named)
 @pytest.mark.parametrize(("width", "hidden"), [(8, 8), (32, 48), (6, 300)])
 def test_largest_is_the_break_even_size(spec, width, hidden):
     structure, world = structure_of(spec), World("weights", width, hidden, 5, tokens=400)

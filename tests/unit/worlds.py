@@ -6,9 +6,12 @@ from torch import nn
 from winnow.architectures import SITES, Matrix, reads
 from winnow.clusters import assign, site_of
 from winnow.metrics import metric_of
+from winnow.structures import STRUCTURES
 from winnow.structures.base import Problem
 
 ROLES = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Kinds that are fitted themselves; the members of `mixed` are, see test_mixed.py.
+FITTED = [kind for kind in STRUCTURES if kind != "mixed"]
 # Options that suit matrices of a few channels.
 SMALL = {
     "bypass": {"kept": 2},
@@ -31,6 +34,8 @@ VARIANTS = [
     {"kind": "split_affine", "light": "dropped", "criterion": "lowest"},
     {"kind": "neuron_slice", "correction": "none", "criterion": "activation_x_row"},
     {"kind": "neuron_slice", "criterion": "random"},
+    {"kind": "neuron_slice", "criterion": "output"},
+    {"kind": "neuron_slice", "criterion": "loss"},
 ]
 
 

@@ -5,7 +5,9 @@ from collections import Counter
 
 import pytest
 
+from tests.unit.test_checkpoint import logits
 from tests.workflow.test_end_to_end import Workspace
+from winnow.loading import load_model
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 PREDICTING = ("collect_gradients", "predict_losses", "predict_in_rounds")
@@ -40,3 +42,42 @@ def test_predicted_losses_are_made_for_the_budgets_that_read_them(tmp_path):
     place.config["budgets"]["ilp"]["allocation"] = {"kind": "ilp", "gap": 0.001}
     planned = place.planned()
     assert (planned["compress"], planned["predict_losses"], planned["predict_in_rounds"]) == (1, 0, 0)
+
+
+def test_structures_are_chosen_and_loaded(tmp_path):
+    """Factors of the members are made once for all methods, and again only for what changes."""
+    place = Workspace(tmp_path)
+    one, members = place.config["experiments"]["one"], [{"kind": "low_rank"}, {"kind": "neuron_slice"}, {"kind": "affine_block"}]
+    place.config["methods"]["mixed"] = {"structure": {"kind": "mixed", "members": members}, "metric": {"kind": "gram"}}
+    place.config["methods"]["slices"] = {"structure": members[1]}
+    one |= {"methods": ["whitened"], "budgets": ["ffn-0.8"]}
+    assert place.run("--quiet", "rules", "host", "reason").returncode == 0
+    one["methods"] = ["mixed"]
+    done = place.run("-n", "--quiet")
+    assert (
+        "mixed (mixed) chooses between structures by predicted loss, which budget 'ffn-0.8' does not" in done.stdout + done.stderr
+    )
+    ilp = {"targets": ["ffn", "attention"], "keep_bytes": 0.3}
+    place.config["budgets"]["ilp"] = {**ilp, "allocation": {"kind": "ilp"}}
+    place.config["budgets"]["rounds"] = {**ilp, "allocation": {"kind": "ilp", "rounds": 1}}
+    one["budgets"] = ["ilp", "rounds"]
+    planned = place.planned()
+    assert planned["factorize"] == 2 * 2, "of two members, in two shards each: the third is a method that was there"
+    assert (planned["predict_losses"], planned["predict_in_rounds"], planned["compress"]) == (3, 1, 2)
+    done = place.run("--quiet", "rules", "host", "reason")
+    assert done.returncode == 0, done.stderr
+    assert place.planned() == Counter()
+    folder = next((tmp_path / "results").glob("pico-*/few-*"))
+    names = {path.name.partition("-")[0] for path in folder.glob("*-*") if (path / "factors").is_dir()}
+    assert names == {"whitened", "slices", "mixed.affine_block"}
+    for budget in ("ilp", "rounds"):
+        cell = next(folder.glob(f"mixed-*/{budget}-*"))
+        found = json.loads((cell / "allocation.json").read_text())
+        assert found["status"] == "optimal"
+        assert 0.295 <= found["keep_bytes"] <= 0.3
+        chosen = {row["group"].partition("@")[2] for row in found["groups"] if row["size"] is not None}
+        assert chosen > {"low_rank"}, "FFNs are replaced as a whole as well"
+        assert logits(load_model(cell / "checkpoint", "float32", "cpu")).isfinite().all()
+    members[1]["criterion"] = "activation"
+    planned = place.planned()
+    assert (planned["factorize"], planned["predict_losses"], planned["compress"]) == (2, 1, 2), "one member, and what reads it"

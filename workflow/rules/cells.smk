@@ -44,6 +44,14 @@ def of_cells(path, kind=None, cells=None):
     return list(found)
 
 
+def of_methods(name):
+    """The file `name` of every method that is fitted: of those that cells have, or that these choose between."""
+    found = {}
+    for path in of_cells("results/{model}/{calibration}/{method}"):
+        found |= dict.fromkeys(PLAN.of_members(*path.split("/")[1:], name))
+    return list(found)
+
+
 def results_of(kind):
     return [PLAN.result(cell) for cell in PLAN.cells_of(kind)]
 

@@ -8,8 +8,8 @@ rule predict_in_rounds:
         model="results/{model}/model.json",
         tokens="results/{model}/tokens/{calibration}.safetensors",
         factors=factors_of_method,
-        spectra="results/{model}/{calibration}/{method}/spectra.parquet",
-        predicted="results/{model}/{calibration}/{method}/predicted.parquet",
+        spectra=of_members("spectra.parquet"),
+        predicted=of_members("predicted.parquet"),
     output:
         predicted="results/{model}/{calibration}/{method}/{budget}/predicted.parquet",
         rounds="results/{model}/{calibration}/{method}/{budget}/rounds.json",
@@ -34,7 +34,7 @@ rule compress:
     input:
         model="results/{model}/model.json",
         factors=factors_of_method,
-        spectra="results/{model}/{calibration}/{method}/spectra.parquet",
+        spectra=of_members("spectra.parquet"),
         predicted=predicted_for_budget,
     output:
         allocation="results/{model}/{calibration}/{method}/{budget}/allocation.json",

@@ -95,16 +95,7 @@ rule predict_losses:
 rule factors:
     """Factors of all methods."""
     input:
-        sum(
-            (
-                [
-                    f"{path}/factors/{shard}/manifest.json"
-                    for shard in PLAN.shards(path.split("/")[1])
-                ]
-                for path in of_cells("results/{model}/{calibration}/{method}")
-            ),
-            [],
-        ),
+        of_methods("factors/{shard}/manifest.json"),
 
 
 rule clusters:
@@ -116,4 +107,4 @@ rule clusters:
 rule spectra:
     """Spectra of all methods."""
     input:
-        of_cells("results/{model}/{calibration}/{method}/spectra.parquet"),
+        of_methods("spectra.parquet"),

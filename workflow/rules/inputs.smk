@@ -87,11 +87,12 @@ def moments_of_clustering(wildcards):
     return []
 
 
-def factors_of_method(wildcards):
-    folder = (
-        f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}/factors"
-    )
-    return [f"{folder}/{shard}/manifest.json" for shard in PLAN.shards(wildcards.model)]
+def of_members(name):
+    """The file `name` of a method, or of each of the methods that it chooses between."""
+    return lambda w: PLAN.of_members(w.model, w.calibration, w.method, name)
+
+
+factors_of_method = of_members("factors/{shard}/manifest.json")
 
 
 def predicted_for_budget(wildcards):
@@ -100,10 +101,10 @@ def predicted_for_budget(wildcards):
     allocation = PLAN.allocation(wildcards.budget)
     if not allocation.predicts():
         return []
-    folder = f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}"
     if allocation.rounds():
-        folder = f"{folder}/{wildcards.budget}"
-    return f"{folder}/predicted.parquet"
+        folder = f"results/{wildcards.model}/{wildcards.calibration}/{wildcards.method}"
+        return [f"{folder}/{wildcards.budget}/predicted.parquet"]
+    return of_members("predicted.parquet")(wildcards)
 
 
 def overlap_check(wildcards):

@@ -61,6 +61,7 @@ class Allocation(ABC):
 
     version: ClassVar[int] = 1
     reference: ClassVar[str]
+    chooses: ClassVar[bool] = False  # whether groups may be alternatives to each other, of which it takes some
     libraries: ClassVar[tuple[str, ...]] = ()  # whose version can change what it chooses
     Options: ClassVar[type[AllocationOptions]]
 
@@ -81,8 +82,9 @@ class Allocation(ABC):
 
     @abstractmethod
     def allocate(self, groups: list[Group], keep: float) -> Choice:
-        """Sizes whose bytes are at most `keep` of the dense bytes of the groups, and as near to it as they can be. Where even
-        the smallest sizes store more, these; the caller then refuses. Raises InputError for a group that it has no size for."""
+        """Sizes whose bytes are at most `keep` of the dense bytes of the groups, and as near to it as they can be; of groups that
+        are alternatives to each other, of the chosen ones. Where even the smallest sizes store more, these; the caller then
+        refuses. Raises InputError for a group that it has no size for."""
 
 
 def losses(group: Group, objective: str) -> list[float]:
@@ -105,8 +107,20 @@ def smallest(groups: list[Group]) -> dict[str, int | None]:
 
 
 def stored_bytes(groups: list[Group], sizes: dict[str, int | None]) -> int:
-    """The bytes that groups take, dense ones included."""
-    return sum(g.bytes(sizes[g.name]) for g in groups)
+    """The bytes that the groups of `sizes` take, dense ones included."""
+    return sum(g.bytes(sizes[g.name]) for g in groups if g.name in sizes)
+
+
+def dense_bytes(groups: list[Group]) -> int:
+    """The dense bytes of the groups' matrices, each counted once: where groups are alternatives, every matrix is in one alone."""
+    seen: set[str] = set()
+    total = 0
+    for g in sorted(groups, key=lambda g: len(g.matrices)):
+        names = {m.name for m in g.matrices}
+        if not names & seen:
+            total += g.dense
+        seen |= names
+    return total
 
 
 def spend(groups: list[Group], sizes: dict[str, int | None], allowed: float, costs: dict[str, list[float]]) -> None:
@@ -116,7 +130,7 @@ def spend(groups: list[Group], sizes: dict[str, int | None], allowed: float, cos
     while True:
         best: tuple[float, str, int] | None = None
         for g in groups:
-            size = sizes[g.name]
+            size = sizes.get(g.name)
             if size is None or size >= g.largest:
                 continue
             more = g.bytes(size + 1) - g.bytes(size)

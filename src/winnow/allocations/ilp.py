@@ -1,10 +1,10 @@
-"""`ilp`: a multiple-choice knapsack, one size per group or dense, solved as an integer programme."""
+"""`ilp`: a multiple-choice knapsack, one size per group or dense, and one of several structures, as an integer programme."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -13,11 +13,11 @@ from winnow.allocations.base import (
     Allocation,
     Choice,
     Predicting,
+    dense_bytes,
     losses,
-    smallest,
     spend,
-    stored_bytes,
 )
+from winnow.allocations.blocks import Place, Way, places_of, ways_of
 from winnow.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,12 +36,21 @@ class Options:
     losses: np.ndarray
 
 
+class Blocks(NamedTuple):
+    """Which groups (by index) stand at a place, and the ways to store each block by places; see `winnow.allocations.blocks`."""
+
+    at: dict[Place, list[int]]
+    ways: list[list[Way]]
+
+
 class IntegerProgramme(Allocation):
     """The least sum of losses within the bytes, over one option per group: a spread of sizes, those around the Lagrangian's
-    choice, or dense. allocation.json tells the solver's status, the Lagrangian bound over all sizes (no allocation loses less,
-    by the objective), and the gap to it."""
+    choice, or dense. Of a structure with alternatives (`mixed`), over the ways to store a block of matrices as well.
+    allocation.json tells the solver's status, the Lagrangian bound over all sizes (no allocation loses less, by the objective),
+    and the gap to it."""
 
     reference = "multiple-choice knapsack by CBC; ranks by integer programming as in LEMS"
+    chooses = True
     libraries = ("pulp",)
 
     class Options(Predicting):
@@ -58,14 +67,17 @@ class IntegerProgramme(Allocation):
         began = time.monotonic()
         groups = sorted(groups, key=lambda g: g.name)
         costs = {g.name: losses(g, options.objective) for g in groups}
-        allowed = keep * sum(g.dense for g in groups)
-        if stored_bytes(groups, smallest(groups)) > allowed:
-            return Choice(smallest(groups))
-        every = [options_of(g, costs[g.name], options.leave_dense) for g in groups]
-        bound, picked = lagrangian(every, allowed)
-        offered = [_offer(o, index, options.sizes, options.near) for o, index in zip(every, picked, strict=True)]
-        chosen, status = solve(offered, allowed, options.gap, options.seconds)
-        sizes = {o.name: None if o.sizes[i] == DENSE else int(o.sizes[i]) for o, i in zip(offered, chosen, strict=True)}
+        allowed = keep * dense_bytes(groups)
+        offering = alternatives(groups, options.leave_dense)
+        blocks = Blocks(at := places_of(offering), ways_of(list(at)))
+        every = [options_of(g, costs[g.name], options.leave_dense) for g in offering]
+        least = pick(every, blocks, 0.0, 1.0)
+        if least.bytes > allowed:
+            return Choice(_sizes(every, least.chosen))
+        bound, picked = lagrangian(every, blocks, allowed)
+        offered = [_offer(o, index, options.sizes, options.near) for o, index in zip(every, picked.near, strict=True)]
+        chosen, status = solve(offered, blocks, allowed, options.gap, options.seconds)
+        sizes = _sizes(offered, chosen)
         spend(groups, sizes, allowed, costs)
         value = sum(costs[name][size] for name, size in sizes.items() if size is not None)
         facts = {
@@ -80,6 +92,23 @@ class IntegerProgramme(Allocation):
         return Choice(sizes, facts)
 
 
+class Picked(NamedTuple):
+    """The cheapest of everything at some prices: its loss and bytes as one sum of costs, its bytes, the option of every group
+    that is taken (by index), and of every group the option that would be, were it taken."""
+
+    cost: float
+    bytes: float
+    chosen: dict[int, int]
+    near: list[int]
+
+
+def alternatives(groups: list[Group], leave_dense: bool) -> list[Group]:
+    """The groups to choose from: where some are alternatives to each other, staying dense is one of its own, a group without
+    sizes, and is left out if nothing may stay dense but what has to."""
+    sized = {m.name for g in groups if g.largest for m in g.matrices}
+    return [g for g in groups if g.largest or leave_dense or not sized & {m.name for m in g.matrices}]
+
+
 def options_of(g: Group, cost: list[float], leave_dense: bool) -> Options:
     """All sizes of a group, and dense. One that stores less than dense at no size has dense alone."""
     sizes = list(range(1, g.largest + 1))
@@ -92,29 +121,38 @@ def options_of(g: Group, cost: list[float], leave_dense: bool) -> Options:
     )
 
 
-def lagrangian(every: list[Options], allowed: float) -> tuple[float, list[int]]:
-    """(the Lagrangian bound, each group's option at its multiplier): max over u >= 0 of
-    sum over groups of min over options of (loss + u bytes) - u allowed, which equals the bound of the linear relaxation. By
-    bisection on u, as the bytes of the minimising options fall with it. The options returned fit into `allowed`."""
+def pick(every: list[Options], blocks: Blocks, per_loss: float, per_byte: float) -> Picked:
+    """The options with the least sum of per_loss loss + per_byte bytes: in each block the least over ways to store it of the sum
+    over places of the least over groups and their options; of equals the first: the smaller."""
+    near, costs = [], []
+    for o in every:
+        priced = per_loss * o.losses + per_byte * o.bytes
+        near.append(int(priced.argmin()))
+        costs.append(float(priced[near[-1]]))
+    best = {place: min(at, key=costs.__getitem__) for place, at in blocks.at.items()}
+    chosen: list[int] = []
+    for ways in blocks.ways:
+        way = ways[0] if len(ways) == 1 else min(ways, key=lambda way: sum(costs[best[place]] for place in way))
+        chosen += [best[place] for place in way]
+    total = sum(float(every[g].bytes[near[g]]) for g in chosen)
+    return Picked(sum(costs[g] for g in chosen), total, {g: near[g] for g in chosen}, near)
 
-    def picked(u: float) -> list[int]:
-        return [int((o.losses + u * o.bytes).argmin()) for o in every]  # of equals, the first: the smaller
 
-    def value(u: float) -> float:
-        return sum(float((o.losses + u * o.bytes).min()) for o in every) - u * allowed
-
-    def total(chosen: list[int]) -> float:
-        return sum(float(o.bytes[i]) for o, i in zip(every, chosen, strict=True))
-
-    if total(free := picked(0.0)) <= allowed:
-        return float(value(0.0)), free
+def lagrangian(every: list[Options], blocks: Blocks, allowed: float) -> tuple[float, Picked]:
+    """(the Lagrangian bound, what is picked at its multiplier): max over u >= 0 of
+    sum over blocks of min over what they can be of (loss + u bytes) - u allowed, which equals the bound of the linear relaxation.
+    By bisection on u, as the bytes of the minimising options fall with it. What is returned fits into `allowed`."""
+    free = pick(every, blocks, 1.0, 0.0)
+    if free.bytes <= allowed:
+        return free.cost, free
     spans = [o.losses.max() - o.losses.min() for o in every]
     steps = [np.diff(np.unique(o.bytes)).min() for o in every if len(o.bytes) > 1]
     low, high = 0.0, 2.0 * max(spans, default=1.0) / min(steps, default=1.0) + 1e-300
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (low, middle) if total(picked(middle)) <= allowed else (middle, high)
-    return float(max(value(low), value(high))), picked(high)
+        low, high = (low, middle) if pick(every, blocks, 1.0, middle).bytes <= allowed else (middle, high)
+    found = pick(every, blocks, 1.0, high)
+    return float(max(pick(every, blocks, 1.0, u).cost - u * allowed for u in (low, high))), found
 
 
 def _offer(every: Options, picked: int, spread: int, near: int) -> Options:
@@ -126,9 +164,10 @@ def _offer(every: Options, picked: int, spread: int, near: int) -> Options:
     return Options(every.name, every.sizes[chosen], every.bytes[chosen], every.losses[chosen])
 
 
-def solve(offered: list[Options], allowed: float, gap: float, seconds: float) -> tuple[list[int], str]:
-    """(each group's option, status) of the least sum of losses within `allowed` bytes, by CBC on one thread. Both sums are
-    scaled to about a thousand, where the solver's absolute tolerances are small. Raises InputError if it finds none in time."""
+def solve(offered: list[Options], blocks: Blocks, allowed: float, gap: float, seconds: float) -> tuple[dict[int, int], str]:
+    """({group that is taken, by index: its option}, status) of the least sum of losses within `allowed` bytes, by CBC on one
+    thread. Both sums are scaled to about a thousand, where the solver's absolute tolerances are small. Raises InputError if it
+    finds none in time."""
     import pulp
 
     scale = 1e3 / max(sum(float(np.median(o.losses)) for o in offered), 1e-300)
@@ -142,23 +181,44 @@ def solve(offered: list[Options], allowed: float, gap: float, seconds: float) ->
 
     programme += total("losses", scale)
     programme += total("bytes", weight) <= 1e3
-    for xs in taken:
-        programme += pulp.lpSum(xs) == 1
+    used: list[list[Any]] = []  # whether a way to store a block is taken
+    for number, ways in enumerate(blocks.ways):
+        one = len(ways) == 1
+        used.append([1] if one else [pulp.LpVariable(f"y_{number}_{w}", cat="Binary") for w in range(len(ways))])
+        if not one:
+            programme += pulp.lpSum(used[-1]) == 1
+    for place, at in blocks.at.items():
+        through = [u for us, ways in zip(used, blocks.ways, strict=True) for u, way in zip(us, ways, strict=True) if place in way]
+        programme += pulp.lpSum(x for g in at for x in taken[g]) == pulp.lpSum(through)
     programme.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=gap, timeLimit=seconds, threads=1))
     if programme.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         raise InputError(f"the integer programme found no allocation within {seconds} seconds; allow it more, or use `greedy`")
-    chosen = [int(np.argmax([x.value() or 0.0 for x in xs])) for xs in taken]
-    while (over := sum(float(o.bytes[i]) for o, i in zip(offered, chosen, strict=True)) - allowed) > 0:
+    values = {(g, i): x.value() or 0.0 for g, xs in enumerate(taken) for i, x in enumerate(xs)}
+    chosen: dict[int, int] = {}
+    for us, ways in zip(used, blocks.ways, strict=True):
+        way = ways[0] if len(ways) == 1 else ways[int(np.argmax([u.value() or 0.0 for u in us]))]
+        for place in way:
+            choices = [(g, i) for g in blocks.at[place] for i in range(len(taken[g]))]
+            group, option = max(choices, key=values.__getitem__)
+            chosen[group] = option
+    while (over := sum(float(offered[g].bytes[i]) for g, i in chosen.items()) - allowed) > 0:
         chosen = _one_smaller(offered, chosen, over)  # by the solver's tolerance
     return chosen, "optimal" if programme.sol_status == pulp.LpSolutionOptimal else "stopped at the time limit"
 
 
-def _one_smaller(offered: list[Options], chosen: list[int], over: float) -> list[int]:
+def _one_smaller(offered: list[Options], chosen: dict[int, int], over: float) -> dict[int, int]:
     """The options with one made the next smaller: the cheapest that frees `over` bytes, or the one that frees most."""
     ways = []
-    for g, (o, i) in enumerate(zip(offered, chosen, strict=True)):
+    for g, i in chosen.items():
+        o = offered[g]
         for j in np.flatnonzero(o.bytes < o.bytes[i]):
             freed = float(o.bytes[i] - o.bytes[j])
             ways.append((freed < over, float(o.losses[j] - o.losses[i]) if freed >= over else -freed, g, int(j)))
     _, _, group, option = min(ways)
-    return [option if g == group else i for g, i in enumerate(chosen)]
+    return {**chosen, group: option}
+
+
+def _sizes(options: list[Options], chosen: dict[int, int]) -> dict[str, int | None]:
+    """{name: size, or None for dense} of the groups that are taken."""
+    picked = {options[g].name: options[g].sizes[i] for g, i in chosen.items()}
+    return {name: None if size == DENSE else int(size) for name, size in picked.items()}

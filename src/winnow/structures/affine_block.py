@@ -22,6 +22,7 @@ class AffineBlock(FfnStructure):
     stores = "left (d, k), right (k, d), b (d); or A (d, d), b (d)"
     formula = "min(2 k d, d^2) + d"
     objective = "ffn_output"
+    predicts = True
 
     class Options(StructureOptions):
         kind: Literal["affine_block"]
@@ -61,6 +62,26 @@ class AffineBlock(FfnStructure):
         mean = bias + whole @ x["mean"]  # of the output, which stays right at every rank
         factors = {"left": found.left, "right": found.right}
         return Fit({"map": whole, "mean": mean, "input_mean": x["mean"], **factors}, error, found.spectrum)
+
+    def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
+        """Of the residual of the map at every rank: W_down h - y - A_k (x - m), with m and y + b the means of the fit."""
+        import torch
+
+        from winnow.linalg import residual_errors
+
+        *inner, down = problem.group
+        x, h = problem.sites[inner[-1].name], problem.sites[down.name]
+        weight, found = problem.weights[down.name], {name: t.double() for name, t in tensors.items()}
+        y, m = found["mean"] - problem.biases.get(down.name, 0.0), found["input_mean"]
+        output, rows = weight @ h["mean"], problem.outputs[down.name]["gradient_gram"]
+        target = weight @ h["gram"] @ weight.T - torch.outer(output, y) - torch.outer(y, output) + torch.outer(y, y)
+        cross = weight @ h["cross"] - torch.outer(output, m) - torch.outer(y, x["mean"] - m)
+        columns = x["gram"] - torch.outer(x["mean"], m) - torch.outer(m, x["mean"] - m)
+        errors = residual_errors(target, cross, found["left"], found["right"], columns, rows)
+        whole, limit = found["map"], self.limit(problem.group)
+        full = (rows * (target - 2 * whole @ cross.T + whole @ columns @ whole.T)).sum().clamp(min=0)
+        errors[limit:] = full
+        return errors / 2
 
     def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         *gates, up, down = group

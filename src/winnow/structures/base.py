@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from winnow.architectures import Matrix
+from winnow.architectures import Matrix, group_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -150,6 +150,15 @@ class Structure(ABC):
         """Which matrices are fitted together (by default every matrix alone); those in no group cannot be compressed so."""
         return [[m] for m in matrices]
 
+    def alternatives(self) -> dict[str, Structure]:
+        """The structures that an allocation chooses between, by what their names end in; by default itself alone."""
+        return {"": self}
+
+    def fits(self, matrices: list[Matrix]) -> list[tuple[str, Structure, list[Matrix]]]:
+        """(name, structure, group) of all that is fitted; a matrix stands once for each alternative that applies to it."""
+        found = self.alternatives().items()
+        return [(f"{group_name(group)}{end}", own, group) for end, own in found for group in own.groups(matrices)]
+
     def limit(self, group: list[Matrix]) -> int:
         """The largest size that makes sense, whatever it stores."""
         return min(sum(m.shape[0] for m in group), group[0].shape[1])
@@ -186,8 +195,13 @@ class Structure(ABC):
     def fit(self, problem: Problem, largest: int) -> Fit:
         """Fit the group once for every size up to `largest`."""
 
+    def judged(self, group: list[Matrix]) -> list[Matrix]:
+        """The matrices whose outputs' gradients `predicted` reads."""
+        return group
+
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
-        """(sizes + 1,): predicted increase of the loss in nats per token at every size of a fit, see `winnow.prediction`."""
+        """(sizes + 1,): predicted increase of the loss in nats per token at every size of a fit, see `winnow.prediction`. The
+        problem has the statistics of `needs`, `gram`, and `gradient_gram` of `judged`; they need not be those of the fit."""
         raise NotImplementedError(f"{self.kind()} predicts no loss")
 
     @abstractmethod

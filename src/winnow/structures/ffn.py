@@ -29,6 +29,9 @@ class FfnStructure(Structure):
     def limit(self, group: list[Matrix]) -> int:
         return group[-1].shape[1]  # the neurons
 
+    def judged(self, group: list[Matrix]) -> list[Matrix]:
+        return group[-1:]
+
     def control(self) -> StructureOptions | None:
         """With neurons chosen at random, where the options have a criterion."""
         criterion = getattr(self.options, "criterion", "random")

@@ -23,11 +23,14 @@ class NeuronSlice(FfnStructure):
     formula = "3 k d; 2 k d without gate"
     objective = "ffn_output"
     in_float64 = ("factor", "products")
+    predicts = True
 
     class Options(StructureOptions):
         kind: Literal["neuron_slice"]
-        criterion: Literal["leverage", "activation", "activation_x_row", "weight_norm", "random"] = Field(
-            "leverage", description="what makes a neuron important; see winnow/neurons.py"
+        criterion: Literal["leverage", "output", "loss", "activation", "activation_x_row", "weight_norm", "random"] = Field(
+            "leverage",
+            description="what makes a neuron important: `output` and `loss` take them one by one, by what each gains of the "
+            "corrected output, or of the predicted loss (needs a backward pass); see winnow/neurons.py for the others",
         )
         correction: Literal["nystrom", "none"] = Field("nystrom", description="whether down makes up for the dropped neurons")
         ridge: float = Field(1e-4, gt=0, le=1, description="of the leverage scores, as a share of the mean second moment")
@@ -52,7 +55,7 @@ class NeuronSlice(FfnStructure):
 
         down = problem.group[-1]
         order = order_of(problem, self.options.criterion, self.options.seed, self.options.ridge)
-        tensors = permuted(problem, order)
+        tensors = {**permuted(problem, order), "order": order}
         weight = tensors[f"{down.role}.weight"]
         gram = problem.sites[down.name]["gram"][order][:, order]
         if self.options.correction == "none":
@@ -65,6 +68,22 @@ class NeuronSlice(FfnStructure):
         error = torch.cat([gained.flip(0).cumsum(0).flip(0), gained.new_zeros(1)])
         kept = {name: t for name, t in tensors.items() if name != f"{down.role}.weight"}
         return Fit({**kept, "factor": factor, "products": products}, error[: largest + 1], gained.sqrt())
+
+    def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
+        """The output changes by what the dropped neurons added to it and the kept ones do not make up for: W_down without its
+        first k columns times the hidden units, or, of C = L L^T, W_down L without them times L^{-1} h."""
+        import torch
+
+        from winnow.neurons import left_out
+
+        down, order = problem.group[-1], tensors["order"]
+        gram = problem.sites[down.name]["gram"][order][:, order]
+        if self.options.correction == "none":
+            columns = tensors[f"{down.role}.weight"].double()
+        else:
+            half = torch.linalg.solve_triangular(tensors["factor"], gram, upper=False)
+            gram, columns = torch.linalg.solve_triangular(tensors["factor"], half.T, upper=False), tensors["products"]
+        return left_out((columns.T @ problem.outputs[down.name]["gradient_gram"] @ columns) * gram) / 2
 
     def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
