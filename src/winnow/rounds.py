@@ -67,7 +67,7 @@ def compressed_model(
     files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None], setting: Setting
 ) -> PreTrainedModel:
     """The model with its groups at these sizes, in memory, as a checkpoint would load."""
-    stored, layouts, _ = compress(files, factors, structure, sizes)
+    stored, layouts = compress(files, factors, structure, sizes)
     model = load_model(files.verify(), setting.dtype, setting.device)
     put(model, stored, layouts)
     return model.eval()

@@ -7,6 +7,7 @@ operating system limits what may be mapped.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
     "U8": "uint8", "I8": "int8", "BOOL": "bool",
 }  # fmt: skip
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")  # of tensors in a file, so that all are aligned
+CHUNK = 1 << 20  # bytes that are copied at a time
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -66,3 +69,51 @@ class TensorFile:
                     raise InputError(f"{self.path}: not a whole safetensors file; it ends within {key}")
                 target = target[count:]
         return tensor
+
+
+class Spool:
+    """Tensors that are to become a safetensors file, put aside in another file as they come: its header, which stands first, and
+    its order are known at the end only."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        self.bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor aside; nothing of it is kept in memory."""
+        tensor = tensor.detach().cpu().contiguous()
+        dtype = next(short for short, long in NAMES.items() if f"torch.{long}" == str(tensor.dtype))
+        with open(self.path, "ab", buffering=0) as stream:
+            rest = bytes_of(tensor)
+            while len(rest):
+                rest = rest[stream.write(rest) :]
+        self.records[name] = {"dtype": dtype, "shape": list(tensor.shape), "from": self.bytes, "bytes": tensor.nbytes}
+        self.bytes += tensor.nbytes
+
+    def finish(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write the safetensors file, the same bytes as those of safetensors' own `save_file`, and start over."""
+        names = sorted(self.records, key=lambda name: (ORDER.index(self.records[name]["dtype"]), name))
+        header: dict[str, Any] = {"__metadata__": metadata}
+        place = 0
+        for name in names:
+            record = self.records[name]
+            offsets = [place, place + record["bytes"]]
+            header[name] = {"dtype": record["dtype"], "shape": record["shape"], "data_offsets": offsets}
+            place = offsets[1]
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.path.touch()
+        with open(path, "wb") as target, open(self.path, "rb") as source:
+            target.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                source.seek(self.records[name]["from"])
+                for part in _parts(self.records[name]["bytes"]):
+                    target.write(source.read(part))
+        self.path.unlink()
+        self.records, self.bytes = {}, 0
+
+
+def _parts(total: int) -> Iterable[int]:
+    """`total` bytes in chunks."""
+    return (min(CHUNK, total - start) for start in range(0, total, CHUNK))
