@@ -9,24 +9,37 @@ from winnow.architectures import moments_file
 from winnow.io import read_tensors, write_manifest, write_parquet, write_tensors
 from winnow.loading import load_model
 from winnow.models import ModelFiles
-from winnow.resume import Resume
+from winnow.resume import Resume, own_files
 from winnow.runtime import start_job
-from winnow.statistics import channel_rows, collect
+from winnow.statistics import CHANNELS, channel_rows, collect, collect_by_block
+from winnow.streaming import Streamed
 
 if __name__ == "__main__":
     job = start_job(snakemake)
-    files = ModelFiles(snakemake.input.model)
-    model = load_model(files.verify(), job.spec["dtype"], job.device)
+    moments, files = snakemake.output.moments, ModelFiles(snakemake.input.model)
     tokens = read_tensors(snakemake.input.tokens, sealed=True)[0]
     windows, types = tokens["ids"], tokens.get("types")
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
-    precision = getattr(torch, job.spec["precision"])
-    folder, channels, resume = Path(snakemake.output.moments).parent, [], Resume(snakemake.output.moments, job.provenance)
-    for layer, sites in collect(model, files.matrices, windows, batch, precision, job.spec["first_token"], resume, types):
+    options = (files.matrices, windows, batch, getattr(torch, job.spec["precision"]), job.spec["first_token"])
+    folder, layers = Path(moments).parent, sorted({m.layer for m in files.matrices})
+    if snakemake.resources.stream:
+        kept = own_files(folder, job.provenance)
+        state = Streamed(files.verify(), job.spec["dtype"], job.device, moments, windows.shape[1], job.provenance)
+        state.trust([layer for layer in layers if moments_file(layer) in kept])
+        found = collect_by_block(state, *options, types=types)
+    else:
+        model, state = load_model(files.verify(), job.spec["dtype"], job.device), Resume(moments, job.provenance)
+        found = collect(model, *options, state, types)
+    for layer, sites in found:
         tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
         write_tensors(folder / moments_file(layer), tensors, job.provenance)
-        readers = {s: [files.weight(m) for m in files.matrices if (m.layer, m.site) == (layer, s)] for s in sites}
-        channels += [pd.DataFrame(channel_rows(layer, site, values, readers[site])) for site, values in sites.items()]
+    channels = []
+    for layer in layers:
+        for site in dict.fromkeys(m.site for m in files.matrices if m.layer == layer):
+            names = {f"{site}.{key}": key for key in (*CHANNELS, "count")}
+            values = {names[name]: v for name, v in read_tensors(folder / moments_file(layer), names=names)[0].items()}
+            readers = (files.stored(m) for m in files.matrices if (m.layer, m.site) == (layer, site))
+            channels.append(pd.DataFrame(channel_rows(layer, site, values, readers)))
     write_parquet(snakemake.output.channels, pd.concat(channels, ignore_index=True), job.provenance)
     write_manifest(folder, {"tokens": int((windows >= 0).sum())}, job.provenance)
-    resume.clear()
+    state.clear()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from winnow.allocation import allocate, chosen_groups, experts_left_dense, summarize
-from winnow.checkpoint import compress, recipe_of, write_checkpoint
+from winnow.checkpoint import compressed, recipe_of, write_checkpoint
 from winnow.io import atomic, write_json
 from winnow.members import factors_of, table_of
 from winnow.models import ModelFiles
@@ -22,8 +22,8 @@ if __name__ == "__main__":
     factors, tokens = factors_of(structure, given.factors)
     left_dense = {name: tokens[name] for name in experts_left_dense(*chosen)}
     allocation = {"budget": presets["budget"], **choice.facts, **summarize(groups, choice.sizes), "left_dense": left_dense}
-    stored, layouts, reports = compress(files, factors, structure, choice.sizes)
     recipe = recipe_of(job.spec["names"], presets, allocation)
-    write_json(snakemake.output.allocation, allocation, job.provenance)
     with atomic(Path(snakemake.output.checkpoint).parent) as folder:
-        write_checkpoint(folder, files, stored, layouts, reports, job.spec["dtype"], recipe, job.provenance)
+        parts = compressed(files, factors, structure, choice.sizes)
+        write_checkpoint(folder, files, parts, job.spec["dtype"], recipe, job.provenance)
+    write_json(snakemake.output.allocation, allocation, job.provenance)

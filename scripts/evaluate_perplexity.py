@@ -3,21 +3,30 @@
 from winnow.io import Bundle, read_json, read_tensors, write_json
 from winnow.loading import load_model
 from winnow.models import ModelFiles
-from winnow.perplexity import evaluate, summarize
+from winnow.perplexity import evaluate, evaluate_by_block, summarize
 from winnow.resume import Resume
 from winnow.runtime import start_job
+from winnow.streaming import Streamed
 
 if __name__ == "__main__":
     job = start_job(snakemake)
     spec = job.spec
     files = ModelFiles(snakemake.input.model)
     checkpoint = Bundle(snakemake.input.checkpoint) if snakemake.input.get("checkpoint") else None
-    model = load_model((checkpoint or files).verify(), spec["dtype"], job.device)
-    reference = load_model(files.verify(), spec["dtype"], job.device) if checkpoint and spec["compare"] else None
+    directories = {"evaluated": (checkpoint or files).verify()}
+    if checkpoint and spec["compare"]:
+        directories["compared"] = files.verify()
     tokens, facts = read_tensors(snakemake.input.tokens, sealed=True)
-    batch = max(1, snakemake.resources.batch_tokens // spec["length"])
-    resume = Resume(snakemake.output[0], job.provenance)
-    rows = evaluate(model, reference, tokens["ids"], tokens["first"], batch, resume)
+    windows = (tokens["ids"], tokens["first"], max(1, snakemake.resources.batch_tokens // spec["length"]))
+    resume, where = Resume(snakemake.output[0], job.provenance), (spec["dtype"], job.device)
+    streamed = []
+    if snakemake.resources.stream:
+        place = (snakemake.output[0], tokens["ids"].shape[1], job.provenance)
+        streamed = [Streamed(path, *where, *place, name) for name, path in directories.items()]
+        rows = evaluate_by_block(streamed[0], streamed[1] if streamed[1:] else None, *windows, resume)
+    else:
+        models = [load_model(path, *where) for path in directories.values()]
+        rows = evaluate(models[0], models[1] if models[1:] else None, *windows, resume)
     dense = read_json(snakemake.input.dense) if checkpoint else None
     block = files.dense_bytes(files.matrices)
     sizes = {"dense_bytes": block, "stored_bytes": block, "model_stored_bytes": files.manifest["bytes"]}
@@ -33,4 +42,5 @@ if __name__ == "__main__":
         "per_window": rows,
     }
     write_json(snakemake.output[0], result, job.provenance)
-    resume.clear()
+    for left in (resume, *streamed):
+        left.clear()

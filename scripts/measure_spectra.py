@@ -12,7 +12,7 @@ if __name__ == "__main__":
     for manifest in snakemake.input:
         bundle = Bundle(manifest)
         for name in bundle.manifest["groups"]:
-            fit = bundle.tensors(f"{name}.safetensors")
+            fit = bundle.tensors(f"{name}.safetensors", ("spectrum", "error", "numbers"))
             curves = (fit[key].numpy() for key in ("spectrum", "error", "numbers"))
             rows.append(spectrum_row(name, *curves, job.spec["metric"]))
     write_parquet(snakemake.output[0], pd.DataFrame(sorted(rows, key=lambda row: row["group"])), job.provenance)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,36 @@ from winnow.io import Bundle, write_manifest
 from winnow.members import fit_file
 from winnow.models import ModelFiles
 from winnow.structures.base import FORMAT_VERSION, METHOD, Structure
+from winnow.tensor_files import NAMES
 from winnow.weights import SHARD_BYTES, copy_files, write_weights
 
 
-def compress(
+@dataclass(frozen=True)
+class Compressed:
+    """What a checkpoint holds of one group of matrices."""
+
+    group: str
+    stored: dict[str, dict[str, Tensor]]  # {module: {name below it: tensor}}, in the dtype of the dense weights
+    layouts: dict[str, dict[str, Any]]  # {module: layout}
+    report: dict[str, Any]  # of its optimisation; empty where there is none
+
+
+def compressed(
     files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """({module: {name below it: tensor}}, {module: layout}, {group: report of its optimisation, where there is one}) for every
-    group of `sizes` that does not stay dense, in the dtype of the dense weights.
+) -> Iterator[Compressed]:
+    """Every group of `sizes` that does not stay dense, one at a time.
 
     `factors` maps the name of a fit (see `winnow.members`) to the bundle that holds it. Raises InputError, naming the module, if
     a number is not finite in the stored dtype.
     """
-    stored: dict[str, dict[str, Tensor]] = {}
-    layouts: dict[str, dict[str, Any]] = {}
-    reports: dict[str, dict[str, Any]] = {}
     for name, own, group in structure.fits(files.matrices):
         size = sizes.get(name)
         if size is None:
             continue  # not in the budget, dense by its allocation, or stored in another way
         fit = factors[name].tensors(fit_file(name))
-        dtype = files.tensor(f"{group[0].module}.weight").dtype
+        dtype = getattr(torch, NAMES[files.tensors[f"{group[0].module}.weight"]["dtype"]])
+        stored: dict[str, dict[str, Tensor]] = {}
+        layouts: dict[str, dict[str, Any]] = {}
         for module, part in own.stored(group, fit, size).items():
             layouts[module], stored[module] = part.layout, {}
             for key, tensor in part.tensors.items():
@@ -46,46 +56,64 @@ def compress(
                 if not torch.isfinite(cast).all():
                     raise InputError(f"{module}.{key}: not finite as {dtype}; choose another dtype for the model's weights")
                 stored[module][key] = cast
-        if report := own.report(group, fit, size):
-            reports[name] = report
+        report = own.report(group, fit, size)
         for matrix in (m for m in group if m.bias):
             if bias := own.bias_of(matrix):
                 stored[matrix.module][bias] = files.tensor(f"{matrix.module}.bias")
-    return stored, layouts, reports
+        yield Compressed(name, stored, layouts, report or {})
 
 
-def _all_tensors(files: ModelFiles, stored: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the compressed model by its canonical name: replaced modules first, then what stays."""
-    for module, tensors in stored.items():
-        for part, tensor in tensors.items():
-            yield f"{module}.{part}", tensor
-    replaced = {f"{module}.{part}" for module in stored for part in ("weight", "bias")}
-    for name in files.tensors:
-        if name not in replaced:
-            yield name, files.tensor(name)
+def compress(
+    files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    """({module: {name below it: tensor}}, {module: layout}) of all groups together, for a model in memory."""
+    stored: dict[str, dict[str, Tensor]] = {}
+    layouts: dict[str, dict[str, Any]] = {}
+    for group in compressed(files, factors, structure, sizes):
+        stored |= group.stored
+        layouts |= group.layouts
+    return stored, layouts
 
 
 def write_checkpoint(
     directory: Path,
     files: ModelFiles,
-    stored: dict[str, dict[str, Tensor]],
-    layouts: dict[str, dict[str, Any]],
-    reports: dict[str, dict[str, Any]],
+    groups: Iterable[Compressed],
     dtype: str,
     recipe: dict[str, Any],
     provenance: dict[str, Any],
 ) -> dict[str, int]:
-    """Write the directory (config, weights, tokenizer, card, recipe, manifest); returns its byte counts.
+    """Write the directory (config, weights, tokenizer, card, recipe, manifest); returns its byte counts. Each group is given up
+    once it is written.
 
-    `dtype` is what `from_pretrained` computes in by default: the one that the evaluation uses.
+    `dtype` is what `from_pretrained` computes in by default: the one that the evaluation uses. Raises RuntimeError if the bytes
+    are others than the recipe says.
     """
     directory.mkdir(parents=True)
-    compressed = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors.values())
-    compressed += sum(recipe.get("kept_dense", {}).values())
-    if compressed != recipe["stored_bytes"]:
-        raise RuntimeError(f"{compressed} bytes are stored, the allocation counted {recipe['stored_bytes']}")
-    total = write_weights(directory, _all_tensors(files, stored), SHARD_BYTES)
-    sizes = {"dense_bytes": recipe["dense_bytes"], "stored_bytes": compressed, "model_stored_bytes": total}
+    layouts: dict[str, dict[str, Any]] = {}
+    reports: dict[str, dict[str, Any]] = {}
+    own = 0
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the compressed model by its canonical name: replaced modules first, then what stays."""
+        nonlocal own
+        for group in groups:
+            layouts.update(group.layouts)
+            reports.update({group.group: group.report} if group.report else {})
+            for module, parts in group.stored.items():
+                for part, tensor in parts.items():
+                    own += tensor.nbytes
+                    yield f"{module}.{part}", tensor
+        replaced = {f"{module}.{part}" for module in layouts for part in ("weight", "bias")}
+        for name in files.tensors:
+            if name not in replaced:
+                yield name, files.tensor(name)
+
+    total = write_weights(directory, tensors(), SHARD_BYTES)
+    stored = own + sum(recipe.get("kept_dense", {}).values())
+    if stored != recipe["stored_bytes"]:
+        raise RuntimeError(f"{stored} bytes are stored, the allocation counted {recipe['stored_bytes']}")
+    sizes = {"dense_bytes": recipe["dense_bytes"], "stored_bytes": stored, "model_stored_bytes": total}
     source = files.verify()
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "auto_map"):  # the second names code, which no checkpoint needs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +74,9 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     raise InputError(f"{config.model_type}: `architectures` names {name!r}, which is no class of it in transformers ({valid})")
 
 
-def empty_model(directory: Path | str) -> PreTrainedModel:
-    """The model of a directory without its weights, on the device `meta`, which takes no memory. Raises InputError, naming the
-    config, if none can be made of it."""
+def empty_model(directory: Path | str, dtype: str | None = None) -> PreTrainedModel:
+    """The model of a directory without its weights, on the device `meta`, which takes no memory. With `dtype`, it is to compute
+    in that, and buffers that no file holds are real. Raises InputError, naming the config, if none can be made of it."""
     import torch
 
     from winnow.experts import unfuse
@@ -82,12 +84,33 @@ def empty_model(directory: Path | str) -> PreTrainedModel:
     config = read_config(directory)
     cls = model_class(config)
     try:
-        with torch.device("meta"):
-            return unfuse(cls._from_config(config))
+        if dtype is None:
+            with torch.device("meta"):
+                return unfuse(cls._from_config(config))
+        with _empty_parameters():
+            return unfuse(cls._from_config(config, dtype=getattr(torch, dtype)))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise InputError(
             f"{Path(directory) / 'config.json'}: no {cls.__name__} can be made of it: {first_line(error)}"
         ) from error
+
+
+@contextmanager
+def _empty_parameters() -> Iterator[None]:
+    """Parameters of the modules that are made become empty, one by one, as they are registered; buffers are left."""
+    from torch import nn
+
+    register: Any = nn.Module.register_parameter
+
+    def registered(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, None if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
+
+    cls: Any = nn.Module
+    cls.register_parameter = registered
+    try:
+        yield
+    finally:
+        cls.register_parameter = register
 
 
 def is_causal(config: PreTrainedConfig) -> bool:

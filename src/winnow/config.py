@@ -37,6 +37,11 @@ class Model(Strict):
         "float32", description="dtype of the forward passes (statistics, evaluation); stored tensors keep theirs"
     )
     shards: int = Field(1, ge=1, description="jobs that the layers are split over when factorised; changes no number")
+    load: Literal["whole", "stream"] = Field(
+        "whole",
+        description="stream: read the weights block by block in statistics and perplexity, for a model larger than memory; "
+        "changes no number beyond rounding",
+    )
     finetune: Tuning | None = Field(
         None, description="first train it as a classifier on a task; all that follows is of the tuned model (see below)"
     )

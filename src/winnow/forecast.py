@@ -15,7 +15,6 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from winnow.architectures import Matrix, matrices_of, select
 from winnow.errors import InputError
@@ -25,6 +24,7 @@ from winnow.io import read_json
 from winnow.models import BYTES, model_files, tensor_bytes
 from winnow.plan import Plan
 from winnow.recoveries import Finetune, Sequential, Trained
+from winnow.tensor_files import read_header
 from winnow.tuning import Tuning
 
 MB, GB = 1e6, 1e9
@@ -98,16 +98,6 @@ def shape_of(source: Path, manifest: Path | None = None) -> Shape:
         next(m.shape[1] for m in matrices if m.site == "ffn_input"),
         len({m.layer for m in matrices}),
     )
-
-
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """{tensor: its dtype and shape} of a safetensors file, without reading a tensor."""
-    with open(path, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > min(1 << 27, path.stat().st_size):
-            raise InputError(f"{path}: not a whole safetensors file")
-        header = json.loads(stream.read(length))
-    return {name: record for name, record in header.items() if name != "__metadata__"}
 
 
 def forecast(plan: Plan, shapes: dict[str, Shape], batch_tokens: int = 4096) -> list[Work]:

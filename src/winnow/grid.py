@@ -29,7 +29,7 @@ from winnow.structures import structure_of
 from winnow.structures.base import Structure
 from winnow.task_files import files_of
 
-EXECUTION = {"shards"}  # options that say how a job runs; they are in no label
+EXECUTION = {"shards", "load"}  # options that say how a job runs; they are in no label
 UNNAMED = EXECUTION | {"paper"}  # what else changes no number
 
 

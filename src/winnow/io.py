@@ -11,12 +11,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError
+from winnow.tensor_files import TensorFile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 MARK = b"winnow-sha256:"
 BLANK = MARK + b"0" * 64  # where a sealed file keeps the digest of itself, with this in the digest's place
+CHUNK = 1 << 20  # bytes of a file that are looked at together
 CURE = "delete it and run snakemake again"
 
 
@@ -69,21 +71,57 @@ def write_text(path: Path | str, text: str) -> None:
 
 def _seal(path: Path) -> None:
     """Put the digest of the whole file into the place that `BLANK` keeps for it."""
-    data = path.read_bytes()
-    place = data.rindex(BLANK) + len(MARK)
+    place = _place(path)
     with open(path, "r+b") as stream:
         stream.seek(place)
-        stream.write(hashlib.sha256(data).hexdigest().encode())
+        stream.write(_digest_without(path, place))
+
+
+def _place(path: Path | str) -> int:
+    """Where the digest of a sealed file stands, behind the last `MARK`. Raises ValueError if there is none."""
+    found, begin, tail = -1, 0, b""
+    with open(path, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            data = tail + chunk
+            if (at := data.rfind(MARK)) >= 0:
+                found = begin + at
+            tail = data[-len(MARK) + 1 :]
+            begin += len(data) - len(tail)
+    if found < 0:
+        raise ValueError(f"{path}: no seal")
+    return found + len(MARK)
+
+
+def _digest_without(path: Path | str, place: int) -> bytes:
+    """SHA-256 of a file in hexadecimal, with zeros where its own digest stands; the file is read by chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for part in (place, None):
+            while chunk := stream.read(CHUNK if part is None else min(CHUNK, part - stream.tell())):
+                digest.update(chunk)
+            if part is not None:
+                digest.update(BLANK[len(MARK) :])
+                stream.seek(place + 64)
+    return digest.hexdigest().encode()
+
+
+def _check_seal(path: Path | str) -> None:
+    """InputError if a sealed file is not whole or was changed."""
+    try:
+        place = _place(path)
+        with open(path, "rb") as stream:
+            stream.seek(place)
+            whole = stream.read(64) == _digest_without(path, place)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: changed since it was written, or not of winnow; {CURE}")
 
 
 def _unsealed(path: Path | str) -> bytes:
     """The bytes of a sealed file; InputError if it is not whole or was changed."""
-    data = Path(path).read_bytes()
-    place = data.rfind(MARK) + len(MARK)
-    seal, blank = data[place : place + 64], data[:place] + BLANK[len(MARK) :] + data[place + 64 :]
-    if MARK not in data or seal != hashlib.sha256(blank).hexdigest().encode():
-        raise InputError(f"{path}: changed since it was written, or not of winnow; {CURE}")
-    return data
+    _check_seal(path)
+    return Path(path).read_bytes()
 
 
 def _check_place(path: Path | str, provenance: dict) -> None:
@@ -178,23 +216,26 @@ def write_tensors(path: Path | str, tensors: dict[str, torch.Tensor], metadata: 
             _seal(partial)
 
 
-def read_tensors(path: Path | str, sealed: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
-    """({name: tensor}, metadata) of a file of `write_tensors`; InputError if it is not whole, and, where it is sealed, if it
-    was changed or belongs elsewhere."""
+def read_tensors(
+    path: Path | str, sealed: bool = False, names: Collection[str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """({name: tensor}, metadata) of a file of `write_tensors`, with `names` of those only; InputError if it is not whole, and,
+    where it is sealed, if it was changed or belongs elsewhere."""
     from safetensors import SafetensorError, safe_open
 
     if sealed:
-        _unsealed(path)
+        _check_seal(path)
     try:
-        with safe_open(path, framework="pt") as stream:
+        with safe_open(path, framework="np") as stream:  # checks the header; `pt` would map all of the file
             metadata = json.loads((stream.metadata() or {}).get("winnow", "{}"))
-            metadata.pop("seal", None)
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}
+            found = [name for name in stream.keys() if names is None or name in names]
     except SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
+    metadata.pop("seal", None)
     if sealed:
         _check_place(path, metadata.get("provenance", {}))
-    return tensors, metadata
+    file = TensorFile(Path(path))
+    return {name: file.read(name) for name in found}, metadata
 
 
 def write_manifest(directory: Path | str, content: dict, provenance: dict) -> None:
@@ -228,5 +269,5 @@ class Bundle:
             self.path(name)
         return self.directory
 
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        return read_tensors(self.path(name))[0]
+    def tensors(self, name: str, wanted: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        return read_tensors(self.path(name), names=wanted)[0]

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from winnow.architectures import Matrix, matrices_of
 from winnow.errors import InputError
 from winnow.io import file_digest, read_json
+from winnow.tensor_files import BYTES, TensorFile
 
 if TYPE_CHECKING:
     import torch
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
 CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*")
 DESCRIBING = (*CONFIGS, *TOKENIZER)
@@ -73,6 +73,7 @@ class ModelFiles:
         self.tensors: dict[str, dict[str, Any]] = self.manifest["tensors"]
         self.matrices: list[Matrix] = matrices_of(self.manifest["model_type"], self.tensors)
         self._verified = cache(self._verify)
+        self._opened = cache(lambda name: TensorFile(self._verified(name)))
 
     def _verify(self, name: str) -> Path:
         path = self.directory / name
@@ -88,16 +89,17 @@ class ModelFiles:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by its canonical name, as stored."""
-        from safetensors import safe_open
-
         record = self.tensors[name]
-        with safe_open(self._verified(record["file"]), framework="pt") as stream:
-            return stream.get_tensor(record["key"])
+        return self._opened(record["file"]).read(record["key"])
+
+    def stored(self, matrix: Matrix) -> torch.Tensor:
+        """W (out, in) of a matrix in the dtype that it is stored in."""
+        weight = self.tensor(f"{matrix.module}.weight")
+        return weight.T if matrix.transposed else weight
 
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """W (out, in) of a matrix in float64."""
-        weight = self.tensor(f"{matrix.module}.weight").double()
-        return weight.T.contiguous() if matrix.transposed else weight
+        return self.stored(matrix).double().contiguous()
 
     def dense_bytes(self, matrices: list[Matrix]) -> int:
         """Stored bytes of the matrices' modules, biases included."""

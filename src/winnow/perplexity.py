@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,10 @@ from winnow.tokens import PAD
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.streaming import Streamed
+
 CHUNK = 1 << 24  # logits held in float64 at a time
+STREAMED = 1 << 21  # the same for a model that is run block by block, where memory is short
 
 
 @torch.no_grad()
@@ -54,6 +58,49 @@ def evaluate(
         if resume:
             resume.save(group[-1] + 1, sums)
     return {key: values.tolist() for key, values in sums.items()}
+
+
+@torch.no_grad()
+def evaluate_by_block(
+    model: Streamed, dense: Streamed | None, ids: Tensor, first: Tensor, batch: int, resume: Resume | None = None
+) -> dict[str, list[float]]:
+    """As `evaluate`, with the weights of one block at a time in memory, at the end those of what follows the blocks."""
+    models = [model] if dense is None else [model, dense]
+    keys = ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))
+    sums = {key: torch.zeros(len(ids), dtype=torch.float64) for key in keys}
+    lengths = (ids != PAD).sum(1).tolist()
+    for streamed in models:
+        for layer in streamed.remaining():
+            with streamed.block(layer):
+                for group in every(_batches(lengths, batch, 0), f"evaluation batches of layer {layer}"):
+                    x = ids[group][:, : lengths[group[0]]].to(streamed.device).long()
+                    if not torch.isfinite(streamed.run(group[0], {"input_ids": x})).all():
+                        where = f"windows {group[0]} to {group[-1]}"
+                        raise FloatingPointError(f"what {streamed.names[layer]} gives is not finite in {where}")
+            streamed.advance(layer)
+    done = resume.restore(sums) if resume else 0
+    with ExitStack() as stack:
+        for streamed in models:
+            stack.enter_context(streamed.passed())
+        for window in every(range(done, len(ids)), "windows scored"):
+            row = ids[window, : lengths[window]]
+            for part in _parts(int(first[window]), len(row), model.vocabulary):
+                before = slice(part.start - 1, part.stop - 1)  # logits of a token stand at the one before it
+                logits, *others = (streamed.logits(window, row, before) for streamed in models)
+                if not torch.isfinite(logits).all():
+                    raise FloatingPointError(f"logits are not finite in window {window}; every block's output is finite")
+                targets = row[part].to(model.device).long()
+                for key, value in _score(logits, targets, others[0] if others else None).items():
+                    sums[key][window] += value
+            if resume:
+                resume.save(window + 1, sums)
+    return {key: values.tolist() for key, values in sums.items()}
+
+
+def _parts(first: int, length: int, vocabulary: int) -> list[slice]:
+    """The tokens of a window that are scored, as many at a time as their logits allow."""
+    step = max(1, STREAMED // vocabulary)
+    return [slice(start, min(start + step, length)) for start in range(first, length, step)]
 
 
 def _batches(lengths: list[int], batch: int, done: int) -> list[list[int]]:

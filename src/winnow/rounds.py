@@ -69,7 +69,7 @@ def compressed_model(
 ) -> PreTrainedModel:
     """The model with its groups at these sizes, in memory, as a checkpoint would load; FFNs that are replaced as a whole have
     their dense matrices beside them, for statistics."""
-    stored, layouts, _ = compress(files, factors, structure, sizes)
+    stored, layouts = compress(files, factors, structure, sizes)
     model = load_model(files.verify(), setting.dtype, setting.device)
     whole = [g for name, own, g in structure.fits(files.matrices) if own.bias_name is None and sizes.get(name) is not None]
     names = {name for group in whole for name in (*(m.module for m in group), group[-1].activation)}

@@ -6,12 +6,12 @@ State is kept as empty -> accumulate -> merge; merging parts is exact up to roun
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from winnow.architectures import Matrix, tokens_of
 from winnow.linalg import gram_of
@@ -21,7 +21,11 @@ from winnow.resume import Resume
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.streaming import Streamed
+
 log = logging.getLogger(__name__)
+ROWS = 256  # of a Gram matrix that are finished at a time
+CHANNELS = ("mean", "mean_abs", "rms", "max_abs", "active")  # statistics with a number per channel
 
 
 @dataclass
@@ -79,12 +83,15 @@ class Moments:
         """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active, and cross where
         there is one; and count (int64)."""
         n = self.count.clamp(min=1)  # an expert may have seen none: all are 0 then
-        gram = self.gram / n
+        gram = torch.empty_like(self.gram, dtype=self.precision)
+        for rows in torch.arange(len(gram)).split(ROWS):  # with no second copy of the sums
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            gram[part] = (self.gram[part] / n + (self.gram[:, part] / n).T) / 2
         means = {
-            "gram": (gram + gram.T) / 2,
+            "gram": gram,
             "mean": self.total / n,
             "mean_abs": self.total_abs / n,
-            "rms": gram.diagonal().sqrt(),
+            "rms": (self.gram.diagonal() / n).sqrt(),
             "max_abs": self.largest,
             "active": self.active / n,
             **({"cross": self.cross / n} if self.cross.numel() else {}),
@@ -95,6 +102,84 @@ class Moments:
 def counted_of(x: Tensor, counted: Tensor) -> Tensor:
     """The tokens (t, n) of x (windows, length, n) that are counted; no copy if all are."""
     return x.flatten(0, 1) if bool(counted.all()) else x[counted]
+
+
+class Watch:
+    """Sums of the inputs of matrices, added up by hooks while a model runs: {(layer, site): sums} in `sites`.
+
+    `counted` (windows, length) says which tokens of the batch that runs are counted.
+    """
+
+    def __init__(self, model: PreTrainedModel, matrices: list[Matrix], precision: torch.dtype, device: str):
+        self.model = model
+        self.counted = torch.empty(0, 0, dtype=torch.bool)
+        self.sites: dict[tuple[int, str], Moments] = {}
+        self.inputs: dict[int, Tensor] = {}  # of the FFN that runs, by layer
+        self.hooks = []
+        for matrix in matrices:
+            key = (matrix.layer, matrix.site)
+            if key not in self.sites:
+                hidden = matrix.site.endswith("ffn_hidden")
+                width = next(m.shape[1] for m in matrices if m.site == matrix.beside("ffn_input")) if hidden else 0
+                self.sites[key] = Moments.empty(matrix.shape[1], precision, device, width)
+                self.hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(self._hook(matrix)))
+
+    def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        layer, site = matrix.layer, matrix.site
+        expert: Any = None if matrix.expert is None else self.model.get_submodule(matrix.module.rpartition(".")[0])
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if expert is None:
+                x = counted_of(tokens_of(args[0], self.counted.shape[1]), self.counted)
+            else:  # gets some tokens of the batch, and knows which
+                x = args[0][self.counted.flatten()[expert.tokens]]
+            if site.endswith("ffn_input"):
+                self.inputs[layer] = x
+            self.sites[layer, site].accumulate(x, self.inputs.pop(layer) if site.endswith("ffn_hidden") else None)
+
+        return hook
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def finished(self, layer: int, expected: int) -> dict[str, dict[str, Tensor]]:
+        """{site: statistics} of a layer, whose sums are given up. Raises RuntimeError if a site, other than an expert's, has not
+        seen the `expected` tokens, and FloatingPointError if an input was not finite."""
+        found = {}
+        for where, site in [key for key in self.sites if key[0] == layer]:
+            moments = self.sites.pop((where, site))
+            if int(moments.count) != expected and not site.startswith("expert"):
+                raise RuntimeError(f"layer {layer}, {site}: saw {int(moments.count)} tokens of {expected}")
+            if not torch.isfinite(moments.gram).all():
+                raise FloatingPointError(f"layer {layer}, {site}: inputs are not finite")
+            found[site] = moments.finish()
+        return found
+
+
+class Batches:
+    """Windows (count, length) in batches, as a model takes them; ids below 0 are neither attended to nor counted."""
+
+    def __init__(self, windows: Tensor, batch: int, first_token: bool, types: Tensor | None):
+        self.windows, self.batch, self.types = windows, batch, types
+        self.real = windows >= 0
+        self.counted = self.real.clone()
+        if not first_token:
+            self.counted[:, 0] = False
+
+    def starts(self, done: int = 0) -> range:
+        return range(done, len(self.windows), self.batch)
+
+    def inputs(self, start: int, device: str) -> dict[str, Tensor]:
+        """What the model takes of the batch that begins with window `start`."""
+        chosen = slice(start, start + self.batch)
+        given = {"input_ids": self.windows[chosen].clamp(min=0).to(device).long()}
+        if not self.real[chosen].all():
+            given["attention_mask"] = self.real[chosen].to(device).long()
+        if self.types is not None:
+            given["token_type_ids"] = self.types[chosen].to(device).long()
+        return given
 
 
 @torch.no_grad()
@@ -115,79 +200,63 @@ def collect(
     after the last window whose sums were saved. Raises FloatingPointError with the layer's and site's name if an input is not
     finite.
     """
-    device = next(model.parameters()).device
-    length, skipped = windows.shape[1], 0 if first_token else 1
-    real = windows >= 0
-    counted = real.clone()
-    counted[:, :skipped] = False
-    batches: dict[str, Tensor] = {}  # `counted` of the batch that runs
-    sites: dict[tuple[int, str], Moments] = {}
-    inputs: dict[int, Tensor] = {}  # of the FFN that runs, by layer
-    hooks = []
-
-    def watch(matrix: Matrix):
-        layer, site = matrix.layer, matrix.site
-        expert: Any = None if matrix.expert is None else model.get_submodule(matrix.module.rpartition(".")[0])
-
-        def hook(_module, args):
-            if expert is None:
-                x = counted_of(tokens_of(args[0], length), batches["counted"])
-            else:  # gets some tokens of the batch, and knows which
-                x = args[0][batches["counted"].flatten()[expert.tokens]]
-            if site.endswith("ffn_input"):
-                inputs[layer] = x
-            sites[layer, site].accumulate(x, inputs.pop(layer) if site.endswith("ffn_hidden") else None)
-
-        return hook
-
-    for matrix in matrices:
-        key = (matrix.layer, matrix.site)
-        if key not in sites:
-            hidden = matrix.site.endswith("ffn_hidden")
-            width = next(m.shape[1] for m in matrices if m.site == matrix.beside("ffn_input")) if hidden else 0
-            sites[key] = Moments.empty(matrix.shape[1], precision, str(device), width)
-            hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(watch(matrix)))
-    sums = {f"{layer}.{site}.{name}": t for (layer, site), m in sites.items() for name, t in m.tensors().items()}
+    device = str(next(model.parameters()).device)
+    batches = Batches(windows, batch, first_token, types)
+    watch = Watch(model, matrices, precision, device)
+    sums = {f"{layer}.{site}.{name}": t for (layer, site), m in watch.sites.items() for name, t in m.tensors().items()}
     try:
         done = resume.restore(sums) if resume else 0
-        for start in every(range(done, len(windows), batch), "calibration batches"):
-            chosen = slice(start, start + batch)
-            batches["counted"] = counted[chosen].to(device)
-            given = {"input_ids": windows[chosen].clamp(min=0).to(device).long()}
-            if not real[chosen].all():
-                given["attention_mask"] = real[chosen].to(device).long()
-            if types is not None:
-                given["token_type_ids"] = types[chosen].to(device).long()
-            model.base_model(**given, use_cache=False)
+        for start in every(batches.starts(done), "calibration batches"):
+            watch.counted = batches.counted[start : start + batch].to(device)
+            model.base_model(**batches.inputs(start, device), use_cache=False)
             if resume:
                 resume.save(start + batch, sums)
     finally:
-        for hook in hooks:
-            hook.remove()
-    expected = int(counted.sum())
-    for layer in sorted({layer for layer, _ in sites}):
-        finished = {}
-        for (where, site), moments in sites.items():
-            if where != layer:
-                continue
-            if int(moments.count) != expected and not site.startswith("expert"):
-                raise RuntimeError(f"layer {layer}, {site}: saw {int(moments.count)} tokens of {expected}")
-            if not torch.isfinite(moments.gram).all():
-                raise FloatingPointError(f"layer {layer}, {site}: inputs are not finite")
-            finished[site] = moments.finish()
-        yield layer, finished
+        watch.remove()
+    del sums
+    for layer in sorted({layer for layer, _ in watch.sites}):
+        yield layer, watch.finished(layer, int(batches.counted.sum()))
 
 
-def channel_rows(layer: int, site: str, values: dict[str, Tensor], readers: list[Tensor]) -> dict[str, Any]:
+@torch.no_grad()
+def collect_by_block(
+    streamed: Streamed,
+    matrices: list[Matrix],
+    windows: Tensor,
+    batch: int,
+    precision: torch.dtype,
+    first_token: bool = True,
+    types: Tensor | None = None,
+) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
+    """As `collect`, with the weights and the sums of one layer at a time in memory. Layers whose hidden states an earlier process
+    has stored are left out; those of a layer are stored once its statistics have been taken."""
+    batches = Batches(windows, batch, first_token, types)
+    for layer in streamed.remaining():
+        watch = Watch(streamed.model, [m for m in matrices if m.layer == layer], precision, streamed.device)
+        try:
+            with streamed.block(layer):
+                for start in every(batches.starts(), f"calibration batches of layer {layer}"):
+                    watch.counted = batches.counted[start : start + batch].to(streamed.device)
+                    streamed.run(start, batches.inputs(start, streamed.device))
+        finally:
+            watch.remove()
+        yield layer, watch.finished(layer, int(batches.counted.sum()))
+        streamed.advance(layer)
+
+
+def channel_rows(layer: int, site: str, values: dict[str, Tensor], readers: Iterable[Tensor]) -> dict[str, Any]:
     """Columns of channels.parquet for one site: a row per channel; `weight_norm` is the norm of the columns (of all
-    matrices that read the site) that multiply the channel."""
+    matrices that read the site, each W (out, in) in any dtype) that multiply the channel."""
     width = len(values["mean"])
-    norms = torch.cat(readers).square().sum(0).sqrt()
+    squares = torch.zeros(width, dtype=torch.float64)
+    for weight in readers:
+        for rows in weight.split(ROWS):
+            squares += rows.double().square().sum(0)
     return {
         "layer": [layer] * width,
         "site": [site] * width,
         "channel": list(range(width)),
         "count": [int(values["count"])] * width,
-        **{key: values[key].tolist() for key in ("mean", "mean_abs", "rms", "max_abs", "active")},
-        "weight_norm": norms.tolist(),
+        **{key: values[key].tolist() for key in CHANNELS},
+        "weight_norm": squares.sqrt().tolist(),
     }

@@ -10,29 +10,30 @@ from pathlib import Path
 
 from torch import Tensor
 
-from winnow.io import write_tensors
+from winnow.io import atomic
 from winnow.models import TOKENIZER
+from winnow.tensor_files import Spool
 
 SHARD_BYTES = 4 << 30
 COPIED = ("generation_config.json", *TOKENIZER)
 
 
 def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> int:
-    """Write tensors in their order to `model.safetensors`, or to shards of at most `limit` bytes and their index; one shard is
+    """Write tensors in their order to `model.safetensors`, or to shards of at most `limit` bytes and their index; one tensor is
     held at a time. Returns the bytes of all tensors."""
     shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
+    spool = Spool(directory / ".spool")
     total = 0
 
     def flush() -> None:
-        write_tensors(directory / f"model-{len(shards) + 1:05d}.safetensors", held)
-        shards.append(list(held))
-        held.clear()
+        shards.append(list(spool.records))
+        with atomic(directory / f"model-{len(shards):05d}.safetensors") as partial:
+            spool.finish(partial, {"format": "pt"})
 
     for name, tensor in tensors:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > limit:
+        if spool.records and spool.bytes + tensor.nbytes > limit:
             flush()
-        held[name] = tensor
+        spool.add(name, tensor)
         total += tensor.nbytes
     flush()
     names = ["model.safetensors"]

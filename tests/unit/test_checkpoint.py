@@ -18,7 +18,7 @@ from tests.conftest import VOCABULARY
 from tests.unit.worlds import FITTED, small
 from winnow.allocation import allocate, chosen_groups, experts_left_dense, summarize
 from winnow.architectures import moments_file
-from winnow.checkpoint import compress, recipe_of, write_checkpoint
+from winnow.checkpoint import compress, compressed, recipe_of, write_checkpoint
 from winnow.clusters import assign_all
 from winnow.errors import InputError
 from winnow.factors import fit_groups, labels_by_matrix, left_dense, storable
@@ -84,12 +84,13 @@ def build(
         budget |= {"keep_bytes": None, "rank_fraction": 0.4}
     sizes = {g.name: structure.limit(g.matrices) for g in groups} if keep is None else allocate(groups, budget).sizes
     factors = dict.fromkeys(sizes, Bundle(work / "factors" / "manifest.json"))
-    stored, layouts, reports = compress(files, factors, structure, sizes)
-    total = {"stored_bytes": sum(t.nbytes for part in stored.values() for t in part.values()), "dense_bytes": 1, "groups": []}
+    parts = list(compressed(files, factors, structure, sizes))
+    stored = sum(t.nbytes for part in parts for tensors in part.stored.values() for t in tensors.values())
+    total = {"stored_bytes": stored, "dense_bytes": 1, "groups": []}
     method = {"structure": structure.options.model_dump(), "metric": {"kind": metric} if used else None}
     presets = {"model": {"source": "somewhere"}, "method": method, "budget": {"targets": targets}}
     recipe = recipe_of({"model": "pico"}, presets, {**(total if keep is None else summarize(groups, sizes)), "left_dense": left})
-    write_checkpoint(work / "checkpoint", files, stored, layouts, reports, "float32", recipe, {})
+    write_checkpoint(work / "checkpoint", files, parts, "float32", recipe, {})
     return work / "checkpoint"
 
 

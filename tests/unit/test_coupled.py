@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import VOCABULARY
 from winnow.allocation import allocate, chosen_groups, summarize
 from winnow.architectures import Matrix
-from winnow.checkpoint import compress, recipe_of, write_checkpoint
+from winnow.checkpoint import compressed, recipe_of, write_checkpoint
 from winnow.config import Method
 from winnow.coupling import Coupling, anchors_of, descend, leading, numbering, solve
 from winnow.factors import fit_groups, storable
@@ -409,12 +409,12 @@ def build(source: Path, work: Path, options: dict) -> tuple[Path, dict]:
     groups = chosen_groups(files, structure, ["ffn", "attention"], spectra)
     sizes = allocate(groups, {"keep_bytes": None, "rank": 5, "rank_fraction": None}).sizes
     bundle = Bundle(work / "factors" / "manifest.json")
-    stored, layouts, reports = compress(files, dict.fromkeys(sizes, bundle), structure, sizes)
+    parts = list(compressed(files, dict.fromkeys(sizes, bundle), structure, sizes))
     method = {"structure": {"kind": "coupled", **options}, "metric": {"kind": "weights"}}
     presets = {"model": {"source": "somewhere"}, "method": method, "budget": {"targets": ["ffn", "attention"]}}
     recipe = recipe_of({"model": "pico"}, presets, summarize(groups, sizes))
-    write_checkpoint(work / "checkpoint", files, stored, layouts, reports, "float32", recipe, {})
-    return work / "checkpoint", layouts
+    write_checkpoint(work / "checkpoint", files, parts, "float32", recipe, {})
+    return work / "checkpoint", {module: layout for part in parts for module, layout in part.layouts.items()}
 
 
 def logits(model) -> torch.Tensor:

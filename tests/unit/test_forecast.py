@@ -5,10 +5,11 @@ import pytest
 from tests.conftest import ROOT
 from tests.unit.test_plan import plan_of
 from winnow.errors import InputError
-from winnow.forecast import GB, Work, forecast, machine, measured_seconds, misfit, read_header, shape_of
+from winnow.forecast import GB, Work, forecast, machine, measured_seconds, misfit, shape_of
 from winnow.io import write_json
 from winnow.preview import duration, jobs_of, size
 from winnow.retrieve import describe
+from winnow.tensor_files import read_header
 
 DEMO = ROOT / "resources" / "models" / "demo"
 DRY_RUN = """Job stats:

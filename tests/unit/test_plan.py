@@ -48,7 +48,7 @@ def test_defaults_order_and_execution_move_nothing():
     before = plan_of()
 
     def change(c):
-        c["models"]["demo"].update(dtype="float32", shards=4)
+        c["models"]["demo"].update(dtype="float32", shards=4, load="stream")
         c["methods"] = dict(reversed(c["methods"].items()))
         c["budgets"]["ffn-0.8"] = dict(reversed(c["budgets"]["ffn-0.8"].items()))
 
@@ -253,8 +253,8 @@ EDITS = [
     ("src/winnow/linalg.py", "clamp(min=0).sqrt()) @", "clamp(min=1e-9).sqrt()) @", OF_METHODS | STUDY),
     (
         "src/winnow/statistics.py",
-        "gram = self.gram / n",
-        "gram = self.gram / (n - 1)",
+        "gram[part] = (self.gram[part] / n",
+        "gram[part] = (self.gram[part] / (n - 1)",
         {"collect_statistics", "predict_in_rounds"},
     ),
     ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", ALLOCATING),

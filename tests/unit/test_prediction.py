@@ -13,7 +13,7 @@ from tests.unit.test_checkpoint import logits, statistics
 from tests.unit.worlds import World, matrix_of
 from winnow.allocation import allocate, chosen_groups, summarize
 from winnow.architectures import group_name, matrices_of
-from winnow.checkpoint import compress, recipe_of, write_checkpoint
+from winnow.checkpoint import compressed, recipe_of, write_checkpoint
 from winnow.factors import fit_groups, storable
 from winnow.gradients import collect_gradients
 from winnow.in_memory import put
@@ -207,11 +207,10 @@ def test_every_group_gets_a_prediction_of_every_size(predicted_llama):
 def test_a_checkpoint_keeps_matrices_dense_and_counts_their_bytes(predicted_llama, saved_llama, tmp_path):
     files, structure, groups, factors, *_ = predicted_llama
     sizes = {g.name: None if i % 2 else 3 for i, g in enumerate(groups)}
-    stored, layouts, reports = compress(files, factors, structure, sizes)
     method = {"structure": {"kind": "low_rank"}, "metric": {"kind": "gram"}}
     presets = {"model": {"source": "somewhere"}, "method": method, "budget": {"targets": ["ffn", "attention"]}}
     recipe = recipe_of({"model": "pico"}, presets, summarize(groups, sizes))
-    counts = write_checkpoint(tmp_path / "checkpoint", files, stored, layouts, reports, "float32", recipe, {})
+    counts = write_checkpoint(tmp_path / "checkpoint", files, compressed(files, factors, structure, sizes), "float32", recipe, {})
     assert counts["stored_bytes"] == sum(g.bytes(sizes[g.name]) for g in groups)
     assert counts["dense_bytes"] - counts["stored_bytes"] == files.manifest["bytes"] - counts["model_stored_bytes"]
     card = (tmp_path / "checkpoint" / "README.md").read_text()

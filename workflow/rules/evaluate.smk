@@ -20,6 +20,7 @@ rule evaluate_dense:
     resources:
         gpu=1,
         batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
+        stream=streamed,  # 1: the weights of one block at a time, as the model's `load` says
         mem_mb=memory("evaluate_dense", 16000),
         runtime=minutes(60),
     params:
@@ -48,6 +49,7 @@ rule evaluate_perplexity:
     resources:
         gpu=1,
         batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
+        stream=streamed,  # 1: the weights of one block at a time, as the model's `load` says
         mem_mb=memory("evaluate_perplexity", 24000),  # the compressed and the dense model
         runtime=minutes(60),
     params:

@@ -20,3 +20,8 @@ def memory(stage, otherwise):
 def minutes(first):
     """The time limit of a job; twice as much at every retry."""
     return lambda wildcards, attempt: first * 2 ** (attempt - 1)
+
+
+def streamed(wildcards):
+    """1 where a job reads the model block by block, 0 where it holds it as a whole; no number depends on it beyond rounding."""
+    return int(PLAN.preset("models", wildcards.model).load == "stream")

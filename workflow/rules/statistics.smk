@@ -19,6 +19,7 @@ rule collect_statistics:
     resources:
         gpu=1,
         batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
+        stream=streamed,  # 1: the weights of one block at a time, as the model's `load` says
         mem_mb=memory("collect_statistics", 16000),  # the model and all its Gram matrices
         runtime=minutes(60),
     params:

@@ -79,7 +79,7 @@ class Trial:
 
     def model(self, dense: PreTrainedModel, sizes: dict[str, int | None]) -> PreTrainedModel:
         """A copy of the dense model, compressed to these sizes, in its dtype and on its device."""
-        stored, layouts, _ = compress(self.files, self.factors, self.structure, sizes)
+        stored, layouts = compress(self.files, self.factors, self.structure, sizes)
         model = copy.deepcopy(dense)
         put(model, stored, layouts)
         return model.eval()

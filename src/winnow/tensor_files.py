@@ -1,0 +1,119 @@
+"""Tensors in safetensors files, read and written one at a time.
+
+With plain reads and writes: what is mapped into memory counts as memory of the process, and all of a file at once where the
+operating system limits what may be mapped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from winnow.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+    "U8": "uint8", "I8": "int8", "BOOL": "bool",
+}  # fmt: skip
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")  # of tensors in a file, so that all are aligned
+CHUNK = 1 << 20  # bytes that are copied at a time
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """{tensor: its dtype, shape and offsets} of a safetensors file, without reading a tensor."""
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(1 << 27, path.stat().st_size):
+            raise InputError(f"{path}: not a whole safetensors file")
+        header = json.loads(stream.read(length))
+    return {name: record for name, record in header.items() if name != "__metadata__"}
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, to be read into or written from."""
+    import torch
+
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    return memoryview(data)
+
+
+class TensorFile:
+    """The tensors of a safetensors file, each read when it is asked for; its header has been checked before."""
+
+    def __init__(self, path: Path):
+        self.path, self.header = path, read_header(path)
+        with open(path, "rb") as stream:
+            self.start = 8 + int.from_bytes(stream.read(8), "little")
+
+    def read(self, key: str) -> torch.Tensor:
+        """A tensor as stored. Raises InputError if the file ends before it does."""
+        import torch
+
+        record = self.header[key]
+        tensor = torch.empty(record["shape"], dtype=getattr(torch, NAMES[record["dtype"]]))
+        begin, end = record["data_offsets"]
+        if end - begin != tensor.nbytes:
+            raise InputError(f"{self.path}: {key} is said to have {end - begin} bytes, its shape says {tensor.nbytes}")
+        with open(self.path, "rb", buffering=0) as stream:
+            stream.seek(self.start + begin)
+            target = bytes_of(tensor)
+            while len(target):
+                count = stream.readinto(target)
+                if not count:
+                    raise InputError(f"{self.path}: not a whole safetensors file; it ends within {key}")
+                target = target[count:]
+        return tensor
+
+
+class Spool:
+    """Tensors that are to become a safetensors file, put aside in another file as they come: its header, which stands first, and
+    its order are known at the end only."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        self.bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor aside; nothing of it is kept in memory."""
+        tensor = tensor.detach().cpu().contiguous()
+        dtype = next(short for short, long in NAMES.items() if f"torch.{long}" == str(tensor.dtype))
+        with open(self.path, "ab", buffering=0) as stream:
+            rest = bytes_of(tensor)
+            while len(rest):
+                rest = rest[stream.write(rest) :]
+        self.records[name] = {"dtype": dtype, "shape": list(tensor.shape), "from": self.bytes, "bytes": tensor.nbytes}
+        self.bytes += tensor.nbytes
+
+    def finish(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write the safetensors file, the same bytes as those of safetensors' own `save_file`, and start over."""
+        names = sorted(self.records, key=lambda name: (ORDER.index(self.records[name]["dtype"]), name))
+        header: dict[str, Any] = {"__metadata__": metadata}
+        place = 0
+        for name in names:
+            record = self.records[name]
+            offsets = [place, place + record["bytes"]]
+            header[name] = {"dtype": record["dtype"], "shape": record["shape"], "data_offsets": offsets}
+            place = offsets[1]
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.path.touch()
+        with open(path, "wb") as target, open(self.path, "rb") as source:
+            target.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                source.seek(self.records[name]["from"])
+                for part in _parts(self.records[name]["bytes"]):
+                    target.write(source.read(part))
+        self.path.unlink()
+        self.records, self.bytes = {}, 0
+
+
+def _parts(total: int) -> Iterable[int]:
+    """`total` bytes in chunks."""
+    return (min(CHUNK, total - start) for start in range(0, total, CHUNK))

@@ -1,0 +1,55 @@
+"""`load: stream`: the whole workflow gives the numbers of models in memory, and the option is in no key of the cache."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.workflow.test_end_to_end import Workspace
+from winnow.io import Bundle, read_json, read_parquet
+
+pytestmark = pytest.mark.workflow
+LAST = 1e-6
+
+
+def results(folder: Path, name: str) -> list[Path]:
+    return sorted(p.relative_to(folder) for p in (folder / "results").rglob(name) if "logs" not in p.parts)
+
+
+def test_streaming_changes_no_number_and_no_key(tmp_path):
+    whole, streamed = (Workspace(tmp_path / name) for name in ("whole", "streamed"))
+    streamed.config["models"]["pico"] |= {"load": "stream", "source": str(whole.folder / "model")}
+    whole.config["models"]["pico"] |= {"source": str(whole.folder / "model")}
+    for place in (whole, streamed):
+        done = place.run()
+        assert done.returncode == 0, done.stderr
+    logs = [path.read_text() for path in (streamed.folder / "results/logs/collect_statistics").rglob("*.log")]
+    assert any("calibration batches of layer 1" in text for text in logs), "it was streamed"
+    assert "of layer" not in "".join(p.read_text() for p in (whole.folder / "results/logs").rglob("*.log"))
+    for path in results(whole.folder, "short.json"):
+        one, two = (read_json(place.folder / path) for place in (whole, streamed))
+        for key in ("nll", "nll_se", "kl", "top1_agreement", "delta_nll"):
+            assert two.get(key) == pytest.approx(one.get(key), rel=LAST, abs=LAST), (path, key)
+        assert two["per_window"]["nll"] == pytest.approx(one["per_window"]["nll"], rel=LAST)
+    for path in results(whole.folder, "channels.parquet"):
+        one, two = (read_parquet(place.folder / path) for place in (whole, streamed))
+        assert one.drop(columns=["site"]).to_numpy() == pytest.approx(two.drop(columns=["site"]).to_numpy(), rel=LAST, abs=LAST)
+    for path in (p for p in results(whole.folder, "manifest.json") if p.parent.name == "moments"):
+        one, two = (Bundle(place.folder / path) for place in (whole, streamed))
+        for name in one.manifest["files"]:
+            there = two.tensors(name)
+            for key, value in one.tensors(name).items():
+                assert float((value - there[key]).abs().max()) <= LAST * float(value.abs().max())
+    assert not list(streamed.folder.rglob(".*.hidden*")) + list(streamed.folder.rglob(".*.evaluated*"))
+    streamed.config["models"]["pico"]["load"] = "whole"
+    assert streamed.planned() == {}, "how a model is read is no reason to compute anew"
+    recipe = next((streamed.folder / "results").rglob("recipe.yaml")).read_text()
+    assert "load" not in recipe
+
+
+def test_one_run_can_stream(tmp_path):
+    """Without an edit of the configuration."""
+    place = Workspace(tmp_path)
+    done = place.run("statistics", "--set-resources", "collect_statistics:stream=1")
+    assert done.returncode == 0, done.stderr
+    logs = [path.read_text() for path in (place.folder / "results/logs/collect_statistics").rglob("*.log")]
+    assert any("calibration batches of layer 1" in text for text in logs)
