@@ -339,7 +339,8 @@ def _swaps_figure(frames: dict[str, pd.DataFrame]) -> Any:
         style = {**line_style(0), "linestyle": "none"}
         axis.errorbar(rows["scalar"], rows["delta_nll"], yerr=2 * rows["delta_nll_se"], markersize=5, capsize=2, **style)
         for _, row in rows.iterrows():
-            axis.annotate(f" {row['layer']:.0f}", (row["scalar"], row["delta_nll"]), fontsize=8)
+            place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
+            axis.annotate(f"{row['layer']:.0f}", (row["scalar"], row["delta_nll"]), **place)
         axis.set_title(f"{model}: one block swapped (number: its layer)", fontsize=9)
         axis.set_xlabel("held-out R² of the block (grand mean)")
         axis.set_ylabel("loss above dense (nats per token)\nbars: 2 standard errors", fontsize=8)
