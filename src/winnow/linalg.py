@@ -160,12 +160,9 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
     values, vectors = eigh(product.double())
     squared = values.flip(0).clamp(min=0)
     s = squared.sqrt()
-    # Squared singular values below this are noise: of the eigensolver, and of a metric whose entries were rounded, which adds
-    # about precision sqrt(p_ii p_jj) to every entry of the product and so this much, with a margin, to its eigenvalues.
-    noise = max(m, n) * EPSILON * squared[0]
-    if rounded:
-        diagonal = product.diagonal().double()
-        noise += precision * (diagonal.max() * diagonal.sum()).sqrt()
+    # Squared singular values below this are noise: of the eigensolver, and of a metric that was rounded, which makes as many
+    # eigenvalues negative as it makes positive where all should be 0.
+    noise = max(m, n) * EPSILON * squared[0] + (2 * -values[0].clamp(max=0) if rounded else 0)
     tail = torch.cat([squared.flip(0).cumsum(0).flip(0), squared.new_zeros(1)])
     rank = min(largest, int((squared > noise).sum()))
     vectors = vectors[:, len(s) - rank :].flip(1)
@@ -182,7 +179,7 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
 
 def _deflated_sandwich(weight: Tensor, gram: Tensor) -> Tensor:
     """W G W^T (m, m), float64, by products in float32 whose rounding does not grow with the few largest eigenvalues of G, which
-    massive activations make millions of times the others: G = Q S Q^T + rest, for whatever Q and S, and Q S Q^T goes in float64."""
+    massive activations make millions of times the others: G = Q S Q^T + rest, for whatever Q and S; Q S Q^T goes in float64."""
     single = gram.float()
     q = single[:, single.diagonal().topk(min(8, len(gram))).indices]
     for _ in range(3):
@@ -199,7 +196,8 @@ def _root(gram: Tensor) -> tuple[Tensor, bool]:
     pivots = lower.diagonal()
     if int(info) == 0 and pivots.min() ** 2 > INVERTIBLE * pivots.max() ** 2:
         return lower, True
-    return square_root(gram), False
+    values, vectors = eigh(gram)
+    return (vectors * values.where(values > -2 * values[0], 0).clamp(min=0).sqrt()) @ vectors.T, False
 
 
 def _times(weight: Tensor, root: Tensor, lower: bool) -> Tensor:

@@ -247,7 +247,7 @@ def test_error_is_the_optimum_at_every_rank_in_both_precisions(shape, precision)
     gram = gram_of(x)
     gram = gram.float().double() if precision > 1e-10 else gram
     best = torch.linalg.svdvals(weight @ torch.linalg.cholesky(gram)).square()
-    tolerance = 1e-5 if precision > 1e-10 else 1e-9
+    tolerance = 5e-5 if precision > 1e-10 else 1e-9
     largest = shape[0] * shape[1] // sum(shape)
     found = leading_directions(weight, gram, precision, largest=largest)
     assert (found.left.shape, found.right.shape) == ((shape[0], largest), (largest, shape[1]))
