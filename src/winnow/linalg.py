@@ -180,14 +180,15 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
 def _deflated_sandwich(weight: Tensor, gram: Tensor) -> Tensor:
     """W G W^T (m, m), float64, by products in float32 whose rounding does not grow with the few largest eigenvalues of G, which
     massive activations make millions of times the others: G = Q S Q^T + rest, for whatever Q and S; Q S Q^T goes in float64."""
-    single = gram.float()
+    single = gram.to(torch.float32, copy=True)
     q = single[:, single.diagonal().topk(min(8, len(gram))).indices]
-    for _ in range(3):
+    for _ in range(2):
         q = torch.linalg.qr(single @ q).Q
-    core, q = (q.T @ (single @ q)).double(), q.double()
-    core, outer = (core + core.T) / 2, weight @ q
-    rest = (gram - q @ core @ q.T).float()
-    return sandwich(weight.float(), rest).double() + outer @ core @ outer.T
+    core = q.T @ (single @ q)
+    core = (core + core.T) / 2
+    rest = single.addmm_(q @ core, q.T, alpha=-1)
+    outer = weight @ q.double()
+    return sandwich(weight.float(), rest).double() + outer @ core.double() @ outer.T
 
 
 def _root(gram: Tensor) -> tuple[Tensor, bool]:

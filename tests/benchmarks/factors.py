@@ -104,9 +104,10 @@ def block(width: int, given: argparse.Namespace) -> dict[str, float]:
             took, found = timed(ours, matrix, weight, grams[site], ranks)
             spent["winnow"] += took / given.repeats
             if width <= given.recipe_to:
-                took, theirs = timed(recipe, weight, gram, ranks)
-                spent["recipe"] += took / given.repeats
-                excess += [error(x, weight, a) - error(x, weight, b) for a, b in zip(found, theirs, strict=True)]
+                took, theirs = timed(recipe, weight, gram, ranks[-given.budgets :])
+                spent["recipe"] += took / given.repeats * len(ranks) / given.budgets
+                pairs = zip(found[-given.budgets :], theirs, strict=True)
+                excess += [error(x, weight, a) - error(x, weight, b) for a, b in pairs]
         if excess:
             print(f"| {role} | {m} x {n} | {spent['recipe'] / spent['winnow']:.1f} | {max(excess):.1e} |", flush=True)
         else:
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--budgets", type=int, default=len(KEEPS), help="of the recipe that are run; its time is scaled to all")
     parser.add_argument("--recipe-to", type=int, default=2048, help="largest width at which the recipe is run")
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that others use; with one thread")
     given = parser.parse_args()
