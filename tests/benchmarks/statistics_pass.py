@@ -6,8 +6,8 @@ Two models: the demo, and one block of Llama-3.2-1B's shape with random weights.
 is all that the statistics pass runs; the demo's with its head, which gives logits, stands beside it. The floor is the larger of
 two times, both of rates measured here: the operations of the forward pass and of the second moments (a Gram matrix counts half,
 since it is symmetric) over the rate of a float32 product, and the bytes of weights and sums, once per batch, over the rate of a
-copy. Printed for several numbers of windows: ratios, medians over the repeats, with the lowest and the highest; how both grow with
-windows; and the largest relative difference of a moment from float64.
+copy. Printed for several numbers of windows: ratios, medians over the repeats, with the lowest and the highest; how both grow;
+and the largest relative difference of a moment from float64.
 """
 
 import argparse
@@ -67,9 +67,7 @@ def compare(name: str, model, matrices: list[Matrix], length: int, counts: list[
     base = model.base_model
     last: tuple[float, float] | None = None
     print(f"\n{name}: windows of {length}, batches of {batch}, {given.precision}\n")
-    print(
-        "| windows | statistics / forward | with the head | statistics / floor | forward / its share of the floor | growth, both |"
-    )
+    print("| windows | statistics / forward | with the head | statistics / floor | forward / its part of it | growth, both |")
     print("|---:|---:|---:|---:|---:|---:|")
     for count in counts:
         windows = torch.randint(0, model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
