@@ -145,8 +145,6 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
     """The same for R = I."""
     m, n = weight.shape
     rounded = columns.dim() == 2 and precision > EPSILON
-    # Squared singular values below this share of the largest are rounding noise of the metric or of the eigensolver.
-    noise = max(m, n) * EPSILON + (16 * precision if rounded else 0)
     dtype = torch.float32 if rounded else torch.float64
     own = weight.to(dtype)
     if columns.dim() == 1:
@@ -158,12 +156,15 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
     if m > n or columns.dim() == 1:
         product = gram_of(scaled if m > n else scaled.T)
     else:
-        product = sandwich(own, columns.to(dtype))
+        product = _deflated_sandwich(weight, columns) if rounded else sandwich(weight, columns)
     values, vectors = eigh(product.double())
     squared = values.flip(0).clamp(min=0)
     s = squared.sqrt()
+    # Squared singular values below this are noise: of the eigensolver, and of a metric that was rounded, which makes as many
+    # eigenvalues negative as it makes positive where all should be 0.
+    noise = max(m, n) * EPSILON * squared[0] + (2 * -values[0].clamp(max=0) if rounded else 0)
     tail = torch.cat([squared.flip(0).cumsum(0).flip(0), squared.new_zeros(1)])
-    rank = min(largest, int((squared > noise * squared[0]).sum()) if squared[0] > 0 else 0)
+    rank = min(largest, int((squared > noise).sum()))
     vectors = vectors[:, len(s) - rank :].flip(1)
     if m > n and rank == largest and divisible:
         # W S V V^T S^{-1}, whose error in the metric depends on V alone, however the columns of W S V / s are rounded.
@@ -176,13 +177,28 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
     return Directions(u, (u.T.to(dtype) @ own).double(), s, tail)
 
 
+def _deflated_sandwich(weight: Tensor, gram: Tensor) -> Tensor:
+    """W G W^T (m, m), float64, by products in float32 whose rounding does not grow with the few largest eigenvalues of G, which
+    massive activations make millions of times the others: G = Q S Q^T + rest, for whatever Q and S; Q S Q^T goes in float64."""
+    single = gram.to(torch.float32, copy=True)
+    q = single[:, single.diagonal().topk(min(8, len(gram))).indices]
+    for _ in range(2):
+        q = torch.linalg.qr(single @ q).Q
+    core = q.T @ (single @ q)
+    core = (core + core.T) / 2
+    rest = single.addmm_(q @ core, q.T, alpha=-1)
+    outer = weight @ q.double()
+    return sandwich(weight.float(), rest).double() + outer @ core.double() @ outer.T
+
+
 def _root(gram: Tensor) -> tuple[Tensor, bool]:
     """(S, whether it may be divided by), S S^T = gram: the Cholesky factor, or a symmetric root if there is none to rely on."""
     lower, info = torch.linalg.cholesky_ex(gram)
     pivots = lower.diagonal()
     if int(info) == 0 and pivots.min() ** 2 > INVERTIBLE * pivots.max() ** 2:
         return lower, True
-    return square_root(gram), False
+    values, vectors = eigh(gram)
+    return (vectors * values.where(values > -2 * values[0], 0).clamp(min=0).sqrt()) @ vectors.T, False
 
 
 def _times(weight: Tensor, root: Tensor, lower: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """Factors for five budgets of every matrix of one block: winnow against the published recipe, in one process, in turns.
 
-    python tests/benchmarks/factors.py [--widths 512 1024 2048] [--tokens 4096] [--threads 2] [--repeats 1] [--recipe-to 2048]
+    python tests/benchmarks/factors.py [--widths 512 1024 2048] [--threads 2] [--repeats 1] [--recipe-to 2048]
 
 The recipe is SVD-LLM's (arXiv 2403.07378): a Gram matrix per linear layer, its Cholesky factor, and for every budget the inverse
 of that and a full SVD of W L, in float32 as published. winnow: a Gram matrix per distinct input, one eigenproblem of the smaller
@@ -50,8 +50,12 @@ def recipe_gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def recipe(weight: torch.Tensor, gram: torch.Tensor, ranks: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Two factors per rank, as SVD-LLM's `whitening` makes them once per budget."""
-    lower = torch.linalg.cholesky(gram.double() + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram))).float()
+    """Two factors per rank, as SVD-LLM's `whitening` makes them once per budget; a Gram matrix not definite is shifted."""
+    lower, info = torch.linalg.cholesky_ex(gram.double())
+    if int(info):
+        shift = 1e-6 - torch.linalg.eigvalsh(gram.double())[0]
+        lower = torch.linalg.cholesky(gram.double() + shift * torch.eye(len(gram)))
+    lower = lower.float()
     found = []
     for rank in ranks:
         inverse = torch.linalg.inv(lower)
@@ -85,10 +89,11 @@ def timed(function, *arguments):
 def block(width: int, given: argparse.Namespace) -> dict[str, float]:
     """Seconds of both for one block: {recipe, recipe gram, winnow, winnow gram}; 0 for a recipe that is not run."""
     torch.manual_seed(0)
-    sites = {site: inputs(int(n * width), given.tokens) for _, n, site in ROLES.values()}
+    roles = {role: ROLES[role] for role in given.roles}
+    sites = {site: inputs(int(n * width), given.tokens or 8 * width) for _, n, site in roles.values()}
     total = dict.fromkeys(("recipe", "recipe gram", "winnow", "winnow gram"), 0.0)
     grams: dict[str, torch.Tensor] = {}
-    for role, (rows, columns, site) in ROLES.items():
+    for role, (rows, columns, site) in roles.items():
         m, n = int(rows * width), int(columns * width)
         x, weight = sites[site], torch.randn(m, n) / n**0.5
         matrix = Matrix(0, role, f"block.{role}", site, (m, n), transposed=False, bias=False)
@@ -98,15 +103,16 @@ def block(width: int, given: argparse.Namespace) -> dict[str, float]:
             if width <= given.recipe_to:
                 took, gram = timed(recipe_gram, x)
                 spent["recipe gram"] += took / given.repeats
-            if role in FIRST:
+            if role in FIRST or site not in grams:
                 took, grams[site] = timed(gram_of, x)
                 spent["winnow gram"] += took / given.repeats
             took, found = timed(ours, matrix, weight, grams[site], ranks)
             spent["winnow"] += took / given.repeats
             if width <= given.recipe_to:
-                took, theirs = timed(recipe, weight, gram, ranks)
-                spent["recipe"] += took / given.repeats
-                excess += [error(x, weight, a) - error(x, weight, b) for a, b in zip(found, theirs, strict=True)]
+                took, theirs = timed(recipe, weight, gram, ranks[-given.budgets :])
+                spent["recipe"] += took / given.repeats * len(ranks) / given.budgets
+                pairs = zip(found[-given.budgets :], theirs, strict=True)
+                excess += [error(x, weight, a) - error(x, weight, b) for a, b in pairs]
         if excess:
             print(f"| {role} | {m} x {n} | {spent['recipe'] / spent['winnow']:.1f} | {max(excess):.1e} |", flush=True)
         else:
@@ -118,9 +124,11 @@ def block(width: int, given: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, help="by default eight times the width, twice that of the widest input")
+    parser.add_argument("--roles", nargs="+", choices=list(ROLES), default=list(ROLES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--budgets", type=int, default=len(KEEPS), help="of the recipe that are run; its time is scaled to all")
     parser.add_argument("--recipe-to", type=int, default=2048, help="largest width at which the recipe is run")
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that others use; with one thread")
     given = parser.parse_args()

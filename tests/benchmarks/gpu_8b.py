@@ -5,9 +5,9 @@
     python -m tests.benchmarks.gpu_8b --forecast-only        # no model: what 8B and 70B take, by the forecast
 
 The model is made on the device, in bfloat16. By default `collect` runs on one layer at a time, whose sums are given up before the
-next, so that the device holds one layer as in streaming; every layer gets the embedded tokens, the same work as hidden states, which
-are not moved between host and device here. `--whole` runs it once on the model, with the sums of all layers on the device: 82 GB in
-float64 beside 16 GB of weights. Then each of the layer's matrices is fitted for every rank up to break-even.
+next, so that the device holds one layer as in streaming; every layer gets the embedded tokens, the same work as hidden states,
+which are not moved between host and device here. `--whole` runs it once on the model, with the sums of all layers on the device:
+82 GB in float64 beside 16 GB of weights. Then each of the layer's matrices is fitted for every rank up to break-even.
 
 Printed: seconds, the share of the arithmetic floor and peak memory per stage; how far bfloat16 is from float32, in moments and in
 the calibration error of factors; and the forecasts. The floor counts what cannot be done without (half of symmetric products,
@@ -160,9 +160,7 @@ def agreement(given: argparse.Namespace, config: dict[str, int]) -> None:
         sites = dict(collect(model, matrices, windows, batch, torch.float32))[0]
         found[dtype] = sites, fits(model, matrices, sites, given.device)
     (rough, coarse), (exact, fine) = found[torch.bfloat16], found[torch.float32]
-    print(
-        "\nbfloat16 from float32: the Gram matrix, and the calibration error of the factors at half of their ranks, both relative\n"
-    )
+    print("\nbfloat16 from float32: the Gram matrix, and the calibration error of the factors at half of their ranks; relative\n")
     print("| matrix | Gram matrix | calibration error |\n|---|---:|---:|")
     for matrix in matrices:
         gram = exact[matrix.site]["gram"].double()
@@ -187,10 +185,8 @@ def forecasts(given: argparse.Namespace, stages: dict[str, Stage] | None) -> Non
     print("\nForecasts: config/models/llama-3.1-8b.yaml (256 windows of 2,048), and the same for the shape of Llama-3.1-70B.")
     print(f"Assumed: products a second {rates}; the rate of `winnow plan` is that of float32, halved;")
     print(f"{START:.0f} s to start a job, {WRITTEN:.1e} bytes a second written, {EIGEN} n^3 operations for an eigenproblem;")
-    print(
-        "all sums of `collect_statistics` in memory at once. Shares of the floor's rate are those of this device, if it ran: a GPU's"
-    )
-    print("share in eigenproblems is smaller than a CPU's.")
+    print("all sums of `collect_statistics` in memory at once. Shares of the floor's rate are those of this device, if it ran:")
+    print("a GPU's share in eigenproblems is smaller than a CPU's.")
     for name, shape in (("llama-3.1-8b", LARGE), ("llama-3.1-70b", HUGE)):
         text = (ROOT / "config" / "models" / "llama-3.1-8b.yaml").read_text(encoding="utf-8").replace("llama-3.1-8b", name)
         plan = Plan(load(yaml.safe_load(text)), ROOT)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from winnow.linalg import leading_directions, regularized
+from winnow import linalg
+from winnow.linalg import finite, leading_directions, regularized, sandwich
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
 torch.set_default_dtype(torch.float32)
@@ -221,3 +222,47 @@ def test_two_sided_is_the_svd_between_the_roots(shape, seed):
                 continue
             expected = torch.linalg.solve(left.T, (u[:, :k] * s[:k]) @ vh[:k]) @ torch.linalg.inv(right)
             torch.testing.assert_close(approximation(found, k), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_products_by_halves_are_the_products():
+    """At 700 columns in three blocks, so that diagonal, whole and last blocks count."""
+    weight, x = random((40, 700), 1), random((90, 700), 2)
+    gram = x.T @ x
+    torch.testing.assert_close(linalg.gram_of(x), gram)
+    torch.testing.assert_close(linalg.gram_of(x, x[:, :5]), gram[:, :5])
+    torch.testing.assert_close(linalg.gram_of(x.bfloat16(), dtype=torch.float64), x.bfloat16().double().T @ x.bfloat16().double())
+    torch.testing.assert_close(sandwich(weight, gram), weight @ gram @ weight.T)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        assert not finite(torch.tensor([1.0, bad]))
+
+
+@pytest.mark.parametrize("shape", [(300, 700), (700, 300), (400, 400)])
+@pytest.mark.parametrize("precision", [2.0**-52, 2.0**-23])
+def test_error_is_the_optimum_at_every_rank_in_both_precisions(shape, precision):
+    """Shapes of several blocks: the excess over the optimum is rounding, also with statistics of float32."""
+    weight, x = random(shape, 3), random((shape[1], 3 * shape[1]), 4)
+    x *= torch.logspace(0, -3, shape[1], dtype=torch.float64)[:, None]
+    x[:, :1] *= 100  # one massive token, and a massive channel
+    x[5] *= 100
+    gram = gram_of(x)
+    gram = gram.float().double() if precision > 1e-10 else gram
+    best = torch.linalg.svdvals(weight @ torch.linalg.cholesky(gram)).square()
+    tolerance = 5e-5 if precision > 1e-10 else 1e-9
+    largest = shape[0] * shape[1] // sum(shape)
+    found = leading_directions(weight, gram, precision, largest=largest)
+    assert (found.left.shape, found.right.shape) == ((shape[0], largest), (largest, shape[1]))
+    assert found.left.dtype == found.right.dtype == torch.float64
+    for k in (1, largest // 2, largest):
+        optimum = float(best[k:].sum())
+        assert output_error(weight, approximation(found, k), gram) == pytest.approx(optimum, rel=tolerance)
+        rounding = precision * float(best.sum())  # of the largest, a massive token's, which sums are rounded by
+        assert float(found.error[k]) == pytest.approx(optimum, rel=1e-9, abs=4 * rounding)
+
+
+def test_no_more_ranks_than_asked_for_with_a_singular_metric():
+    """A Gram of 20 tokens and 30 ranks: what is beyond the 20 is spent on the weights, on both sides of square."""
+    for shape in ((60, 80), (80, 60)):
+        weight, x = random(shape, 5), random((shape[1], 20), 6)
+        part, whole = (leading_directions(weight, gram_of(x), largest=largest) for largest in (30, None))
+        torch.testing.assert_close(approximation(part, 30), approximation(whole, 30), atol=1e-8, rtol=1e-8)
+        assert part.left.shape[1] == 30
