@@ -102,7 +102,7 @@ def experts_left_dense(files: ModelFiles, structure: Structure, targets: list[st
     """The groups of experts that `targets` name and that were not fitted, for want of calibration tokens."""
     roles = {m.role for m in select(files.matrices, targets)}
     fits = [(name, g) for name, _, g in structure.fits(files.matrices) if g[0].expert is not None and g[0].role in roles]
-    return [name for name, _ in fits if name not in spectra.index]
+    return list(dict.fromkeys(name.partition("@")[0] for name, _ in fits if name not in spectra.index))
 
 
 def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:

@@ -12,7 +12,7 @@ import yaml
 
 from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import logits, statistics
-from winnow.allocation import TOLERANCE, Group, allocate, chosen_groups, summarize
+from winnow.allocation import TOLERANCE, Group, allocate, chosen_groups, experts_left_dense, summarize
 from winnow.allocations import allocation_of
 from winnow.allocations.base import dense_bytes, stored_bytes
 from winnow.allocations.blocks import places_of, ways_of
@@ -23,7 +23,7 @@ from winnow.checkpoint import compress, recipe_of, write_checkpoint
 from winnow.config import Method, load
 from winnow.config_files import default
 from winnow.errors import InputError
-from winnow.factors import fit_groups, storable
+from winnow.factors import fit_groups, left_dense, storable
 from winnow.forecast import forecast, shape_of
 from winnow.gradients import collect_gradients
 from winnow.in_memory import put
@@ -255,6 +255,25 @@ def fitted(request, tmp_path_factory):
     frames = (pd.DataFrame(rows).set_index("group") for rows in tables.values())
     groups = chosen_groups(files, structure, ["ffn", "attention"], *frames)
     return source, files, structure, groups, factors_of(structure, paths)[0]
+
+
+def test_experts_without_gradients_stay_dense_whatever_the_member(tmp_path):
+    pico("mixtral").save_pretrained(tmp_path / "model")
+    moments, gradients = statistics(tmp_path / "model", tmp_path / "statistics")
+    files, structure = ModelFiles(tmp_path / "statistics" / "model.json"), structure_of(MIXED)
+    own = structure.alternatives()["@gauge_fixed"]
+    rows = [
+        {"group": f"{name}@gauge_fixed", "numbers": numbers, "error": fit.error.tolist()}
+        for name, fit, numbers in fit_groups(
+            files, moments, gradients, {}, own, metric_of({"kind": "two_sided"}), "1-of-1", "cpu"
+        )
+    ]
+    spectra, targets = pd.DataFrame(rows).set_index("group"), ["ffn", "attention"]
+    groups = chosen_groups(files, structure, targets, spectra)
+    assert {m.role for g in groups for m in g.matrices} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    left = experts_left_dense(files, structure, targets, spectra)
+    tokens = [left_dense(files, moments, one, metric_of({"kind": "two_sided"}), "1-of-1") for one in structure.members.values()]
+    assert left == list(dict.fromkeys(name for found in tokens for name in found))
 
 
 def by_hand(files, groups):
