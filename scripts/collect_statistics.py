@@ -33,6 +33,7 @@ if __name__ == "__main__":
     for layer, sites in found:
         tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
         write_tensors(folder / moments_file(layer), tensors, job.provenance)
+        del sites, tensors  # before the next layer's are made
     channels = []
     for layer in layers:
         for site in dict.fromkeys(m.site for m in files.matrices if m.layer == layer):

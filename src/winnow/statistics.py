@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ROWS = 256  # of a Gram matrix that are finished at a time
+PRODUCT = 1 << 22  # numbers of a product that are added at a time
 CHANNELS = ("mean", "mean_abs", "rms", "max_abs", "active")  # statistics with a number per channel
 
 
@@ -53,10 +54,10 @@ class Moments:
     def accumulate(self, x: Tensor, other: Tensor | None = None) -> None:
         """Add inputs x (tokens, n), and their products with `other` (tokens, d)."""
         x = x.detach().to(self.precision)
+        _add_product(self.gram, x, x)
         if other is not None:
-            self.cross += x.T @ other.detach().to(self.precision)
+            _add_product(self.cross, x, other.detach().to(self.precision))
         self.count += len(x)
-        self.gram += x.T @ x
         self.total += x.sum(0, dtype=torch.float64)
         self.total_abs += x.abs().sum(0, dtype=torch.float64)
         if len(x):
@@ -93,6 +94,13 @@ class Moments:
             **({"cross": self.cross / n} if self.cross.numel() else {}),
         }
         return {**{k: v.to(self.precision).cpu() for k, v in means.items()}, "count": self.count}
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += x^T y, by rows: the product and its float64 copy are as large as the total otherwise."""
+    step = max(1, PRODUCT // max(1, y.shape[1]))
+    for start in range(0, x.shape[1], step):
+        total[start : start + step] += x[:, start : start + step].T @ y
 
 
 class Watch:
