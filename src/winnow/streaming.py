@@ -31,6 +31,7 @@ from winnow.tensor_files import TensorFile, bytes_of
 
 log = logging.getLogger(__name__)
 M_MMAP_THRESHOLD = -3  # of malloc.h
+NAMES = ("hidden", "compared")  # of the models that one artefact is made with
 
 
 def give_back_memory() -> None:
@@ -89,7 +90,7 @@ class Streamed:
         artefact: Path | str,
         length: int,
         provenance: dict[str, Any] | None = None,
-        name: str = "hidden",
+        name: str = NAMES[0],
     ):
         give_back_memory()
         files = weight_files(directory)
@@ -293,3 +294,10 @@ class Streamed:
         """Remove what lies beside the artefact."""
         for path in (self._state(), *(self.prefix.with_name(f"{self.prefix.name}-{n}") for n in (0, 1))):
             path.unlink(missing_ok=True)
+
+
+def clear_left(artefact: Path | str) -> None:
+    """Remove the hidden states of all models that lie beside an artefact, which is finished, by whatever process."""
+    for path in Path(artefact).parent.glob(f".{Path(artefact).name}.*"):
+        if path.name.endswith((*(f".{name}-{n}" for name in NAMES for n in (0, 1)), *(f".{name}.json" for name in NAMES))):
+            path.unlink()

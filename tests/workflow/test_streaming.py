@@ -39,7 +39,7 @@ def test_streaming_changes_no_number_and_no_key(tmp_path):
             there = two.tensors(name)
             for key, value in one.tensors(name).items():
                 assert float((value - there[key]).abs().max()) <= LAST * float(value.abs().max())
-    assert not list(streamed.folder.rglob(".*.hidden*")) + list(streamed.folder.rglob(".*.evaluated*"))
+    assert not list(streamed.folder.rglob(".*.hidden*")) + list(streamed.folder.rglob(".*.compared*"))
     streamed.config["models"]["pico"]["load"] = "whole"
     assert streamed.planned() == {}, "how a model is read is no reason to compute anew"
     recipe = next((streamed.folder / "results").rglob("recipe.yaml")).read_text()
