@@ -1,16 +1,17 @@
 """A model that is larger than the memory allowed goes from statistics to perplexity, and the forecast of each peak is true.
 
-    python -m tests.benchmarks.streaming [--layers 120] [--width 512] [--hidden 2048] [--vocabulary 16000] [--limit 700]
-        [--windows 2] [--length 128] [--threads 2] [--folder /tmp]
+    python -m tests.benchmarks.streaming [--layers 52] [--width 512] [--hidden 2048] [--vocabulary 8000] [--stored float32]
+        [--limit 650] [--windows 2] [--length 128] [--threads 2] [--folder /tmp]
 
-A model of Llama's form with random weights in bfloat16 is made in a folder, and the workflow is run on it with `load: stream`:
-every job is a process whose data the operating system limits to `--limit` MiB (RLIMIT_DATA). Printed: the peak of resident
-memory of each stage (VmHWM, which counts pages of shared libraries, too), beside what `snakemake plan` forecasts. It fails if a
-job fails, if a peak is above the limit, if a forecast is more than 15 % off, or if the model is smaller than the limit.
+A model of Llama's form with random weights is made in a folder, and the workflow is run on it with `load: stream`: every job is
+a process whose data the operating system limits to `--limit` MiB (RLIMIT_DATA). Printed: the peak of resident memory of each
+stage (VmHWM, which counts pages of shared libraries, too), beside what `snakemake plan` forecasts. It fails if a job fails, if a
+peak is above the limit, if a forecast is more than 15 % off, or if the model is smaller than the limit.
 
 2 B parameters in 1.5 GiB, of which the factors take most of the time:
 
-    python -m tests.benchmarks.streaming --layers 128 --width 1024 --hidden 4096 --vocabulary 32000 --limit 1536
+    python -m tests.benchmarks.streaming --layers 128 --width 1024 --hidden 4096 --vocabulary 32000 --stored bfloat16 \\
+        --limit 1536
 """
 
 import argparse
@@ -45,7 +46,7 @@ atexit.register(record)
 '''
 
 
-def write_model(folder: Path, layers: int, width: int, hidden: int, vocabulary: int) -> int:
+def write_model(folder: Path, layers: int, width: int, hidden: int, vocabulary: int, stored: str) -> int:
     """A directory with a model of random weights, written tensor by tensor; returns its bytes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -62,21 +63,21 @@ def write_model(folder: Path, layers: int, width: int, hidden: int, vocabulary: 
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
-        dtype="bfloat16",
+        dtype=stored,
         architectures=["LlamaForCausalLM"],
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, stored)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in model.named_parameters():
             if weight.dim() == 1:
-                yield name, torch.ones(weight.shape, dtype=torch.bfloat16)
+                yield name, torch.ones(weight.shape, dtype=dtype)
             else:
                 scale = 0.5 * weight.shape[1] ** -0.5
-                yield name, torch.empty(weight.shape, dtype=torch.bfloat16).normal_(0, scale, generator=generator)
+                yield name, torch.empty(weight.shape, dtype=dtype).normal_(0, scale, generator=generator)
 
     total = write_weights(folder, tensors(), 1 << 30)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -150,17 +151,19 @@ def measured(folder: Path, config: dict) -> list[tuple[str, float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = {"layers": 120, "width": 512, "hidden": 2048, "vocabulary": 16000, "limit": 700, "windows": 2, "length": 128}
+    options = {"layers": 52, "width": 512, "hidden": 2048, "vocabulary": 8000, "limit": 650, "windows": 2, "length": 128}
     for name, value in {**options, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--stored", choices=("float32", "bfloat16"), default="float32", help="dtype of the files")
     parser.add_argument("--folder", type=Path, default=None, help="where the model and all results are made, and removed")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         began = time.monotonic()
-        size = write_model(folder / "model", given.layers, given.width, given.hidden, given.vocabulary)
+        size = write_model(folder / "model", given.layers, given.width, given.hidden, given.vocabulary, given.stored)
         limit = given.limit * MIB
-        print(f"{size / 2 / 1e9:.2f} B parameters, {size / MIB:,.0f} MiB on disk, {given.limit:,} MiB allowed", flush=True)
+        unit = 4 if given.stored == "float32" else 2
+        print(f"{size / unit / 1e9:.2f} B parameters, {size / MIB:,.0f} MiB on disk, {given.limit:,} MiB allowed", flush=True)
         config = configuration(folder / "model", given.windows, given.length)
         status, output = run(folder, config, limit, given.threads)
         if status:
