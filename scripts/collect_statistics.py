@@ -12,7 +12,7 @@ from winnow.models import ModelFiles
 from winnow.resume import Resume, own_files
 from winnow.runtime import start_job
 from winnow.statistics import CHANNELS, channel_rows, collect, collect_by_block
-from winnow.streaming import Streamed
+from winnow.streaming import Streamed, clear_left
 
 if __name__ == "__main__":
     job = start_job(snakemake)
@@ -21,18 +21,18 @@ if __name__ == "__main__":
     windows, types = tokens["ids"], tokens.get("types")
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
     options = (files.matrices, windows, batch, getattr(torch, job.spec["precision"]), job.spec["first_token"])
-    folder, layers = Path(moments).parent, sorted({m.layer for m in files.matrices})
+    resume, folder, layers = Resume(moments, job.provenance), Path(moments).parent, sorted({m.layer for m in files.matrices})
     if snakemake.resources.stream:
         kept = own_files(folder, job.provenance)
-        state = Streamed(files.verify(), job.spec["dtype"], job.device, moments, windows.shape[1], job.provenance)
-        state.trust([layer for layer in layers if moments_file(layer) in kept])
-        found = collect_by_block(state, *options, types=types)
+        streamed = Streamed(files.verify(), job.spec["dtype"], job.device, moments, windows.shape[1], job.provenance)
+        streamed.trust([layer for layer in layers if moments_file(layer) in kept])
+        found = collect_by_block(streamed, *options, types=types)
     else:
-        model, state = load_model(files.verify(), job.spec["dtype"], job.device), Resume(moments, job.provenance)
-        found = collect(model, *options, state, types)
+        found = collect(load_model(files.verify(), job.spec["dtype"], job.device), *options, resume, types)
     for layer, sites in found:
         tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
         write_tensors(folder / moments_file(layer), tensors, job.provenance)
+        del sites, tensors  # before the next layer's are made
     channels = []
     for layer in layers:
         for site in dict.fromkeys(m.site for m in files.matrices if m.layer == layer):
@@ -42,4 +42,5 @@ if __name__ == "__main__":
             channels.append(pd.DataFrame(channel_rows(layer, site, values, readers)))
     write_parquet(snakemake.output.channels, pd.concat(channels, ignore_index=True), job.provenance)
     write_manifest(folder, {"tokens": int((windows >= 0).sum())}, job.provenance)
-    state.clear()
+    resume.clear()
+    clear_left(moments)

@@ -6,26 +6,25 @@ from winnow.models import ModelFiles
 from winnow.perplexity import evaluate, evaluate_by_block, summarize
 from winnow.resume import Resume
 from winnow.runtime import start_job
-from winnow.streaming import Streamed
+from winnow.streaming import NAMES, Streamed, clear_left
 
 if __name__ == "__main__":
     job = start_job(snakemake)
     spec = job.spec
     files = ModelFiles(snakemake.input.model)
     checkpoint = Bundle(snakemake.input.checkpoint) if snakemake.input.get("checkpoint") else None
-    directories = {"evaluated": (checkpoint or files).verify()}
+    directories = [(checkpoint or files).verify()]
     if checkpoint and spec["compare"]:
-        directories["compared"] = files.verify()
+        directories.append(files.verify())
     tokens, facts = read_tensors(snakemake.input.tokens, sealed=True)
     windows = (tokens["ids"], tokens["first"], max(1, snakemake.resources.batch_tokens // spec["length"]))
     resume, where = Resume(snakemake.output[0], job.provenance), (spec["dtype"], job.device)
-    streamed = []
     if snakemake.resources.stream:
         place = (snakemake.output[0], tokens["ids"].shape[1], job.provenance)
-        streamed = [Streamed(path, *where, *place, name) for name, path in directories.items()]
+        streamed = [Streamed(path, *where, *place, name) for path, name in zip(directories, NAMES, strict=False)]
         rows = evaluate_by_block(streamed[0], streamed[1] if streamed[1:] else None, *windows, resume)
     else:
-        models = [load_model(path, *where) for path in directories.values()]
+        models = [load_model(path, *where) for path in directories]
         rows = evaluate(models[0], models[1] if models[1:] else None, *windows, resume)
     dense = read_json(snakemake.input.dense) if checkpoint else None
     block = files.dense_bytes(files.matrices)
@@ -42,5 +41,5 @@ if __name__ == "__main__":
         "per_window": rows,
     }
     write_json(snakemake.output[0], result, job.provenance)
-    for left in (resume, *streamed):
-        left.clear()
+    resume.clear()
+    clear_left(snakemake.output[0])

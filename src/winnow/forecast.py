@@ -28,11 +28,14 @@ from winnow.tensor_files import read_header
 from winnow.tuning import Tuning
 
 MB, GB = 1e6, 1e9
+STREAMING = ("collect_statistics", "evaluate_dense", "evaluate_perplexity", "evaluate_perplexity_healed")
 BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
+EVALUATING, COMPRESSING = 410 * MB, 340 * MB  # of one that scores a model block by block, and of `compress`
 START = 5.0  # seconds until such a process computes
 WRITTEN = 0.15 * GB  # bytes a second of what a job writes, with reading, checking and cutting what that is made of; of `compress`
 EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
 ROWS = 10_000  # of a task, where its files do not tell
+CHECKED, PRODUCT, STREAMED = 1 << 22, 1 << 22, 1 << 21  # numbers at a time: of weights, of sums of statistics, of logits by block
 LOGITS = 1 << 24  # numbers that the loss holds in float64 at a time, several copies
 
 
@@ -51,6 +54,21 @@ class Shape:
     def sites(self) -> dict[tuple[int, str], int]:
         """{distinct input: its width}"""
         return {(m.layer, m.site): m.shape[1] for m in self.matrices}
+
+    def block(self) -> int:
+        """Numbers of the largest layer's matrices."""
+        layers: dict[int, int] = {}
+        for m in self.matrices:
+            layers[m.layer] = layers.get(m.layer, 0) + math.prod(m.shape)
+        return max(layers.values())
+
+    def layer_sums(self, unit: int) -> float:
+        """Bytes of the sums of one layer's statistics in float64, and of the products that are being added."""
+        layers: dict[int, int] = {}
+        for (layer, site), width in self.sites().items():
+            numbers = width**2 + (width * self.width if site.endswith("ffn_hidden") else 0)
+            layers[layer] = layers.get(layer, 0) + numbers
+        return 8 * max(layers.values()) + (8 + unit) * min(PRODUCT, max(width**2 for width in self.sites().values()))
 
     def dense_bytes(self, targets: list[str]) -> int:
         return sum(m.shape[0] * m.shape[1] for m in select(self.matrices, targets)) * self.unit
@@ -124,12 +142,16 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
     gram = sum(width**2 for width in shape.sites().values())
     cross = sum(w * shape.width for (_, site), w in shape.sites().items() if site == "ffn_hidden")
     gradient = sum(m.shape[0] ** 2 for m in shape.matrices)
-    activations = batch_tokens * (8 * shape.width + 4 * widest) * dtype
-    works = [Work("retrieve_model", name, 1, BASE + 4 * largest.shape[0] * largest.shape[1] * 8, 1e5, 0)]
+    per_token = (8 * shape.width + 4 * widest) * dtype
+    activations = batch_tokens * per_token
+    embeddings = shape.vocabulary * shape.width
+    streamed = plan.config.models[name].load == "stream"
+    read = shape.unit * max(embeddings, math.prod(largest.shape))
+    works = [Work("retrieve_model", name, 1, BASE + read + 4 * CHECKED, 1e5, 0)]
 
-    def add(stage: str, jobs: int, memory: float, disk: float, operations: float) -> None:
+    def add(stage: str, jobs: int, memory: float, disk: float, operations: float, base: float = BASE) -> None:
         if jobs:
-            works.append(Work(stage, name, jobs, BASE + memory, disk, operations))
+            works.append(Work(stage, name, jobs, base + memory, disk, operations))
 
     reading = [(c, m) for c, m, b in checkpoints if b and plan.allocation(plan.labels["budgets"][b]).predicts()]
     predicted = {(c, member) for c, method in reading for member in plan.members[method]}
@@ -138,16 +160,23 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         preset = plan.config.calibrations[calibration]
         tokens, unit = preset.windows * preset.length, 8 if preset.precision == "float64" else 4
         add("tokenize", 1, 0, tokens * 4, 0)  # and one per evaluation, below
-        sums = 8 * (gram + cross)
+        memory: float = loaded + 8 * (gram + cross) + activations
+        disk: float = unit * (gram + cross)
         passed = 2 * tokens * shape.numbers
-        add("collect_statistics", 1, loaded + sums + activations, unit * (gram + cross), passed + 2 * tokens * (gram + cross))
+        if streamed:
+            batch = min(preset.windows, max(1, batch_tokens // preset.length)) * preset.length
+            memory = dtype * (shape.block() + embeddings) + shape.layer_sums(unit) + batch * per_token
+            disk += 2 * tokens * shape.width * dtype
+        add("collect_statistics", 1, memory, disk, passed + 2 * tokens * (gram + cross))
         if calibration in gradients:
             held = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
             add("collect_gradients", 1, loaded + 8 * gradient + held, unit * gradient, 3 * passed + 2 * tokens * gradient)
+    groups_of: dict[str, int] = {}  # {method: numbers of its largest group}
     fitted, clusterings = sum(m.shape[0] * m.shape[1] for m in shape.matrices), set()
     for of, method in methods:
         group = plan.structure(plan.labels["methods"][method]).groups(shape.matrices)
         sides = [(sum(m.shape[0] for m in g), max(m.shape[1] for m in g)) for g in group]
+        groups_of[method] = max(m * n for m, n in sides)
         fitting = 8 * max((4 * m * n + 3 * n * n + 3 * min(m, n) ** 2) for m, n in sides)
         operations = 1.0 * sum(2 * m * n * n + EIGEN * min(m, n) ** 3 for m, n in sides)
         add("factorize", plan.config.models[name].shards, fitting, 4 * fitted, operations)
@@ -159,7 +188,7 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
             add("predict_losses", 1, held, 1e6, 1.0 * sum(4 * m * n * (m + n) for m, n in sides))
     square = 8 * max(3 * m.shape[0] * m.shape[1] + 2 * m.shape[1] ** 2 for m in shape.matrices)
     add("assign_clusters", len(clusterings), square, 1e5, 0)
-    for of, _, budget in checkpoints:
+    for of, method, budget in checkpoints:
         b = plan.config.budgets[budget]
         dense = shape.dense_bytes(b.targets)
         kept = (b.keep_bytes or 1.0) * dense
@@ -169,7 +198,7 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
             held = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
             passes = again * (10 * tokens * shape.numbers + 2 * tokens * second)
             add("predict_in_rounds", 1, 2 * loaded + 8 * second + held, 1e6, passes)
-        add("compress", 1, shape.bytes + kept, shape.bytes - dense + kept, 0)
+        add("compress", 1, max(read, 12 * groups_of[method]), shape.bytes - dense + kept, 0, COMPRESSING)
     recovered = dict.fromkeys(
         (c.calibration, c.method, c.budget, step)
         for c in cells
@@ -215,9 +244,15 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         models = 2 if cell.recovery and evaluation.compare else 1
         rows = max(evaluation.length, batch_tokens) * shape.vocabulary
         memory = models * (loaded + rows * dtype) + 4 * 8 * min(LOGITS, rows) + activations
-        scored = (evaluation.windows or 100) * evaluation.length
+        count, disk, base = evaluation.windows or 100, 1e5, BASE
+        scored = count * evaluation.length
+        if streamed:
+            batch = min(count, max(1, batch_tokens // evaluation.length)) * evaluation.length
+            passing = dtype * (shape.block() + embeddings) + batch * per_token
+            memory = max(passing, models * dtype * embeddings + 6 * 8 * STREAMED)
+            disk, base = disk + 2 * models * scored * shape.width * dtype, EVALUATING
         stage = "evaluate_perplexity" if cell.method else "evaluate_perplexity_healed" if cell.recovery else "evaluate_dense"
-        add(stage, 1, memory, 1e5, 2 * models * scored * shape.numbers)
+        add(stage, 1, memory, disk, 2 * models * scored * shape.numbers, base)
     return _merged(works)
 
 
@@ -288,9 +323,10 @@ def misfit(works: list[Work], to_run: dict[str, int], memory: float, disk: float
     waiting = [w for w in works if to_run.get(w.stage)]
     worst = max(waiting, key=lambda w: w.memory, default=None)
     if worst is not None and worst.memory > memory:
+        streams = ", or see `load: stream`, which reads a model block by block" if worst.stage in STREAMING else ""
         return (
             f"{worst.stage} of {worst.model} needs about {worst.memory / GB:.1f} GB of memory, there are {memory / GB:.1f} GB; "
-            "run it where there is more (`--config memory_gb=...` says how much a job gets there)"
+            f"run it where there is more (`--config memory_gb=...` says how much a job gets there){streams}"
         )
     need = sum(w.disk * min(1.0, to_run[w.stage] / w.jobs) for w in waiting)
     if need > disk:

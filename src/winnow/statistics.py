@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ROWS = 256  # of a Gram matrix that are finished at a time
+PRODUCT = 1 << 22  # numbers of a product that are added at a time
 CHANNELS = ("mean", "mean_abs", "rms", "max_abs", "active")  # statistics with a number per channel
 
 
@@ -57,9 +58,9 @@ class Moments:
         if not len(x):
             return
         if other is not None:
-            self.cross += gram_of(x, other.detach(), self.precision)
+            _add_product(self.cross, x, other.detach(), self.precision)
         self.count += len(x)
-        self.gram += gram_of(x, dtype=self.precision)
+        _add_product(self.gram, x, x, self.precision)
         x = x.to(self.precision)
         self.total += x.sum(0)
         own = x.abs()
@@ -102,6 +103,21 @@ class Moments:
 def counted_of(x: Tensor, counted: Tensor) -> Tensor:
     """The tokens (t, n) of x (windows, length, n) that are counted; no copy if all are."""
     return x.flatten(0, 1) if bool(counted.all()) else x[counted]
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor, precision: torch.dtype) -> None:
+    """total += x^T y, made in `precision`; a large one by rows, as the product and its float64 copy are as large as the total, and
+    of x^T x half."""
+    if total.numel() <= PRODUCT:
+        total += gram_of(x, None if y is x else y, precision)
+        return
+    step = max(1, PRODUCT // y.shape[1])
+    for begin in range(0, x.shape[1], step):
+        rows, end = slice(begin, begin + step), min(begin + step, x.shape[1]) if y is x else y.shape[1]
+        part = gram_of(x[:, rows], y[:, :end], precision)
+        total[rows, :end] += part
+        if y is x:
+            total[:begin, rows] += part[:, :begin].T
 
 
 class Watch:

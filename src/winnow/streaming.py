@@ -7,6 +7,7 @@ read when it is first called; the embeddings are given up after the first block.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -29,6 +30,15 @@ from winnow.naming import canonical_names
 from winnow.tensor_files import TensorFile, bytes_of
 
 log = logging.getLogger(__name__)
+M_MMAP_THRESHOLD = -3  # of malloc.h
+NAMES = ("hidden", "compared")  # of the models that one artefact is made with
+
+
+def give_back_memory() -> None:
+    """Have memory given back when it is freed. Otherwise glibc keeps blocks of up to 32 MB for later ones, hundreds of MB in all,
+    and the peak is more than what is held. Other C libraries are left as they are."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 class HiddenStates:
@@ -80,8 +90,9 @@ class Streamed:
         artefact: Path | str,
         length: int,
         provenance: dict[str, Any] | None = None,
-        name: str = "hidden",
+        name: str = NAMES[0],
     ):
+        give_back_memory()
         files = weight_files(directory)
         self.dtype, self.device, self.length = getattr(torch, dtype), device, length
         self.model = empty_model(directory, dtype).eval().requires_grad_(False)
@@ -137,8 +148,7 @@ class Streamed:
                 whole = self.model.all_tied_weights_keys[whole]
             if whole not in read:
                 file, stored = self.places[whole]
-                value = file.read(stored)
-                value = value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+                value = file.read(stored, self.dtype if tensor.is_floating_point() else None).to(self.device)
                 if not isinstance(tensor, nn.Parameter):
                     module._buffers[key] = value
                     continue
@@ -220,6 +230,7 @@ class Streamed:
             raise InputError(f"{type(self.model).__name__} gives hidden states {tuple(x.shape)} for {of}; it cannot be streamed")
         if self.written is None:
             path = self.prefix.with_name(f"{self.prefix.name}-{self.done % 2}")
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             self.written = HiddenStates(path, self.length, x.shape[2], x.dtype)
         self.written.write(first, x)
@@ -283,3 +294,10 @@ class Streamed:
         """Remove what lies beside the artefact."""
         for path in (self._state(), *(self.prefix.with_name(f"{self.prefix.name}-{n}") for n in (0, 1))):
             path.unlink(missing_ok=True)
+
+
+def clear_left(artefact: Path | str) -> None:
+    """Remove the hidden states of all models that lie beside an artefact, which is finished, by whatever process."""
+    for path in Path(artefact).parent.glob(f".{Path(artefact).name}.*"):
+        if path.name.endswith((*(f".{name}-{n}" for name in NAMES for n in (0, 1)), *(f".{name}.json" for name in NAMES))):
+            path.unlink()

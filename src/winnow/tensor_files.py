@@ -22,7 +22,7 @@ NAMES = {
     "U8": "uint8", "I8": "int8", "BOOL": "bool",
 }  # fmt: skip
 ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")  # of tensors in a file, so that all are aligned
-CHUNK = 1 << 20  # bytes that are copied at a time
+CHUNK = 1 << 20  # bytes that are copied, or numbers that are converted, at a time
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -51,23 +51,30 @@ class TensorFile:
         with open(path, "rb") as stream:
             self.start = 8 + int.from_bytes(stream.read(8), "little")
 
-    def read(self, key: str) -> torch.Tensor:
-        """A tensor as stored. Raises InputError if the file ends before it does."""
+    def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor as stored, or its numbers in `dtype`, with no second copy of it. Raises InputError if the file ends before it
+        does."""
         import torch
 
         record = self.header[key]
-        tensor = torch.empty(record["shape"], dtype=getattr(torch, NAMES[record["dtype"]]))
+        stored = getattr(torch, NAMES[record["dtype"]])
+        tensor = torch.empty(record["shape"], dtype=dtype or stored)
         begin, end = record["data_offsets"]
-        if end - begin != tensor.nbytes:
-            raise InputError(f"{self.path}: {key} is said to have {end - begin} bytes, its shape says {tensor.nbytes}")
+        if end - begin != tensor.numel() * stored.itemsize:
+            raise InputError(f"{self.path}: {key} is said to have {end - begin} bytes, its shape and dtype say otherwise")
+        flat = tensor.reshape(-1)
         with open(self.path, "rb", buffering=0) as stream:
             stream.seek(self.start + begin)
-            target = bytes_of(tensor)
-            while len(target):
-                count = stream.readinto(target)
-                if not count:
-                    raise InputError(f"{self.path}: not a whole safetensors file; it ends within {key}")
-                target = target[count:]
+            for part in flat.split(CHUNK if tensor.dtype != stored else max(1, len(flat))):
+                target = part if part.dtype == stored else torch.empty(len(part), dtype=stored)
+                rest = bytes_of(target)
+                while len(rest):
+                    count = stream.readinto(rest)
+                    if not count:
+                        raise InputError(f"{self.path}: not a whole safetensors file; it ends within {key}")
+                    rest = rest[count:]
+                if target is not part:
+                    part.copy_(target)
         return tensor
 
 

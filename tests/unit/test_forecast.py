@@ -1,5 +1,8 @@
 """The forecast: the same from headers and from a manifest, the jobs that a dry run counts, and one line for what cannot fit."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from tests.conftest import ROOT
@@ -48,6 +51,33 @@ def test_jobs_bytes_and_memory_of_the_demo():
     more = {work.stage: work for work in forecast(doubled, {"demo": shape})}
     assert more["collect_statistics"].operations == 2 * works["collect_statistics"].operations
     assert more["factorize"] == works["factorize"]
+
+
+def test_streaming_asks_for_a_block_and_not_for_the_model():
+    shape = shape_of(DEMO)
+
+    def works(load: str, layers: int = 6) -> dict:
+        """As if the model had more layers of the same shape."""
+        more = [replace(m, layer=m.layer + 6 * copy) for m in shape.matrices for copy in range(layers // 6)]
+        numbers = shape.numbers + sum(math.prod(m.shape) for m in more[len(shape.matrices) :])
+        large = replace(shape, matrices=more, numbers=numbers, bytes=4 * numbers, layers=layers)
+        return {w.stage: w for w in forecast(plan_of(lambda c: c["models"]["demo"].update(load=load)), {"demo": large})}
+
+    for stage in ("collect_statistics", "evaluate_dense", "evaluate_perplexity"):
+        small, deep = (works("stream", layers)[stage].memory for layers in (6, 600))
+        assert small == deep, stage
+        assert works("whole", 600)[stage].memory > deep + 100e6, stage
+    assert works("stream")["compress"].memory == works("stream", 600)["compress"].memory
+    written = 2 * 128 * 256 * shape.width * 4  # hidden states before and behind a block
+    assert works("stream")["collect_statistics"].disk - works("whole")["collect_statistics"].disk == written
+
+
+def test_numbers_at_a_time_are_those_of_the_stages():
+    from winnow import forecast as f
+    from winnow import perplexity, retrieve, statistics
+
+    assert (f.CHECKED, f.PRODUCT, f.STREAMED) == (retrieve.CHUNK, statistics.PRODUCT, perplexity.STREAMED)
+    assert perplexity.CHUNK == f.LOGITS
 
 
 def test_time_is_of_starts_arithmetic_and_bytes():

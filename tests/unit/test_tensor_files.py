@@ -43,6 +43,16 @@ def test_every_dtype_comes_back(name, tmp_path):
     assert torch.equal(file.read("scalar"), tensor[1, 0])
 
 
+def test_numbers_are_converted_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr("winnow.tensor_files.CHUNK", 7)
+    tensor = torch.randn(5, 9).bfloat16()
+    save_file({"x": tensor, "none": torch.zeros(0, 3)}, tmp_path / "file")
+    found = TensorFile(tmp_path / "file").read("x", torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, tensor.float())
+    assert TensorFile(tmp_path / "file").read("none", torch.float16).shape == (0, 3)
+
+
 def test_a_file_that_ends_early_is_refused(tmp_path):
     save_file({"x": torch.ones(100)}, tmp_path / "file")
     file = TensorFile(tmp_path / "file")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.streaming import MIB, OFF, configuration, forecasts, peaks, run, write_model
 from tests.workflow.test_end_to_end import Workspace
 from winnow.io import Bundle, read_json, read_parquet
 
@@ -39,7 +40,7 @@ def test_streaming_changes_no_number_and_no_key(tmp_path):
             there = two.tensors(name)
             for key, value in one.tensors(name).items():
                 assert float((value - there[key]).abs().max()) <= LAST * float(value.abs().max())
-    assert not list(streamed.folder.rglob(".*.hidden*")) + list(streamed.folder.rglob(".*.evaluated*"))
+    assert not list(streamed.folder.rglob(".*.hidden*")) + list(streamed.folder.rglob(".*.compared*"))
     streamed.config["models"]["pico"]["load"] = "whole"
     assert streamed.planned() == {}, "how a model is read is no reason to compute anew"
     recipe = next((streamed.folder / "results").rglob("recipe.yaml")).read_text()
@@ -53,3 +54,21 @@ def test_one_run_can_stream(tmp_path):
     assert done.returncode == 0, done.stderr
     logs = [path.read_text() for path in (place.folder / "results/logs/collect_statistics").rglob("*.log")]
     assert any("calibration batches of layer 1" in text for text in logs)
+
+
+def test_a_limit_of_the_operating_system_that_the_model_exceeds(tmp_path):
+    """Memory that the whole model does not fit into, by far; and the forecast of the peak. tests/benchmarks/streaming.py does it
+    with all stages and a model that is larger than the limit on disk."""
+    write_model(tmp_path / "model", layers=26, width=512, hidden=2048, vocabulary=4000, stored="float32")
+    limit = 650 * MIB
+    config = configuration(tmp_path / "model", windows=2, length=32, load="whole")
+    status, output = run(tmp_path, config, limit, threads=1, target="statistics")
+    assert status, "the whole model cannot be loaded"
+    assert "memory" in output.lower(), output
+    config["models"]["large"]["load"] = "stream"
+    status, output = run(tmp_path, config, limit, threads=1, target="statistics")
+    assert status == 0, output
+    peak = peaks(tmp_path)["collect_statistics"]
+    expected = forecasts(config, next(tmp_path.glob("results/large-*/model.json")))["collect_statistics"]
+    assert peak < limit
+    assert abs(expected / peak - 1) <= OFF, (expected, peak)

@@ -15,6 +15,8 @@ from winnow.config import load
 from winnow.errors import InputError
 from winnow.plan import Plan
 
+# For all jobs: Arrow's own allocator reserves a GiB at its first table, which a limit on the data of a process counts.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 BEGAN = time.time()
 ALL_CORES = (
     workflow.resource_settings.cores or 4

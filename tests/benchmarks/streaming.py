@@ -1,0 +1,184 @@
+"""A model that is larger than the memory allowed goes from statistics to perplexity, and the forecast of each peak is true.
+
+    python -m tests.benchmarks.streaming [--layers 52] [--width 512] [--hidden 2048] [--vocabulary 8000] [--stored float32]
+        [--limit 650] [--windows 2] [--length 128] [--threads 2] [--folder /tmp]
+
+A model of Llama's form with random weights is made in a folder, and the workflow is run on it with `load: stream`: every job is
+a process whose data the operating system limits to `--limit` MiB (RLIMIT_DATA). Printed: the peak of resident memory of each
+stage (VmHWM, which counts pages of shared libraries, too), beside what `snakemake plan` forecasts. It fails if a job fails, if a
+peak is above the limit, if a forecast is more than 15 % off, or if the model is smaller than the limit.
+
+2 B parameters in 1.5 GiB, of which the factors take most of the time:
+
+    python -m tests.benchmarks.streaming --layers 128 --width 1024 --hidden 4096 --vocabulary 32000 --stored bfloat16 \\
+        --limit 1536
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+OFF = 0.15  # that a forecast may be, of the peak
+STAGES = ("retrieve_model", "collect_statistics", "evaluate_dense", "factorize", "compress", "evaluate_perplexity")
+RECORD = '''"""Peaks of resident memory: a line per job."""
+import atexit, os, sys
+
+def record():
+    job = getattr(sys.modules["__main__"], "snakemake", None)
+    if hasattr(job, "rule"):
+        with open("/proc/self/status") as status, open(os.environ["WINNOW_PEAKS"], "a") as peaks:
+            high = next(line for line in status if line.startswith("VmHWM")).split()[1]
+            peaks.write(f"{job.rule} {high}\\n")
+
+atexit.register(record)
+'''
+
+
+def write_model(folder: Path, layers: int, width: int, hidden: int, vocabulary: int, stored: str) -> int:
+    """A directory with a model of random weights, written tensor by tensor; returns its bytes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from winnow.weights import write_weights
+
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 256),
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        dtype=stored,
+        architectures=["LlamaForCausalLM"],
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    config.save_pretrained(folder)
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, stored)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                yield name, torch.ones(weight.shape, dtype=dtype)
+            else:
+                scale = 0.5 * weight.shape[1] ** -0.5
+                yield name, torch.empty(weight.shape, dtype=dtype).normal_(0, scale, generator=generator)
+
+    total = write_weights(folder, tensors(), 1 << 30)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "resources" / "models" / "demo" / name, folder / name)
+    return total
+
+
+def configuration(model: Path, windows: int, length: int, load: str = "stream") -> dict:
+    """One method at one budget, with the dense model beside it."""
+    rows: dict = {"format": "jsonl", "stop": 60}
+    texts = ROOT / "resources" / "texts" / "demo"
+    return {
+        "models": {"large": {"source": str(model), "load": load}},
+        "texts": {part: {"files": [str(texts / f"{part}.jsonl")], **rows} for part in ("calibration", "evaluation")},
+        "calibrations": {"c": {"text": "calibration", "windows": windows, "length": length, "precision": "float32"}},
+        "methods": {"whitened": {"structure": {"kind": "low_rank"}, "metric": {"kind": "gram"}}},
+        "budgets": {"all-0.8": {"targets": ["ffn", "attention"], "keep_bytes": 0.8}},
+        "evaluations": {"e": {"text": "evaluation", "protocol": "p1", "length": length, "windows": windows}},
+        "experiments": {
+            "x": {
+                "models": ["large"],
+                "calibrations": ["c"],
+                "methods": ["whitened"],
+                "budgets": ["all-0.8"],
+                "evaluations": ["e"],
+            }
+        },
+    }
+
+
+def run(folder: Path, config: dict, limit: int, threads: int, target: str = "perplexity") -> tuple[int, str]:
+    """(exit status, output) of the workflow, one job after another, with the data of every process limited to `limit` bytes."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "record").mkdir(exist_ok=True)
+    (folder / "record" / "sitecustomize.py").write_text(RECORD)
+    command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(ROOT / "Snakefile"), "--cores", str(threads)]
+    command += ["--directory", str(folder), "--replace-workflow-config", "--configfile", str(folder / "config.yaml")]
+    command += ["--resources", "job_slots=1", "--default-resources", "job_slots=1"]
+    env = {**os.environ, "WINNOW_PEAKS": str(folder / "peaks.txt"), "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(folder / "record"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    bound = lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # noqa: E731
+    done = subprocess.run(command, capture_output=True, text=True, env=env, preexec_fn=bound)
+    return done.returncode, done.stdout + done.stderr
+
+
+def peaks(folder: Path) -> dict[str, int]:
+    """{rule: bytes of the largest peak among its jobs}"""
+    found: dict[str, int] = {}
+    for line in (folder / "peaks.txt").read_text().splitlines():
+        stage, high = line.split()
+        found[stage] = max(found.get(stage, 0), int(high) << 10)
+    return found
+
+
+def forecasts(config: dict, manifest: Path) -> dict[str, float]:
+    """{rule: bytes} as `snakemake plan` prints them."""
+    from winnow.config import load
+    from winnow.forecast import forecast, shape_of
+    from winnow.plan import Plan
+
+    shape = shape_of(Path(config["models"]["large"]["source"]), manifest)
+    return {work.stage: work.memory for work in forecast(Plan(load(config), ROOT), {"large": shape})}
+
+
+def measured(folder: Path, config: dict) -> list[tuple[str, float, float]]:
+    """(stage, peak, forecast) in bytes."""
+    manifest = next((folder / "results").glob("large-*/model.json"))
+    expected, found = forecasts(config, manifest), peaks(folder)
+    return [(stage, found[stage], expected[stage]) for stage in STAGES]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = {"layers": 52, "width": 512, "hidden": 2048, "vocabulary": 8000, "limit": 650, "windows": 2, "length": 128}
+    for name, value in {**options, "threads": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--stored", choices=("float32", "bfloat16"), default="float32", help="dtype of the files")
+    parser.add_argument("--folder", type=Path, default=None, help="where the model and all results are made, and removed")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        began = time.monotonic()
+        size = write_model(folder / "model", given.layers, given.width, given.hidden, given.vocabulary, given.stored)
+        limit = given.limit * MIB
+        unit = 4 if given.stored == "float32" else 2
+        print(f"{size / unit / 1e9:.2f} B parameters, {size / MIB:,.0f} MiB on disk, {given.limit:,} MiB allowed", flush=True)
+        config = configuration(folder / "model", given.windows, given.length)
+        status, output = run(folder, config, limit, given.threads)
+        if status:
+            sys.exit(f"{output[-3000:]}\nthe workflow failed within {given.limit} MiB")
+        rows = measured(folder, config)
+        result = next((folder / "results").glob("large-*/c-*/*/*/*/e-*.json"))
+        loss = json.loads(result.read_text())
+        print("| stage | peak, MiB | forecast, MiB | forecast / peak |\n|---|---:|---:|---:|")
+        for stage, peak, expected in rows:
+            print(f"| {stage} | {peak / MIB:,.0f} | {expected / MIB:,.0f} | {expected / peak:.2f} |")
+        print(f"loss {loss['nll']:.4f} nats per token, KL {loss['kl']:.4f}; {time.monotonic() - began:,.0f} s in all")
+    wrong = [stage for stage, peak, expected in rows if peak > limit or abs(expected / peak - 1) > OFF]
+    if wrong or size < limit:
+        sys.exit(f"above the limit or forecast wrong: {', '.join(wrong) or 'none, but the model is smaller than the limit'}")
+
+
+if __name__ == "__main__":
+    main()
