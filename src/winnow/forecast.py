@@ -198,7 +198,8 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
             held = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
             passes = again * (10 * tokens * shape.numbers + 2 * tokens * second)
             add("predict_in_rounds", 1, 2 * loaded + 8 * second + held, 1e6, passes)
-        add("compress", 1, max(read, 12 * groups_of[method]), shape.bytes - dense + kept, 0, COMPRESSING)
+        largest_group = max(groups_of[member] for member in plan.members[method])
+        add("compress", 1, max(read, 12 * largest_group), shape.bytes - dense + kept, 0, COMPRESSING)
     recovered = dict.fromkeys(
         (c.calibration, c.method, c.budget, step)
         for c in cells

@@ -106,7 +106,7 @@ def counted_of(x: Tensor, counted: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, x: Tensor, y: Tensor, precision: torch.dtype) -> None:
-    """total += x^T y, made in `precision`; a large one by rows, as the product and its float64 copy are as large as the total, and
+    """total += x^T y, made in `precision`; a large one by rows, as the product and its float64 copy would be as large as it, and
     of x^T x half."""
     if total.numel() <= PRODUCT:
         total += gram_of(x, None if y is x else y, precision)
