@@ -16,7 +16,7 @@ from torch import Tensor
 from winnow.architectures import Matrix, tokens_of
 from winnow.classes import is_causal
 from winnow.errors import InputError
-from winnow.linalg import gram_of
+from winnow.products import gram_of
 from winnow.progress import every
 from winnow.resume import Resume
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from winnow.products import gram_of
+
 log = logging.getLogger(__name__)
 EPSILON = torch.finfo(torch.float64).eps
 # A root is only divided by if its smallest pivot is above this share of the largest: half of the digits are left then.
@@ -31,22 +33,6 @@ class Directions(NamedTuple):
 def finite(value: Tensor) -> bool:
     """Whether all numbers of a tensor are, by one sum instead of a mask as large as the tensor."""
     return math.isfinite(float(value.sum()))
-
-
-def gram_of(x: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """x^T x (n, n) of x (t, n), or x^T y with `other` y (t, d), made in `dtype` (by default that of x).
-
-    On a CPU by NumPy, which makes half of x^T x and mirrors it (BLAS's syrk), and whose BLAS is the faster one on AMD. On a GPU
-    numbers of 16 bits are multiplied as they are and summed in float32, which is exact but for the sums.
-    """
-    dtype, other = dtype or x.dtype, x if other is None else other
-    if x.device.type == "cuda" and dtype == torch.float32 and x.dtype == other.dtype and x.dtype.itemsize == 2:
-        return torch.mm(x.T, other, out_dtype=dtype)
-    x, other = x.to(dtype), other.to(dtype) if other is not x else None
-    if x.device.type != "cpu":
-        return x.T @ (x if other is None else other)
-    array = x.numpy()
-    return torch.from_numpy(array.T @ (array if other is None else other.numpy()))
 
 
 def blocks(n: int) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.architectures import Matrix, tokens_of
-from winnow.linalg import gram_of
+from winnow.products import gram_of
 from winnow.progress import every
 from winnow.resume import Resume
 

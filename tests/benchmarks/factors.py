@@ -17,8 +17,8 @@ import time
 import torch
 
 from winnow.architectures import Matrix
-from winnow.linalg import gram_of
 from winnow.metrics import metric_of
+from winnow.products import gram_of
 from winnow.structures import structure_of
 from winnow.structures.base import Problem
 
