@@ -30,7 +30,9 @@ from winnow.tuning import Tuning
 MB, GB = 1e6, 1e9
 STREAMING = ("collect_statistics", "evaluate_dense", "evaluate_perplexity", "evaluate_perplexity_healed")
 BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
-EVALUATING, COMPRESSING = 410 * MB, 340 * MB  # of one that scores a model block by block, and of `compress`
+# Of one that collects statistics block by block, that scores a model so, and of `compress`; measured.
+COLLECTING, EVALUATING, COMPRESSING = 485 * MB, 425 * MB, 355 * MB
+TABLE, ROW = 50 * MB, 600  # bytes of the table of channels: of the library that writes it, and of a row in all its copies
 START = 5.0  # seconds until such a process computes
 WRITTEN = 0.15 * GB  # bytes a second of what a job writes, with reading, checking and cutting what that is made of; of `compress`
 EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
@@ -166,6 +168,7 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         if streamed:
             batch = min(preset.windows, max(1, batch_tokens // preset.length)) * preset.length
             memory = dtype * (shape.block() + embeddings) + shape.layer_sums(unit) + batch * per_token
+            memory = max(memory, TABLE + ROW * sum(shape.sites().values())) + COLLECTING - BASE
             disk += 2 * tokens * shape.width * dtype
         add("collect_statistics", 1, memory, disk, passed + 2 * tokens * (gram + cross))
         if calibration in gradients:
@@ -250,7 +253,7 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         if streamed:
             batch = min(count, max(1, batch_tokens // evaluation.length)) * evaluation.length
             passing = dtype * (shape.block() + embeddings) + batch * per_token
-            memory = max(passing, models * dtype * embeddings + 6 * 8 * STREAMED)
+            memory = max(passing, models * (dtype * embeddings + 4 * 8 * STREAMED))
             disk, base = disk + 2 * models * scored * shape.width * dtype, EVALUATING
         stage = "evaluate_perplexity" if cell.method else "evaluate_perplexity_healed" if cell.recovery else "evaluate_dense"
         add(stage, 1, memory, disk, 2 * models * scored * shape.numbers, base)

@@ -1,7 +1,7 @@
 """A model that is larger than the memory allowed goes from statistics to perplexity, and the forecast of each peak is true.
 
-    python -m tests.benchmarks.streaming [--layers 52] [--width 512] [--hidden 2048] [--vocabulary 8000] [--stored float32]
-        [--limit 650] [--windows 2] [--length 128] [--threads 2] [--folder /tmp]
+    python -m tests.benchmarks.streaming [--layers 56] [--width 512] [--hidden 2048] [--vocabulary 8000] [--stored float32]
+        [--limit 700] [--windows 2] [--length 128] [--threads 1] [--folder /tmp]
 
 A model of Llama's form with random weights is made in a folder, and the workflow is run on it with `load: stream`: every job is
 a process whose data the operating system limits to `--limit` MiB (RLIMIT_DATA). Printed: the peak of resident memory of each
@@ -151,8 +151,8 @@ def measured(folder: Path, config: dict) -> list[tuple[str, float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = {"layers": 52, "width": 512, "hidden": 2048, "vocabulary": 8000, "limit": 650, "windows": 2, "length": 128}
-    for name, value in {**options, "threads": 2}.items():
+    options = {"layers": 56, "width": 512, "hidden": 2048, "vocabulary": 8000, "limit": 700, "windows": 2, "length": 128}
+    for name, value in {**options, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--stored", choices=("float32", "bfloat16"), default="float32", help="dtype of the files")
     parser.add_argument("--folder", type=Path, default=None, help="where the model and all results are made, and removed")

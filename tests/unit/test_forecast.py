@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.unit.test_plan import plan_of
 from winnow.errors import InputError
-from winnow.forecast import GB, Work, forecast, machine, measured_seconds, misfit, shape_of
+from winnow.forecast import GB, ROW, Work, forecast, machine, measured_seconds, misfit, shape_of
 from winnow.io import write_json
 from winnow.preview import duration, jobs_of, size
 from winnow.retrieve import describe
@@ -65,7 +65,8 @@ def test_streaming_asks_for_a_block_and_not_for_the_model():
 
     for stage in ("collect_statistics", "evaluate_dense", "evaluate_perplexity"):
         small, deep = (works("stream", layers)[stage].memory for layers in (6, 600))
-        assert small == deep, stage
+        rows = 594 * sum(shape.sites().values()) // 6 if stage == "collect_statistics" else 0  # of the table of channels
+        assert deep - small <= ROW * rows + 1e8, stage
         assert works("whole", 600)[stage].memory > deep + 100e6, stage
     assert works("stream")["compress"].memory == works("stream", 600)["compress"].memory
     written = 2 * 128 * 256 * shape.width * 4  # hidden states before and behind a block
