@@ -1,5 +1,6 @@
 """Rule `collect_statistics`: per layer a file of `{site}.{statistic}` tensors, and a table with a row per channel."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
@@ -29,10 +30,11 @@ if __name__ == "__main__":
         found = collect_by_block(streamed, *options, types=types)
     else:
         found = collect(load_model(files.verify(), job.spec["dtype"], job.device), *options, resume, types)
-    for layer, sites in found:
-        tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
-        write_tensors(folder / moments_file(layer), tensors, job.provenance)
-        del sites, tensors  # before the next layer's are made
+    with closing(found):
+        for layer, sites in found:
+            tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
+            write_tensors(folder / moments_file(layer), tensors, job.provenance)
+            del sites, tensors  # before the next layer's are made
     channels = []
     for layer in layers:
         for site in dict.fromkeys(m.site for m in files.matrices if m.layer == layer):

@@ -146,9 +146,12 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
     values, vectors = eigh(product.double())
     squared = values.flip(0).clamp(min=0)
     s = squared.sqrt()
-    # Squared singular values below this are noise: of the eigensolver, and of a metric that was rounded, which makes as many
-    # eigenvalues negative as it makes positive where all should be 0.
-    noise = max(m, n) * EPSILON * squared[0] + (2 * -values[0].clamp(max=0) if rounded else 0)
+    # Squared singular values below this are noise: of the eigensolver; of W S where that should be 0, as after directions were
+    # taken out of W; and of a metric that was rounded, which makes as many eigenvalues negative as it makes positive.
+    largest_entry = (columns if columns.dim() == 1 else columns.diagonal()).max()
+    rounding = max(m, n) * EPSILON
+    noise = rounding * (squared[0] + rounding * weight.square().sum() * largest_entry)
+    noise = noise + (2 * -values[0].clamp(max=0) if rounded else 0)
     tail = torch.cat([squared.flip(0).cumsum(0).flip(0), squared.new_zeros(1)])
     rank = min(largest, int((squared > noise).sum()))
     vectors = vectors[:, len(s) - rank :].flip(1)

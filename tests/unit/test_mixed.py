@@ -19,7 +19,7 @@ from winnow.allocations.blocks import places_of, ways_of
 from winnow.allocations.ilp import options_of
 from winnow.architectures import FFN_ROLES, SITES, Matrix
 from winnow.beside import put_beside
-from winnow.checkpoint import compress, recipe_of, write_checkpoint
+from winnow.checkpoint import compress, compressed, recipe_of, write_checkpoint
 from winnow.config import Method, load
 from winnow.config_files import default
 from winnow.errors import InputError
@@ -288,13 +288,13 @@ def by_hand(files, groups):
 def test_a_checkpoint_of_several_structures_loads_as_any_other(fitted, tmp_path):
     _, files, structure, groups, factors = fitted
     sizes = by_hand(files, groups)
-    stored, layouts, reports = compress(files, factors, structure, sizes)
+    stored, layouts = compress(files, factors, structure, sizes)
     assert {layout["kind"] for layout in layouts.values()} == {"neuron_slice", "affine_block", "gauge_fixed"}
     method = {"structure": structure.options.model_dump(), "metric": {"kind": "gram"}}
     presets = {"model": {"source": "somewhere"}, "method": method, "budget": {"targets": ["ffn", "attention"]}}
     recipe = recipe_of({"model": "pico"}, presets, summarize(groups, sizes))
     assert set(recipe["sizes"]) == {name for name, size in sizes.items() if size is not None}
-    write_checkpoint(tmp_path / "checkpoint", files, stored, layouts, reports, "float32", recipe, {})
+    write_checkpoint(tmp_path / "checkpoint", files, compressed(files, factors, structure, sizes), "float32", recipe, {})
     card = (tmp_path / "checkpoint" / "README.md").read_text()
     assert "@neuron_slice 20 (1x)" in card
     assert "members `gauge_fixed`, `neuron_slice`" in card
@@ -308,7 +308,7 @@ def test_an_allocation_of_all_bytes_is_the_dense_model(fitted):
     source, files, structure, groups, factors = fitted
     choice = allocate(groups, {"keep_bytes": 1.0, "allocation": ILP})
     assert choice.facts["value"] == pytest.approx(0, abs=1e-12)
-    stored, layouts, _ = compress(files, factors, structure, choice.sizes)
+    stored, layouts = compress(files, factors, structure, choice.sizes)
     model = load_model(files.verify(), "float32", "cpu")
     put(model, stored, layouts)
     assert torch.allclose(logits(model), logits(load_model(source, "float32", "cpu")), atol=1e-5)
@@ -325,7 +325,7 @@ def test_statistics_around_a_model_whose_ffns_are_replaced(fitted):
     """Dense matrices beside what is stored: the same outputs, the same gradients elsewhere, and in the FFN those of its own
     matrices on the compressed model's inputs, by autograd on the dense FFN alone."""
     source, files, structure, groups, factors = fitted
-    stored, layouts, _ = compress(files, factors, structure, by_hand(files, groups))
+    stored, layouts = compress(files, factors, structure, by_hand(files, groups))
     plain, beside, dense = (load_model(source, "float32", "cpu") for _ in range(3))
     put(plain, stored, layouts)
     put(beside, stored, layouts)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import FAMILIES, TINY, VOCABULARY, pico
 from tests.unit.test_checkpoint import build, targets_of
+from tests.unit.worlds import FITTED
 from winnow.errors import InputError
 from winnow.io import write_json
 from winnow.loading import load_model
@@ -16,7 +17,6 @@ from winnow.perplexity import evaluate, evaluate_by_block
 from winnow.retrieve import describe
 from winnow.statistics import collect, collect_by_block
 from winnow.streaming import NAMES, Streamed, clear_left
-from winnow.structures import STRUCTURES
 
 LENGTH, BATCH = 12, 2
 WINDOWS = torch.randint(0, VOCABULARY, (5, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -102,7 +102,7 @@ def test_losses_are_those_of_a_model_in_memory(dense, name, tmp_path, monkeypatc
     assert found["nll"] == pytest.approx(expected["nll"], rel=LAST)
 
 
-@pytest.mark.parametrize("kind", STRUCTURES)
+@pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox"])
 def test_compressed_models_stream_too(dense, name, kind, tmp_path):
     """Also those that share tensors between blocks; against the dense model, which is streamed beside it."""

@@ -73,12 +73,12 @@ class Files(list):
         (r"figures/effective_rank", "effective_rank"),
         (r"/none-\w+/", "results"),
     ]
-    MANY = ("factors", "overlaps", "results")
+    MANY = ("factors", "spectra", "predicted", "overlaps", "results")
 
     def get(self, name: str, default=None):
         pattern = next(p for p, n in self.NAMES if n == {"overlap": "overlaps"}.get(name, name))
         found = [path for path in self if re.search(pattern, path)]
-        if name in self.MANY or (name == "spectra" and len(found) > 1):
+        if name in self.MANY:
             return found
         return found[0] if found else default
 
@@ -114,7 +114,7 @@ def run_job(made: str, tmp_path: Path) -> Path:
         log=[str(tmp_path / "log")],
         wildcards=Wildcards(provenance["wildcards"]),
         params=provenance["params"],
-        resources=SimpleNamespace(batch_tokens=4096, get=lambda name: None),
+        resources=SimpleNamespace(batch_tokens=4096, stream=0, get=lambda name: None),
         threads=1,
     )
     script = {"evaluate_dense": "evaluate_perplexity"}.get(rule, rule)
