@@ -85,10 +85,11 @@ def experiments() -> dict:
 def structures() -> dict:
     """Every structure on the demo model and on four families, in the FFN at two byte budgets, with random controls."""
     config, keeps, demo = experiments(), ["ffn-0.8", "ffn-0.5"], default()
-    methods = ["svd", "whitened", "kfac", "whitened_gauge_fixed", "grc_whitened", "basis_sharing", "bypass", "mixed"]
-    config["methods"]["mixed"] = {"structure": {"kind": "by_target"}, "metric": {"kind": "weights"}}
+    methods = ["svd", "whitened", "kfac", "whitened_gauge_fixed", "grc_whitened", "basis_sharing", "bypass", "by_target"]
+    config["methods"]["by_target"] = {"structure": {"kind": "by_target"}, "metric": {"kind": "weights"}}
     methods += ["clusters_cosine", "tiers_activation", "ffsplit_whitened", "ffsplit_affine", "modegpt_mlp"]
     config["budgets"]["ffn-0.5"] = {"targets": ["ffn"], "keep_bytes": 0.5}
+    config["budgets"]["ffn-0.5-ilp"] = {"targets": ["ffn"], "keep_bytes": 0.5, "allocation": {"kind": "ilp"}}
     config["budgets"]["whole"] = {"targets": ["ffn"], "rank_fraction": 1.0}  # the affine block has one form, of few bytes
     texts = {part: {**demo["texts"][f"demo_{part}"], "files": [str(DEMO / f"texts/demo/{part}.jsonl")]} for part in PARTS}
     config["texts"] |= {f"demo_{part}": text for part, text in texts.items()}
@@ -103,6 +104,7 @@ def structures() -> dict:
         config["experiments"] |= {
             f"{name}-matrices": {**where, "methods": methods, "budgets": keeps},
             f"{name}-coupled": {**where, "methods": ["coupled", "coupled_one_sided"], "budgets": ["ffn-0.5"]},
+            f"{name}-mixed": {**where, "methods": ["mixed"], "budgets": ["ffn-0.5-ilp"]},
             f"{name}-blocks": {**where, "methods": ["r2lin"], "budgets": ["whole"]},
         }
     return config
