@@ -308,7 +308,7 @@ class Config(Strict):
         return found
 
     def _check_steps(self, name: str) -> None:
-        """Raise ValueError for a recovery that follows no other one, or at some length itself."""
+        """Raise ValueError for a recovery whose `after` names none, or that would come after itself."""
         seen, step = [name], self.recoveries[name].after
         while step is not None:
             where = f"recoveries.{seen[-1]}.after"

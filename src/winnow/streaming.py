@@ -27,7 +27,7 @@ from winnow.io import file_digest, read_json, write_json
 from winnow.layouts import install
 from winnow.models import weight_files
 from winnow.naming import canonical_names
-from winnow.tensor_files import TensorFile, bytes_of
+from winnow.tensor_files import TensorFile, bytes_of, fill
 
 log = logging.getLogger(__name__)
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -66,12 +66,8 @@ class HiddenStates:
         with open(self.path, "rb", buffering=0) as stream:
             for row, window in enumerate(x):
                 stream.seek(((first + row) * self.length + tokens.start) * self.token)
-                rest = bytes_of(window)
-                while len(rest):
-                    count = stream.readinto(rest)
-                    if not count:
-                        raise InputError(f"{self.path}: cut short while it was in use; run snakemake again")
-                    rest = rest[count:]
+                if not fill(window, stream):
+                    raise InputError(f"{self.path}: cut short while it was in use; run snakemake again")
         return x
 
 

@@ -43,6 +43,17 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(data)
 
 
+def fill(tensor: torch.Tensor, stream: Any) -> bool:
+    """Read the bytes of a contiguous tensor on the CPU from where an unbuffered stream stands; whether there were as many."""
+    rest = bytes_of(tensor)
+    while len(rest):
+        count = stream.readinto(rest)
+        if not count:
+            return False
+        rest = rest[count:]
+    return True
+
+
 class TensorFile:
     """The tensors of a safetensors file, each read when it is asked for; its header has been checked before."""
 
@@ -67,12 +78,8 @@ class TensorFile:
             stream.seek(self.start + begin)
             for part in flat.split(CHUNK if tensor.dtype != stored else max(1, len(flat))):
                 target = part if part.dtype == stored else torch.empty(len(part), dtype=stored)
-                rest = bytes_of(target)
-                while len(rest):
-                    count = stream.readinto(rest)
-                    if not count:
-                        raise InputError(f"{self.path}: not a whole safetensors file; it ends within {key}")
-                    rest = rest[count:]
+                if not fill(target, stream):
+                    raise InputError(f"{self.path}: not a whole safetensors file; it ends within {key}")
                 if target is not part:
                     part.copy_(target)
         return tensor

@@ -12,48 +12,8 @@ def tuned_model(wildcards):
     return {"files": local_files(wildcards)}
 
 
-def example_files(wildcards):
-    task = PLAN.tasks()[wildcards.task]
-    return [*task.train, *task.test]
-
-
-def rows_of_task(part, task=None):
-    """The rows `part` (train.parquet, test.parquet, or task.json, their facts) of the task that an evaluation scores, or of the
-    one that `task` names for the wildcards."""
-
-    def path(wildcards):
-        name = (
-            task(wildcards) if task else PLAN.names["evaluations"][wildcards.evaluation]
-        )
-        return f"results/examples/{PLAN.task_label(name)}/{part}"
-
-    return path
-
-
-def task_of_calibration(wildcards):
-    return PLAN.preset("calibrations", wildcards.windows).task
-
-
-def task_of_model(wildcards):
-    return PLAN.preset("models", wildcards.model).finetune.task
-
-
-def rows_of_recovery(part):
-    """The rows that a recovery learns, if it learns those of a task."""
-
-    def path(wildcards):
-        name = getattr(PLAN.preset("recoveries", wildcards.recovery), "task", None)
-        return f"results/examples/{PLAN.task_label(name)}/{part}" if name else []
-
-    return path
-
-
 def text_files(wildcards):
     return PLAN.preset("texts", wildcards.text).files
-
-
-def task_files(wildcards):
-    return PLAN.task_files(wildcards.evaluation)
 
 
 def text_of_windows(wildcards):
@@ -111,15 +71,6 @@ def overlap_check(wildcards):
     calibration = PLAN.text_label("calibrations", wildcards.calibration)
     evaluation = PLAN.text_label("evaluations", wildcards.evaluation)
     return f"results/texts/overlap/{calibration}/{evaluation}.json"
-
-
-def rows_check(wildcards):
-    """That a calibration text shares nothing with the test rows; train rows of a task were compared when they were read."""
-    if PLAN.preset("calibrations", wildcards.calibration).task:
-        return []
-    calibration = PLAN.text_label("calibrations", wildcards.calibration)
-    task = PLAN.task_label(PLAN.names["evaluations"][wildcards.evaluation])
-    return f"results/texts/overlap/{calibration}/{task}.json"
 
 
 def before_recovery(folder, first):
