@@ -138,6 +138,11 @@ class Method(Strict):
     metric: AnyMetric | None = Field(
         None, description="which error the fit minimises; absent for structures that minimise the FFN's output error"
     )
+    allocation: AnyAllocation | None = Field(
+        None,
+        description="how `keep_bytes` is spread in budgets that do not say it themselves; the factors are those of the same "
+        "method without it",
+    )
 
     @model_validator(mode="after")
     def _one_objective(self) -> Method:
@@ -182,7 +187,10 @@ class Budget(Strict):
         description="rank as a share of the smaller side of each matrix (or of the structure's largest size); or "
         "`{target: share}` in the place of `targets`",
     )
-    allocation: AnyAllocation = Field(UNIFORM, description="how `keep_bytes` is spread over the matrices; kinds below")
+    allocation: AnyAllocation = Field(
+        UNIFORM,
+        description="how `keep_bytes` is spread over the matrices, of methods that do not say it for themselves; kinds below",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -203,6 +211,12 @@ class Budget(Strict):
         if self.keep_bytes is None and self.allocation != UNIFORM:
             raise ValueError(f"allocation: {self.allocation.kind} spreads bytes; give `keep_bytes`, or leave `allocation` out")
         return self
+
+    def spread_by(self, method: Method) -> Budget:
+        """The budget as a method spreads it, where only the method says how; else itself."""
+        if method.allocation is None or self.keep_bytes is None or "allocation" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"allocation": method.allocation})
 
 
 class Experiment(Strict):
@@ -283,14 +297,14 @@ class Config(Strict):
 
     def _check_allocations(self, name: str, experiment: Experiment) -> None:
         """Raise ValueError for a method and a budget that do not go together."""
-        allocations = {b: allocation_of(self.budgets[b].allocation.model_dump()) for b in experiment.budgets}
-        for method, (b, allocation) in itertools.product(experiment.methods, allocations.items()):
+        for method, b in itertools.product(experiment.methods, experiment.budgets):
+            allocation = allocation_of(self.budgets[b].spread_by(self.methods[method]).allocation.model_dump())
             structure = structure_of(self.methods[method].structure.model_dump())
             members = structure.alternatives().values()
             if len(members) > 1 and not (allocation.chooses and allocation.predicts()):
                 raise ValueError(
                     f"experiments.{name}: {structure.kind()} ({method}) chooses between structures by predicted loss, which "
-                    f"budget {b!r} does not; give it `keep_bytes` and `allocation: {{kind: ilp}}`"
+                    f"budget {b!r} does not; give it `keep_bytes`, and it or the method `allocation: {{kind: ilp}}`"
                 )
             if allocation.predicts() and not all(member.predicts for member in members):
                 raise ValueError(
@@ -342,7 +356,7 @@ class Config(Strict):
 def random_control(method: Method) -> Method | None:
     """The method with a random choice of what it selects; None if it selects nothing, or at random already."""
     control = structure_of(method.structure.model_dump()).control()
-    return None if control is None else Method(paper=None, structure=control, metric=method.metric)
+    return None if control is None else Method(paper=None, structure=control, metric=method.metric, allocation=method.allocation)
 
 
 def _known(where: str, name: str, presets: dict[str, Any]) -> None:

@@ -14,107 +14,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from winnow import studies
 from winnow.allocations import allocation_of
 from winnow.allocations.base import Allocation
 from winnow.architectures import GRADIENTS
 from winnow.clusters import Clustering
-from winnow.config import Budget, Calibration, Config, Method, Strict, random_control
+from winnow.config import Config, Strict
+from winnow.derived import add_budgets, add_members, add_studies, calibrations_by_seed, with_controls
 from winnow.errors import InputError
 from winnow.evaluations import PLAIN, Classification, Perplexity
 from winnow.metrics import METRICS
 from winnow.models import model_files
-from winnow.recoveries import Recovery, options_of
+from winnow.recoveries import Recovery
 from winnow.structures import structure_of
 from winnow.structures.base import Structure
 from winnow.task_files import files_of
 
 EXECUTION = {"shards", "load"}  # options that say how a job runs; they are in no label
 UNNAMED = EXECUTION | {"paper"}  # what else changes no number
-
-
-def _with_controls(config: Config) -> tuple[dict[str, Method], dict[str, str]]:
-    """All methods with their random controls, and {method: its control} by name. A preset of the same content serves.
-
-    Raises InputError if another preset has the name of a control.
-    """
-    methods, controls = dict(config.methods), {}
-    for name, method in config.methods.items():
-        control = random_control(method)
-        if control:
-            content = (control.structure, control.metric)
-            same = sorted(other for other, m in config.methods.items() if (m.structure, m.metric) == content)
-            controls[name] = same[0] if same else f"{name}.random"
-            if not same and controls[name] in config.methods:
-                where = f"methods.{controls[name]}"
-                raise InputError(f"{where}: the name is taken by the random control of {name!r}; rename the preset")
-            methods.setdefault(controls[name], control)
-    return methods, controls
-
-
-def _by_seed(config: Config) -> tuple[dict[str, Calibration], dict[str, str]]:
-    """All calibrations, one seed each, and {name: the preset that it is a seed of, or is}.
-
-    Raises InputError if a preset has the name of another one's seed."""
-    found: dict[str, Calibration] = {}
-    presets: dict[str, str] = {}
-    for name, preset in config.calibrations.items():
-        for of_seed, calibration in preset.by_seed(name).items():
-            if calibration.task is not None:  # its rows are as long as the task says
-                task: Any = config.evaluations[calibration.task]
-                calibration = calibration.model_copy(update={"length": task.length})
-            if of_seed != name and of_seed in config.calibrations:
-                raise InputError(f"calibrations.{of_seed}: the name is taken by a seed of {name!r}; rename the preset")
-            found[of_seed], presets[of_seed] = calibration, name
-    return found, presets
-
-
-def _add_studies(methods: dict[str, Method], budgets: dict[str, Budget], recoveries: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Add the presets of all studies to the configured ones; {study: {its name of a preset: that in the configuration}}.
-
-    A preset of the same content serves, whatever it is called."""
-    found: dict[str, dict[str, str]] = {}
-    for study in studies.names():
-        own = studies.study_of(study)
-        found[study] = {}
-        for name, content in own.methods.items():
-            method = Method.model_validate(content)
-            same = [other for other, m in methods.items() if (m.structure, m.metric) == (method.structure, method.metric)]
-            found[study][name] = same[0] if same else f"{study}.{name}" if name in methods else name
-            methods.setdefault(found[study][name], method)
-        for name, content in own.budgets.items():
-            budget = Budget.model_validate(content)
-            alike = [other for other, b in budgets.items() if b == budget]
-            found[study][name] = alike[0] if alike else f"{study}.{name}" if name in budgets else name
-            budgets.setdefault(found[study][name], budget)
-        found[study][studies.NONE] = studies.NONE
-        for name, content in own.recoveries.items():
-            recovery = options_of(content)
-            equal = [other for other, r in recoveries.items() if r == recovery]
-            found[study][name] = equal[0] if equal else f"{study}.{name}" if name in recoveries else name
-            recoveries.setdefault(found[study][name], recovery)
-    return found
-
-
-def _add_members(methods: dict[str, Method]) -> dict[str, list[str]]:
-    """Add a method for every structure that a method chooses between; {method: those methods}, by name. A preset of the same
-    content serves, so that both share factors; a method without a choice is its own.
-
-    Raises InputError if another preset has the name of a member."""
-    found: dict[str, list[str]] = {}
-    for name, method in list(methods.items()):
-        members = method.members()
-        found[name] = [name] if len(members) == 1 else []
-        for member in members if len(members) > 1 else []:
-            content = (member.structure, member.metric)
-            same = sorted(other for other, m in methods.items() if (m.structure, m.metric) == content)
-            own = same[0] if same else f"{name}.{member.structure.kind}"
-            if not same and own in methods:
-                raise InputError(f"methods.{own}: the name is taken by a member of {name!r}; rename the preset")
-            found[name].append(own)
-            methods.setdefault(own, member)
-            found.setdefault(own, [own])
-    return found
 
 
 @dataclass(frozen=True)
@@ -135,12 +51,13 @@ class Grid:
     """Labels, cells and paths of a validated configuration."""
 
     def __init__(self, config: Config):
-        self.methods, self.controls = _with_controls(config)
-        calibrations, self.preset_of_seed = _by_seed(config)
+        self.methods, self.controls = with_controls(config)
+        calibrations, self.preset_of_seed = calibrations_by_seed(config)
         self.budgets = dict(config.budgets)
         recoveries: dict[str, Recovery] = dict(config.recoveries)
-        self.of_studies = _add_studies(self.methods, self.budgets, recoveries)
-        self.members = _add_members(self.methods)
+        self.of_studies = add_studies(self.methods, self.budgets, recoveries)
+        self.members = add_members(self.methods)
+        self.spread = add_budgets(config, self.methods, self.budgets)
         updated = {"methods": self.methods, "budgets": self.budgets, "calibrations": calibrations, "recoveries": recoveries}
         self.config = config.model_copy(update=updated)
         self.labels: dict[str, dict[str, str]] = {}
@@ -169,11 +86,21 @@ class Grid:
         digest = hashlib.sha256(json.dumps([section, content], sort_keys=True).encode()).hexdigest()
         if section == "calibrations":  # a seed has one label, whether it stands in a list or by itself
             name = self.preset_of_seed[name]
+        if section == "budgets":
+            name = self.budget_name(name)
         return f"{name}-{digest[:6]}"
 
     def _seeds(self, calibrations: list[str]) -> list[str]:
         """The names of all seeds of the presets."""
         return [name for preset in calibrations for name, of in self.preset_of_seed.items() if of == preset]
+
+    def _budget(self, method: str | None, name: str) -> str:
+        """The budget of this name as the method spreads it, by name."""
+        return self.spread.get((method or "", name), name)
+
+    def budget_name(self, name: str) -> str:
+        """What a budget is called in the configuration, of one that a method spreads likewise."""
+        return next((asked for (_, asked), added in self.spread.items() if added == name), name)
 
     def _cells(self) -> list[Cell]:
         """Cells of all experiments, each once: the dense ones first, then those after the same recovery."""
@@ -191,8 +118,10 @@ class Grid:
                 if kind != "latency":  # its matrices are the dense model's
                     healed[Cell(model, evaluation, calibration, recovery=recovery, kind=kind)] = None
             methods = [name for m in e.methods for name in (m, self.controls.get(m) if e.controls else None) if name]
-            for row in product(e.models, e.evaluations, self._seeds(e.calibrations), methods, e.budgets, e.recoveries):
-                compressed[Cell(*row, kind=self.config.evaluations[row[1]].kind)] = None
+            seeds = self._seeds(e.calibrations)
+            for m, ev, c, method, b, r in product(e.models, e.evaluations, seeds, methods, e.budgets, e.recoveries):
+                kind = self.config.evaluations[ev].kind
+                compressed[Cell(m, ev, c, method, self._budget(method, b), r, kind)] = None
         return [*dense, *healed, *compressed]
 
     def recovers(self, name: str) -> bool:
@@ -207,7 +136,7 @@ class Grid:
             for e in asked
             for row in product(e.models, e.evaluations, self._seeds(e.calibrations), e.methods, e.budgets, e.recoveries)
         ]
-        return [Cell(*row) for row in rows]
+        return [Cell(*row[:4], self._budget(row[3], row[4]), *row[5:]) for row in rows]
 
     def cells_of(self, kind: str) -> list[Cell]:
         """The cells whose evaluation is of this kind, dense ones first."""

@@ -184,7 +184,7 @@ class Plan(StudyGrid):
     def _method(self, w: dict[str, str]) -> dict[str, Any]:
         method = self.preset("methods", w["method"])
         metric = method.metric
-        return method.model_dump(exclude=UNNAMED) | {
+        return method.model_dump(exclude=UNNAMED | {"allocation"}) | {  # which is the budget's by then
             "structure_version": STRUCTURES[method.structure.kind].version,
             "metric_version": METRICS[metric.kind].version if metric else None,
         }
@@ -212,6 +212,7 @@ class Plan(StudyGrid):
         sections = ("models", "calibrations", "methods", "budgets")
         names = {s.removesuffix("s"): self.names[s][w[s.removesuffix("s")]] for s in sections}
         names["calibration"] = self.preset_of_seed[names["calibration"]]
+        names["budget"] = self.budget_name(names["budget"])
         model, calibration = self.preset("models", w["model"]), self.preset("calibrations", w["calibration"])
         allocation = self.allocation(w["budget"])
         return {
@@ -347,7 +348,7 @@ class Plan(StudyGrid):
             "method": cell.method or "dense",
             "structure": method.structure.kind if method else "dense",
             "metric": method.objective if method else "none",
-            "budget": cell.budget or "dense",
+            "budget": self.budget_name(cell.budget) if cell.budget else "dense",
             "allocation": budget.allocation.kind if budget else "none",
             "recovery": cell.recovery or "none",
             "evaluation": cell.evaluation,

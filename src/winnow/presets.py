@@ -10,8 +10,10 @@ FFSPLIT, SVD_LLM, GRC = "FFSplit, arXiv 2401.04044", "SVD-LLM, arXiv 2403.07378"
 COUPLING = "cross-layer subspace coupling, arXiv 2605.30836"
 WEIGHTS, GRAM = {"kind": "weights"}, {"kind": "gram"}
 LOW_RANK = {"kind": "low_rank"}
-# name: (paper, structure with its options, metric with its options; None where the structure minimises the output's error)
-_PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+PER_TYPE, ILP = {"kind": "per_type"}, {"kind": "ilp"}
+# name: (paper, structure with its options, metric with its options or None where the structure minimises the output's error[,
+# allocation with its options, where the recipe has its own])
+_PRESETS: dict[str, tuple[Any, ...]] = {
     "svd": ("Eckart and Young 1936", LOW_RANK, WEIGHTS),
     "weight_norm": (PAPER_7 + " (proxy)", LOW_RANK, {"kind": "weight_norm"}),
     "asvd": ("ASVD, arXiv 2312.05821", LOW_RANK, {"kind": "mean_abs", "alpha": 0.5}),
@@ -50,19 +52,32 @@ _PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "coupled_anchored": (COUPLING, {"kind": "coupled", "anchor_strength": 1.0}, GRAM),
     "coupled_one_sided": (COUPLING + ", one side", {"kind": "coupled", "tying": "grouped", "sides": "one"}, GRAM),
     "mixed": ("several; chosen by predicted loss", {"kind": "mixed"}, {"kind": "two_sided"}),
+    "kfac_gauge_fixed": ("none known", {"kind": "gauge_fixed"}, {"kind": "two_sided"}),
+    "neurons_by_loss": ("MoDeGPT, arXiv 2408.09632, by predicted loss", {"kind": "neuron_slice", "criterion": "loss"}, None),
     "modegpt_mlp": ("MoDeGPT, arXiv 2408.09632", {"kind": "neuron_slice"}, None),
+    "svd_llm_v2": ("SVD-LLM V2, arXiv 2503.12340", LOW_RANK, GRAM, PER_TYPE),
+    "whitened_ilp": ("sizes by integer programme", LOW_RANK, GRAM, ILP),
+    "winnow": (
+        "recommended: structures and sizes by integer programme",
+        {"kind": "mixed"},
+        {"kind": "two_sided"},
+        ILP | {"rounds": 2},
+    ),
 }
 
 
 def methods() -> dict[str, dict[str, Any]]:
     """The section `methods` of the default configuration."""
     found: dict[str, dict[str, Any]] = {}
-    for name, (paper, structure, metric) in _PRESETS.items():
-        found[name] = {"paper": paper, "structure": dict(structure)} | ({} if metric is None else {"metric": dict(metric)})
+    for name, (paper, *parts) in _PRESETS.items():
+        given = zip(("structure", "metric", "allocation"), parts, strict=False)
+        found[name] = {"paper": paper} | {key: dict(value) for key, value in given if value is not None}
     return found
 
 
 def recoveries() -> dict[str, dict[str, Any]]:
     """The section `recoveries` of the default configuration."""
     plain: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in ("none", "sequential", "refine", "distill")}
-    return plain | {"distill_lora": {"kind": "distill", "parameters": "lora"}}
+    chained = {"fitted_refined": {"kind": "refine", "after": "sequential"}}
+    chained["fitted_refined_distilled"] = {"kind": "distill", "after": "fitted_refined"}
+    return plain | {"distill_lora": {"kind": "distill", "parameters": "lora"}} | chained

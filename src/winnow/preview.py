@@ -42,15 +42,23 @@ def cells_table(plan: Plan, shapes: dict[str, Shape]) -> Table:
         shape = shapes.get(model)
         dense = sum(not cell.method for cell in mine)
         table.add_row(model, "dense", "all weights", str(dense), f"{shape.bytes:,}" if shape else "unknown", "1", "")
-        for name in dict.fromkeys(cell.budget for cell in mine if cell.budget):
+        budgets = [plan.budget_name(cell.budget) for cell in mine if cell.budget]
+        for name in dict.fromkeys(budgets):
             budget = plan.config.budgets[name]
             total = shape.dense_bytes(budget.targets) if shape else None
             asked = next(
                 f"{key} {value}" for key, value in budget.model_dump().items() if key in CURRENCIES and value is not None
             )
             stored = f"{total * budget.keep_bytes:,.0f}" if total and budget.keep_bytes else "by allocation"
-            count = sum(cell.budget == name for cell in mine)
-            table.add_row(model, name, "+".join(budget.targets), str(count), f"{total:,}" if total else "unknown", asked, stored)
+            table.add_row(
+                model,
+                name,
+                "+".join(budget.targets),
+                str(budgets.count(name)),
+                f"{total:,}" if total else "unknown",
+                asked,
+                stored,
+            )
     return table
 
 

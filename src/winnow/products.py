@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING
+
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TOKENS = 2048  # of a product that one thread makes; as fixed as PARTED, so that sums do not depend on the number of threads
+PARTED = 1 << 22  # numbers of a product up to which tokens are split: larger ones keep all threads busy, and memory counts
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x^T y; a small one by parts of the tokens, a thread each. The threads of a BLAS wait for each other in a loop that takes
+    time from torch's, as those do from it: together they are many times slower than either."""
+    if x.shape[1] * y.shape[1] > PARTED:
+        return x.T @ y
+    parts = [slice(start, start + TOKENS) for start in range(0, len(x), TOKENS)]
+
+    def of(part: slice) -> np.ndarray:
+        own = x[part]
+        return own.T @ (own if y is x else y[part])  # BLAS makes half of x^T x where both are one array
+
+    if (threads := min(torch.get_num_threads(), len(parts))) <= 1:
+        return sum((of(part) for part in parts[1:]), start=of(parts[0]))
+    with _blas().limit(limits=1):
+        made = _pool(threads).map(of, parts)
+        return sum(made, start=next(made))
 
 
 def gram_of(x: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """x^T x (n, n) of x (t, n), or x^T y with `other` y (t, d), made in `dtype` (by default that of x).
 
-    On a CPU by NumPy, which makes half of x^T x and mirrors it (BLAS's syrk), and whose BLAS is the faster one on AMD. On a GPU
+    Raises ValueError without tokens. On a CPU by NumPy, which makes half of x^T x and mirrors it (BLAS's syrk), and whose BLAS is the faster one on AMD. On a GPU
     numbers of 16 bits are multiplied as they are and summed in float32, which is exact but for the sums.
     """
     dtype, other = dtype or x.dtype, x if other is None else other
@@ -19,4 +58,4 @@ def gram_of(x: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = 
     if x.device.type != "cpu":
         return x.T @ (x if other is None else other)
     array = x.numpy()
-    return torch.from_numpy(array.T @ (array if other is None else other.numpy()))
+    return torch.from_numpy(_product(array, array if other is None else other.numpy()))

@@ -119,6 +119,17 @@ MISTAKES = [
         lambda c: c["methods"]["r2lin"].update(metric={"kind": "gram"}),
         "methods.r2lin: affine_block minimises the error of the FFN",
     ),
+    (
+        lambda c: (c["methods"]["svd_llm_v2"].update(allocation={"kind": "per_typ"}), None),
+        "methods.svd_llm_v2.allocation: there is no kind 'per_typ'; did you mean 'per_type'?",
+    ),
+    (
+        lambda c: (
+            c["methods"]["ffsplit"].update(allocation={"kind": "ilp"}),
+            c["experiments"]["demo"].update(methods=["ffsplit"]),
+        ),
+        "experiments.demo: budget 'ffn-0.9' reads predicted losses, which split (ffsplit) does not have",
+    ),
     (lambda c: c["methods"]["svd"].pop("metric"), "methods.svd: low_rank needs a `metric`"),
     (
         lambda c: c["methods"]["bypass"]["structure"].update(remainder={"kind": "split"}),

@@ -385,10 +385,17 @@ def test_rounds_predict_anew_for_all_members(fitted):
     assert json.dumps(found) == json.dumps(predict_in_rounds(files, factors, structure, groups, budget, 1, setting)[0])
 
 
-def test_the_study_is_valid_and_members_are_fitted_once():
-    config = copy.deepcopy(default())
-    study = yaml.safe_load((ROOT / "config" / "studies" / "mixed.yaml").read_text())
-    for section, presets in study.items():
-        config[section] |= presets
-    plan = Plan(load(config), ROOT)
-    assert plan.members["mixed"] == ["kfac_gauge_fixed", "mixed.neuron_slice", "r2lin"]
+def test_the_studies_are_valid_and_members_are_fitted_once():
+    for name in ("ablation", "frontier"):
+        config = copy.deepcopy(default())
+        study = yaml.safe_load((ROOT / "config" / "studies" / f"{name}.yaml").read_text())
+        for section, presets in study.items():
+            config[section] |= presets
+        plan = Plan(load(config), ROOT)
+        assert plan.members["winnow"] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin"]
+        calibrated = {cell.calibration for cell in plan.cells if cell.method}
+        assert len(calibrated) == 3, "seeds"
+        for cell in plan.cells:
+            text = plan.config.texts[plan.config.evaluations[cell.evaluation].text]
+            kept = [file.endswith("evaluation.jsonl") for file in text.files]
+            assert kept == [name == "frontier"], "choices are made on validation text, what is reported is of test text"

@@ -38,7 +38,8 @@ def test_a_label_depends_on_its_own_content_only():
     before = plan_of().labels
     after = plan_of(lambda c: c["budgets"]["ffn-0.8"].update(keep_bytes=0.7)).labels
     changed = {(s, n) for s in before for n in before[s] if before[s][n] != after[s][n]}
-    assert changed == {("budgets", "ffn-0.8")}
+    assert {("budgets", "ffn-0.8")} < changed
+    assert all(section == "budgets" and name.startswith("ffn-0.8") for section, name in changed)  # as spread, too
     after = plan_of(lambda c: c["texts"]["demo_calibration"].update(stop=3)).labels
     changed = {(s, n) for s in before for n in before[s] if before[s][n] != after[s][n]}
     assert changed == {("texts", "demo_calibration"), ("calibrations", "demo")}
@@ -367,6 +368,44 @@ def test_a_random_control_stands_beside_every_selection():
 def test_a_preset_cannot_pass_for_a_control():
     with pytest.raises(InputError, match=r"methods\.ffsplit\.random: the name is taken by the random control of 'ffsplit'"):
         plan_of(lambda c: c["methods"].update({"ffsplit.random": c["methods"]["svd"]}))
+
+
+def test_a_method_spreads_the_budgets_that_do_not_say_how():
+    def change(c):
+        c["budgets"]["asked"] = {"targets": ["ffn"], "keep_bytes": 0.8, "allocation": {"kind": "uniform"}}
+        c["budgets"]["ranks"] = {"targets": ["ffn"], "rank": 8}
+        c["experiments"]["demo"].update(methods=["whitened", "svd_llm_v2", "whitened_ilp"], budgets=["ffn-0.8", "asked", "ranks"])
+
+    plan = plan_of(change)
+    rows = [plan._row(cell) for cell in plan.cells if cell.method]
+    kinds = {(row["method"], row["budget"]): row["allocation"] for row in rows}
+    assert kinds == {
+        (m, b): "uniform" for m in ("whitened", "svd_llm_v2", "whitened_ilp") for b in ("ffn-0.8", "asked", "ranks")
+    } | {
+        ("svd_llm_v2", "ffn-0.8"): "per_type",
+        ("whitened_ilp", "ffn-0.8"): "ilp",
+    }
+    names, budgets = plan.labels["methods"], plan.labels["budgets"]
+    factors = plan.of_members("m", "c", names["svd_llm_v2"], "spectra.parquet")
+    assert factors == plan.of_members("m", "c", names["whitened"], "spectra.parquet"), "its factors are those of the metric alone"
+    (cell,) = (c for c in plan.cells if c.method == "svd_llm_v2" and plan.budget_name(str(c.budget)) == "ffn-0.8")
+    label = budgets[str(cell.budget)]
+    assert label.startswith("ffn-0.8-")
+    assert label != budgets["ffn-0.8"]
+    spec = plan.spec(
+        "compress",
+        {"model": plan.labels["models"]["demo"], "calibration": plan.labels["calibrations"]["demo"]}
+        | {"method": names["svd_llm_v2"], "budget": label},
+    )
+    assert spec["names"]["budget"] == "ffn-0.8"
+    assert spec["presets"]["budget"]["allocation"] == {"kind": "per_type"}
+    other = plan_of(lambda c: (change(c), c["methods"]["svd_llm_v2"].update(allocation={"kind": "energy"})))
+    assert other.result(next(c for c in other.cells if c.method == "svd_llm_v2")) != plan.result(cell)
+
+
+def test_a_preset_cannot_pass_for_a_budget_that_a_method_spreads():
+    with pytest.raises(InputError, match=r"budgets\.ffn-0\.8\.winnow: the name is taken by 'ffn-0\.8' as 'winnow' spreads it"):
+        plan_of(lambda c: c["budgets"].update({"ffn-0.8.winnow": c["budgets"]["ffn-0.8"]}))
 
 
 def test_methods_that_cluster_alike_share_the_clusters():
