@@ -8,6 +8,7 @@ DEMO = ["svd", "weight_norm", "asvd", "whitened"]  # those of the default experi
 PAPER_7, PAPER_8 = "HyperTensor Paper VII", "HyperTensor Paper VIII"
 FFSPLIT, SVD_LLM, GRC = "FFSplit, arXiv 2401.04044", "SVD-LLM, arXiv 2403.07378", "GRC, HyperTensor Paper I"
 COUPLING = "cross-layer subspace coupling, arXiv 2605.30836"
+RTN = "round to nearest, as in GPTQ, arXiv 2210.17323"
 WEIGHTS, GRAM = {"kind": "weights"}, {"kind": "gram"}
 LOW_RANK = {"kind": "low_rank"}
 # name: (paper, structure with its options, metric with its options; None where the structure minimises the output's error)
@@ -51,6 +52,8 @@ _PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "coupled_one_sided": (COUPLING + ", one side", {"kind": "coupled", "tying": "grouped", "sides": "one"}, GRAM),
     "mixed": ("several; chosen by predicted loss", {"kind": "mixed"}, {"kind": "two_sided"}),
     "modegpt_mlp": ("MoDeGPT, arXiv 2408.09632", {"kind": "neuron_slice"}, None),
+    "rounded_8bit": (RTN, {"kind": "rounded", "bits": 8}, WEIGHTS),
+    "rounded_4bit": (RTN, {"kind": "rounded", "bits": 4}, WEIGHTS),
 }
 
 

@@ -12,6 +12,7 @@ from winnow.structures.base import Problem
 ROLES = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Kinds that are fitted themselves; the members of `mixed` are, see test_mixed.py.
 FITTED = [kind for kind in STRUCTURES if kind != "mixed"]
+LOSSY = {"affine_block", "rounded"}  # no size of these reproduces the layer
 # Options that suit matrices of a few channels.
 SMALL = {
     "bypass": {"kept": 2},
@@ -36,6 +37,8 @@ VARIANTS = [
     {"kind": "neuron_slice", "criterion": "random"},
     {"kind": "neuron_slice", "criterion": "output"},
     {"kind": "neuron_slice", "criterion": "loss"},
+    {"kind": "rounded", "bits": 4},
+    {"kind": "rounded", "bits": 4, "group": 4},
 ]
 
 
