@@ -319,8 +319,8 @@ class Config(Strict):
             step = self.recoveries[step].after
 
     def _check_training(self, name: str, experiment: Experiment) -> None:
-        """Raise ValueError for a recovery that has nothing to train, and where something learns the train rows of another task than
-        the one that is scored: only those of one task are compared with its test rows."""
+        """Raise ValueError for a recovery that has nothing to train, and where something learns the train rows of another task
+        than the one that is scored: only those of one task are compared with its test rows."""
         recoveries = [step for r in experiment.recoveries for step in self.steps(r)]
         for method, r in itertools.product(experiment.methods, recoveries):
             recovery, structure = self.recoveries[r], structure_of(self.methods[method].structure.model_dump())

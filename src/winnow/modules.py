@@ -169,8 +169,8 @@ class SplitLinear(nn.Module):
 
 
 class RoundedLinear(nn.Module):
-    """y = (steps * scale) x + b: whole numbers (out, in) of 8 bits, or of 4 two to a byte, with a scale for every `group` inputs of
-    a row. They are multiplied out at every call, which is exact in float32, and rounded once, to the dtype of x.
+    """y = (steps * scale) x + b: whole numbers (out, in) of 8 bits, or of 4 two to a byte, and a scale for every `group` inputs
+    of a row. They are multiplied out at every call, which is exact in float32, and rounded once, to the dtype of x.
 
     Scales are float16, held as its bits in int16: a cast of the model leaves integers alone, so that they stay what was
     measured in every dtype, and take two bytes wherever the model is saved. `weight` is empty, as in `LowRankLinear`."""

@@ -24,7 +24,7 @@ HUGE = 10**12
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
-    """A dense model, and checkpoints of it: of two factors, of shared factors, of clusters, of a bypass and of rounded numbers."""
+    """A dense model, and checkpoints of it: two factors, shared factors, clusters, a bypass, rounded numbers."""
     work = tmp_path_factory.mktemp("sources")
     pico("llama").save_pretrained(work / "dense")
     found = {"dense": work / "dense"}

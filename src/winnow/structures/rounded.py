@@ -26,7 +26,7 @@ class Rounded(Structure):
     class Options(StructureOptions):
         kind: Literal["rounded"]
         bits: Literal[8, 4] = Field(8, description="of a number: steps from -127 to 127, or from -7 to 7")
-        group: int | None = Field(32, ge=4, description="inputs of a row that share a scale (the last ones may be fewer); null: all")
+        group: int | None = Field(32, ge=4, description="inputs of a row that share a scale; null: the whole row")
 
     options: Options
 
