@@ -165,7 +165,7 @@ def test_at_full_size_the_logits_are_those_of_the_dense_model(saved_model, tmp_p
         ("split", {"exact": 0.0}),
         ("split_affine", {"light": "dropped"}),
         ("neuron_slice", {"correction": "none"}),
-        ("rounded", {"bits": 4, "group": 5}),
+        ("rounded", {"bits": 8, "group": 5}),
         ("bypass", {"remainder": {"kind": "rounded", "bits": 4}}),
         ("by_target", {"parts": {"attention": {"kind": "rounded", "bits": 8}, "ffn": {"kind": "rounded", "bits": 4}}}),
     ],

@@ -107,7 +107,7 @@ def test_no_cast_and_no_copy_changes_what_is_stored(saved_model, tmp_path):
 def test_a_checkpoint_of_16_bits_keeps_its_scales(tmp_path):
     """bfloat16 has fewer digits than a scale."""
     pico("llama").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    folder = build(tmp_path / "dense", tmp_path / "work", ALL, 0.6, "rounded")
+    folder = build(tmp_path / "dense", tmp_path / "work", ALL, 0.6, "rounded", bits=8)
     stored = load_file(folder / "model.safetensors")
     for dtype in ("bfloat16", "float32"):
         module = load_model(folder, dtype, "cpu").get_submodule("model.layers.0.mlp.up_proj")
