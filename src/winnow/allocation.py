@@ -127,7 +127,7 @@ def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
         rank = of_target(g, budget["rank"])
         size = rank or max(1, round(of_target(g, budget["rank_fraction"]) * g.structure.whole(g.matrices)))
         if size > g.largest:
-            if g.structure.limit(g.matrices) == 1:
+            if size > g.structure.limit(g.matrices) == 1:
                 raise InputError(f"rank {size} cannot be met: {g.offered()}")
             raise InputError(
                 f"rank {size} of {g.describe()} would store no less than dense, which stores {g.dense:,} bytes; "
