@@ -44,6 +44,12 @@ class Group:
     def largest(self) -> int:
         return len(self.numbers) - 1
 
+    def offered(self) -> str:
+        """What can be asked of it, for refusals."""
+        if self.structure.limit(self.matrices) == 1:
+            return f"{self.describe()} has one size, which `rank_fraction: 1` asks for"
+        return f"{self.describe()} can store rank 1 to {self.largest}, its break-even rank; choose a keep_bytes in between"
+
     def describe(self) -> str:
         m = self.matrices[0]
         return f"{m.module} ({m.shape[0]} x {m.shape[1]})"
@@ -121,6 +127,8 @@ def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
         rank = of_target(g, budget["rank"])
         size = rank or max(1, round(of_target(g, budget["rank_fraction"]) * g.structure.whole(g.matrices)))
         if size > g.largest:
+            if size > g.structure.limit(g.matrices) == 1:
+                raise InputError(f"rank {size} cannot be met: {g.offered()}")
             raise InputError(
                 f"rank {size} of {g.describe()} would store no less than dense, which stores {g.dense:,} bytes; "
                 f"its break-even rank is {g.largest}: ask for no more than that"
@@ -151,8 +159,7 @@ def _spread(groups: list[Group], keep: float, allocation: dict[str, Any]) -> Cho
         chosen = [g for g in groups if g.name in choice.sizes]
         g = max([g for g in chosen if g.largest] or chosen, key=lambda g: keep * g.dense - g.bytes(choice.sizes[g.name]))
         raise InputError(
-            f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}; "
-            f"{g.describe()} can store rank 1 to {g.largest}, its break-even rank; choose a keep_bytes in between"
+            f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}; {g.offered()}"
         )
     return choice
 

@@ -333,9 +333,16 @@ class Config(Strict):
             step = self.recoveries[step].after
 
     def _check_training(self, name: str, experiment: Experiment) -> None:
-        """Raise ValueError where something learns the train rows of another task than the one that is scored: only those of one
-        task are compared with its test rows."""
+        """Raise ValueError for a recovery that has nothing to train, and where something learns the train rows of another task
+        than the one that is scored: only those of one task are compared with its test rows."""
         recoveries = [step for r in experiment.recoveries for step in self.steps(r)]
+        for method, r in itertools.product(experiment.methods, recoveries):
+            recovery, structure = self.recoveries[r], structure_of(self.methods[method].structure.model_dump())
+            if isinstance(recovery, Trained) and not recovery.norms and (reason := structure.untrainable()):
+                raise ValueError(
+                    f"experiments.{name}: recovery {r!r} has nothing to train in method {method!r}: {reason}; give the recovery "
+                    "`norms: true`, or leave one of them out"
+                )
         used = [f"models.{n}.finetune.task" for n in experiment.models]
         used += [f"calibrations.{n}.task" for n in experiment.calibrations] + [f"recoveries.{n}.task" for n in recoveries]
         for c in (c for c in experiment.calibrations if self.calibrations[c].task):

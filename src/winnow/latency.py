@@ -121,7 +121,8 @@ def verdict(ratio: Mapping[str, float], control: Mapping[str, float]) -> str:
 
 class Tally(TorchDispatchMode):
     """What the calls inside read and hold: `weight_bytes` of stored tensors read by operators (rows only, of an embedding),
-    `flops` of the products with them (2 per multiply-add), and `peak`, the most bytes that results of operators took at once.
+    `flops` of the products with them or with what was made of them alone (2 per multiply-add), and `peak`, the most bytes that
+    results of operators took at once.
 
     A stored tensor counts as often as it is read. Workspaces inside an operator are not seen."""
 
@@ -130,6 +131,7 @@ class Tally(TorchDispatchMode):
         self.stored = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
         self.weight_bytes = self.flops = self.live = self.peak = 0
         self.known: set[int] = set()
+        self.made: set[int] = set()  # results that depend on stored tensors alone, as weights that are multiplied out
 
     def restart(self) -> None:
         """Count anew; what is held stays held."""
@@ -140,14 +142,18 @@ class Tally(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.untyped_storage()._cdata in self.stored]
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        read = [t for t in given if t.untyped_storage()._cdata in self.stored]
+        weights = len(read) + sum(t.untyped_storage()._cdata in self.made for t in given)
+        if weights and func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         if read and not any(t.untyped_storage()._cdata in self.stored for t in results):  # no view of a weight
             rows = func.overloadpacket is torch.ops.aten.embedding
             self.weight_bytes += sum(t.nbytes for t in (results if rows else read))
-            if func.overloadpacket in flop_registry:
-                self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         for t in results:
             self._hold(t.untyped_storage())
+            if weights and weights == len(given) and t.untyped_storage()._cdata not in self.stored:
+                self.made.add(t.untyped_storage()._cdata)
         return out
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -161,6 +167,7 @@ class Tally(TorchDispatchMode):
 
     def _release(self, key: int, size: int) -> None:
         self.known.discard(key)
+        self.made.discard(key)
         self.live -= size
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from winnow.rounding import multiplied, unpacked
+
 
 def has_bias(dense: nn.Module) -> bool:
     """Whether the module to be replaced has a bias."""
@@ -164,6 +166,34 @@ class SplitLinear(nn.Module):
         for name, piece in zip(self.names[1:], pieces[1:], strict=True):
             y = y + self._modules[name](piece)  # type: ignore[misc]
         return y if self.bias is None else y + self.bias
+
+
+class RoundedLinear(nn.Module):
+    """y = (steps * scale) x + b: whole numbers (out, in) of 8 bits, or of 4 two to a byte, and a scale for every `group` inputs
+    of a row. They are multiplied out at every call, which is exact in float32, and rounded once, to the dtype of x.
+
+    Scales are float16, held as its bits in int16: a cast of the model leaves integers alone, so that they stay what was
+    measured in every dtype, and take two bytes wherever the model is saved. `weight` is empty, as in `LowRankLinear`."""
+
+    steps: Tensor
+    scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bits: int, group: int, bias: bool):
+        super().__init__()
+        self.in_features, self.bits, self.group = in_features, bits, group
+        stored = {8: (in_features, torch.int8), 4: (-(-in_features // 2), torch.uint8)}
+        if bits not in stored:
+            raise ValueError(f"{bits} bits, where 8 and 4 are known")
+        width, dtype = stored[bits]
+        self.register_buffer("steps", torch.empty(out_features, width, dtype=dtype))
+        self.register_buffer("scale", torch.empty(out_features, -(-in_features // group), dtype=torch.int16))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer("weight", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.steps if self.bits == 8 else unpacked(self.steps, self.in_features)
+        weight = multiplied(steps.float(), self.scale.view(torch.float16).float(), self.group)
+        return functional.linear(x, weight.to(x.dtype), self.bias)
 
 
 class Constant(nn.Module):

@@ -8,6 +8,7 @@ DEMO = ["svd", "weight_norm", "asvd", "whitened"]  # those of the default experi
 PAPER_7, PAPER_8 = "HyperTensor Paper VII", "HyperTensor Paper VIII"
 FFSPLIT, SVD_LLM, GRC = "FFSplit, arXiv 2401.04044", "SVD-LLM, arXiv 2403.07378", "GRC, HyperTensor Paper I"
 COUPLING = "cross-layer subspace coupling, arXiv 2605.30836"
+RTN = "round to nearest, as in GPTQ, arXiv 2210.17323"
 WEIGHTS, GRAM = {"kind": "weights"}, {"kind": "gram"}
 LOW_RANK = {"kind": "low_rank"}
 PER_TYPE, ILP = {"kind": "per_type"}, {"kind": "ilp"}
@@ -63,6 +64,8 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
         {"kind": "two_sided"},
         ILP | {"rounds": 2},
     ),
+    "rounded_8bit": (RTN, {"kind": "rounded", "bits": 8}, WEIGHTS),
+    "rounded_4bit": (RTN, {"kind": "rounded", "bits": 4}, WEIGHTS),
 }
 
 

@@ -90,7 +90,7 @@ def structures() -> dict:
     methods += ["clusters_cosine", "tiers_activation", "ffsplit_whitened", "ffsplit_affine", "modegpt_mlp"]
     config["budgets"]["ffn-0.5"] = {"targets": ["ffn"], "keep_bytes": 0.5}
     config["budgets"]["ffn-0.5-ilp"] = {"targets": ["ffn"], "keep_bytes": 0.5, "allocation": {"kind": "ilp"}}
-    config["budgets"]["whole"] = {"targets": ["ffn"], "rank_fraction": 1.0}  # the affine block has one form, of few bytes
+    config["budgets"]["whole"] = {"targets": ["ffn"], "rank_fraction": 1.0}  # forms of one size, or of few bytes at every one
     texts = {part: {**demo["texts"][f"demo_{part}"], "files": [str(DEMO / f"texts/demo/{part}.jsonl")]} for part in PARTS}
     config["texts"] |= {f"demo_{part}": text for part, text in texts.items()}
     config["models"] |= {"demo": {"source": str(DEMO / "models" / "demo")}}
@@ -105,7 +105,7 @@ def structures() -> dict:
             f"{name}-matrices": {**where, "methods": methods, "budgets": keeps},
             f"{name}-coupled": {**where, "methods": ["coupled", "coupled_one_sided"], "budgets": ["ffn-0.5"]},
             f"{name}-mixed": {**where, "methods": ["mixed"], "budgets": ["ffn-0.5-ilp"]},
-            f"{name}-blocks": {**where, "methods": ["r2lin"], "budgets": ["whole"]},
+            f"{name}-blocks": {**where, "methods": ["r2lin", "rounded_8bit", "rounded_4bit"], "budgets": ["whole"]},
         }
     return config
 

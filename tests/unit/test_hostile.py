@@ -24,11 +24,11 @@ HUGE = 10**12
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
-    """A dense model, and checkpoints of it: of two factors, of shared factors, of clusters and of a bypass."""
+    """A dense model, and checkpoints of it: two factors, shared factors, clusters, a bypass, rounded numbers."""
     work = tmp_path_factory.mktemp("sources")
     pico("llama").save_pretrained(work / "dense")
     found = {"dense": work / "dense"}
-    for kind in ("low_rank", "shared_basis", "cluster", "bypass"):
+    for kind in ("low_rank", "shared_basis", "cluster", "bypass", "rounded"):
         found[kind] = build(work / "dense", work / kind, ["ffn", "attention"], 0.6, kind)
     found["coupled"] = build(work / "dense", work / "coupled", ["ffn"], 0.6, "coupled", starts=1, sweeps=1)
     found["affine_block"] = build(work / "dense", work / "affine", ["ffn"], 0.6, "affine_block")
@@ -225,6 +225,11 @@ CHECKPOINTS = [
     ("more blocks than channels", "cluster", layout(blocks=[[64, 0, 0]] * 5000), f"layout of {MATRIX} .*list of 5000"),
     ("huge remainder", "bypass", layout(rest={"kind": "low_rank", "in": 96, "out": 64, "rank": HUGE}), f"a size of {HUGE}"),
     ("unknown remainder", "bypass", layout(rest={"kind": "origami"}), f"layout of {MATRIX}"),
+    ("unknown bits", "rounded", layout(bits=3), f"layout of {MATRIX} .*3 bits, where 8 and 4 are known"),
+    ("bits that are not stored", "rounded", layout(bits=8), rf"{MATRIX}\.steps has shape \[64, 48\], the config says \[64, 96\]"),
+    ("groups of nothing", "rounded", layout(group=0), f"layout of {MATRIX}"),
+    ("other groups", "rounded", layout(group=16), rf"{MATRIX}\.scale has shape \[64, 3\], the config says \[64, 6\]"),
+    ("huge groups", "rounded", layout(group=HUGE), f"layout of {MATRIX} .*a size of {HUGE}"),
     ("huge affine map", "affine_block", layout(d=HUGE), f"a size of {HUGE}"),
 ]  # fmt: skip
 CASES = [

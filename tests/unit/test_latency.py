@@ -25,7 +25,7 @@ from winnow.latency import (
     verdict,
     weight_bytes,
 )
-from winnow.modules import reordered
+from winnow.modules import RoundedLinear, reordered
 
 SPEC = {"batches": [1, 3], "prompts": [5], "decode": 2, "repeats": 6, "warm_up": 1}
 
@@ -138,6 +138,12 @@ def test_reads_flops_and_peak_by_hand():
     assert tally.flops == 2 * 3 * (60 + 24)
     assert tally.peak == 4 * 3 * (6 + 4), "both results are there at once"
     assert weight_bytes(layer) == 4 * (60 + 6 + 24)
+    for bits, read in ((8, 60), (4, 2 * 30)):  # the bytes of two numbers are read for the one and for the other
+        rounded = RoundedLinear(10, 6, bits, 5, bias=False)
+        with torch.no_grad(), Tally(rounded) as tally:
+            rounded(x)
+        assert tally.weight_bytes == read + 2 * 12
+        assert tally.flops == 2 * 3 * 60, "also with a weight that is multiplied out"
     table = nn.Embedding(50, 8)
     with torch.no_grad(), Tally(table) as tally:
         table(torch.tensor([3, 4]))

@@ -12,10 +12,12 @@ from winnow.structures.base import Problem
 ROLES = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Kinds that are fitted themselves; the members of `mixed` are, see test_mixed.py.
 FITTED = [kind for kind in STRUCTURES if kind != "mixed"]
+LOSSY = {"affine_block", "rounded"}  # no size of these reproduces the layer
 # Options that suit matrices of a few channels.
 SMALL = {
     "bypass": {"kept": 2},
     "cluster": {"clusters": 2},
+    "rounded": {"bits": 4},  # 8 change so little that comparisons are of rounding errors
     "tiers": {"exact": 1, "columns": [0.5, 0.5], "ranks": [0.6, 0.4]},
 }
 # Variants of structures that the suite runs beside the default options of every registered one.
@@ -36,6 +38,8 @@ VARIANTS = [
     {"kind": "neuron_slice", "criterion": "random"},
     {"kind": "neuron_slice", "criterion": "output"},
     {"kind": "neuron_slice", "criterion": "loss"},
+    {"kind": "rounded", "bits": 8},
+    {"kind": "rounded", "bits": 4, "group": 4},
 ]
 
 

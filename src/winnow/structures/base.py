@@ -145,6 +145,10 @@ class Structure(ABC):
         """Why what it stores is no dense model of the same architecture; None if it is one when multiplied out."""
         return None
 
+    def untrainable(self) -> str | None:
+        """Why no recovery can train the numbers that it stores; None if one can."""
+        return None
+
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         """Which matrices are fitted together (by default every matrix alone); those in no group cannot be compressed so."""
         return [[m] for m in matrices]
@@ -183,7 +187,8 @@ class Structure(ABC):
         the fit, for structures whose count depends on data."""
 
     def index_bytes(self, group: list[Matrix]) -> int:
-        """Bytes of stored integers (orders, labels), which are of another dtype than the weights."""
+        """Bytes of stored integers (orders, labels, rounded numbers with their scales), which are of another dtype than the
+        weights."""
         return 0
 
     def metric_of_error(self, problem: Problem) -> tuple[Tensor, Tensor | None]:

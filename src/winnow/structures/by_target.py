@@ -75,6 +75,10 @@ class ByTarget(Structure):
             return None
         return self.options.model_copy(update={"parts": {t: c or self.options.parts[t] for t, c in controls.items()}})
 
+    def untrainable(self) -> str | None:
+        reasons = [part.untrainable() for part in self.parts.values()]
+        return reasons[0] if all(reasons) else None
+
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         found = []
         for target, part in self.parts.items():

@@ -30,16 +30,11 @@ def rounded(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
     """The matrix (m, n) rounded to nearest: every `group` inputs of a row (the last ones may be fewer), or the whole row, to
     multiples of a scale of their own, from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1, the largest of them at an end of that grid.
     Computed in float64, returned in the dtype of `weight`. Raises ValueError below 2 bits."""
-    from torch.nn import functional
+    from winnow.rounding import multiplied, scales_of, steps_of
 
-    if bits < 2:
-        raise ValueError(f"{bits} bits have no symmetric grid but 0")
-    rows, columns = weight.shape
-    group = group or columns
-    blocks = functional.pad(weight.double(), (0, -columns % group)).view(rows, -1, group)
-    scale = blocks.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
-    steps = (blocks / scale.clamp(min=1e-300)).round()
-    return (steps * scale).view(rows, -1)[:, :columns].to(weight.dtype).contiguous()
+    group = group or weight.shape[1]
+    scales = scales_of(weight, bits, group)
+    return multiplied(steps_of(weight, scales, group), scales, group).to(weight.dtype).contiguous()
 
 
 def bits_of(shape: tuple[int, ...], bits: int, group: int | None = None) -> int:

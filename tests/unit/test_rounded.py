@@ -1,0 +1,169 @@
+"""The structure `rounded`: its grid, what is stored of it, and what a cast, a copy, an export or a recovery leaves of that."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import pico
+from tests.unit.test_checkpoint import build, logits
+from tests.unit.test_recovery import KINDS, files_of, run
+from winnow.allocation import Group, allocate
+from winnow.architectures import Matrix
+from winnow.config import load
+from winnow.config_files import default
+from winnow.errors import InputError
+from winnow.export import export_dense
+from winnow.io import MANIFEST, Bundle
+from winnow.loading import load_model
+from winnow.modules import RoundedLinear
+from winnow.rounding import in_float16, multiplied, packed, scales_of, steps_of, unpacked
+from winnow.structures import structure_of
+
+ALL = ["ffn", "attention"]
+
+
+@pytest.mark.parametrize(("bits", "group", "size"), [*product((4, 8), (4, 32, 70), (1e-7, 1e-4, 1.0, 1e4))])
+def test_numbers_move_half_a_step_of_a_stored_scale_at_most(bits, group, size):
+    """Also where float16 has few digits left for a scale, and where all numbers of a group are 0."""
+    w = size * torch.randn(6, 70, generator=torch.Generator().manual_seed(bits + group), dtype=torch.float64)
+    w[2] = 0
+    exact = scales_of(w, bits, group)
+    scales = in_float16(exact)
+    steps = steps_of(w, scales, group)
+    assert (scales.double() >= exact).all()
+    assert ((scales.double() - exact) <= torch.clamp(exact * 2.0**-10, min=2.0**-24)).all(), "the next number of float16"
+    assert float(steps.abs().max()) <= 2 ** (bits - 1) - 1
+    half = scales.double().repeat_interleave(group, 1)[:, :70] / 2
+    error = (multiplied(steps, scales.double(), group) - w).abs()
+    assert (error <= half * (1 + 1e-9)).all()
+    assert (error > 0.8 * half).any(), "nothing was rounded"
+    assert torch.equal(multiplied(steps.float(), scales.float(), group).double(), multiplied(steps, scales.double(), group))
+
+
+def test_a_scale_beyond_float16_is_refused():
+    with pytest.raises(ValueError, match=r"a scale of 7\.87e\+04 is too large for float16"):
+        in_float16(scales_of(torch.full((1, 4), 1e7), 8, 4))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 16])
+def test_two_to_a_byte_and_back(columns):
+    steps = torch.arange(-8, 8).repeat(3 * columns)[: 3 * columns].reshape(3, columns)
+    codes = packed(steps.double())
+    assert codes.dtype == torch.uint8
+    assert codes.shape == (3, (columns + 1) // 2)
+    assert torch.equal(unpacked(codes, columns), steps.to(torch.int8))
+
+
+@pytest.mark.parametrize(("family", "bits", "group"), [*product(("llama", "gpt2"), (8, 4), (5, None))])
+def test_files_hold_the_integers_of_the_dense_matrix(family, bits, group, tmp_path):
+    """Also of a matrix that is stored transposed, and in the export."""
+    model = pico(family)
+    model.save_pretrained(tmp_path / "dense")
+    folder = build(tmp_path / "dense", tmp_path / "work", ALL, 0.6, "rounded", bits=bits, group=group)
+    export_dense(folder, tmp_path / "export", {})
+    dense, stored, export = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "work/checkpoint", "export"))
+    layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+    bytes_by_hand = 0
+    for module in layers:
+        whole, written = dense[f"{module}.weight"], export[f"{module}.weight"]
+        weight, written = (whole.T, written.T) if family == "gpt2" else (whole, written)
+        (m, n), width = weight.shape, group or weight.shape[1]
+        scales = in_float16(scales_of(weight, bits, width))
+        steps = steps_of(weight, scales, width)
+        assert torch.equal(stored[f"{module}.scale"].view(torch.float16), scales)
+        own = stored[f"{module}.steps"]
+        assert own.dtype == (torch.int8 if bits == 8 else torch.uint8)
+        assert torch.equal((own if bits == 8 else unpacked(own, n)).double(), steps)
+        assert torch.equal(written, multiplied(steps, scales.double(), width).float())
+        bytes_by_hand += m * ((n * bits + 7) // 8 + 2 * ((n + width - 1) // width)) + 4 * m * (f"{module}.bias" in dense)
+    assert json.loads((folder / MANIFEST).read_text())["stored_bytes"] == bytes_by_hand
+
+
+def test_no_cast_and_no_copy_changes_what_is_stored(saved_model, tmp_path):
+    folder = build(saved_model, tmp_path / "work", ALL, 0.6, "rounded", bits=4)
+    model, stored = load_model(folder, "float32", "cpu"), load_file(folder / "model.safetensors")
+    before = logits(model)
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], stored[name]) and again[name].dtype == stored[name].dtype for name in stored)
+    rounded = {name: module for name, module in model.named_modules() if isinstance(module, RoundedLinear)}
+    assert rounded
+    model.to(torch.bfloat16)
+    logits(model)
+    name, module = next(iter(rounded.items()))
+    exact = module.double()(torch.eye(module.in_features, dtype=torch.float64)) - (0 if module.bias is None else module.bias)
+    plain = module.bfloat16()(torch.eye(module.in_features, dtype=torch.bfloat16))
+    assert torch.equal(plain, (exact if module.bias is None else exact.bfloat16() + module.bias).bfloat16()), "rounded once"
+    for name, module in rounded.items():
+        assert torch.equal(module.steps, stored[f"{name}.steps"])
+        assert torch.equal(module.scale, stored[f"{name}.scale"])
+    assert torch.equal(logits(load_model(tmp_path / "again", "float32", "cpu")), before)
+
+
+def test_a_checkpoint_of_16_bits_keeps_its_scales(tmp_path):
+    """bfloat16 has fewer digits than a scale."""
+    pico("llama").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    folder = build(tmp_path / "dense", tmp_path / "work", ALL, 0.6, "rounded", bits=8)
+    stored = load_file(folder / "model.safetensors")
+    for dtype in ("bfloat16", "float32"):
+        module = load_model(folder, dtype, "cpu").get_submodule("model.layers.0.mlp.up_proj")
+        assert torch.equal(module.scale, stored["model.layers.0.mlp.up_proj.scale"])
+
+
+def test_more_bits_lose_less_and_eight_hardly_anything(saved_llama, tmp_path):
+    dense = logits(load_model(saved_llama, "float32", "cpu"))
+    forms = {(bits, group): tmp_path / f"{bits}-{group}" for bits in (8, 4) for group in (32, None)}
+    lost = {}
+    for (bits, group), work in forms.items():
+        model = load_model(build(saved_llama, work, ALL, 0.6, "rounded", bits=bits, group=group), "float32", "cpu")
+        lost[bits, group] = float((logits(model) - dense).norm() / dense.norm())
+    assert lost[8, 32] < 0.01
+    assert 10 * lost[8, 32] < lost[4, 32] < lost[4, None]
+    assert lost[8, 32] < lost[8, None]
+
+
+def group_of(structure) -> Group:
+    matrix = Matrix(0, "up_proj", "layers.0.up_proj", "ffn_input", (64, 96), False, False)
+    fixed = structure.index_bytes([matrix])
+    return Group(matrix.name, [matrix], structure, 4, fixed, 4 * 64 * 96, [0, 0], [1.0, 0.1])
+
+
+def test_other_sizes_are_refused_in_one_line():
+    group = group_of(structure_of({"kind": "rounded"}))
+    budget = {"keep_bytes": 0.5, "rank": None, "rank_fraction": None, "allocation": {"kind": "uniform"}}
+    one = r"layers\.0\.up_proj \(64 x 96\) has one size, which `rank_fraction: 1` asks for"
+    for keep in (0.2, 0.5):
+        with pytest.raises(InputError, match=rf"^keep_bytes {keep} cannot be met within 0\.5%: the nearest is 0\.2656; {one}$"):
+            allocate([group], {**budget, "keep_bytes": keep})
+    with pytest.raises(InputError, match=f"^rank 2 cannot be met: {one}$"):
+        allocate([group], {**budget, "keep_bytes": None, "rank": 2})
+    for asked in ({"rank": 1}, {"rank_fraction": 1.0}, {"keep_bytes": 0.27}):  # the last: at its own bytes, beside other methods
+        assert allocate([group], {**budget, "keep_bytes": None, **asked}).sizes == {group.name: 1}
+
+
+def test_training_integers_is_refused_and_norms_may_be_trained(saved_llama, tmp_path):
+    def config(method: str, **recovery) -> dict:
+        content = default()
+        content["recoveries"]["mine"] = {"kind": "refine", **recovery}
+        parts = {"qkv": {"kind": "rounded"}, "ffn": {"kind": "low_rank"}}
+        content["methods"]["half"] = {"structure": {"kind": "by_target", "parts": parts}, "metric": {"kind": "weights"}}
+        content["experiments"]["demo"] |= {"methods": [method], "recoveries": ["none", "mine"]}
+        return content
+
+    with pytest.raises(InputError, match="'mine' has nothing to train in method 'rounded_4bit': rounded stores integers"):
+        load(config("rounded_4bit"))
+    load(config("rounded_4bit", norms=True))
+    load(config("half"))
+    checkpoint = Bundle(build(saved_llama, tmp_path / "work", ALL, 0.6, "rounded", bits=4) / MANIFEST)
+    before = load_model(checkpoint.directory, "float32", "cpu").state_dict()
+    for name in ("refine", "distill"):
+        task, _ = run(files_of(saved_llama, tmp_path), checkpoint, {**KINDS[name], "norms": True})
+        changed = {key for key, value in task.model.state_dict().items() if not torch.equal(value, before[key])}
+        assert changed
+        assert all("norm" in key for key in changed)
+    with pytest.raises(InputError, match="no matrix is of the kinds low_rank and gauge_fixed"):
+        run(files_of(saved_llama, tmp_path), checkpoint, KINDS["sequential"])
