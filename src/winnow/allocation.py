@@ -22,7 +22,7 @@ TOLERANCE = 0.005  # of the dense bytes of the chosen matrices
 
 @dataclass(frozen=True)
 class Group:
-    """A group of matrices with its byte counts: `unit` bytes per stored number, `fixed` bytes of biases and indices."""
+    """A group of matrices with its byte counts: `unit` bytes per stored number, `fixed` bytes of biases."""
 
     name: str
     matrices: list[Matrix]
@@ -38,7 +38,7 @@ class Group:
         """Stored bytes at a size; None is dense."""
         if size is None:
             return self.dense
-        return self.numbers[size] * self.unit + self.fixed
+        return self.numbers[size] * self.unit + self.structure.index_bytes(self.matrices, size) + self.fixed
 
     @property
     def largest(self) -> int:
@@ -46,8 +46,11 @@ class Group:
 
     def offered(self) -> str:
         """What can be asked of it, for refusals."""
-        if self.structure.limit(self.matrices) == 1:
-            return f"{self.describe()} has one size, which `rank_fraction: 1` asks for"
+        if self.largest == self.structure.limit(self.matrices):
+            sizes = "one size, which `rank_fraction: 1` asks for"
+            if self.largest > 1:
+                sizes = f"{self.largest} sizes, which `rank: 1` to `rank: {self.largest}` ask for"
+            return f"{self.describe()} has {sizes}"
         return f"{self.describe()} can store rank 1 to {self.largest}, its break-even rank; choose a keep_bytes in between"
 
     def describe(self) -> str:
@@ -97,7 +100,6 @@ def _group(
     unit = tensor_bytes({"shape": [1], "dtype": record["dtype"]})
     counted = own.bias_name is None  # then its numbers count the biases
     fixed = 0 if counted else sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in matrices if m.bias)
-    fixed += own.index_bytes(matrices)
     numbers, error = (np.asarray(spectra.at[name, key]).tolist() for key in ("numbers", "error"))
     known = predicted is not None and name in predicted.index
     loss = np.asarray(predicted.at[name, "predicted"]).tolist() if known else None  # type: ignore[union-attr]
@@ -127,7 +129,7 @@ def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
         rank = of_target(g, budget["rank"])
         size = rank or max(1, round(of_target(g, budget["rank_fraction"]) * g.structure.whole(g.matrices)))
         if size > g.largest:
-            if size > g.structure.limit(g.matrices) == 1:
+            if g.largest == g.structure.limit(g.matrices):
                 raise InputError(f"rank {size} cannot be met: {g.offered()}")
             raise InputError(
                 f"rank {size} of {g.describe()} would store no less than dense, which stores {g.dense:,} bytes; "

@@ -17,7 +17,7 @@ from winnow.errors import InputError
 from winnow.evaluations import AnyEvaluation, Classification, Perplexity
 from winnow.fields import Name, Ranks, Shares, Strict
 from winnow.metrics import METRICS, AnyMetric
-from winnow.recoveries import AnyRecovery, NoRecovery, Trained
+from winnow.recoveries import AnyRecovery, NoRecovery, Sequential, Trained
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 from winnow.structures.mixed import Mixed
 from winnow.tuning import Tuning
@@ -338,10 +338,12 @@ class Config(Strict):
         recoveries = [step for r in experiment.recoveries for step in self.steps(r)]
         for method, r in itertools.product(experiment.methods, recoveries):
             recovery, structure = self.recoveries[r], structure_of(self.methods[method].structure.model_dump())
-            if isinstance(recovery, Trained) and not recovery.norms and (reason := structure.untrainable()):
+            trains = isinstance(recovery, Trained) and not recovery.norms
+            if (trains or isinstance(recovery, Sequential)) and (reason := structure.untrainable()):
+                instead = "give the recovery `norms: true`, or leave" if trains else "leave"
                 raise ValueError(
-                    f"experiments.{name}: recovery {r!r} has nothing to train in method {method!r}: {reason}; give the recovery "
-                    "`norms: true`, or leave one of them out"
+                    f"experiments.{name}: recovery {r!r} has nothing to train in method {method!r}: {reason}; {instead} one of "
+                    "them out"
                 )
         used = [f"models.{n}.finetune.task" for n in experiment.models]
         used += [f"calibrations.{n}.task" for n in experiment.calibrations] + [f"recoveries.{n}.task" for n in recoveries]

@@ -64,7 +64,7 @@ def default() -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block style for mappings of mappings, flow style for the innermost ones; no aliases."""
+    """Block style for mappings and lists of mappings, flow style for the innermost ones; no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -78,7 +78,7 @@ def _mapping(dumper: yaml.SafeDumper, data: dict) -> yaml.Node:
 
 
 def _sequence(dumper: yaml.SafeDumper, data: list) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=not any(isinstance(v, dict) for v in data))
 
 
 _Dumper.add_representer(dict, _mapping)
@@ -214,6 +214,8 @@ def _preset_rows() -> list[str]:
 
 
 def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return f"[{', '.join(str(_short(part)) for part in value)}]"
     return value["kind"] if isinstance(value, dict) else value
 
 

@@ -221,6 +221,12 @@ def residual_errors(target: Tensor, cross: Tensor, left: Tensor, right: Tensor, 
     return torch.cat([start[None], start - 2 * products + blocks]).clamp(min=0)
 
 
+def weighted_error(rest: Tensor, columns: Tensor, rows: Tensor | None) -> Tensor:
+    """(): tr(R D C D^T) of a change D = `rest` (m, n); C = `columns` and R = `rows` full or their diagonals, None for R = I."""
+    weighted = rest if rows is None else rows[:, None] * rest if rows.dim() == 1 else rows @ rest
+    return ((rest * columns if columns.dim() == 1 else rest @ columns) * weighted).sum().clamp(min=0)
+
+
 def principal_components(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `leading_directions` with R = I, but the rank-k map is W P_k P_k^T with P_k the leading eigenvectors of C (n, n).
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from winnow.rounding import multiplied, unpacked
+from winnow.rounding import multiplied, packed_width, unpacked
 
 
 def has_bias(dense: nn.Module) -> bool:
@@ -169,7 +169,7 @@ class SplitLinear(nn.Module):
 
 
 class RoundedLinear(nn.Module):
-    """y = (steps * scale) x + b: whole numbers (out, in) of 8 bits, or of 4 two to a byte, and a scale for every `group` inputs
+    """y = (steps * scale) x + b: whole numbers (out, in) of 8 bits, or of fewer and packed, and a scale for every `group` inputs
     of a row. They are multiplied out at every call, which is exact in float32, and rounded once, to the dtype of x.
 
     Scales are float16, held as its bits in int16: a cast of the model leaves integers alone, so that they stay what was
@@ -181,17 +181,14 @@ class RoundedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bits: int, group: int, bias: bool):
         super().__init__()
         self.in_features, self.bits, self.group = in_features, bits, group
-        stored = {8: (in_features, torch.int8), 4: (-(-in_features // 2), torch.uint8)}
-        if bits not in stored:
-            raise ValueError(f"{bits} bits, where 8 and 4 are known")
-        width, dtype = stored[bits]
-        self.register_buffer("steps", torch.empty(out_features, width, dtype=dtype))
+        dtype = torch.int8 if bits == 8 else torch.uint8
+        self.register_buffer("steps", torch.empty(out_features, packed_width(in_features, bits), dtype=dtype))
         self.register_buffer("scale", torch.empty(out_features, -(-in_features // group), dtype=torch.int16))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = self.steps if self.bits == 8 else unpacked(self.steps, self.in_features)
+        steps = unpacked(self.steps, self.in_features, self.bits)
         weight = multiplied(steps.float(), self.scale.view(torch.float16).float(), self.group)
         return functional.linear(x, weight.to(x.dtype), self.bias)
 

@@ -11,6 +11,7 @@ COUPLING = "cross-layer subspace coupling, arXiv 2605.30836"
 RTN = "round to nearest, as in GPTQ, arXiv 2210.17323"
 WEIGHTS, GRAM = {"kind": "weights"}, {"kind": "gram"}
 LOW_RANK = {"kind": "low_rank"}
+FACTORED = [{"kind": "gauge_fixed"}, {"kind": "neuron_slice", "criterion": "loss"}, {"kind": "affine_block"}]
 PER_TYPE, ILP = {"kind": "per_type"}, {"kind": "ilp"}
 # name: (paper, structure with its options, metric with its options or None where the structure minimises the output's error[,
 # allocation with its options, where the recipe has its own])
@@ -59,13 +60,19 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
     "svd_llm_v2": ("SVD-LLM V2, arXiv 2503.12340", LOW_RANK, GRAM, PER_TYPE),
     "whitened_ilp": ("sizes by integer programme", LOW_RANK, GRAM, ILP),
     "winnow": (
-        "recommended: structures and sizes by integer programme",
+        "recommended: structures, bits and sizes by integer programme",
+        {"kind": "mixed", "members": [*FACTORED, {"kind": "rounded", "bits": [3, 4, 5, 6, 8], "scales": "searched"}]},
+        {"kind": "two_sided"},
+        ILP | {"rounds": 2},
+    ),
+    "winnow_factored": (
+        "`winnow` without rounding: structures and sizes by integer programme",
         {"kind": "mixed"},
         {"kind": "two_sided"},
         ILP | {"rounds": 2},
     ),
-    "rounded_8bit": (RTN, {"kind": "rounded", "bits": 8}, WEIGHTS),
-    "rounded_4bit": (RTN, {"kind": "rounded", "bits": 4}, WEIGHTS),
+    "rounded_8bit": (RTN, {"kind": "rounded", "bits": [8]}, WEIGHTS),
+    "rounded_4bit": (RTN, {"kind": "rounded", "bits": [4]}, WEIGHTS),
 }
 
 

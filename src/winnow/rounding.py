@@ -5,9 +5,13 @@ Everywhere below the last inputs of a row may be fewer than `group`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+SHARES = [1 - step / 20 for step in range(11)]  # of the scale that reaches the largest number of a group
 
 
 def scales_of(weight: Tensor, bits: int, group: int) -> Tensor:
@@ -30,10 +34,25 @@ def in_float16(scales: Tensor) -> Tensor:
     return found
 
 
-def steps_of(weight: Tensor, scales: Tensor, group: int) -> Tensor:
-    """(m, n) float64, whole numbers: how many steps of its scale each number of the matrix is nearest to."""
+def searched_scales(weight: Tensor, bits: int, group: int, columns: Tensor) -> Tensor:
+    """(m, groups) float16: of `SHARES` of every group's `scales_of` the one whose grid leaves the least squared error, inputs
+    weighted by `columns` (n,). A smaller scale cuts the largest numbers off and is finer for all others, which pays with few
+    bits."""
+    whole = scales_of(weight, bits, group)
+    best, least = in_float16(whole), torch.full_like(whole, math.inf)
+    for share in SHARES:
+        scales = in_float16(share * whole)
+        rest = weight - multiplied(steps_of(weight, scales, bits, group), scales.double(), group)
+        error = _grouped(rest.square() * columns, group).sum(2)
+        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+    return best
+
+
+def steps_of(weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
+    """(m, n) float64, whole numbers: the grid point, in steps of its scale, that each number of the matrix is nearest to."""
     steps = (_grouped(weight.double(), group) / scales.double().clamp(min=1e-300)[..., None]).round()
-    return steps.flatten(1)[:, : weight.shape[1]]
+    last = 2 ** (bits - 1) - 1
+    return steps.clamp(-last, last).flatten(1)[:, : weight.shape[1]]
 
 
 def multiplied(steps: Tensor, scales: Tensor, group: int) -> Tensor:
@@ -41,15 +60,48 @@ def multiplied(steps: Tensor, scales: Tensor, group: int) -> Tensor:
     return (_grouped(steps, group) * scales[..., None]).flatten(1)[:, : steps.shape[1]]
 
 
-def packed(steps: Tensor) -> Tensor:
-    """(m, ceil(n / 2)) uint8: whole numbers (m, n) from -8 to 7 two to a byte, the first in its lower half."""
-    codes = (functional.pad(steps, (0, steps.shape[1] % 2)) + 8).to(torch.uint8)
-    return codes[:, ::2] | codes[:, 1::2] << 4
+def packed_width(columns: int, bits: int) -> int:
+    """Bytes that a row of so many numbers is packed into. Raises ValueError for other bits than 2 to 8."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{bits} bits, where 2 to 8 are known")
+    return -(-columns * bits // 8)
 
 
-def unpacked(codes: Tensor, columns: int) -> Tensor:
+def packed(steps: Tensor, bits: int) -> Tensor:
+    """(m, packed_width): whole numbers (m, n) of a grid of 2 to 8 bits. With 8 they are int8 as they are; to fewer, 2^(bits - 1)
+    is added, and the bits of a row's numbers follow each other in uint8, lowest first."""
+    if bits == 8:
+        return steps.to(torch.int8)
+    places = _places(bits)
+    codes = functional.pad(steps, (0, -steps.shape[1] % len(places))) + 2 ** (bits - 1)
+    codes = codes.to(torch.uint8).unflatten(1, (-1, len(places)))
+    runs = codes.new_zeros(*codes.shape[:2], len(places) * bits // 8)
+    for index, (byte, before) in enumerate(places):
+        runs[:, :, byte] |= codes[:, :, index] << before
+        if before + bits > 8:
+            runs[:, :, byte + 1] |= codes[:, :, index] >> (8 - before)
+    return runs.flatten(1)[:, : packed_width(steps.shape[1], bits)].contiguous()
+
+
+def unpacked(stored: Tensor, columns: int, bits: int) -> Tensor:
     """(m, columns) int8: what `packed` packed."""
-    return torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, :columns].to(torch.int8) - 8
+    if bits == 8:
+        return stored
+    places = _places(bits)
+    if short := -stored.shape[1] % (len(places) * bits // 8):
+        stored = functional.pad(stored, (0, short))
+    runs, parts = stored.unflatten(1, (-1, len(places) * bits // 8)), []
+    for byte, before in places:
+        part = runs[:, :, byte] >> before
+        if before + bits > 8:
+            part |= runs[:, :, byte + 1] << (8 - before)
+        parts.append(part & (2**bits - 1))
+    return torch.stack(parts, dim=2).flatten(1)[:, :columns].to(torch.int8) - 2 ** (bits - 1)
+
+
+def _places(bits: int) -> list[tuple[int, int]]:
+    """Where each of the fewest numbers that fill whole bytes begins: (byte, bits of it that are before)."""
+    return [divmod(bits * index, 8) for index in range(8 // math.gcd(8, bits))]
 
 
 def _grouped(matrix: Tensor, group: int) -> Tensor:

@@ -76,12 +76,16 @@ def compressed(spec: dict, d: int, f: int, keep: float) -> Block:
     matrices = [Matrix(0, role, role, SITES[role], shape, False, False, "act_fn") for role, shape in shapes.items()]
     structure, block, parts, state = structure_of(spec), Block(d, f), {}, {}
     for group in structure.groups(matrices):
-        allowed = keep * sum(m.shape[0] * m.shape[1] for m in group) - structure.index_bytes(group) / 4
+        allowed = keep * sum(m.shape[0] * m.shape[1] for m in group)
         known = fitted(structure, group, 1)  # cluster sizes, which its numbers depend on
+
+        def stored(size: int, structure=structure, group=group, known=known) -> float:
+            return structure.numbers(group, size, known) + structure.index_bytes(group, size) / 4
+
         low, high = 1, structure.limit(group)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if structure.numbers(group, middle, known) <= allowed else (low, middle - 1)
+            low, high = (middle, high) if stored(middle) <= allowed else (low, middle - 1)
         parts |= structure.stored(group, fitted(structure, group, low), low)
     for name, part in parts.items():
         setattr(block, name, structure.module(part.layout, block.get_submodule(name)))

@@ -76,7 +76,8 @@ def build(
     tokens = left_dense(files, moments, structure, used, "1-of-1")
     left = {name: tokens[name] for name in experts_left_dense(files, structure, targets, spectra)}
     budget = {"keep_bytes": keep, "rank": None, "rank_fraction": None, "allocation": {"kind": "uniform"}}
-    coarse = structure.bias_name is None or kind in ("cluster", "tiers", "coupled")  # in steps too coarse for so small a model
+    # In steps too coarse for so small a model.
+    coarse = structure.bias_name is None or kind in ("cluster", "tiers", "coupled", "rounded")
     if coarse or all(structure.limit(g.matrices) == 1 for g in groups):
         budget |= {"keep_bytes": None, "rank_fraction": 0.4}
     sizes = {g.name: structure.limit(g.matrices) for g in groups} if keep is None else allocate(groups, budget).sizes
@@ -165,9 +166,9 @@ def test_at_full_size_the_logits_are_those_of_the_dense_model(saved_model, tmp_p
         ("split", {"exact": 0.0}),
         ("split_affine", {"light": "dropped"}),
         ("neuron_slice", {"correction": "none"}),
-        ("rounded", {"bits": 8, "group": 5}),
-        ("bypass", {"remainder": {"kind": "rounded", "bits": 4}}),
-        ("by_target", {"parts": {"attention": {"kind": "rounded", "bits": 8}, "ffn": {"kind": "rounded", "bits": 4}}}),
+        ("rounded", {"bits": [8], "group": 5}),
+        ("bypass", {"remainder": {"kind": "rounded", "bits": [3]}}),
+        ("by_target", {"parts": {"attention": {"kind": "rounded", "bits": [7]}, "ffn": {"kind": "rounded", "bits": [4]}}}),
     ],
 )
 def test_variants_load_and_save_too(saved_model, tmp_path, kind, options):

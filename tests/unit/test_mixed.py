@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import yaml
 
 from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import logits, statistics
+from tests.unit.test_recovery import KINDS, losses, run
 from winnow.allocation import TOLERANCE, Group, allocate, chosen_groups, experts_left_dense, summarize
 from winnow.allocations import allocation_of
 from winnow.allocations.base import dense_bytes, stored_bytes
@@ -23,11 +25,12 @@ from winnow.checkpoint import compress, compressed, recipe_of, write_checkpoint
 from winnow.config import Method, load
 from winnow.config_files import default
 from winnow.errors import InputError
+from winnow.export import export_dense
 from winnow.factors import fit_groups, left_dense, storable
 from winnow.forecast import forecast, shape_of
 from winnow.gradients import collect_gradients
 from winnow.in_memory import put
-from winnow.io import write_manifest, write_tensors
+from winnow.io import MANIFEST, Bundle, write_manifest, write_tensors
 from winnow.loading import load_model
 from winnow.members import factors_of
 from winnow.metrics import metric_of
@@ -42,6 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
 MIXED = {"kind": "mixed"}
 MEMBERS = {"@low_rank": "matrix", "@gauge_fixed": "matrix", "@neuron_slice": "ffn", "@affine_block": "ffn"}
 ILP = {"kind": "ilp"}
+WINNOW = default()["methods"]["winnow"]["structure"]
 
 
 def random_groups(seed, ffns, others, most=4):
@@ -231,14 +235,12 @@ def test_members_are_methods_and_share_their_factors():
     assert "winnow.structures.gauge_fixed " not in code
 
 
-@pytest.fixture(scope="module", params=["llama", "opt", "phi3"])
-def fitted(request, tmp_path_factory):
+def fitted_of(family, spec, work):
     """(source, files, structure, groups with predictions, factors) of a random model, whose members were fitted one by one."""
-    work = tmp_path_factory.mktemp("mixed") / request.param
     source = work / "model"
-    pico(request.param).save_pretrained(source)
+    pico(family).save_pretrained(source)
     moments, gradients = statistics(source, work / "statistics")
-    files, structure = ModelFiles(work / "statistics" / "model.json"), structure_of(MIXED)
+    files, structure = ModelFiles(work / "statistics" / "model.json"), structure_of(spec)
     paths, tables = [], {"spectra": [], "predicted": []}
     for end, own in structure.alternatives().items():
         metric, names = metric_of({"kind": "gram"}) if own.objective == "metric" else None, []
@@ -255,6 +257,17 @@ def fitted(request, tmp_path_factory):
     frames = (pd.DataFrame(rows).set_index("group") for rows in tables.values())
     groups = chosen_groups(files, structure, ["ffn", "attention"], *frames)
     return source, files, structure, groups, factors_of(structure, paths)[0]
+
+
+@pytest.fixture(scope="module", params=["llama", "opt", "phi3"])
+def fitted(request, tmp_path_factory):
+    return fitted_of(request.param, MIXED, tmp_path_factory.mktemp("mixed") / request.param)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "opt"])
+def with_bits(request, tmp_path_factory):
+    """The same for the members of the preset `winnow`, of which one rounds."""
+    return fitted_of(request.param, WINNOW, tmp_path_factory.mktemp("bits") / request.param)
 
 
 def test_experts_without_gradients_stay_dense_whatever_the_member(tmp_path):
@@ -302,6 +315,51 @@ def test_a_checkpoint_of_several_structures_loads_as_any_other(fitted, tmp_path)
     put(memory, stored, layouts)
     loaded = load_model(tmp_path / "checkpoint", "float32", "cpu")
     assert torch.equal(logits(loaded), logits(memory))
+
+
+def test_rounded_matrices_stand_beside_factors_and_dense_ones(with_bits, tmp_path):
+    """Bytes are those of the files; it loads, exports, and recovers with its integers as they were, all bits among them."""
+    _, files, structure, groups, factors = with_bits
+    others = [("@gauge_fixed", 5), ("", None)]
+    options = itertools.cycle([*(("@rounded", size) for size in (1, 5)), *others, *(("@rounded", size) for size in (2, 3, 4))])
+    sizes = {f"{m.name}{end}": size for m, (end, size) in zip(files.matrices, options, strict=False)}
+    stored, layouts = compress(files, factors, structure, sizes)
+    presets = {"method": {"structure": structure.options.model_dump(), "metric": {"kind": "gram"}}}
+    presets |= {"model": {"source": "somewhere"}, "budget": {"targets": ["ffn", "attention"]}}
+    facts, folder = summarize(groups, sizes), tmp_path / "checkpoint"
+    recipe = recipe_of({"model": "pico"}, presets, facts)
+    write_checkpoint(folder, files, compressed(files, factors, structure, sizes), "float32", recipe, {})
+    assert json.loads((folder / MANIFEST).read_text())["stored_bytes"] == facts["stored_bytes"]
+    assert {layout["bits"] for layout in layouts.values() if layout["kind"] == "rounded"} >= {3, 8}
+    memory, loaded = (load_model(where, "float32", "cpu") for where in (files.verify(), folder))
+    put(memory, stored, layouts)
+    assert torch.equal(logits(loaded), logits(memory))
+    export_dense(folder, tmp_path / "export", {})
+    torch.testing.assert_close(logits(load_model(tmp_path / "export", "float32", "cpu")), logits(loaded), rtol=1e-4, atol=1e-5)
+    before = loaded.state_dict()
+    for kind in ("sequential", "refine", "distill", "lora"):
+        task, report = run(files, Bundle(folder / MANIFEST), KINDS[kind])
+        after = task.model.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items() if not value.is_floating_point())
+        assert all(best <= start for start, best in losses(report))
+        assert any(best < start for start, best in losses(report)), "the factors have learned"
+
+
+def test_the_programme_chooses_bits_and_rounds_predict_around_them(with_bits):
+    _, files, structure, groups, factors = with_bits
+    budget = {"keep_bytes": 0.25, "allocation": {**ILP, "rounds": 1}}
+    windows = torch.randint(0, 1024, (6, 24), generator=torch.Generator().manual_seed(5))
+    setting = Setting(windows, 3, "float32", "cpu", torch.float64, True, "model", 0)
+    found, records = predict_in_rounds(files, factors, structure, groups, budget, 1, setting)
+    assert [record["round"] for record in records] == [0, 1]
+    assert set(found) == {g.name for g in groups if g.largest}
+    anew = [replace(g, predicted=found[g.name]) if g.largest else g for g in groups]
+    for some in (groups, anew):
+        choice = allocate(some, budget)
+        assert any(name.endswith("@rounded") for name in choice.sizes)
+        facts, (stored, _) = summarize(some, choice.sizes), compress(files, factors, structure, choice.sizes)
+        dense = sum(g.dense for g in some if choice.sizes.get(g.name, 1) is None)
+        assert facts["stored_bytes"] == dense + sum(t.nbytes for tensors in stored.values() for t in tensors.values())
 
 
 def test_an_allocation_of_all_bytes_is_the_dense_model(fitted):
@@ -392,7 +450,8 @@ def test_the_studies_are_valid_and_members_are_fitted_once():
         for section, presets in study.items():
             config[section] |= presets
         plan = Plan(load(config), ROOT)
-        assert plan.members["winnow"] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin"]
+        assert plan.members["winnow_factored"] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin"]
+        assert plan.members["winnow"] == [*plan.members["winnow_factored"], "winnow.rounded"]
         calibrated = {cell.calibration for cell in plan.cells if cell.method}
         assert len(calibrated) == 3, "seeds"
         for cell in plan.cells:

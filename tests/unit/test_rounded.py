@@ -1,7 +1,7 @@
-"""The structure `rounded`: its grid, what is stored of it, and what a cast, a copy, an export or a recovery leaves of that."""
+"""The structure `rounded`: its grid, what is stored of it, bits as sizes, and what a cast, an export or a recovery leaves."""
 
 import json
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tests.conftest import pico
 from tests.unit.test_checkpoint import build, logits
 from tests.unit.test_recovery import KINDS, files_of, run
+from tests.unit.worlds import World
 from winnow.allocation import Group, allocate
 from winnow.architectures import Matrix
 from winnow.config import load
@@ -19,20 +20,21 @@ from winnow.export import export_dense
 from winnow.io import MANIFEST, Bundle
 from winnow.loading import load_model
 from winnow.modules import RoundedLinear
-from winnow.rounding import in_float16, multiplied, packed, scales_of, steps_of, unpacked
+from winnow.rounding import in_float16, multiplied, packed, scales_of, searched_scales, steps_of, unpacked
 from winnow.structures import structure_of
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
 ALL = ["ffn", "attention"]
 
 
-@pytest.mark.parametrize(("bits", "group", "size"), [*product((4, 8), (4, 32, 70), (1e-7, 1e-4, 1.0, 1e4))])
+@pytest.mark.parametrize(("bits", "group", "size"), [*product((2, 3, 4, 8), (4, 32, 70), (1e-7, 1e-4, 1.0, 1e4))])
 def test_numbers_move_half_a_step_of_a_stored_scale_at_most(bits, group, size):
     """Also where float16 has few digits left for a scale, and where all numbers of a group are 0."""
     w = size * torch.randn(6, 70, generator=torch.Generator().manual_seed(bits + group), dtype=torch.float64)
     w[2] = 0
     exact = scales_of(w, bits, group)
     scales = in_float16(exact)
-    steps = steps_of(w, scales, group)
+    steps = steps_of(w, scales, bits, group)
     assert (scales.double() >= exact).all()
     assert ((scales.double() - exact) <= torch.clamp(exact * 2.0**-10, min=2.0**-24)).all(), "the next number of float16"
     assert float(steps.abs().max()) <= 2 ** (bits - 1) - 1
@@ -48,21 +50,43 @@ def test_a_scale_beyond_float16_is_refused():
         in_float16(scales_of(torch.full((1, 4), 1e7), 8, 4))
 
 
-@pytest.mark.parametrize("columns", [1, 2, 7, 16])
-def test_two_to_a_byte_and_back(columns):
-    steps = torch.arange(-8, 8).repeat(3 * columns)[: 3 * columns].reshape(3, columns)
-    codes = packed(steps.double())
-    assert codes.dtype == torch.uint8
-    assert codes.shape == (3, (columns + 1) // 2)
-    assert torch.equal(unpacked(codes, columns), steps.to(torch.int8))
+@pytest.mark.parametrize(("bits", "columns"), [*product(range(2, 9), (1, 2, 3, 7, 8, 9, 16, 29))])
+def test_packed_and_back(bits, columns):
+    """A row's bits one after the other, in as many bytes as they need; every number of the grid, at every place in a byte."""
+    grid = torch.arange(1 - 2 ** (bits - 1), 2 ** (bits - 1))
+    steps = grid.repeat(3 * columns)[: 3 * columns].reshape(3, columns)
+    stored = packed(steps.double(), bits)
+    assert stored.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    assert stored.shape == (3, (columns * bits + 7) // 8)
+    assert torch.equal(unpacked(stored, columns, bits), steps.to(torch.int8))
+    if bits < 8:
+        for row, own in zip(steps.tolist(), stored.tolist(), strict=True):
+            number = sum(byte << 8 * place for place, byte in enumerate(own))
+            assert [(number >> bits * place) % 2**bits - 2 ** (bits - 1) for place in range(columns)] == row
 
 
-@pytest.mark.parametrize(("family", "bits", "group"), [*product(("llama", "gpt2"), (8, 4), (5, None))])
+@pytest.mark.parametrize(("bits", "group"), [*product((2, 3, 4, 8), (4, 32, 70))])
+def test_a_searched_scale_loses_no_more_and_with_few_bits_less(bits, group):
+    generator = torch.Generator().manual_seed(bits + group)
+    w = torch.randn(6, 70, generator=generator, dtype=torch.float64)
+    w[2] = 0
+    columns = torch.rand(70, generator=generator, dtype=torch.float64) ** 4
+    lost = []
+    for scales in (in_float16(scales_of(w, bits, group)), searched_scales(w, bits, group, columns)):
+        steps = steps_of(w, scales, bits, group)
+        assert float(steps.abs().max()) <= 2 ** (bits - 1) - 1
+        parts = ((multiplied(steps, scales.double(), group) - w).square() * columns).split(group, dim=1)
+        lost.append(torch.stack([part.sum(1) for part in parts], dim=1))
+    assert (lost[1] <= lost[0]).all()
+    assert float(lost[1].sum()) < {2: 0.8, 3: 0.9, 4: 1.0, 8: 1.0}[bits] * float(lost[0].sum())
+
+
+@pytest.mark.parametrize(("family", "bits", "group"), [*product(("llama", "gpt2"), (8, 4, 3), (5, None))])
 def test_files_hold_the_integers_of_the_dense_matrix(family, bits, group, tmp_path):
     """Also of a matrix that is stored transposed, and in the export."""
     model = pico(family)
     model.save_pretrained(tmp_path / "dense")
-    folder = build(tmp_path / "dense", tmp_path / "work", ALL, 0.6, "rounded", bits=bits, group=group)
+    folder = build(tmp_path / "dense", tmp_path / "work", ALL, 0.6, "rounded", bits=[bits], group=group)
     export_dense(folder, tmp_path / "export", {})
     dense, stored, export = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "work/checkpoint", "export"))
     layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
@@ -72,18 +96,18 @@ def test_files_hold_the_integers_of_the_dense_matrix(family, bits, group, tmp_pa
         weight, written = (whole.T, written.T) if family == "gpt2" else (whole, written)
         (m, n), width = weight.shape, group or weight.shape[1]
         scales = in_float16(scales_of(weight, bits, width))
-        steps = steps_of(weight, scales, width)
+        steps = steps_of(weight, scales, bits, width)
         assert torch.equal(stored[f"{module}.scale"].view(torch.float16), scales)
         own = stored[f"{module}.steps"]
         assert own.dtype == (torch.int8 if bits == 8 else torch.uint8)
-        assert torch.equal((own if bits == 8 else unpacked(own, n)).double(), steps)
+        assert torch.equal(unpacked(own, n, bits).double(), steps)
         assert torch.equal(written, multiplied(steps, scales.double(), width).float())
         bytes_by_hand += m * ((n * bits + 7) // 8 + 2 * ((n + width - 1) // width)) + 4 * m * (f"{module}.bias" in dense)
     assert json.loads((folder / MANIFEST).read_text())["stored_bytes"] == bytes_by_hand
 
 
 def test_no_cast_and_no_copy_changes_what_is_stored(saved_model, tmp_path):
-    folder = build(saved_model, tmp_path / "work", ALL, 0.6, "rounded", bits=4)
+    folder = build(saved_model, tmp_path / "work", ALL, 0.6, "rounded", bits=[5])
     model, stored = load_model(folder, "float32", "cpu"), load_file(folder / "model.safetensors")
     before = logits(model)
     model.save_pretrained(tmp_path / "again")
@@ -107,7 +131,7 @@ def test_no_cast_and_no_copy_changes_what_is_stored(saved_model, tmp_path):
 def test_a_checkpoint_of_16_bits_keeps_its_scales(tmp_path):
     """bfloat16 has fewer digits than a scale."""
     pico("llama").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    folder = build(tmp_path / "dense", tmp_path / "work", ALL, 0.6, "rounded", bits=8)
+    folder = build(tmp_path / "dense", tmp_path / "work", ALL, 0.6, "rounded", bits=[8])
     stored = load_file(folder / "model.safetensors")
     for dtype in ("bfloat16", "float32"):
         module = load_model(folder, dtype, "cpu").get_submodule("model.layers.0.mlp.up_proj")
@@ -119,17 +143,17 @@ def test_more_bits_lose_less_and_eight_hardly_anything(saved_llama, tmp_path):
     forms = {(bits, group): tmp_path / f"{bits}-{group}" for bits in (8, 4) for group in (32, None)}
     lost = {}
     for (bits, group), work in forms.items():
-        model = load_model(build(saved_llama, work, ALL, 0.6, "rounded", bits=bits, group=group), "float32", "cpu")
+        model = load_model(build(saved_llama, work, ALL, 0.6, "rounded", bits=[bits], group=group), "float32", "cpu")
         lost[bits, group] = float((logits(model) - dense).norm() / dense.norm())
     assert lost[8, 32] < 0.01
     assert 10 * lost[8, 32] < lost[4, 32] < lost[4, None]
     assert lost[8, 32] < lost[8, None]
 
 
-def group_of(structure) -> Group:
-    matrix = Matrix(0, "up_proj", "layers.0.up_proj", "ffn_input", (64, 96), False, False)
-    fixed = structure.index_bytes([matrix])
-    return Group(matrix.name, [matrix], structure, 4, fixed, 4 * 64 * 96, [0, 0], [1.0, 0.1])
+def group_of(structure, layer: int = 0, losses=(1.0, 0.1)) -> Group:
+    matrix = Matrix(layer, "up_proj", f"layers.{layer}.up_proj", "ffn_input", (64, 96), False, False)
+    numbers = [0] * (structure.limit([matrix]) + 1)
+    return Group(matrix.name, [matrix], structure, 4, 0, 4 * 64 * 96, numbers, [*losses], [*losses])
 
 
 def test_other_sizes_are_refused_in_one_line():
@@ -145,10 +169,83 @@ def test_other_sizes_are_refused_in_one_line():
         assert allocate([group], {**budget, "keep_bytes": None, **asked}).sizes == {group.name: 1}
 
 
+EVERY = [2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_size_is_a_number_of_bits():
+    group, short = group_of(structure_of({"kind": "rounded", "bits": EVERY})), "layers\\.0\\.up_proj \\(64 x 96\\) has 7 sizes"
+    assert [group.bytes(size) for size in range(1, 8)] == [64 * (12 * bits + 2 * 3) for bits in EVERY]
+    budget = {"keep_bytes": None, "rank": None, "rank_fraction": None, "allocation": {"kind": "uniform"}}
+    assert allocate([group], budget | {"rank": 3}).sizes == {group.name: 3}
+    assert allocate([group], budget | {"rank_fraction": 1.0}).sizes == {group.name: 7}
+    assert allocate([group], budget | {"keep_bytes": group.bytes(4) / group.dense}).sizes == {group.name: 4}
+    with pytest.raises(InputError, match=f"^rank 8 cannot be met: {short}, which `rank: 1` to `rank: 7` ask for$"):
+        allocate([group], budget | {"rank": 8})
+    with pytest.raises(InputError, match=rf"^keep_bytes 0\.2 cannot be met within 0\.5%: the nearest is 0\.1719; {short}"):
+        allocate([group], budget | {"keep_bytes": 0.2})
+
+
+@pytest.mark.parametrize("kind", ["ilp", "greedy"])
+def test_bits_are_spread_over_matrices_by_what_they_lose(kind):
+    """`ilp` is the best of all choices; `greedy` gives no fewer bits to a matrix that loses more."""
+    structure, bits = structure_of({"kind": "rounded", "bits": [3, 4, 6]}), range(1, 4)
+    groups = [group_of(structure, layer, [9.0 * scale, *(scale * 4.0**-b for b in (3, 4, 6))])
+              for layer, scale in enumerate([1.0, 300.0, 0.02, 8.0])]  # fmt: skip
+    keep = sum(g.bytes(2) for g in groups) / sum(g.dense for g in groups)
+    allowed = keep * sum(g.dense for g in groups)
+    spread = {"kind": kind, "objective": "predicted", "leave_dense": False} | ({"gap": 0.0} if kind == "ilp" else {})
+    sizes = allocate(groups, {"keep_bytes": keep, "allocation": spread}).sizes
+    order = [sizes[groups[index].name] for index in (2, 0, 3, 1)]
+    assert len(set(order)) > 1
+    assert all(a <= b for a, b in pairwise(order))
+    every = [c for c in product(bits, repeat=4) if sum(g.bytes(s) for g, s in zip(groups, c, strict=True)) <= allowed]
+    best = min(sum(g.predicted[s] for g, s in zip(groups, c, strict=True)) for c in every)
+    if kind == "ilp":
+        assert sum(g.predicted[sizes[g.name]] for g in groups) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("scales", ["largest", "searched"])
+def test_predicted_losses_are_those_written_out_for_all_bits(scales):
+    world = World("gram", 10, 29, seed=3)
+    structure = structure_of({"kind": "rounded", "bits": EVERY, "group": 8, "scales": scales})
+    for matrix in world.matrices[:6]:
+        problem = world.problem(structure, [matrix])
+        fit = structure.fit(problem, len(EVERY))
+        x, g = world.inputs[matrix.layer, matrix.site], world.gradients[matrix.name]
+        problem.outputs[matrix.name]["gradient_gram"] = g @ g.T / 200
+        predicted, weight = structure.predicted(problem, fit.tensors), world.weights[matrix.name]
+        for size, bits in enumerate([None, *EVERY]):
+            kept = torch.zeros_like(weight)
+            if bits:
+                part = structure.stored([matrix], fit.tensors, size)[matrix.module]
+                steps = unpacked(part.tensors["steps"], weight.shape[1], bits).double()
+                wide = part.tensors["scale"].view(torch.float16).double().repeat_interleave(8, 1)
+                kept = steps * wide[:, : weight.shape[1]]
+            by_hand = float((g.T @ (weight - kept) @ x).square().sum()) / 2 / 200**2
+            assert float(predicted[size]) == pytest.approx(by_hand, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        ([1], "bits.*greater than or equal to 2"),
+        ([4, 9], "bits.*less than or equal to 8"),
+        ([4, 4, 8], r"each once: \[4, 8\]"),
+        ([8, 4], r"from few to many and each once: \[4, 8\]"),
+        ([], "bits.*at least 1"),
+    ],
+)
+def test_bits_that_are_no_sizes_are_refused(bits, message):
+    content = default()
+    content["methods"]["mine"] = {"structure": {"kind": "rounded", "bits": bits}, "metric": {"kind": "weights"}}
+    with pytest.raises(InputError, match=message):
+        load(content)
+
+
 def test_training_integers_is_refused_and_norms_may_be_trained(saved_llama, tmp_path):
     def config(method: str, **recovery) -> dict:
         content = default()
-        content["recoveries"]["mine"] = {"kind": "refine", **recovery}
+        content["recoveries"]["mine"] = {"kind": "refine"} | recovery
         parts = {"qkv": {"kind": "rounded"}, "ffn": {"kind": "low_rank"}}
         content["methods"]["half"] = {"structure": {"kind": "by_target", "parts": parts}, "metric": {"kind": "weights"}}
         content["experiments"]["demo"] |= {"methods": [method], "recoveries": ["none", "mine"]}
@@ -156,14 +253,17 @@ def test_training_integers_is_refused_and_norms_may_be_trained(saved_llama, tmp_
 
     with pytest.raises(InputError, match="'mine' has nothing to train in method 'rounded_4bit': rounded stores integers"):
         load(config("rounded_4bit"))
+    with pytest.raises(InputError, match=r"'mine' has nothing to train in method 'rounded_4bit'.*; leave one of them out"):
+        load(config("rounded_4bit", kind="sequential"))
     load(config("rounded_4bit", norms=True))
     load(config("half"))
-    checkpoint = Bundle(build(saved_llama, tmp_path / "work", ALL, 0.6, "rounded", bits=4) / MANIFEST)
+    checkpoint = Bundle(build(saved_llama, tmp_path / "work", ALL, 0.6, "rounded", bits=[4]) / MANIFEST)
     before = load_model(checkpoint.directory, "float32", "cpu").state_dict()
     for name in ("refine", "distill"):
         task, _ = run(files_of(saved_llama, tmp_path), checkpoint, {**KINDS[name], "norms": True})
         changed = {key for key, value in task.model.state_dict().items() if not torch.equal(value, before[key])}
         assert changed
         assert all("norm" in key for key in changed)
-    with pytest.raises(InputError, match="no matrix is of the kinds low_rank and gauge_fixed"):
-        run(files_of(saved_llama, tmp_path), checkpoint, KINDS["sequential"])
+    for name in ("sequential", "refine", "distill"):  # an allocation of `mixed` may choose nothing else
+        task, _ = run(files_of(saved_llama, tmp_path), checkpoint, KINDS[name])
+        assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())

@@ -17,7 +17,7 @@ LOSSY = {"affine_block", "rounded"}  # no size of these reproduces the layer
 SMALL = {
     "bypass": {"kept": 2},
     "cluster": {"clusters": 2},
-    "rounded": {"bits": 4},  # 8 change so little that comparisons are of rounding errors
+    "rounded": {"bits": [2, 3, 4, 6]},  # 8 change so little that comparisons are of rounding errors
     "tiers": {"exact": 1, "columns": [0.5, 0.5], "ranks": [0.6, 0.4]},
 }
 # Variants of structures that the suite runs beside the default options of every registered one.
@@ -38,8 +38,8 @@ VARIANTS = [
     {"kind": "neuron_slice", "criterion": "random"},
     {"kind": "neuron_slice", "criterion": "output"},
     {"kind": "neuron_slice", "criterion": "loss"},
-    {"kind": "rounded", "bits": 8},
-    {"kind": "rounded", "bits": 4, "group": 4},
+    {"kind": "rounded", "bits": [3, 5, 7, 8], "scales": "searched"},
+    {"kind": "rounded", "bits": [2, 3, 4, 6], "group": 4},
 ]
 
 
@@ -138,7 +138,7 @@ class World:
         state = {f"{module}.{key}": tensor for module, part in parts.items() for key, tensor in part.tensors.items()}
         numbers = sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point())
         indices = sum(tensor.nbytes for tensor in state.values() if not tensor.is_floating_point())
-        assert indices == structure.index_bytes(group), "bytes of indices by formula are those stored"
+        assert indices == structure.index_bytes(group, size), "bytes of indices by formula are those stored"
         if structure.bias_name is not None:
             state |= {f"{m.module}.{structure.bias_of(m)}": self.biases[m.name] for m in group if m.bias}
         expected = {k for name in parts for k in model.get_submodule(name).state_dict(prefix=f"{name}.")}

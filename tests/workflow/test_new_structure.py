@@ -41,7 +41,7 @@ class Toy(Structure):
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Any]) -> int:
         return size * group[0].shape[0]
 
-    def index_bytes(self, group: list[Matrix]) -> int:
+    def index_bytes(self, group: list[Matrix], size: int) -> int:
         return group[0].shape[1] * 2
 
     def metric_of_error(self, problem: Problem) -> tuple[Any, Any]:

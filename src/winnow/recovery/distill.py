@@ -52,6 +52,9 @@ def recover(task: Task) -> dict[str, Any]:
         parts = [held[first : first + options.batch].to(device).long() for first in range(0, len(held), options.batch)]
         return math.fsum(float(loss(part)) * len(part) for part in parts) / len(held)
 
+    if not whole:  # an allocation may have chosen rounded and dense matrices alone
+        log.info("nothing to train: the model is left as it was")
+        return {"loss": "nats per token", "tokens": 0, "trained_numbers": 0, **Progress({0: held_out()}).report()}
     lora = options.parameters == "lora"
     trained = _with_lora(task) if lora else whole
     saver = _Saver(task.resume, trained) if task.resume else None

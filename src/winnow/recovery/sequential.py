@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from winnow.errors import InputError
 from winnow.linalg import leading_directions
-from winnow.modules import LowRankLinear, RowsLinear, SharedLinear
+from winnow.modules import LowRankLinear, RoundedLinear, RowsLinear, SharedLinear
 from winnow.recovery.base import Task
 from winnow.recovery.blocks import Calls, calls_of, outputs_of
 
@@ -33,14 +33,15 @@ def recover(task: Task) -> dict[str, Any]:
     block whose output is no nearer to the dense block's on the held-out windows is as it was. Goes on after the last block that
     was saved. The dense model has no factors, and stays as it is; so do modules of other kinds, which the report names.
 
-    Raises InputError for a checkpoint without matrices of the kinds low_rank and gauge_fixed."""
+    Raises InputError for a checkpoint without matrices of the kinds low_rank and gauge_fixed, unless all are rounded: which
+    ones are is an allocation's choice, of which a configuration cannot know."""
     factors: dict[str, Factors] = {
         name: module
         for name, module in task.model.named_modules()
         if isinstance(module, Factors) and not isinstance(module.right, SharedLinear)
     }
     others = [name for name in task.modules if name not in factors and not _dense(task, name)]
-    if not factors and others:
+    if not factors and not all(isinstance(task.model.get_submodule(name), RoundedLinear) for name in others):
         raise InputError(
             "recovery: no matrix is of the kinds low_rank and gauge_fixed, and `sequential` fits no other anew; use `refine`"
         )

@@ -186,9 +186,9 @@ class Structure(ABC):
         """How many numbers the group stores at `size`, biases counted only if `bias_name` is None. `tensors` are those of
         the fit, for structures whose count depends on data."""
 
-    def index_bytes(self, group: list[Matrix]) -> int:
-        """Bytes of stored integers (orders, labels, rounded numbers with their scales), which are of another dtype than the
-        weights."""
+    def index_bytes(self, group: list[Matrix], size: int) -> int:
+        """Bytes of the integers that the group stores at `size` (orders, labels, rounded numbers with their scales), which are of
+        another dtype than the weights."""
         return 0
 
     def metric_of_error(self, problem: Problem) -> tuple[Tensor, Tensor | None]:

@@ -97,8 +97,8 @@ class ByTarget(Structure):
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return self.part(group[0]).numbers(group, size, tensors)
 
-    def index_bytes(self, group: list[Matrix]) -> int:
-        return self.part(group[0]).index_bytes(group)
+    def index_bytes(self, group: list[Matrix], size: int) -> int:
+        return self.part(group[0]).index_bytes(group, size)
 
     def metric_of_error(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         return self.part(problem.group[0]).metric_of_error(problem)

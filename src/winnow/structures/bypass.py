@@ -89,8 +89,8 @@ class Bypass(Structure):
     def metric_of_error(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         return self.inner.metric_of_error(problem)
 
-    def index_bytes(self, group: list[Matrix]) -> int:
-        return self.inner.index_bytes(group)
+    def index_bytes(self, group: list[Matrix], size: int) -> int:
+        return self.inner.index_bytes(group, size)
 
     def _kept(self, matrix: Matrix) -> int:
         share = self.options.kept_fraction

@@ -56,7 +56,7 @@ class Cluster(Structure):
     def largest(self, group: list[Matrix]) -> int:
         return self.limit(group)  # what is stored depends on the clusters
 
-    def index_bytes(self, group: list[Matrix]) -> int:
+    def index_bytes(self, group: list[Matrix], size: int) -> int:
         return self.limit(group) * (2 if self.limit(group) < 2**15 else 4)
 
     def blocks(self, matrix: Matrix, sizes: list[int], size: int) -> list[tuple[int, int, int | None]]:

@@ -27,7 +27,7 @@ class GaugeFixed(LowRank):
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return size * (sum(group[0].shape) - size)
 
-    def index_bytes(self, group: list[Matrix]) -> int:
+    def index_bytes(self, group: list[Matrix], size: int) -> int:
         return group[0].shape[0] * (2 if group[0].shape[0] < 2**15 else 4)
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:

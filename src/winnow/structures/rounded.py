@@ -1,10 +1,10 @@
-"""`rounded`: W itself, its numbers rounded to nearest on a grid of 8 or 4 bits: what people compare a compressed model with."""
+"""`rounded`: W itself, its numbers rounded to nearest on a grid of 2 to 8 bits: what people compare a compressed model with."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from winnow.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
@@ -14,19 +14,34 @@ if TYPE_CHECKING:
 
 
 class Rounded(Structure):
-    """Every number of W as a whole multiple of the scale of its group: `group` inputs of a row, the largest of them at an end of
-    the symmetric grid. No metric changes what is stored, only what the error is measured in. It has one size, so a budget says
-    `rank_fraction: 1`. It saves bytes, no time: numbers are multiplied out at every call."""
+    """Every number of W as a whole multiple of the scale of its group, `group` inputs of a row, on a symmetric grid. Size s is
+    the s-th of `bits`: with one, a budget says `rank_fraction: 1`. With scales `largest` no metric changes what is stored, only
+    what the error is measured in. It saves bytes, no time: numbers are multiplied out at every call."""
 
     reference = "round to nearest, the baseline of GPTQ, arXiv 2210.17323"
-    stores = "steps (m, n) of 8 bits, or of 4 two to a byte; scale (m, ceil(n / group)), float16"
+    stores = "steps (m, n) of some bits each, packed by rows; scale (m, ceil(n / group)), float16"
     formula = "m n steps, m ceil(n / group) scales"
     bias_name = "bias"
+    predicts = True
 
     class Options(StructureOptions):
         kind: Literal["rounded"]
-        bits: Literal[8, 4] = Field(8, description="of a number: steps from -127 to 127, or from -7 to 7")
+        bits: list[Annotated[int, Field(ge=2, le=8)]] = Field(
+            [8], min_length=1, description="of a number, 2 to 8, in ascending order: a size each, of steps up to 2^(bits - 1) - 1"
+        )
         group: int | None = Field(32, ge=4, description="inputs of a row that share a scale; null: the whole row")
+        scales: Literal["largest", "searched"] = Field(
+            "largest",
+            description="largest: the largest number of a group is at an end of the grid; searched: it may be cut off, where "
+            "that lowers the squared error, inputs weighted by the diagonal of the metric",
+        )
+
+        @field_validator("bits")
+        @classmethod
+        def _ascending(cls, bits: list[int]) -> list[int]:
+            if bits != sorted(set(bits)):
+                raise ValueError(f"bits are sizes, from few to many and each once: {sorted(set(bits))}")
+            return bits
 
     options: Options
 
@@ -37,39 +52,56 @@ class Rounded(Structure):
         return "rounded stores integers, which are not trained"
 
     def limit(self, group: list[Matrix]) -> int:
-        return 1
+        return len(self.options.bits)
 
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return 0  # of the weights' dtype; `index_bytes` has all that is stored
 
-    def index_bytes(self, group: list[Matrix]) -> int:
+    def index_bytes(self, group: list[Matrix], size: int) -> int:
         (m, n), width = group[0].shape, self._group(group[0])
-        return m * (-(-n * self.options.bits // 8) + 2 * -(-n // width))
+        return m * (-(-n * self.options.bits[size - 1] // 8) + 2 * -(-n // width))
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
 
-        from winnow.rounding import in_float16, multiplied, packed, scales_of, steps_of
+        from winnow.linalg import weighted_error
+        from winnow.rounding import in_float16, multiplied, packed, scales_of, searched_scales, steps_of
 
         (weight,), width = problem.weights.values(), self._group(problem.group[0])
-        scales = in_float16(scales_of(weight, self.options.bits, width))
-        steps = steps_of(weight, scales, width)
         columns, rows = self.metric_of_error(problem)
+        diagonal = columns if columns.dim() == 1 else columns.diagonal()
+        stored, errors = {}, [weighted_error(weight, columns, rows)]
+        for bits in self.options.bits:
+            if self.options.scales == "searched":
+                scales = searched_scales(weight, bits, width, diagonal)
+            else:
+                scales = in_float16(scales_of(weight, bits, width))
+            steps = steps_of(weight, scales, bits, width)
+            errors.append(weighted_error(weight - multiplied(steps, scales.double(), width), columns, rows))
+            stored |= {f"{bits}.steps": packed(steps, bits), f"{bits}.scale": scales.view(torch.int16)}
+        return Fit(stored, torch.stack(errors), errors[0].sqrt()[None])
 
-        def error(rest: Tensor) -> Tensor:
-            weighted = rest if rows is None else rows[:, None] * rest if rows.dim() == 1 else rows @ rest
-            return ((rest * columns if columns.dim() == 1 else rest @ columns) * weighted).sum()
+    def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
+        import torch
 
-        errors = torch.stack([error(weight), error(weight - multiplied(steps, scales.double(), width))]).clamp(min=0)
-        stored = {"steps": packed(steps) if self.options.bits == 4 else steps.to(torch.int8), "scale": scales.view(torch.int16)}
-        return Fit(stored, errors, errors[:1].sqrt())
+        from winnow.linalg import weighted_error
+        from winnow.rounding import multiplied, unpacked
+
+        ((name, weight),), width = problem.weights.items(), self._group(problem.group[0])
+        columns, rows = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
+        errors = [weighted_error(weight, columns, rows)]
+        for bits in self.options.bits:
+            steps = unpacked(tensors[f"{bits}.steps"], weight.shape[1], bits).double()
+            scales = tensors[f"{bits}.scale"].view(torch.float16).double()
+            errors.append(weighted_error(weight - multiplied(steps, scales, width), columns, rows))
+        return torch.stack(errors) / 2
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
 
-        (m, n), bits = group[0].shape, self.options.bits
+        (m, n), bits = group[0].shape, self.options.bits[size - 1]
         layout = {"kind": self.kind(), "out": m, "in": n, "bits": bits, "group": self._group(group[0])}
-        own = {name: tensors[name] for name in ("steps", "scale")}
+        own = {name: tensors[f"{bits}.{name}"] for name in ("steps", "scale")}
         return {group[0].module: Part(layout, {**own, "weight": torch.empty(0)})}
 
     @staticmethod

@@ -64,7 +64,7 @@ class Tiers(Cluster):
     def whole(self, group: list[Matrix]) -> int:
         return group[0].shape[1]  # the published rank is a share of the columns
 
-    def index_bytes(self, group: list[Matrix]) -> int:
+    def index_bytes(self, group: list[Matrix], size: int) -> int:
         n = group[0].shape[1]
         return n * (2 if n < 2**15 else 4)
 

@@ -34,7 +34,7 @@ def rounded(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
 
     group = group or weight.shape[1]
     scales = scales_of(weight, bits, group)
-    return multiplied(steps_of(weight, scales, group), scales, group).to(weight.dtype).contiguous()
+    return multiplied(steps_of(weight, scales, bits, group), scales, group).to(weight.dtype).contiguous()
 
 
 def bits_of(shape: tuple[int, ...], bits: int, group: int | None = None) -> int:
