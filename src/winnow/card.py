@@ -127,7 +127,7 @@ def _recipe(recipe: dict[str, Any], dense: bool) -> list[str]:
         ("budget", ", ".join([*asked, *allocation]) or "none"),
         *_calibration(recipe),
         *_recovery(recipe),
-        ("sizes (ranks, neurons)", _sizes(recipe) or "none"),
+        ("sizes (ranks, neurons, places among `bits`)", _sizes(recipe) or "none"),
         ("bytes of the compressed matrices", f"{recipe['stored_bytes']:,} of {recipe['dense_bytes']:,} ({share:.2%})"),
         ("bytes of all weights", whole),
         ("written by", f"winnow {recipe['winnow']}, checkpoint format {FORMAT_VERSION}"),

@@ -11,7 +11,7 @@ from tests.conftest import pico
 from tests.unit.test_checkpoint import build, logits
 from tests.unit.test_recovery import KINDS, files_of, run
 from tests.unit.worlds import World
-from winnow.allocation import Group, allocate
+from winnow.allocation import TOLERANCE, Group, allocate
 from winnow.architectures import Matrix
 from winnow.config import load
 from winnow.config_files import default
@@ -202,6 +202,26 @@ def test_bits_are_spread_over_matrices_by_what_they_lose(kind):
     best = min(sum(g.predicted[s] for g, s in zip(groups, c, strict=True)) for c in every)
     if kind == "ilp":
         assert sum(g.predicted[sizes[g.name]] for g in groups) == pytest.approx(best, rel=1e-9)
+
+
+def test_bytes_are_met_where_the_least_loss_would_leave_many():
+    """Between 8 bits and dense there is nothing: then the best of all choices within the tolerance is taken."""
+    losses = [1.0, *(4.0**-bits for bits in EVERY)]
+    groups = [group_of(structure_of({"kind": "rounded", "bits": EVERY}), layer, losses) for layer in range(4)]
+    total = sum(g.dense for g in groups)
+    ways = [(sum(g.bytes(s) for g, s in zip(groups, c, strict=True)), sum(losses[s] if s else 0.0 for s in c))
+            for c in product([None, *range(1, 8)], repeat=4)]  # fmt: skip
+    for keep in (0.594, 0.69, 0.9):
+        within = [loss for stored, loss in ways if (keep - TOLERANCE) * total <= stored <= keep * total]
+        spread = {"kind": "ilp", "gap": 0.0}
+        if not within:
+            with pytest.raises(InputError, match=rf"keep_bytes {keep} cannot be met within 0\.5%: the nearest is"):
+                allocate(groups, {"keep_bytes": keep, "allocation": spread})
+            continue
+        sizes = allocate(groups, {"keep_bytes": keep, "allocation": spread}).sizes
+        assert sum(losses[s] if s else 0.0 for s in sizes.values()) == pytest.approx(min(within), rel=1e-9)
+    below = [loss for stored, loss in ways if stored <= 0.594 * total]
+    assert min(below) < min(loss for stored, loss in ways if (0.594 - TOLERANCE) * total <= stored <= 0.594 * total)
 
 
 @pytest.mark.parametrize("scales", ["largest", "searched"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -10,12 +11,14 @@ import numpy as np
 from pydantic import Field
 
 from winnow.allocations.base import (
+    TOLERANCE,
     Allocation,
     Choice,
     Predicting,
     dense_bytes,
     losses,
     spend,
+    stored_bytes,
 )
 from winnow.allocations.blocks import Place, Way, places_of, ways_of
 from winnow.errors import InputError
@@ -45,9 +48,10 @@ class Blocks(NamedTuple):
 
 class IntegerProgramme(Allocation):
     """The least sum of losses within the bytes, over one option per group: a spread of sizes, those around the Lagrangian's
-    choice, or dense. Of a structure with alternatives (`mixed`), over the ways to store a block of matrices as well.
-    allocation.json tells the solver's status, the Lagrangian bound over all sizes (no allocation loses less, by the objective),
-    and the gap to it."""
+    choice, or dense. Of a structure with alternatives (`mixed`), over the ways to store a block of matrices as well. Where sizes
+    are few, as of rounded numbers, the least sum may leave more of the budget than its tolerance; then it is the least of what
+    does not, if anything does not. allocation.json tells the solver's status, the Lagrangian bound over all sizes (no allocation
+    loses less, by the objective), and the gap to it."""
 
     reference = "multiple-choice knapsack by CBC; ranks by integer programming as in LEMS"
     chooses = True
@@ -76,9 +80,18 @@ class IntegerProgramme(Allocation):
             return Choice(_sizes(every, least.chosen))
         bound, picked = lagrangian(every, blocks, allowed)
         offered = [_offer(o, index, options.sizes, options.near) for o, index in zip(every, picked.near, strict=True)]
-        chosen, status = solve(offered, blocks, allowed, options.gap, options.seconds)
-        sizes = _sizes(offered, chosen)
-        spend(groups, sizes, allowed, costs)
+
+        def solved(least: float) -> tuple[dict[str, int | None], str]:
+            chosen, status = solve(offered, blocks, least, allowed, options.gap, options.seconds)
+            sizes = _sizes(offered, chosen)
+            spend(groups, sizes, allowed, costs)
+            return sizes, status
+
+        sizes, status = solved(0.0)
+        lowest = allowed - TOLERANCE * dense_bytes(groups)
+        if stored_bytes(groups, sizes) < lowest:
+            with suppress(InputError):  # if nothing is within the tolerance, the caller refuses what is nearest
+                sizes, status = solved(lowest)
         value = sum(costs[name][size] for name, size in sizes.items() if size is not None)
         facts = {
             "status": status,
@@ -164,9 +177,11 @@ def _offer(every: Options, picked: int, spread: int, near: int) -> Options:
     return Options(every.name, every.sizes[chosen], every.bytes[chosen], every.losses[chosen])
 
 
-def solve(offered: list[Options], blocks: Blocks, allowed: float, gap: float, seconds: float) -> tuple[dict[int, int], str]:
-    """({group that is taken, by index: its option}, status) of the least sum of losses within `allowed` bytes, by CBC on one
-    thread. Both sums are scaled to about a thousand, where the solver's absolute tolerances are small. Raises InputError if it
+def solve(
+    offered: list[Options], blocks: Blocks, least: float, allowed: float, gap: float, seconds: float
+) -> tuple[dict[int, int], str]:
+    """({group that is taken, by index: its option}, status) of the least sum of losses in `least` to `allowed` bytes, by CBC
+    on one thread. Both sums are scaled to about a thousand, where the solver's absolute tolerances are small. Raises InputError if it
     finds none in time."""
     import pulp
 
@@ -181,6 +196,8 @@ def solve(offered: list[Options], blocks: Blocks, allowed: float, gap: float, se
 
     programme += total("losses", scale)
     programme += total("bytes", weight) <= 1e3
+    if least > 0:
+        programme += total("bytes", weight) >= least * weight
     used: list[list[Any]] = []  # whether a way to store a block is taken
     for number, ways in enumerate(blocks.ways):
         one = len(ways) == 1
