@@ -181,8 +181,8 @@ def solve(
     offered: list[Options], blocks: Blocks, least: float, allowed: float, gap: float, seconds: float
 ) -> tuple[dict[int, int], str]:
     """({group that is taken, by index: its option}, status) of the least sum of losses in `least` to `allowed` bytes, by CBC
-    on one thread. Both sums are scaled to about a thousand, where the solver's absolute tolerances are small. Raises InputError if it
-    finds none in time."""
+    on one thread. Both sums are scaled to about a thousand, where the solver's absolute tolerances are small. Raises InputError
+    if it finds none in time."""
     import pulp
 
     scale = 1e3 / max(sum(float(np.median(o.losses)) for o in offered), 1e-300)
