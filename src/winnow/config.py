@@ -19,6 +19,7 @@ from winnow.fields import Name, Ranks, Shares, Strict
 from winnow.metrics import METRICS, AnyMetric
 from winnow.recoveries import AnyRecovery, NoRecovery, Trained
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
+from winnow.structures.low_rank import LowRank
 from winnow.structures.mixed import Mixed
 from winnow.tuning import Tuning
 
@@ -296,6 +297,17 @@ class Config(Strict):
                 raise ValueError(
                     f"experiments.{name}: budget {b!r} reads predicted losses, which {structure.kind()} ({method}) does not "
                     "have; choose another `objective` or allocation for it"
+                )
+            if allocation.learns and not isinstance(structure, LowRank):
+                raise ValueError(
+                    f"experiments.{name}: budget {b!r} learns where to cut a product of two factors, which {structure.kind()} "
+                    f"({method}) is not; choose another allocation for it, or low_rank or gauge_fixed"
+                )
+        for c in (c for c in experiment.calibrations if self.calibrations[c].task):
+            for b in (b for b, allocation in allocations.items() if allocation.learns):
+                raise ValueError(
+                    f"experiments.{name}: budget {b!r} learns from whole windows of a text, calibration {c!r} is of the rows of "
+                    "a task; calibrate on a text, or choose another allocation"
                 )
 
     def tasks_named(self) -> dict[str, str]:

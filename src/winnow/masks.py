@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from winnow.allocation import Group
+from winnow.allocation import TOLERANCE, Group
+from winnow.allocations.base import stored_bytes
 from winnow.allocations.uniform import by_share
 
 ENDS = 0.02  # parameters start no nearer to their limits than this, as gradients vanish there
@@ -78,9 +79,9 @@ class Sizes:
 
     def spread(self) -> tuple[Tensor, Tensor]:
         """(cuts, chances of staying dense), differentiable, of the parameters shifted to the bytes that are allowed."""
-        return self._shifted(self.cut, self.gate, torch.ones_like(self.gate))
+        return self.shifted(self.cut, self.gate, torch.ones_like(self.gate))
 
-    def _shifted(self, cut: Tensor, gate: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    def shifted(self, cut: Tensor, gate: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """The same of any log-odds, with the gates shifted where `moved` is 1. By bisection, as bytes fall with the shift; then a
         step of Newton's, which moves it no further and has its derivative."""
         with torch.no_grad():
@@ -111,7 +112,7 @@ class Sizes:
     @torch.no_grad()
     def rounded(self) -> dict[str, int | None]:
         """Sizes or dense for every group: dense where the chance of that is above a half (more or fewer of the likeliest, as far as
-        the bytes ask for it), the others by their cuts, shifted to the bytes that are left. The start's where none fit."""
+        the bytes ask for it), the others by their cuts, shifted to the bytes that are left. Those of the start where this misses the bytes."""
         _, chances = self.spread()
         order = chances.argsort(descending=True, stable=True).tolist()
         count = int((chances > 0.5).sum())
@@ -126,17 +127,18 @@ class Sizes:
             count += 1
         gates = torch.full_like(self.gate, -2 * SPREAD)
         gates[order[:count]] = 2 * SPREAD
-        cuts, _ = self._shifted(self.cut, gates, torch.zeros_like(gates))
+        cuts, _ = self.shifted(self.cut, gates, torch.zeros_like(gates))
         found: dict[str, int | None] = {g.name: None for g in self.every}
         cut = [(g, float(cuts[i])) for i, g in enumerate(self.groups) if i in set(order[count:])]
-        shares = {g.name: _bytes_at(g, size) / g.dense for g, size in cut}
+        shares = {g.name: bytes_at(g, size) / g.dense for g, size in cut}
         of_cut = sum(g.dense for g, _ in cut)
         left = self.allowed - self.fixed - float(self.dense[order[:count]].sum())
         found |= by_share([g for g, _ in cut], shares, left / of_cut) if cut else {}
-        return found
+        whole = sum(g.dense for g in self.every)
+        return found if 0 <= self.allowed - stored_bytes(self.every, found) <= TOLERANCE * whole else self.start
 
 
-def _bytes_at(g: Group, size: float) -> float:
+def bytes_at(g: Group, size: float) -> float:
     """Bytes of a group at a size that may lie between two."""
     below = min(int(size), g.largest - 1)
     return g.bytes(below) + (size - below) * (g.bytes(below + 1) - g.bytes(below))

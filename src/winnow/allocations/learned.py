@@ -30,7 +30,7 @@ class Learned(Allocation):
             "ilp", description="the allocation that it starts from; `ilp` has its default options and needs predicted losses"
         )
         steps: int = Field(200, ge=1, description="steps of Adam; all steps see the calibration windows without those held out")
-        batch: int = Field(8, ge=1, description="windows per step")
+        batch: int = Field(4, ge=1, description="windows per step")
         rate: float = Field(0.1, gt=0, description="learning rate of cuts and gates (log-odds) at its height; it falls to 0")
         warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the rate grows to its full height")
         held_out: float = Field(0.125, gt=0, lt=1, description="share of the calibration windows that only choose the sizes")
