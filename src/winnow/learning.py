@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from winnow.allocation import TOLERANCE, Group, allocate
+from winnow.allocation import Group, allocate
 from winnow.allocations.base import stored_bytes
 from winnow.errors import InputError
 from winnow.io import Bundle
@@ -101,7 +101,9 @@ def learn(
     def held_out() -> float:
         judged.append(sizes.rounded() if judged else start)
         parts = windows[-held:].split(options.batch)
-        return math.fsum(len(part) * hard_loss(model, sizes, modules, judged[-1], part.to(device).long()) for part in parts) / held
+        return (
+            math.fsum(len(part) * hard_loss(model, sizes, modules, judged[-1], part.to(device).long()) for part in parts) / held
+        )
 
     progress = train("learn_sizes", {"cuts": sizes.cut, "gates": sizes.gate}, loss, held_out, options, {})
     looks = [

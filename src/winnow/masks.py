@@ -111,8 +111,9 @@ class Sizes:
 
     @torch.no_grad()
     def rounded(self) -> dict[str, int | None]:
-        """Sizes or dense for every group: dense where the chance of that is above a half (more or fewer of the likeliest, as far as
-        the bytes ask for it), the others by their cuts, shifted to the bytes that are left. Those of the start where this misses the bytes."""
+        """Sizes or dense for every group: dense where the chance of that is above a half (more or fewer of the likeliest, as far
+        as the bytes ask for it), the others by their cuts, shifted to the bytes that are left. Those of the start where this
+        misses the bytes."""
         _, chances = self.spread()
         order = chances.argsort(descending=True, stable=True).tolist()
         count = int((chances > 0.5).sum())

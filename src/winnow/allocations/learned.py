@@ -45,6 +45,5 @@ class Learned(Allocation):
 
     def allocate(self, groups: list[Group], keep: float) -> Choice:
         """Where learning starts, without a step of it."""
-        if self.options.start == "uniform":
-            return Uniform(Uniform.Options(kind="uniform")).allocate(groups, keep)
-        return IntegerProgramme(IntegerProgramme.Options(kind="ilp")).allocate(groups, keep)
+        cls = {"ilp": IntegerProgramme, "uniform": Uniform}[self.options.start]
+        return cls(cls.Options.model_validate({"kind": self.options.start})).allocate(groups, keep)
