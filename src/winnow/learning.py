@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-WIDTHS = (0.05, 0.005)  # of a cut, as a share of the largest size: in the first step and in the last
+WIDTHS = (0.02, 0.005)  # of a cut, as a share of the largest size: in the first step and in the last
+DECIDED = 0.5  # share of the steps after which gates are open or shut, so that cuts learn what is left to them
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def learn(
     judged: list[dict[str, int | None]] = []  # by look
 
     def loss(step: int) -> Tensor:
+        if step == round(DECIDED * options.steps):
+            sizes.gate.data.copy_(sizes.decided())
         ids = windows[order[step]].to(device).long()
         reference = reference_of(model, modules, ids)
         masks, lacking = sizes.masks(WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** (step / max(1, options.steps - 1)))

@@ -110,12 +110,11 @@ class Sizes:
         return [row[: g.largest] for row, g in zip(every, self.groups, strict=True)], lacking
 
     @torch.no_grad()
-    def rounded(self) -> dict[str, int | None]:
-        """Sizes or dense for every group: dense where the chance of that is above a half (more or fewer of the likeliest, as far
-        as the bytes ask for it), the others by their cuts, shifted to the bytes that are left. Those of the start where this
-        misses the bytes."""
+    def decided(self) -> Tensor:
+        """(groups,): log-odds of gates that are open or shut: open where the chance is above a half, or of more or fewer of the
+        likeliest groups as far as the bytes ask for it."""
         _, chances = self.spread()
-        order = chances.argsort(descending=True, stable=True).tolist()
+        order = chances.argsort(descending=True, stable=True)
         count = int((chances > 0.5).sum())
         least, most = self.table[:, 1], self.table.gather(1, self.largest.long()[:, None])[:, 0]
 
@@ -126,15 +125,20 @@ class Sizes:
             count -= 1
         while count < len(order) and bytes_with(count, most) < self.allowed and bytes_with(count + 1, least) <= self.allowed:
             count += 1
-        gates = torch.full_like(self.gate, -2 * SPREAD)
-        gates[order[:count]] = 2 * SPREAD
+        return torch.full_like(self.gate, -2 * SPREAD).index_fill(0, order[:count], 2 * SPREAD)
+
+    @torch.no_grad()
+    def rounded(self) -> dict[str, int | None]:
+        """Sizes for every group, or dense as the gates are decided; by the cuts, shifted to the bytes that are left to them.
+        Those of the start where this misses the bytes."""
+        gates = self.decided()
         cuts, _ = self.shifted(self.cut, gates, torch.zeros_like(gates))
+        cut = [(g, size) for g, size, gate in zip(self.groups, cuts.tolist(), gates.tolist(), strict=True) if gate < 0]
+        left = self.allowed - self.fixed - float(self.dense[gates > 0].sum())
         found: dict[str, int | None] = {g.name: None for g in self.every}
-        cut = [(g, float(cuts[i])) for i, g in enumerate(self.groups) if i in set(order[count:])]
-        shares = {g.name: bytes_at(g, size) / g.dense for g, size in cut}
-        of_cut = sum(g.dense for g, _ in cut)
-        left = self.allowed - self.fixed - float(self.dense[order[:count]].sum())
-        found |= by_share([g for g, _ in cut], shares, left / of_cut) if cut else {}
+        if cut:
+            shares = {g.name: bytes_at(g, size) / g.dense for g, size in cut}
+            found |= by_share([g for g, _ in cut], shares, left / sum(g.dense for g, _ in cut))
         whole = sum(g.dense for g in self.every)
         return found if 0 <= self.allowed - stored_bytes(self.every, found) <= TOLERANCE * whole else self.start
 

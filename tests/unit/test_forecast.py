@@ -88,8 +88,8 @@ def test_learning_holds_the_factors_and_takes_its_steps():
     passes = (4 * 256 * 100 * (6 * shape.numbers + 4 * factors), 2 * 16 * 256 * 4 * shape.numbers)  # steps, and two looks
     assert one["learn_sizes"].operations == sum(passes)
     assert works(batch=8)["learn_sizes"].memory > one["learn_sizes"].memory
-    assert "collect_gradients" in one
-    assert "collect_gradients" not in works(start="uniform")
+    assert "collect_gradients" not in one
+    assert "collect_gradients" in works(start="ilp")
 
 
 def test_numbers_at_a_time_are_those_of_the_stages():

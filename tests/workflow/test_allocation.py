@@ -46,7 +46,7 @@ def test_predicted_losses_are_made_for_the_budgets_that_read_them(tmp_path):
 
 def test_sizes_are_learned_in_a_job_of_their_own(tmp_path):
     place = Workspace(tmp_path)
-    learned = {"kind": "learned", "start": "uniform", "steps": 4, "batch": 1, "every": 2}
+    learned = {"kind": "learned", "steps": 4, "batch": 1, "every": 2}
     place.config["budgets"]["learned"] = {"targets": ["ffn"], "keep_bytes": 0.6, "allocation": learned}
     one = place.config["experiments"]["one"]
     one |= {"methods": ["whitened"], "budgets": ["ffn-0.8", "learned"]}

@@ -26,8 +26,8 @@ class Learned(Allocation):
 
     class Options(AllocationOptions):
         kind: Literal["learned"]
-        start: Literal["ilp", "uniform"] = Field(
-            "ilp", description="the allocation that it starts from; `ilp` has its default options and needs predicted losses"
+        start: Literal["uniform", "ilp"] = Field(
+            "uniform", description="the allocation that it starts from; `ilp` has its default options and needs predicted losses"
         )
         steps: int = Field(200, ge=1, description="steps of Adam; all steps see the calibration windows without those held out")
         batch: int = Field(4, ge=1, description="windows per step")
