@@ -82,8 +82,8 @@ class Sizes:
         return self.shifted(self.cut, self.gate, torch.ones_like(self.gate))
 
     def shifted(self, cut: Tensor, gate: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of any log-odds, with the gates shifted where `moved` is 1. By bisection, as bytes fall with the shift; then a
-        step of Newton's, which moves it no further and has its derivative."""
+        """The same of any log-odds, with the gates shifted where `moved` is 1: by bisection, as bytes fall with the shift. Its
+        derivative is that of an implicit function: minus the bytes' by the log-odds, over theirs by the shift."""
         with torch.no_grad():
             low, high = -SPREAD, SPREAD
             for _ in range(60):
@@ -94,7 +94,8 @@ class Sizes:
         with torch.enable_grad():
             slope = torch.autograd.grad(self.at(cut.detach() - shift, gate.detach() - shift * moved)[2], shift)[0]
         shift = shift.detach()
-        shift = shift - (self.at(cut - shift, gate - shift * moved)[2] - self.allowed) / slope.clamp(max=-1e-9)
+        stored = self.at(cut - shift, gate - shift * moved)[2]
+        shift = shift - (stored - stored.detach()) / slope.clamp(max=-1e-9)
         sizes, dense, _ = self.at(cut - shift, gate - shift * moved)
         return sizes, dense
 
