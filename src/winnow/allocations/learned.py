@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 class Learned(Allocation):
     """Every matrix has a cut through its singular directions and a gate to its dense self; Adam moves both to lessen the KL
-    divergence of the compressed model from the dense one on calibration windows, at bytes that are the budget's in every step;
-    halfway the gates are decided, and the cuts learn on. The sizes that are best on windows held out are kept, those of the start where none are better; learned.json has the record.
-    For structures that are cut from one product of two factors; see `winnow.learning`."""
+    divergence of the compressed model from the dense one on calibration windows, at bytes that are the budget's in every step.
+    Halfway the gates are decided, and the cuts learn on. The sizes that are best on windows held out are kept, those of the
+    start where none are better; learned.json has the record. For structures that are cut from one product of two factors; see
+    `winnow.learning`."""
 
     reference = "ARA, arXiv 2510.19389 (ratio 1 a choice of its own), and LLRC: gradients of masks over singular directions"
     libraries = IntegerProgramme.libraries
