@@ -6,8 +6,8 @@ import torch
 from tests.conftest import VOCABULARY, pico
 from winnow.io import write_json
 from winnow.models import ModelFiles
-from winnow.retrieve import describe
 from winnow.products import gram_of
+from winnow.retrieve import describe
 from winnow.statistics import Moments, collect
 
 
