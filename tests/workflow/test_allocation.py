@@ -1,10 +1,13 @@
 """Budgets that are allocated by predicted loss: which jobs they ask for, and that uniform ones do not."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.unit.test_checkpoint import logits
 from tests.workflow.test_end_to_end import Workspace
 from winnow.loading import load_model
@@ -104,3 +107,17 @@ def test_structures_are_chosen_and_loaded(tmp_path):
     members[1]["criterion"] = "activation"
     planned = place.planned()
     assert (planned["factorize"], planned["predict_losses"], planned["compress"]) == (2, 1, 2), "one member, and what reads it"
+
+
+@pytest.mark.parametrize("study", ["frontier", "ablation", "recovery"])
+def test_no_choice_reads_what_is_evaluated(tmp_path, study):
+    """Of all jobs that checkpoints come of (allocations, rounds, learned sizes, recoveries) none reads an evaluation's text."""
+    for name in ("config", "resources"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "snakemake", "checkpoints", "-n", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
+    command += ["--configfile", f"config/studies/{study}.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    inputs = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.strip().startswith("input: ")]
+    assert any("calibration" in line for line in inputs)
+    assert not [line for line in inputs if "evaluation" in line or "validation" in line]
