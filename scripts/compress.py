@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from winnow.allocation import allocate, chosen_groups, experts_left_dense, summarize
+from winnow.allocation import allocate, chosen_groups, experts_left_dense, learned_choice, summarize
 from winnow.checkpoint import compressed, recipe_of, write_checkpoint
 from winnow.io import atomic, write_json
 from winnow.members import factors_of, table_of
@@ -18,7 +18,7 @@ if __name__ == "__main__":
     given = snakemake.input
     chosen = (files, structure, presets["budget"]["targets"], table_of(structure, given.spectra))
     groups = chosen_groups(*chosen, table_of(structure, given.predicted) if given.get("predicted") else None)
-    choice = allocate(groups, presets["budget"])
+    choice = learned_choice(given.learned) if given.get("learned") else allocate(groups, presets["budget"])
     factors, tokens = factors_of(structure, given.factors)
     left_dense = {name: tokens[name] for name in experts_left_dense(*chosen)}
     allocation = {"budget": presets["budget"], **choice.facts, **summarize(groups, choice.sizes), "left_dense": left_dense}

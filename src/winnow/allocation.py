@@ -11,6 +11,7 @@ from winnow.allocations import allocation_of
 from winnow.allocations.base import TOLERANCE, Choice, dense_bytes, stored_bytes
 from winnow.architectures import Matrix, named_by, select
 from winnow.errors import InputError
+from winnow.io import read_json
 from winnow.models import ModelFiles, tensor_bytes
 from winnow.structures.base import Structure
 
@@ -135,6 +136,13 @@ def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
             )
         sizes[g.name] = size
     return Choice(sizes)
+
+
+def learned_choice(path: str) -> Choice:
+    """The sizes of a learned.json, and of its record what allocation.json says: nats lost on windows held out, by the sizes that
+    learning began with and by these."""
+    found = read_json(path)
+    return Choice(found["sizes"], {key: found[key] for key in ("held_out_start", "held_out_best", "best_step")})
 
 
 def of_target(group: Group, ranks: Any) -> Any:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from winnow.allocations import AnyAllocation, allocation_of
+from winnow.allocations import AnyAllocation
 from winnow.allocations.uniform import Uniform
 from winnow.architectures import GRADIENTS, ROLES, TARGETS, Target, disjoint
+from winnow.config_checks import check_allocations, check_training
 from winnow.config_errors import as_written, file_of, keys_at, nearest
 from winnow.errors import InputError
 from winnow.evaluations import AnyEvaluation, Classification, Perplexity
 from winnow.fields import Name, Ranks, Shares, Strict
 from winnow.metrics import METRICS, AnyMetric
-from winnow.recoveries import AnyRecovery, NoRecovery, Sequential, Trained
+from winnow.recoveries import AnyRecovery, NoRecovery
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 from winnow.structures.mixed import Mixed
 from winnow.tuning import Tuning
@@ -161,7 +161,8 @@ class Method(Strict):
         """A method for each structure that an allocation chooses between, in the metric of this one if it takes one."""
         found = structure_of(self.structure.model_dump()).alternatives().values()
         return [
-            Method(paper=None, structure=one.options, metric=self.metric if one.objective == "metric" else None) for one in found
+            Method(paper=None, structure=one.options, metric=self.metric if one.objective == "metric" else None, allocation=None)
+            for one in found
         ]
 
     @property
@@ -271,8 +272,8 @@ class Config(Strict):
             for method in experiment.methods if experiment.export == "dense" else []:
                 if reason := structure_of(self.methods[method].structure.model_dump()).not_dense():
                     raise ValueError(f"experiments.{name}.export: {method!r} cannot be written as a dense model: {reason}")
-            self._check_training(name, experiment)
-            self._check_allocations(name, experiment)
+            check_training(self, name, experiment)
+            check_allocations(self, name, experiment)
             for c in experiment.calibrations:
                 for e in experiment.evaluations:
                     evaluation, text = self.evaluations[e], self.calibrations[c].text
@@ -295,23 +296,6 @@ class Config(Strict):
         after = self.recoveries[recovery].after
         return [*(self.steps(after) if after else []), recovery]
 
-    def _check_allocations(self, name: str, experiment: Experiment) -> None:
-        """Raise ValueError for a method and a budget that do not go together."""
-        for method, b in itertools.product(experiment.methods, experiment.budgets):
-            allocation = allocation_of(self.budgets[b].spread_by(self.methods[method]).allocation.model_dump())
-            structure = structure_of(self.methods[method].structure.model_dump())
-            members = structure.alternatives().values()
-            if len(members) > 1 and not (allocation.chooses and allocation.predicts()):
-                raise ValueError(
-                    f"experiments.{name}: {structure.kind()} ({method}) chooses between structures by predicted loss, which "
-                    f"budget {b!r} does not; give it `keep_bytes`, and it or the method `allocation: {{kind: ilp}}`"
-                )
-            if allocation.predicts() and not all(member.predicts for member in members):
-                raise ValueError(
-                    f"experiments.{name}: budget {b!r} reads predicted losses, which {structure.kind()} ({method}) does not "
-                    "have; choose another `objective` or allocation for it"
-                )
-
     def tasks_named(self) -> dict[str, str]:
         """{key of the configuration: the task that it names}, of models, calibrations and recoveries."""
         found = {f"models.{n}.finetune.task": m.finetune.task for n, m in self.models.items() if m.finetune}
@@ -331,35 +315,6 @@ class Config(Strict):
                 raise ValueError(f"{where}: {step!r} would go on from itself; leave `after` out of one of them")
             seen.append(step)
             step = self.recoveries[step].after
-
-    def _check_training(self, name: str, experiment: Experiment) -> None:
-        """Raise ValueError for a recovery that has nothing to train, and where something learns the train rows of another task
-        than the one that is scored: only those of one task are compared with its test rows."""
-        recoveries = [step for r in experiment.recoveries for step in self.steps(r)]
-        for method, r in itertools.product(experiment.methods, recoveries):
-            recovery, structure = self.recoveries[r], structure_of(self.methods[method].structure.model_dump())
-            trains = isinstance(recovery, Trained) and not recovery.norms
-            if (trains or isinstance(recovery, Sequential)) and (reason := structure.untrainable()):
-                instead = "give the recovery `norms: true`, or leave" if trains else "leave"
-                raise ValueError(
-                    f"experiments.{name}: recovery {r!r} has nothing to train in method {method!r}: {reason}; {instead} one of "
-                    "them out"
-                )
-        used = [f"models.{n}.finetune.task" for n in experiment.models]
-        used += [f"calibrations.{n}.task" for n in experiment.calibrations] + [f"recoveries.{n}.task" for n in recoveries]
-        for c in (c for c in experiment.calibrations if self.calibrations[c].task):
-            for r in (r for r in recoveries if isinstance(self.recoveries[r], Trained)):
-                raise ValueError(
-                    f"experiments.{name}: recovery {r!r} trains on whole windows of a text, calibration {c!r} is of the rows of "
-                    "a task; calibrate on a text, or recover by `finetune`"
-                )
-        named, tasks = self.tasks_named(), {n: e for n, e in self.evaluations.items() if isinstance(e, Classification)}
-        for where, e in ((w, e) for w in used if w in named for e in experiment.evaluations if e in tasks):
-            if tasks[e].training() != tasks[named[where]].training():
-                raise ValueError(
-                    f"experiments.{name}: {where} learns other train rows than those of evaluation {e!r}, which alone are "
-                    "compared with its test rows; name the same `train`, columns and labels"
-                )
 
 
 def random_control(method: Method) -> Method | None:

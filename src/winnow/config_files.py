@@ -20,6 +20,7 @@ from winnow.evaluations import EVALUATIONS
 from winnow.metrics import METRICS
 from winnow.recoveries import RECOVERIES
 from winnow.structures import STRUCTURES
+from winnow.structures.low_rank import LowRank
 from winnow.tokens import PROTOCOLS
 from winnow.tuning import Tuning
 
@@ -31,7 +32,11 @@ ALLOCATED = [
     "the change of the matrix, C the second moment of its input, F that of the loss's gradient in its output. It takes one",
     "backward pass over the calibration windows, which budgets with other objectives do not ask for; structures that have it: "
     + ", ".join(f"`{kind}`" for kind, cls in STRUCTURES.items() if cls.predicts)
-    + ".",
+    + ". `learned` sizes",
+    "are made by a job of their own for every method and budget (rule `learn_sizes`), of the structures "
+    + ", ".join(f"`{kind}`" for kind, cls in STRUCTURES.items() if issubclass(cls, LowRank))
+    + "; learned.json",
+    "beside allocation.json has the loss, the bytes and the dense matrices at every look at the held-out windows.",
 ]
 
 

@@ -15,8 +15,10 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from winnow.architectures import Matrix, matrices_of, select
+from winnow.config import Budget
 from winnow.errors import InputError
 from winnow.evaluations import Accuracy, Classification, Latency, Perplexity
 from winnow.grid import Cell
@@ -201,6 +203,8 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
             held = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
             passes = again * (10 * tokens * shape.numbers + 2 * tokens * second)
             add("predict_in_rounds", 1, 2 * loaded + 8 * second + held, 1e6, passes)
+        if plan.allocation(plan.labels["budgets"][budget]).learns:
+            add("learn_sizes", 1, *_learning(plan, shape, name, of, b))
         largest_group = max(groups_of[member] for member in plan.members[method])
         add("compress", 1, max(read, 12 * largest_group), shape.bytes - dense + kept, 0, COMPRESSING)
     recovered = dict.fromkeys(
@@ -258,6 +262,22 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         stage = "evaluate_perplexity" if cell.method else "evaluate_perplexity_healed" if cell.recovery else "evaluate_dense"
         add(stage, 1, memory, disk, 2 * models * scored * shape.numbers, base)
     return _merged(works)
+
+
+def _learning(plan: Plan, shape: Shape, model: str, calibration: str, budget: Budget) -> tuple[float, float, float]:
+    """(memory, disk, operations) of learning sizes: the dense model with factors of as many numbers beside its chosen matrices,
+    and what a step back needs of its tokens: of every layer, of every mask, and of the logits. A step is a pass of the dense
+    model, and one there and back of both; a look at the held-out windows is a pass of each."""
+    options: Any = budget.allocation
+    windows, chosen = plan.config.calibrations[calibration], select(shape.matrices, budget.targets)
+    unit = 4 if plan.config.models[model].dtype == "float32" else 2
+    factors = sum(math.prod(m.shape) for m in chosen)
+    step = options.batch * windows.length
+    masked = sum(2 * min(m.shape) + 3 * m.shape[0] for m in chosen)
+    held = step * (5 * 4 * shape.vocabulary + unit * (12 * shape.width * shape.layers + masked))
+    looks = (1 + options.steps / options.every) * options.held_out * windows.windows * windows.length
+    passes = options.steps * step * (6 * shape.numbers + 4 * factors) + looks * 4 * shape.numbers
+    return unit * (shape.numbers + factors) + held, 1e5, passes
 
 
 def _tuning(plan: Plan, shape: Shape, tuning: Tuning) -> tuple[float, float, float]:

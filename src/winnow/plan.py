@@ -40,6 +40,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "measure_spectra": (*TORCH, *TABLES),
     "predict_losses": (*TORCH, *TABLES),
     "predict_in_rounds": (*HUGGING_FACE, *TABLES),
+    "learn_sizes": (*HUGGING_FACE, *TABLES),
     "compress": (*TORCH, *TABLES),
     "recover": (*HUGGING_FACE, "peft"),
     "export_dense": HUGGING_FACE,
@@ -62,7 +63,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "demo_model": HUGGING_FACE,
 }
 CLAIMS = Path("resources/claims.yaml")
-ALLOCATING = ("predict_in_rounds", "compress")  # stages that reach the file of the budget's allocation
+ALLOCATING = ("predict_in_rounds", "learn_sizes", "compress")  # stages that reach the file of the budget's allocation
 DENSE = {  # rules by the same script
     "evaluate_dense": "evaluate_perplexity",
     "evaluate_perplexity_healed": "evaluate_perplexity",
@@ -205,6 +206,15 @@ class Plan(StudyGrid):
             **self._spec_collect_gradients(w),
             "budget": self.preset("budgets", w["budget"]).model_dump(),
             "rounds": allocation.rounds(),
+            "allocation": {"version": allocation.version, "libraries": versions(*allocation.libraries)},
+        }
+
+    def _spec_learn_sizes(self, w: dict[str, str]) -> dict[str, Any]:
+        allocation = self.allocation(w["budget"])
+        return {
+            **self._spec_predict_losses(w),
+            "dtype": self.preset("models", w["model"]).dtype,
+            "budget": self.preset("budgets", w["budget"]).model_dump(),
             "allocation": {"version": allocation.version, "libraries": versions(*allocation.libraries)},
         }
 

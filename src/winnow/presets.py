@@ -58,6 +58,7 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
     "neurons_by_loss": ("MoDeGPT, arXiv 2408.09632, by predicted loss", {"kind": "neuron_slice", "criterion": "loss"}, None),
     "modegpt_mlp": ("MoDeGPT, arXiv 2408.09632", {"kind": "neuron_slice"}, None),
     "svd_llm_v2": ("SVD-LLM V2, arXiv 2503.12340", LOW_RANK, GRAM, PER_TYPE),
+    "whitened_learned": ("ARA-style, arXiv 2510.19389", LOW_RANK, GRAM, {"kind": "learned"}),
     "whitened_ilp": ("sizes by integer programme", LOW_RANK, GRAM, ILP),
     "winnow": (
         "recommended: structures, bits and sizes by integer programme",

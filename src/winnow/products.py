@@ -48,7 +48,7 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def gram_of(x: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """x^T x (n, n) of x (t, n), or x^T y with `other` y (t, d), made in `dtype` (by default that of x).
 
-    Raises ValueError without tokens. On a CPU by NumPy, which makes half of x^T x and mirrors it (BLAS's syrk), and whose BLAS is the faster one on AMD. On a GPU
+    On a CPU by NumPy, which makes half of x^T x and mirrors it (BLAS's syrk), and whose BLAS is the faster one on AMD. On a GPU
     numbers of 16 bits are multiplied as they are and summed in float32, which is exact but for the sums.
     """
     dtype, other = dtype or x.dtype, x if other is None else other

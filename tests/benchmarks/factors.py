@@ -12,7 +12,10 @@ the width, and marked so.
 """
 
 import argparse
+import os
 import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in jobs of the workflow; read when torch is imported
 
 import torch
 

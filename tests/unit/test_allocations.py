@@ -246,6 +246,7 @@ def test_the_study_is_valid_and_asks_for_gradients_only_where_it_must():
     asked = [name for name in plan.labels["budgets"] if plan.budget_name(name) == name]
     budgets = {name: plan.allocation(plan.labels["budgets"][name]) for name in asked}
     assert {name for name, a in budgets.items() if a.rounds()} == {f"all-{keep}-ilp-rounds" for keep in (0.9, 0.8, 0.6, 0.4)}
+    assert {name for name, a in budgets.items() if a.learns} == {f"all-{keep}-learned" for keep in (0.9, 0.8, 0.6, 0.4)}
     assert not any(budgets[name].predicts() for name in ("all-0.8", "all-0.8-energy", "all-0.8-ilp-metric"))
     assert all(budgets[name].predicts() for name in ("all-0.8-ilp", "all-0.8-greedy"))
     label = plan.labels["budgets"]["all-0.8-ilp"]

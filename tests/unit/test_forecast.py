@@ -73,6 +73,25 @@ def test_streaming_asks_for_a_block_and_not_for_the_model():
     assert works("stream")["collect_statistics"].disk - works("whole")["collect_statistics"].disk == written
 
 
+def test_learning_holds_the_factors_and_takes_its_steps():
+    def works(**options):
+        def change(c):
+            c["budgets"]["x"] = {"targets": ["ffn"], "keep_bytes": 0.8, "allocation": {"kind": "learned", **options}}
+            c["experiments"] = {"only": {**next(iter(c["experiments"].values())), "methods": ["whitened"], "budgets": ["x"]}}
+
+        return {w.stage: w for w in forecast(plan_of(change), {"demo": shape_of(DEMO)})}
+
+    one = works(steps=100, every=100)
+    assert one["learn_sizes"].jobs == 1
+    factors, shape = 6 * 3 * 128 * 352, shape_of(DEMO)
+    assert one["learn_sizes"].memory > 4 * (shape.numbers + factors)
+    passes = (4 * 256 * 100 * (6 * shape.numbers + 4 * factors), 2 * 16 * 256 * 4 * shape.numbers)  # steps, and two looks
+    assert one["learn_sizes"].operations == sum(passes)
+    assert works(batch=8)["learn_sizes"].memory > one["learn_sizes"].memory
+    assert "collect_gradients" not in one
+    assert "collect_gradients" in works(start="ilp")
+
+
 def test_numbers_at_a_time_are_those_of_the_stages():
     from winnow import forecast as f
     from winnow import perplexity, retrieve, statistics

@@ -132,6 +132,7 @@ WILDCARDS = {  # of the rules
     "measure_spectra": ("model", "calibration", "method"),
     "predict_losses": ("model", "calibration", "method"),
     "predict_in_rounds": UPSTREAM[:4],
+    "learn_sizes": UPSTREAM[:4],
     "compress": UPSTREAM[:4],
     "recover": UPSTREAM,
     "export_dense": UPSTREAM[:4],
@@ -228,17 +229,19 @@ OF_METHODS = {
     "measure_spectra",
     "predict_losses",
     "predict_in_rounds",
+    "learn_sizes",
     "compress",
     "recover",
     "export_dense",
     *EVALUATIONS,
     "evaluate_latency",
 }  # they reach the structure's file
-ALLOCATING = {"compress", "predict_in_rounds"}
+ALLOCATING = {"compress", "predict_in_rounds", "learn_sizes"}
 STUDY = {"measure_study", "conclude_study"}  # here of coupling
 OF_SCORES = {"tabulate_classification", "conclude_study"}
 MODELS = {
     "predict_in_rounds",
+    "learn_sizes",
     "collect_statistics",
     "collect_gradients",
     "recover",
@@ -261,6 +264,8 @@ EDITS = [
     ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", ALLOCATING),
     ("src/winnow/allocations/uniform.py", "max(1, step(g))", "max(2, step(g))", ALLOCATING),  # of the budget's own kind
     ("src/winnow/allocations/greedy.py", "heapq.heapify(heap)", "heap.sort()", set()),  # of another one
+    ("src/winnow/masks.py", "SURE = 3.0", "SURE = 2.0", {"learn_sizes"}),
+    ("src/winnow/recovery/training.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)", {"learn_sizes", "recover"}),
     ("src/winnow/prediction.py", "[: len(fit", "[: 1 * len(fit", {"predict_losses", "predict_in_rounds"}),
     ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity", "predict_in_rounds"}),
     (
@@ -274,7 +279,7 @@ EDITS = [
     ("src/winnow/recovery/distill.py", "lora_dropout=0.0", "lora_dropout=0.1", set()),  # of another kind
     ("src/winnow/recoveries.py", "lora_rank: int = Field(8", "lora_rank: int = Field(9", set()),
     ("src/winnow/recoveries.py", "steps: int = Field(200", "steps: int = Field(100", {"recover"}),
-    ("src/winnow/card.py", "Needs winnow", "It needs winnow", {*ALLOCATING, "export_dense", "cards"}),
+    ("src/winnow/card.py", "Needs winnow", "It needs winnow", {"compress", "predict_in_rounds", "export_dense", "cards"}),
     ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables", "conclude_study"}),
     (
         "src/winnow/tokens.py",

@@ -6,6 +6,7 @@ import torch
 from tests.conftest import VOCABULARY, pico
 from winnow.io import write_json
 from winnow.models import ModelFiles
+from winnow.products import gram_of
 from winnow.retrieve import describe
 from winnow.statistics import Moments, collect
 
@@ -101,3 +102,23 @@ def test_inputs_that_are_not_finite_are_named(saved_llama, tmp_path):
     windows = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
     with pytest.raises(FloatingPointError, match="layer 1, ffn_hidden"):
         list(collect(model, files.matrices, windows, 2, torch.float64))
+
+
+@pytest.mark.parametrize("width", [24, 2400])
+def test_products_do_not_depend_on_the_number_of_threads(width):
+    """2,400 channels make a product that is not parted; 5,000 tokens make three parts."""
+    x = torch.randn(5000, width, generator=torch.Generator().manual_seed(0))
+    y = x[:, :8] * 2
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((gram_of(x, dtype=torch.float64), gram_of(x, y)))
+    finally:
+        torch.set_num_threads(before)
+    for gram, cross in found:
+        torch.testing.assert_close(gram, x.double().T @ x.double(), rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(cross, x.T @ y, rtol=1e-4, atol=1e-2)
+        if width == 24:
+            assert torch.equal(gram, found[0][0])
+            assert torch.equal(cross, found[0][1])

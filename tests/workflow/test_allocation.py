@@ -1,10 +1,13 @@
 """Budgets that are allocated by predicted loss: which jobs they ask for, and that uniform ones do not."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.unit.test_checkpoint import logits
 from tests.workflow.test_end_to_end import Workspace
 from winnow.loading import load_model
@@ -44,6 +47,29 @@ def test_predicted_losses_are_made_for_the_budgets_that_read_them(tmp_path):
     assert (planned["compress"], planned["predict_losses"], planned["predict_in_rounds"]) == (1, 0, 0)
 
 
+def test_sizes_are_learned_in_a_job_of_their_own(tmp_path):
+    place = Workspace(tmp_path)
+    learned = {"kind": "learned", "steps": 4, "batch": 1, "every": 2}
+    place.config["budgets"]["learned"] = {"targets": ["ffn"], "keep_bytes": 0.6, "allocation": learned}
+    one = place.config["experiments"]["one"]
+    one |= {"methods": ["whitened"], "budgets": ["ffn-0.8", "learned"]}
+    planned = place.planned()
+    assert planned["learn_sizes"] == 1, "of the budget that asks for it"
+    assert not set(planned) & set(PREDICTING), "equal shares to start from ask for no backward pass over all matrices"
+    done = place.run("--quiet", "rules", "host", "reason")
+    assert done.returncode == 0, done.stderr
+    assert place.planned() == Counter()
+    cell = next((tmp_path / "results").glob("pico-*/few-*/whitened-*/learned-*"))
+    record, found = (json.loads((cell / f"{name}.json").read_text()) for name in ("learned", "allocation"))
+    assert [look["step"] for look in record["looks"]] == [0, 2, 4]
+    assert {row["group"]: row["size"] for row in found["groups"]} == record["sizes"]
+    assert found["held_out_best"] == record["held_out_best"] <= record["held_out_start"]
+    assert 0.595 <= found["keep_bytes"] <= 0.6
+    learned["rate"] = 0.2
+    planned = place.planned()
+    assert (planned["learn_sizes"], planned["compress"], planned["factorize"]) == (1, 1, 0)
+
+
 def test_structures_are_chosen_and_loaded(tmp_path):
     """Factors of the members are made once for all methods, and again only for what changes."""
     place = Workspace(tmp_path)
@@ -81,3 +107,17 @@ def test_structures_are_chosen_and_loaded(tmp_path):
     members[1]["criterion"] = "activation"
     planned = place.planned()
     assert (planned["factorize"], planned["predict_losses"], planned["compress"]) == (2, 1, 2), "one member, and what reads it"
+
+
+@pytest.mark.parametrize("study", ["frontier", "ablation", "recovery"])
+def test_no_choice_reads_what_is_evaluated(tmp_path, study):
+    """Of all jobs that checkpoints come of (allocations, rounds, learned sizes, recoveries) none reads an evaluation's text."""
+    for name in ("config", "resources"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "snakemake", "checkpoints", "-n", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
+    command += ["--configfile", f"config/studies/{study}.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    inputs = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.strip().startswith("input: ")]
+    assert any("calibration" in line for line in inputs)
+    assert not [line for line in inputs if "evaluation" in line or "validation" in line]

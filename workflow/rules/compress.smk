@@ -1,5 +1,5 @@
 # needs: factors, spectra, predicted losses where the allocation asks for them, a budget      makes: sizes of every group, compressed checkpoints, dense models of them
-# steps: predict_in_rounds (where the allocation asks for it), compress, export_dense (where an experiment says `export: dense`)
+# steps: predict_in_rounds and learn_sizes (where the allocation asks for them), compress, export_dense (where an experiment says `export: dense`)
 
 
 rule predict_in_rounds:
@@ -29,6 +29,31 @@ rule predict_in_rounds:
         "../../scripts/predict_in_rounds.py"
 
 
+rule learn_sizes:
+    """Learn a size for every group of matrices on what the model loses, where the budget's allocation is `learned`."""
+    input:
+        model="results/{model}/model.json",
+        tokens="results/{model}/tokens/{calibration}.safetensors",
+        factors=factors_of_method,
+        spectra=of_members("spectra.parquet"),
+        predicted=predicted_for_budget,
+    output:
+        "results/{model}/{calibration}/{method}/{budget}/learned.json",
+    log:
+        "results/logs/learn_sizes/{model}/{calibration}/{method}/{budget}.log",
+    benchmark:
+        "results/benchmarks/learn_sizes/{model}/{calibration}/{method}/{budget}.tsv"
+    threads: 2
+    resources:
+        gpu=1,
+        mem_mb=memory("learn_sizes", 32000),  # the dense model, all factors beside it, and the activations of both
+        runtime=minutes(480),
+    params:
+        **stage("learn_sizes"),
+    script:
+        "../../scripts/learn_sizes.py"
+
+
 rule compress:
     """Turn the budget into one size per group, cut the factors to it and write a checkpoint that `from_pretrained` loads."""
     input:
@@ -36,6 +61,7 @@ rule compress:
         factors=factors_of_method,
         spectra=of_members("spectra.parquet"),
         predicted=predicted_for_budget,
+        learned=learned_for_budget,
     output:
         allocation="results/{model}/{calibration}/{method}/{budget}/allocation.json",
         checkpoint="results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",

@@ -67,6 +67,13 @@ def predicted_for_budget(wildcards):
     return of_members("predicted.parquet")(wildcards)
 
 
+def learned_for_budget(wildcards):
+    """The sizes that a job of their own has learned, if the budget's allocation is such."""
+    if not PLAN.allocation(wildcards.budget).learns:
+        return []
+    return "results/{model}/{calibration}/{method}/{budget}/learned.json"
+
+
 def overlap_check(wildcards):
     calibration = PLAN.text_label("calibrations", wildcards.calibration)
     evaluation = PLAN.text_label("evaluations", wildcards.evaluation)

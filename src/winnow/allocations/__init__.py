@@ -20,6 +20,8 @@ def _scan() -> dict[str, type[Allocation]]:
         module = importlib.import_module(f"{__name__}.{entry.name}")
         for cls in vars(module).values():
             if inspect.isclass(cls) and issubclass(cls, Allocation) and not inspect.isabstract(cls):
+                if cls.__module__ != module.__name__:
+                    continue  # a file may start from another one's allocation
                 if cls.kind() != entry.name:
                     raise TypeError(f"{module.__name__}: an allocation's kind is the name of its file, not {cls.kind()!r}")
                 found[cls.kind()] = cls

@@ -63,6 +63,7 @@ class Allocation(ABC):
     version: ClassVar[int] = 1
     reference: ClassVar[str]
     chooses: ClassVar[bool] = False  # whether groups may be alternatives to each other, of which it takes some
+    learns: ClassVar[bool] = False  # whether sizes are made by a job of their own (`learn_sizes`), which starts from `allocate`
     libraries: ClassVar[tuple[str, ...]] = ()  # whose version can change what it chooses
     Options: ClassVar[type[AllocationOptions]]
 

@@ -70,7 +70,8 @@ class Rounded(Structure):
         (weight,), width = problem.weights.values(), self._group(problem.group[0])
         columns, rows = self.metric_of_error(problem)
         diagonal = columns if columns.dim() == 1 else columns.diagonal()
-        stored, errors = {}, [weighted_error(weight, columns, rows)]
+        stored: dict[str, Tensor] = {}
+        errors = [weighted_error(weight, columns, rows)]
         for bits in self.options.bits:
             if self.options.scales == "searched":
                 scales = searched_scales(weight, bits, width, diagonal)

@@ -1,0 +1,72 @@
+"""What in an experiment does not go together: checks of a configuration that see several presets at once."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from winnow.allocations import allocation_of
+from winnow.evaluations import Classification
+from winnow.recoveries import Sequential, Trained
+from winnow.structures import structure_of
+from winnow.structures.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from winnow.config import Config, Experiment
+
+
+def check_allocations(config: Config, name: str, experiment: Experiment) -> None:
+    """Raise ValueError for a method and a budget that do not go together."""
+    for method, b in itertools.product(experiment.methods, experiment.budgets):
+        allocation = allocation_of(config.budgets[b].spread_by(config.methods[method]).allocation.model_dump())
+        structure = structure_of(config.methods[method].structure.model_dump())
+        members = structure.alternatives().values()
+        if len(members) > 1 and not (allocation.chooses and allocation.predicts()):
+            raise ValueError(
+                f"experiments.{name}: {structure.kind()} ({method}) chooses between structures by predicted loss, which "
+                f"budget {b!r} does not; give it `keep_bytes`, and it or the method `allocation: {{kind: ilp}}`"
+            )
+        if allocation.predicts() and not all(member.predicts for member in members):
+            raise ValueError(
+                f"experiments.{name}: budget {b!r} reads predicted losses, which {structure.kind()} ({method}) does not "
+                "have; choose another `objective` or allocation for it"
+            )
+        if allocation.learns and not isinstance(structure, LowRank):
+            raise ValueError(
+                f"experiments.{name}: budget {b!r} learns where to cut a product of two factors, which {structure.kind()} "
+                f"({method}) is not; choose another allocation for it, or low_rank or gauge_fixed"
+            )
+        for c in (c for c in experiment.calibrations if config.calibrations[c].task and allocation.learns):
+            raise ValueError(
+                f"experiments.{name}: budget {b!r} learns from whole windows of a text, calibration {c!r} is of the rows of "
+                "a task; calibrate on a text, or choose another allocation"
+            )
+
+
+def check_training(config: Config, name: str, experiment: Experiment) -> None:
+    """Raise ValueError for a recovery that has nothing to train, and where something learns the train rows of another task
+    than the one that is scored: only those of one task are compared with its test rows."""
+    recoveries = [step for r in experiment.recoveries for step in config.steps(r)]
+    for method, r in itertools.product(experiment.methods, recoveries):
+        recovery, structure = config.recoveries[r], structure_of(config.methods[method].structure.model_dump())
+        trains = isinstance(recovery, Trained) and not recovery.norms
+        if (trains or isinstance(recovery, Sequential)) and (reason := structure.untrainable()):
+            instead = "give the recovery `norms: true`, or leave" if trains else "leave"
+            raise ValueError(
+                f"experiments.{name}: recovery {r!r} has nothing to train in method {method!r}: {reason}; {instead} one of them out"
+            )
+    used = [f"models.{n}.finetune.task" for n in experiment.models]
+    used += [f"calibrations.{n}.task" for n in experiment.calibrations] + [f"recoveries.{n}.task" for n in recoveries]
+    for c in (c for c in experiment.calibrations if config.calibrations[c].task):
+        for r in (r for r in recoveries if isinstance(config.recoveries[r], Trained)):
+            raise ValueError(
+                f"experiments.{name}: recovery {r!r} trains on whole windows of a text, calibration {c!r} is of the rows of "
+                "a task; calibrate on a text, or recover by `finetune`"
+            )
+    named, tasks = config.tasks_named(), {n: e for n, e in config.evaluations.items() if isinstance(e, Classification)}
+    for where, e in ((w, e) for w in used if w in named for e in experiment.evaluations if e in tasks):
+        if tasks[e].training() != tasks[named[where]].training():
+            raise ValueError(
+                f"experiments.{name}: {where} learns other train rows than those of evaluation {e!r}, which alone are "
+                "compared with its test rows; name the same `train`, columns and labels"
+            )
