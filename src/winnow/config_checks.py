@@ -53,7 +53,8 @@ def check_training(config: Config, name: str, experiment: Experiment) -> None:
         if (trains or isinstance(recovery, Sequential)) and (reason := structure.untrainable()):
             instead = "give the recovery `norms: true`, or leave" if trains else "leave"
             raise ValueError(
-                f"experiments.{name}: recovery {r!r} has nothing to train in method {method!r}: {reason}; {instead} one of them out"
+                f"experiments.{name}: recovery {r!r} has nothing to train in method {method!r}: {reason}; {instead} one of them "
+                "out"
             )
     used = [f"models.{n}.finetune.task" for n in experiment.models]
     used += [f"calibrations.{n}.task" for n in experiment.calibrations] + [f"recoveries.{n}.task" for n in recoveries]
