@@ -69,6 +69,13 @@ def test_every_kind_meets_the_bytes_and_never_exceeds_them(allocation, seed, kee
     assert again == sizes, "neither chance nor order plays a part"
 
 
+def best_of(losses, totals, allowed, dense):
+    """The least of the losses whose bytes are allowed; where it leaves more than the tolerance, of those that do not, if any."""
+    fits = totals <= allowed
+    best, near = float(losses[fits].min()), fits & (totals >= allowed - TOLERANCE * dense)
+    return float(losses[near].min()) if near.any() and not (near & (losses == best)).any() else best
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_the_integer_programme_is_the_best_of_all_allocations_on_small_cases(seed):
     """Every allocation of four groups, dense ones included, by brute force."""
@@ -77,7 +84,7 @@ def test_the_integer_programme_is_the_best_of_all_allocations_on_small_cases(see
     tables = [options_of(g, g.predicted, True) for g in groups]
     totals = sum(np.meshgrid(*(t.bytes for t in tables), indexing="ij"))
     losses = sum(np.meshgrid(*(t.losses for t in tables), indexing="ij"))
-    best = float(losses[totals <= allowed].min())
+    best = best_of(losses, totals, allowed, sum(g.dense for g in groups))
     ilp = allocation_of({"kind": "ilp", "sizes": 64, "gap": 0.0})
     choice = ilp.allocate(groups, allowed / sum(g.dense for g in groups))
     assert stored_bytes(groups, choice.sizes) <= allowed

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from tests.conftest import ROOT, pico
+from tests.unit.test_allocations import best_of
 from tests.unit.test_checkpoint import logits, statistics
 from tests.unit.test_recovery import KINDS, losses, run
 from winnow.allocation import TOLERANCE, Group, allocate, chosen_groups, experts_left_dense, summarize
@@ -100,7 +101,7 @@ def test_the_programme_is_the_best_of_all_choices_on_small_cases(seed):
     assert dense == sum(g.dense for g in groups if not g.largest)
     allowed = (0.3 + 0.05 * seed) * dense
     totals, losses = every_choice(groups)
-    best = float(losses[totals <= allowed].min())
+    best = best_of(losses, totals, allowed, dense)
     choice = allocation_of({**ILP, "gap": 0.0}).allocate(groups, allowed / dense)
     assert stored_bytes(groups, choice.sizes) <= allowed
     assert loss(groups, choice.sizes) == pytest.approx(best, rel=1e-6)
