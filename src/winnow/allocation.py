@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from winnow.allocations import allocation_of
-from winnow.allocations.base import TOLERANCE, Choice, dense_bytes, stored_bytes
+from winnow.allocations.base import Choice, dense_bytes, stored_bytes
 from winnow.architectures import Matrix, named_by, select
 from winnow.errors import InputError
 from winnow.io import read_json
@@ -17,6 +17,8 @@ from winnow.structures.base import Structure
 
 if TYPE_CHECKING:
     import pandas as pd
+
+TOLERANCE = 0.005  # of the dense bytes of the chosen matrices
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from winnow.errors import InputError
 if TYPE_CHECKING:
     from winnow.allocation import Group
 
-TOLERANCE = 0.005  # by which bytes may stay below a budget, as a share of the dense bytes of the chosen matrices
 Objective = Literal["predicted", "metric", "relative"]
 OBJECTIVE = (
     "what is summed over matrices: `predicted`, the predicted loss in nats (needs a backward pass); `metric`, the error that the "

@@ -11,7 +11,6 @@ import numpy as np
 from pydantic import Field
 
 from winnow.allocations.base import (
-    TOLERANCE,
     Allocation,
     Choice,
     Predicting,
@@ -67,6 +66,8 @@ class IntegerProgramme(Allocation):
         )
 
     def allocate(self, groups: list[Group], keep: float) -> Choice:
+        from winnow.allocation import TOLERANCE  # which imports this package
+
         options: IntegerProgramme.Options = self.options  # type: ignore[assignment]
         began = time.monotonic()
         groups = sorted(groups, key=lambda g: g.name)
