@@ -449,7 +449,7 @@ def test_the_studies_are_valid_and_members_are_fitted_once():
         config = copy.deepcopy(default())
         study = yaml.safe_load((ROOT / "config" / "studies" / f"{name}.yaml").read_text())
         for section, presets in study.items():
-            config[section] |= presets
+            config[section] |= {key: config[section].get(key, {}) | preset for key, preset in presets.items()}  # as by deep merge
         plan = Plan(load(config), ROOT)
         assert plan.members["winnow_factored"] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin"]
         assert plan.members["winnow"] == [*plan.members["winnow_factored"], "winnow.rounded"]
