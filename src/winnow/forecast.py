@@ -34,6 +34,7 @@ STREAMING = ("collect_statistics", "evaluate_dense", "evaluate_perplexity", "eva
 BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
 # Of one that collects statistics block by block, that scores a model so, and of `compress`; measured.
 COLLECTING, EVALUATING, COMPRESSING = 485 * MB, 425 * MB, 355 * MB
+SIZE = 190  # bytes of a size of a fit (what it stores, what it loses), of all matrices at once, in all copies; measured
 TABLE, ROW = 50 * MB, 600  # bytes of the table of channels: of the library that writes it, and of a row in all its copies
 START = 5.0  # seconds until such a process computes
 WRITTEN = 0.15 * GB  # bytes a second of what a job writes, with reading, checking and cutting what that is made of; of `compress`
@@ -177,11 +178,13 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
             held = activations * shape.layers + 3 * batch_tokens * shape.vocabulary * 8
             add("collect_gradients", 1, loaded + 8 * gradient + held, unit * gradient, 3 * passed + 2 * tokens * gradient)
     groups_of: dict[str, int] = {}  # {method: numbers of its largest group}
+    sizes_of: dict[str, int] = {}  # {method: sizes of all groups, up to break-even}
     fitted, clusterings = sum(m.shape[0] * m.shape[1] for m in shape.matrices), set()
     for of, method in methods:
         group = plan.structure(plan.labels["methods"][method]).groups(shape.matrices)
         sides = [(sum(m.shape[0] for m in g), max(m.shape[1] for m in g)) for g in group]
         groups_of[method] = max(m * n for m, n in sides)
+        sizes_of[method] = sum(m * n // (m + n) for m, n in sides)
         fitting = 8 * max((4 * m * n + 3 * n * n + 3 * min(m, n) ** 2) for m, n in sides)
         operations = 1.0 * sum(2 * m * n * n + EIGEN * min(m, n) ** 3 for m, n in sides)
         add("factorize", plan.config.models[name].shards, fitting, 4 * fitted, operations)
@@ -206,7 +209,8 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         if plan.allocation(plan.labels["budgets"][budget]).learns:
             add("learn_sizes", 1, *_learning(plan, shape, name, of, b))
         largest_group = max(groups_of[member] for member in plan.members[method])
-        add("compress", 1, max(read, 12 * largest_group), shape.bytes - dense + kept, 0, COMPRESSING)
+        table = SIZE * sum(sizes_of[member] for member in plan.members[method])
+        add("compress", 1, max(read, 12 * largest_group) + table, shape.bytes - dense + kept, 0, COMPRESSING)
     recovered = dict.fromkeys(
         (c.calibration, c.method, c.budget, step)
         for c in cells
