@@ -64,6 +64,7 @@ class Files(list):
         (r"/factors/", "factors"),
         (r"/spectra\.parquet$", "spectra"),
         (r"/predicted\.parquet$", "predicted"),
+        (r"/learned\.json$", "learned"),
         (r"texts/overlap/", "overlaps"),
         (r"results/texts/[^/]+$", "text"),
         (r"summary\.parquet$", "summary"),
