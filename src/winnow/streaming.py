@@ -38,7 +38,7 @@ def give_back_memory() -> None:
     """Have memory given back when it is freed. Otherwise glibc keeps blocks of up to 32 MB for later ones, hundreds of MB in all,
     and the peak is more than what is held. Other C libraries are left as they are."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(M_MMAP_THRESHOLD, 1 << 17)
 
 
 class HiddenStates:
