@@ -12,10 +12,7 @@ the width, and marked so.
 """
 
 import argparse
-import os
 import time
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in jobs of the workflow; read when torch is imported
 
 import torch
 

@@ -11,12 +11,9 @@ and the largest relative difference of a moment from float64.
 """
 
 import argparse
-import os
 import statistics
 import time
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in jobs of the workflow; read when torch is imported
 
 import torch
 from transformers import LlamaConfig, LlamaModel

@@ -17,8 +17,6 @@ from winnow.plan import Plan
 
 # For all jobs: Arrow's own allocator reserves a GiB at its first table, which a limit on the data of a process counts.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
-# Threads that wait for others sleep, where they would take time from the jobs and the BLAS beside them.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 BEGAN = time.time()
 ALL_CORES = (
     workflow.resource_settings.cores or 4
