@@ -32,7 +32,7 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     time from torch's, as those do from it: together they are many times slower than either."""
     if x.shape[1] * y.shape[1] > PARTED:
         return x.T @ y
-    parts = [slice(start, start + TOKENS) for start in range(0, len(x), TOKENS)]
+    parts = [slice(start, start + TOKENS) for start in range(0, max(1, len(x)), TOKENS)]
 
     def of(part: slice) -> np.ndarray:
         own = x[part]

@@ -122,3 +122,7 @@ def test_products_do_not_depend_on_the_number_of_threads(width):
         if width == 24:
             assert torch.equal(gram, found[0][0])
             assert torch.equal(cross, found[0][1])
+
+
+def test_a_product_over_no_tokens_is_zero():
+    assert torch.equal(gram_of(torch.empty(0, 3)), torch.zeros(3, 3))
