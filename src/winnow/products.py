@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,11 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
+def one_thread_of_blas() -> AbstractContextManager[object]:
+    """While it is held, NumPy's products take one thread each."""
+    return _blas().limit(limits=1)
+
+
 def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """x^T y; a small one by parts of the tokens, a thread each. The threads of a BLAS wait for each other in a loop that takes
     time from torch's, as those do from it: together they are many times slower than either."""
@@ -40,7 +46,7 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
     if (threads := min(torch.get_num_threads(), len(parts))) <= 1:
         return sum((of(part) for part in parts[1:]), start=of(parts[0]))
-    with _blas().limit(limits=1):
+    with one_thread_of_blas():
         made = _pool(threads).map(of, parts)
         return sum(made, start=next(made))
 

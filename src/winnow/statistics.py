@@ -6,15 +6,19 @@ State is kept as empty -> accumulate -> merge; merging parts is exact up to roun
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from winnow.architectures import Matrix, tokens_of
-from winnow.products import gram_of
+from winnow.lanes import Lanes
+from winnow.products import PARTED, gram_of
 from winnow.progress import every
 from winnow.resume import Resume
 
@@ -26,6 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ROWS = 256  # of a Gram matrix that are finished at a time
 PRODUCT = 1 << 22  # numbers of a product that are added at a time
+TOGETHER = 8  # batches whose parts are given out together, since threads wait for each other at the end; no more are in memory
+PIECE = 1 << 20  # numbers that are worked on at a time: copies of more are fetched from the system anew each time, which is slow
+TOKENS = 2048  # of a batch that one thread runs, of a model whose products are small; fixed, so that sums are
+Turn = Callable[[str], AbstractContextManager[Any]]
 CHANNELS = ("mean", "mean_abs", "rms", "max_abs", "active")  # statistics with a number per channel
 
 
@@ -35,48 +43,44 @@ class Moments:
 
     precision: torch.dtype
     count: Tensor  # (): tokens
-    gram: Tensor  # (n, n): sum x x^T
-    total: Tensor  # (n,): sum x
-    total_abs: Tensor  # (n,): sum |x|
+    gram: Tensor  # (n, n): sum x x^T; what is above the diagonal need not be filled in
+    sums: Tensor  # (3, n): sum x, sum |x|, and how often x > 0
     largest: Tensor  # (n,): max |x|
-    active: Tensor  # (n,): how often x > 0
     cross: Tensor  # (n, d): sum x z^T with z the FFN's input, for its hidden units; (n, 0) elsewhere
 
     @classmethod
     def empty(cls, width: int, precision: torch.dtype, device: str = "cpu", other: int = 0) -> Moments:
         gram, cross = (torch.zeros(width, n, dtype=torch.float64, device=device) for n in (width, other))
-        total, total_abs, largest, active = torch.zeros(4, width, dtype=torch.float64, device=device).unbind()
-        return cls(precision, torch.tensor(0), gram, total, total_abs, largest, active, cross)
+        sums, largest = torch.zeros(4, width, dtype=torch.float64, device=device).split([3, 1])
+        return cls(precision, torch.tensor(0), gram, sums, largest[0], cross)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name; adding tokens changes these very tensors."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "precision"}
 
-    def accumulate(self, x: Tensor, other: Tensor | None = None) -> None:
-        """Add inputs x (tokens, n), and their products with `other` (tokens, d)."""
+    def accumulate(self, x: Tensor, other: Tensor | None = None, turn: Turn = nullcontext) -> None:
+        """Add inputs x (tokens, n), and their products with `other` (tokens, d); each sum by name, when it is its `turn`."""
         x = x.detach()
         if not len(x):
             return
         if other is not None:
-            _add_product(self.cross, x, other.detach(), self.precision)
-        self.count += len(x)
-        _add_product(self.gram, x, x, self.precision)
-        x = x.to(self.precision)
-        self.total += x.sum(0)
-        own = x.abs()
-        self.total_abs += own.sum(0)
-        torch.maximum(self.largest, own.amax(0).to(self.largest.dtype), out=self.largest)
-        self.active += torch.gt(x, 0, out=own).sum(0)  # as numbers: sums of bools are many times slower
+            _add_product(self.cross, x, other.detach(), self.precision, partial(turn, "cross"))
+        _add_product(self.gram, x, x, self.precision, partial(turn, "gram"))
+        rows = max(1, PIECE // x.shape[1]) if x.device.type == "cpu" else len(x)
+        found = [_channels(some.to(self.precision)) for some in x.split(rows)]
+        with turn("channels"):
+            self.count += len(x)
+            for sums, largest in found:
+                self.sums += sums
+                torch.maximum(self.largest, largest, out=self.largest)
 
     def merge(self, other: Moments) -> Moments:
         return Moments(
             self.precision,
             self.count + other.count,
             self.gram + other.gram,
-            self.total + other.total,
-            self.total_abs + other.total_abs,
+            self.sums + other.sums,
             torch.maximum(self.largest, other.largest),
-            self.active + other.active,
             self.cross + other.cross,
         )
 
@@ -85,16 +89,20 @@ class Moments:
         there is one; and count (int64)."""
         n = self.count.clamp(min=1)  # an expert may have seen none: all are 0 then
         gram = torch.empty_like(self.gram, dtype=self.precision)
-        for rows in torch.arange(len(gram)).split(ROWS):  # with no second copy of the sums
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            gram[part] = (self.gram[part] / n + (self.gram[:, part] / n).T) / 2
+        for begin in range(0, len(gram), ROWS):  # with no second copy of the sums
+            part, end = slice(begin, begin + ROWS), min(begin + ROWS, len(gram))
+            lower = (self.gram[part, :end] / n).to(self.precision)
+            lower[:, begin:] = lower[:, begin:].tril() + lower[:, begin:].tril(-1).T
+            gram[part, :end] = lower
+            gram[:begin, part] = lower[:, :begin].T
+        mean, mean_abs, active = self.sums / n
         means = {
             "gram": gram,
-            "mean": self.total / n,
-            "mean_abs": self.total_abs / n,
+            "mean": mean,
+            "mean_abs": mean_abs,
             "rms": (self.gram.diagonal() / n).sqrt(),
             "max_abs": self.largest,
-            "active": self.active / n,
+            "active": active,
             **({"cross": self.cross / n} if self.cross.numel() else {}),
         }
         return {**{k: v.to(self.precision).cpu() for k, v in means.items()}, "count": self.count}
@@ -105,33 +113,44 @@ def counted_of(x: Tensor, counted: Tensor) -> Tensor:
     return x.flatten(0, 1) if bool(counted.all()) else x[counted]
 
 
-def _add_product(total: Tensor, x: Tensor, y: Tensor, precision: torch.dtype) -> None:
+def _channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x (tokens, n): sums of x, of |x| and of x > 0 (3, n), and the largest |x| (n,) in float64."""
+    total, own = x.sum(0), x.abs()
+    total_abs, largest = own.sum(0), own.amax(0)
+    active = torch.gt(x, 0, out=own).sum(0)  # as numbers: sums of bools are many times slower
+    return torch.stack([total, total_abs, active]), largest.double()
+
+
+def _add_product(
+    total: Tensor, x: Tensor, y: Tensor, precision: torch.dtype, turn: Callable[[], AbstractContextManager[Any]]
+) -> None:
     """total += x^T y, made in `precision`; a large one by rows, as the product and its float64 copy would be as large as it, and
-    of x^T x half."""
+    of x^T x the lower half, and not with other threads beside it."""
     if total.numel() <= PRODUCT:
-        total += gram_of(x, None if y is x else y, precision)
+        product = gram_of(x, None if y is x else y, precision)
+        with turn():
+            total += product
         return
     step = max(1, PRODUCT // y.shape[1])
     for begin in range(0, x.shape[1], step):
         rows, end = slice(begin, begin + step), min(begin + step, x.shape[1]) if y is x else y.shape[1]
         part = gram_of(x[:, rows], y[:, :end], precision)
-        total[rows, :end] += part
-        if y is x:
-            total[:begin, rows] += part[:, :begin].T
+        for into, added in zip(*(t.split(max(1, PIECE // end)) for t in (total[rows, :end], part)), strict=True):
+            into += added
 
 
 class Watch:
     """Sums of the inputs of matrices, added up by hooks while a model runs: {(layer, site): sums} in `sites`.
 
-    `counted` (windows, length) says which tokens of the batch that runs are counted.
+    A thread that runs the model says by `counts` which tokens are counted.
     """
 
-    def __init__(self, model: PreTrainedModel, matrices: list[Matrix], precision: torch.dtype, device: str):
+    def __init__(self, model: PreTrainedModel, matrices: list[Matrix], precision: torch.dtype, device: str, lanes: int = 1):
         self.model = model
-        self.counted = torch.empty(0, 0, dtype=torch.bool)
+        self.own = threading.local()  # counted; inputs of the FFN that runs, by layer
         self.sites: dict[tuple[int, str], Moments] = {}
-        self.inputs: dict[int, Tensor] = {}  # of the FFN that runs, by layer
         self.hooks = []
+        self.lanes = Lanes(lanes)
         for matrix in matrices:
             key = (matrix.layer, matrix.site)
             if key not in self.sites:
@@ -140,18 +159,24 @@ class Watch:
                 self.sites[key] = Moments.empty(matrix.shape[1], precision, device, width)
                 self.hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(self._hook(matrix)))
 
+    def counts(self, counted: Tensor) -> None:
+        """`counted` (windows, length): which tokens are counted of the windows that this thread runs next."""
+        self.own.counted, self.own.inputs = counted, {}
+
     def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         layer, site = matrix.layer, matrix.site
         expert: Any = None if matrix.expert is None else self.model.get_submodule(matrix.module.rpartition(".")[0])
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            counted, inputs = self.own.counted, self.own.inputs
             if expert is None:
-                x = counted_of(tokens_of(args[0], self.counted.shape[1]), self.counted)
+                x = counted_of(tokens_of(args[0], counted.shape[1]), counted)
             else:  # gets some tokens of the batch, and knows which
-                x = args[0][self.counted.flatten()[expert.tokens]]
+                x = args[0][counted.flatten()[expert.tokens]]
             if site.endswith("ffn_input"):
-                self.inputs[layer] = x
-            self.sites[layer, site].accumulate(x, self.inputs.pop(layer) if site.endswith("ffn_hidden") else None)
+                inputs[layer] = x
+            other = inputs.pop(layer) if site.endswith("ffn_hidden") else None
+            self.sites[layer, site].accumulate(x, other, lambda name: self.lanes.turn((layer, site, name)))
 
         return hook
 
@@ -168,7 +193,7 @@ class Watch:
             moments = self.sites.pop((where, site))
             if int(moments.count) != expected and not site.startswith("expert"):
                 raise RuntimeError(f"layer {layer}, {site}: saw {int(moments.count)} tokens of {expected}")
-            if not torch.isfinite(moments.gram).all():
+            if not moments.gram.sum().isfinite():  # many times faster than to look at every number
                 raise FloatingPointError(f"layer {layer}, {site}: inputs are not finite")
             found[site] = moments.finish()
         return found
@@ -187,9 +212,13 @@ class Batches:
     def starts(self, done: int = 0) -> range:
         return range(done, len(self.windows), self.batch)
 
-    def inputs(self, start: int, device: str) -> dict[str, Tensor]:
-        """What the model takes of the batch that begins with window `start`."""
-        chosen = slice(start, start + self.batch)
+    def parts(self, start: int, tokens: int) -> list[slice]:
+        """Of the batch that begins with window `start`: windows with at most so many tokens together, or one window."""
+        end, step = min(start + self.batch, len(self.windows)), max(1, tokens // self.windows.shape[1])
+        return [slice(begin, min(begin + step, end)) for begin in range(start, end, step)]
+
+    def inputs(self, chosen: slice, device: str) -> dict[str, Tensor]:
+        """What the model takes of the windows `chosen`."""
         given = {"input_ids": self.windows[chosen].clamp(min=0).to(device).long()}
         if not self.real[chosen].all():
             given["attention_mask"] = self.real[chosen].to(device).long()
@@ -217,14 +246,23 @@ def collect(
     finite.
     """
     device = str(next(model.parameters()).device)
+    # an expert's tokens are the module's, so there is one thread in it at a time
+    small = device == "cpu" and all(m.shape[1] ** 2 <= PARTED and m.expert is None for m in matrices)
+    tokens, lanes = (TOKENS, max(1, batch * windows.shape[1] // TOKENS)) if small else (windows.numel(), 1)
+    batch *= TOGETHER if small else 1
     batches = Batches(windows, batch, first_token, types)
-    watch = Watch(model, matrices, precision, device)
+    watch = Watch(model, matrices, precision, device, lanes)
+
+    @torch.no_grad()
+    def run(part: slice) -> None:
+        watch.counts(batches.counted[part].to(device))
+        model.base_model(**batches.inputs(part, device), use_cache=False)
+
     sums = {f"{layer}.{site}.{name}": t for (layer, site), m in watch.sites.items() for name, t in m.tensors().items()}
     try:
         done = resume.restore(sums) if resume else 0
         for start in every(batches.starts(done), "calibration batches"):
-            watch.counted = batches.counted[start : start + batch].to(device)
-            model.base_model(**batches.inputs(start, device), use_cache=False)
+            watch.lanes.run([partial(run, part) for part in batches.parts(start, tokens)])
             if resume:
                 resume.save(start + batch, sums)
     finally:
@@ -252,8 +290,9 @@ def collect_by_block(
         try:
             with streamed.block(layer):
                 for start in every(batches.starts(), f"calibration batches of layer {layer}"):
-                    watch.counted = batches.counted[start : start + batch].to(streamed.device)
-                    streamed.run(start, batches.inputs(start, streamed.device))
+                    chosen = batches.parts(start, windows.numel())[0]
+                    watch.counts(batches.counted[chosen].to(streamed.device))
+                    streamed.run(start, batches.inputs(chosen, streamed.device))
         finally:
             watch.remove()
         yield layer, watch.finished(layer, int(batches.counted.sum()))

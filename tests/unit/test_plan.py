@@ -257,8 +257,8 @@ EDITS = [
     ("src/winnow/linalg.py", "clamp(min=0).sqrt()) @", "clamp(min=1e-9).sqrt()) @", OF_METHODS | STUDY),
     (
         "src/winnow/statistics.py",
-        "gram[part] = (self.gram[part] / n",
-        "gram[part] = (self.gram[part] / (n - 1)",
+        "lower = (self.gram[part, :end] / n)",
+        "lower = (self.gram[part, :end] / (n - 1))",
         {"collect_statistics", "predict_in_rounds"},
     ),
     ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", ALLOCATING),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import VOCABULARY, pico
+from winnow import statistics
 from winnow.gradients import collect_gradients
 from winnow.io import write_json, write_manifest, write_tensors
 from winnow.models import ModelFiles
@@ -37,6 +38,7 @@ class Fragile(Resume):
 def stages(saved_llama, tmp_path, monkeypatch):
     """{stage: (its model, a function of `resume` that runs it and returns tensors)}"""
     monkeypatch.setenv(SECONDS, "0")
+    monkeypatch.setattr(statistics, "TOGETHER", 1)
     write_json(tmp_path / "model.json", describe(saved_llama))
     model, other, matrices = pico("llama"), pico("llama", seed=1), ModelFiles(tmp_path / "model.json").matrices
 

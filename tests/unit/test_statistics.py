@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import VOCABULARY, pico
+from winnow import statistics
 from winnow.io import write_json
 from winnow.models import ModelFiles
 from winnow.products import gram_of
@@ -40,6 +41,20 @@ def test_float32_products_agree_to_their_precision(generator):
     for name, value in single.finish().items():
         assert value.dtype == (torch.int64 if name == "count" else torch.float32)
         torch.testing.assert_close(value.double(), double.finish()[name].double(), atol=1e-6, rtol=1e-5)
+
+
+def test_products_by_rows_are_the_product(generator, monkeypatch):
+    """Rows of a part, and of what is added at a time, that divide nothing evenly."""
+    x, z = torch.randn(50, 23, generator=generator), torch.randn(50, 11, generator=generator)
+    whole, parted = (Moments.empty(23, torch.float32, other=11) for _ in range(2))
+    whole.accumulate(x, z)
+    monkeypatch.setattr(statistics, "PRODUCT", 23 * 7)
+    monkeypatch.setattr(statistics, "PIECE", 40)
+    parted.accumulate(x, z)
+    expected = whole.finish()
+    assert torch.equal(expected["gram"], expected["gram"].T)
+    for name, value in parted.finish().items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def files_of(folder, tmp_path):
