@@ -145,7 +145,7 @@ ROWS = [
     ("touch of every file", touched, Counter()),
     (
         "the Gram",
-        code("statistics.py", "gram[part] = (self.gram[part] / n", "gram[part] = (self.gram[part] / (n + 1)"),
+        code("statistics.py", "lower = (self.gram[part, :end] / n)", "lower = (self.gram[part, :end] / (n + 1))"),
         Counter(collect_statistics=1) + fits(2),
     ),
     (
@@ -241,14 +241,18 @@ def test_results_without_snakemakes_record_are_judged_by_what_stands_in_them(res
         os.utime(path, (1e9, 1e9))  # without its record, Snakemake takes a touched file for a change
     try:
         assert restored.planned() == Counter()
-        restored.edit("src/winnow/statistics.py", "gram[part] = (self.gram[part] / n", "gram[part] = (self.gram[part] / (n + 1)")
+        restored.edit(
+            "src/winnow/statistics.py", "lower = (self.gram[part, :end] / n)", "lower = (self.gram[part, :end] / (n + 1))"
+        )
         refused = restored.run("-n")
         assert refused.returncode == 1
         (line,) = [line for line in refused.stderr.splitlines() if line.startswith("winnow: ")]
         assert re.search(r"pico-\w+/few-\w+/\S+: code: winnow\.statistics \w+ then, \w+ now, and Snakemake's own record", line)
         assert restored.planned("--forceall") == EVERYTHING
         shutil.rmtree(restored.folder / "results" / "figures")
-        restored.edit("src/winnow/statistics.py", "gram[part] = (self.gram[part] / (n + 1)", "gram[part] = (self.gram[part] / n")
+        restored.edit(
+            "src/winnow/statistics.py", "lower = (self.gram[part, :end] / (n + 1))", "lower = (self.gram[part, :end] / n)"
+        )
         assert restored.planned() == Counter(figures=1, report=1, all=1), "what is missing is made"
     finally:
         shutil.rmtree(metadata)

@@ -21,7 +21,7 @@ class Learned(Allocation):
     start where none are better; learned.json has the record. For structures that are cut from one product of two factors; see
     `winnow.learning`."""
 
-    reference = "ARA, arXiv 2510.19389 (ratio 1 a choice of its own), and LLRC, arXiv 2512.13733: gradients of masks over singular directions"
+    reference = "ARA, arXiv 2510.19389 (ratio 1 a choice of its own); LLRC, arXiv 2512.13733: gradients of masks over directions"
     libraries = IntegerProgramme.libraries
     learns = True
 
