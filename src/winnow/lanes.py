@@ -1,7 +1,7 @@
 """Parts of a batch side by side, a thread each, where a model is so small that its operations keep one thread busy and no more.
 
 Torch and BLAS share every operation out among threads of their own, which wait for each other after each, and for the other
-library's: on two cores a third of the time of a small model, and much more with both.
+library's.
 """
 
 from __future__ import annotations

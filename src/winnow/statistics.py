@@ -212,10 +212,10 @@ class Batches:
     def starts(self, done: int = 0) -> range:
         return range(done, len(self.windows), self.batch)
 
-    def parts(self, start: int, tokens: int) -> list[slice]:
-        """Of the batch that begins with window `start`: windows with at most so many tokens together, or one window."""
-        end, step = min(start + self.batch, len(self.windows)), max(1, tokens // self.windows.shape[1])
-        return [slice(begin, min(begin + step, end)) for begin in range(start, end, step)]
+    def parts(self, start: int, most: int) -> list[slice]:
+        """The batch that begins with window `start`, by at most so many windows."""
+        end = min(start + self.batch, len(self.windows))
+        return [slice(begin, min(begin + most, end)) for begin in range(start, end, most)]
 
     def inputs(self, chosen: slice, device: str) -> dict[str, Tensor]:
         """What the model takes of the windows `chosen`."""
@@ -248,21 +248,21 @@ def collect(
     device = str(next(model.parameters()).device)
     # an expert's tokens are the module's, so there is one thread in it at a time
     small = device == "cpu" and all(m.shape[1] ** 2 <= PARTED and m.expert is None for m in matrices)
-    tokens, lanes = (TOKENS, max(1, batch * windows.shape[1] // TOKENS)) if small else (windows.numel(), 1)
+    part = min(batch, max(1, TOKENS // windows.shape[1])) if small else batch
+    watch = Watch(model, matrices, precision, device, batch // part)
     batch *= TOGETHER if small else 1
     batches = Batches(windows, batch, first_token, types)
-    watch = Watch(model, matrices, precision, device, lanes)
 
     @torch.no_grad()
-    def run(part: slice) -> None:
-        watch.counts(batches.counted[part].to(device))
-        model.base_model(**batches.inputs(part, device), use_cache=False)
+    def run(chosen: slice) -> None:
+        watch.counts(batches.counted[chosen].to(device))
+        model.base_model(**batches.inputs(chosen, device), use_cache=False)
 
     sums = {f"{layer}.{site}.{name}": t for (layer, site), m in watch.sites.items() for name, t in m.tensors().items()}
     try:
         done = resume.restore(sums) if resume else 0
         for start in every(batches.starts(done), "calibration batches"):
-            watch.lanes.run([partial(run, part) for part in batches.parts(start, tokens)])
+            watch.lanes.run([partial(run, chosen) for chosen in batches.parts(start, part)])
             if resume:
                 resume.save(start + batch, sums)
     finally:
@@ -290,7 +290,7 @@ def collect_by_block(
         try:
             with streamed.block(layer):
                 for start in every(batches.starts(), f"calibration batches of layer {layer}"):
-                    chosen = batches.parts(start, windows.numel())[0]
+                    (chosen,) = batches.parts(start, batch)
                     watch.counts(batches.counted[chosen].to(streamed.device))
                     streamed.run(start, batches.inputs(chosen, streamed.device))
         finally:

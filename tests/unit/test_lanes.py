@@ -89,3 +89,33 @@ def test_what_a_part_meets_is_raised_with_its_layer(saved_llama, tmp_path, monke
             list(collect(model, files.matrices, torch.zeros(8, 10, dtype=torch.long), 8, torch.float32))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch", "most", "parts"), [(20, 7, 6, [2, 2, 2, 2, 1]), (5, 1, 1, [1] * 9), (1000, 2, 2, [2] * 4 + [1])]
+)
+def test_no_more_windows_run_at_a_time_than_a_batch_has(saved_llama, tmp_path, monkeypatch, tokens, batch, most, parts):
+    """Nine windows of ten tokens; windows longer than a part, and batches smaller than one, included."""
+    monkeypatch.setattr(statistics, "TOKENS", tokens)
+    files, model = files_of(saved_llama, tmp_path), pico("llama")
+    running, highest, seen = [0], [0], []
+
+    def enter(_module, _args, given):
+        running[0] += len(given["input_ids"])
+        highest[0] = max(highest[0], running[0])
+        seen.append(len(given["input_ids"]))
+        time.sleep(0.02)
+
+    def leave(*_):
+        running[0] -= seen[0]
+
+    model.base_model.register_forward_pre_hook(enter, with_kwargs=True)
+    model.base_model.register_forward_hook(leave)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        list(collect(model, files.matrices, torch.zeros(9, 10, dtype=torch.long), batch, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(seen) == sorted(parts)
+    assert highest[0] <= most <= batch
