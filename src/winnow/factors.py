@@ -13,6 +13,7 @@ from torch import Tensor
 
 from winnow.architectures import GRADIENTS, Matrix, group_name, moments_file, reads
 from winnow.errors import InputError
+from winnow.host import on_host
 from winnow.io import Bundle
 from winnow.layer_statistics import Statistics
 from winnow.metrics import Metric
@@ -90,7 +91,7 @@ def fit_groups(
         try:
             problem = Problem(
                 group,
-                {m.name: files.weight(m).to(device) for m in group},
+                {m.name: files.weight(m, device) for m in group},
                 {m.name: inputs.of(m, m.site, [n for n in needs if n not in GRADIENTS and reads(m, n)]) for m in group},
                 metric,
                 inputs.precision,
@@ -120,5 +121,5 @@ def storable(structure: Structure, fit: Fit) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in fit.tensors.items():
         single = tensor.is_floating_point() and name not in structure.in_float64
-        tensors[name] = (tensor.float() if single else tensor).cpu()
+        tensors[name] = on_host(tensor.float() if single else tensor)
     return tensors

@@ -38,4 +38,4 @@ class Statistics:
             self.layers[matrix.layer] = self.bundle.tensors(moments_file(matrix.layer))
         found = {need: self.layers[matrix.layer][f"{prefix}.{need}"] for need in needs}
         self.precision = max([self.precision, *(torch.finfo(value.dtype).eps for value in found.values())])
-        return {need: value.double().to(self.device) for need, value in found.items()}
+        return {need: value.to(self.device).double() for need, value in found.items()}

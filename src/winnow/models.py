@@ -97,9 +97,9 @@ class ModelFiles:
         weight = self.tensor(f"{matrix.module}.weight")
         return weight.T if matrix.transposed else weight
 
-    def weight(self, matrix: Matrix) -> torch.Tensor:
+    def weight(self, matrix: Matrix, device: str = "cpu") -> torch.Tensor:
         """W (out, in) of a matrix in float64."""
-        return self.stored(matrix).double().contiguous()
+        return self.stored(matrix).to(device).double().contiguous()
 
     def dense_bytes(self, matrices: list[Matrix]) -> int:
         """Stored bytes of the matrices' modules, biases included."""

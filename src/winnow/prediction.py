@@ -44,7 +44,7 @@ def predict(
         try:
             problem = Problem(
                 group,
-                {m.name: files.weight(m).to(device) for m in group},
+                {m.name: files.weight(m, device) for m in group},
                 {m.name: inputs.of(m, m.site, [need for need in needs if reads(m, need)]) for m in group},
                 None,
                 inputs.precision,

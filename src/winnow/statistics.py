@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.architectures import Matrix, tokens_of
+from winnow.host import on_host
 from winnow.lanes import Lanes
 from winnow.products import PARTED, gram_of
 from winnow.progress import every
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ROWS = 256  # of a Gram matrix that are finished at a time
 PRODUCT = 1 << 22  # numbers of a product that are added at a time
+ROWS_OF_GPU = 2048  # of a product; as fast as any more (H200), and half of a symmetric one is not made
 TOGETHER = 8  # batches whose parts are given out together, since threads wait for each other at the end; no more are in memory
 PIECE = 1 << 20  # numbers that are worked on at a time: copies of more are fetched from the system anew each time, which is slow
 TOKENS = 2048  # of a batch that one thread runs, of a model whose products are small; fixed, so that sums are
@@ -105,7 +107,7 @@ class Moments:
             "active": active,
             **({"cross": self.cross / n} if self.cross.numel() else {}),
         }
-        return {**{k: v.to(self.precision).cpu() for k, v in means.items()}, "count": self.count}
+        return {**{k: on_host(v.to(self.precision)) for k, v in means.items()}, "count": self.count}
 
 
 def counted_of(x: Tensor, counted: Tensor) -> Tensor:
@@ -126,16 +128,18 @@ def _add_product(
 ) -> None:
     """total += x^T y, made in `precision`; a large one by rows, as the product and its float64 copy would be as large as it, and
     of x^T x the lower half, and not with other threads beside it."""
-    if total.numel() <= PRODUCT:
+    cpu = total.device.type == "cpu"
+    if cpu and total.numel() <= PRODUCT:
         product = gram_of(x, None if y is x else y, precision)
         with turn():
             total += product
         return
-    step = max(1, PRODUCT // y.shape[1])
+    step = max(1, PRODUCT // y.shape[1]) if cpu else ROWS_OF_GPU
     for begin in range(0, x.shape[1], step):
         rows, end = slice(begin, begin + step), min(begin + step, x.shape[1]) if y is x else y.shape[1]
         part = gram_of(x[:, rows], y[:, :end], precision)
-        for into, added in zip(*(t.split(max(1, PIECE // end)) for t in (total[rows, :end], part)), strict=True):
+        piece = max(1, PIECE // end) if cpu else step
+        for into, added in zip(*(t.split(piece) for t in (total[rows, :end], part)), strict=True):
             into += added
 
 

@@ -16,6 +16,7 @@ the calibration error of factors; and the forecasts. The floor counts what canno
 
 import argparse
 import resource
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,11 @@ import yaml
 from transformers import LlamaConfig, LlamaModel
 
 from winnow.architectures import Matrix, matrices_of
+from winnow.host import on_host
+from winnow.loading import load_model
 from winnow.metrics import metric_of
-from winnow.statistics import collect
+from winnow.statistics import collect, collect_by_block
+from winnow.streaming import Streamed
 from winnow.structures import structure_of
 from winnow.structures.base import Fit, Problem
 
@@ -56,7 +60,9 @@ def make(config: dict[str, int], layers: int, dtype: torch.dtype, device: str, s
     with torch.device(device):
         model = LlamaModel(own)
     torch.set_default_dtype(torch.float32)
-    model = model.to(dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():  # and not the buffers: frequencies of positions stay in float32, as a loader leaves them
+        parameter.data = parameter.data.to(dtype)
+    model = model.eval().requires_grad_(False)
     return model, matrices_of("llama", {name: {"shape": list(t.shape)} for name, t in model.state_dict().items()})
 
 
@@ -93,8 +99,7 @@ def statistics_floor(matrices: list[Matrix], width: int, tokens: int, length: in
     grams = sum(n * n for n in widths.values())
     cross = sum(2 * n * width for (_, site), n in widths.items() if site == "ffn_hidden")
     forward = sum(2 * m.shape[0] * m.shape[1] for m in matrices) + 2 * length * width * len({m.layer for m in matrices})
-    moments = torch.bfloat16 if rate[torch.bfloat16] > rate[torch.float32] else torch.float32
-    return tokens * (forward / rate[torch.bfloat16] + (grams + cross) / rate[moments])
+    return tokens * (forward + grams + cross) / max(rate[torch.bfloat16], rate[torch.float32])  # a CPU may be slow in 16 bits
 
 
 def factors_floor(matrices: list[Matrix], rate: dict[torch.dtype, float]) -> float:
@@ -119,7 +124,8 @@ def fits(model: LlamaModel, matrices: list[Matrix], sites: dict[str, dict[str, t
         gram = {"gram": sites[matrix.site]["gram"].to(device).double()}
         problem = Problem([matrix], {matrix.name: weight}, {matrix.name: gram}, metric, torch.finfo(torch.float32).eps)
         fit = structure.fit(problem, structure.largest([matrix]))
-        found[matrix.role] = Fit({name: t.float().cpu() for name, t in fit.tensors.items()}, fit.error.cpu(), fit.spectrum.cpu())
+        tensors = {name: on_host(t.float()) for name, t in fit.tensors.items()}
+        found[matrix.role] = Fit(tensors, fit.error.cpu(), fit.spectrum.cpu())
     return found
 
 
@@ -172,6 +178,32 @@ def agreement(given: argparse.Namespace, config: dict[str, int]) -> None:
             rest = weight - fit.tensors["left"][:, :half].double() @ fit.tensors["right"][:half].double()
             errors.append(float(((rest @ gram) * rest).sum()) ** 0.5)
         print(f"| {matrix.role} | {apart:.1e} | {errors[0] / errors[1] - 1:.1e} |")
+
+
+def streamed(given: argparse.Namespace, config: dict[str, int]) -> None:
+    """Two layers of the model, read from files block by block, hidden states in files, against the same two in memory."""
+    windows = torch.randint(0, config["vocab_size"], (given.windows, given.length), generator=torch.Generator().manual_seed(1))
+    batch, apart, seconds = max(1, given.batch_tokens // given.length), 0.0, 0.0
+    with tempfile.TemporaryDirectory() as place:
+        model, matrices = make(config, 2, torch.bfloat16, given.device, 0)
+        model.save_pretrained(place)
+        model = load_model(place, "bfloat16", given.device)  # whose buffers are made as those of a streamed one
+        expected = dict(collect(model, matrices, windows, batch, torch.float32))
+        del model
+        peak(given.device)
+        by_block = Streamed(place, "bfloat16", given.device, Path(place) / "moments", given.length)
+        found = collect_by_block(by_block, matrices, windows, batch, torch.float32)
+        for _ in expected:
+            took, (layer, sites) = clock(lambda: next(found), given.device)
+            seconds += took
+            for site, values in sites.items():
+                gram = expected[layer][site]["gram"]
+                apart = max(apart, float((values["gram"] - gram).norm() / gram.norm()))
+        most = peak(given.device)
+        found.close()
+        by_block.clear()
+    print(f"\nstreamed, two layers: {seconds / 2:.1f} s a layer, peak memory {most / 1e9:.1f} GB;", end=" ")
+    print(f"Gram matrices differ from those in memory by {apart:.1e}, relative")
 
 
 def forecasts(given: argparse.Namespace, stages: dict[str, Stage] | None) -> None:
@@ -231,6 +263,7 @@ def main() -> None:
     if not given.forecast_only:
         stages = run(given, config)
         agreement(given, config)
+        streamed(given, config)
     forecasts(given, stages)
 
 

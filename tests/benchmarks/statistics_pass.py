@@ -2,8 +2,9 @@
 
     python tests/benchmarks/statistics_pass.py [--threads 2] [--repeats 3] [--precision float32] [--skip-block] [--device cpu]
 
-Two models: the demo, and one block of Llama-3.2-1B's shape with random weights. The plain forward pass is the base model's, which
-is all that the statistics pass runs; the demo's with its head, which gives logits, stands beside it. The floor is the larger of
+Two models: the demo, and one block of Llama-3.2-1B's shape with random weights. The plain forward pass is what calibration runs
+elsewhere, the model with its head, which gives logits; that without the head, all that the statistics pass runs, stands beside
+it. The floor is the larger of
 two times, both of rates measured here: the operations of the forward pass and of the second moments (a Gram matrix counts half,
 since it is symmetric) over the rate of a float32 product, and the bytes of weights and sums, once per batch, over the rate of a
 copy. Printed for several numbers of windows: ratios, medians over the repeats, with the lowest and the highest; how both grow;
@@ -67,7 +68,7 @@ def compare(name: str, model, matrices: list[Matrix], length: int, counts: list[
     base = model.base_model
     last: tuple[float, float] | None = None
     print(f"\n{name}: windows of {length}, batches of {batch}, {given.precision}\n")
-    print("| windows | statistics / forward | with the head | statistics / floor | forward / its part of it | growth, both |")
+    print("| windows | statistics / forward | without the head | statistics / floor | forward / its part of it | growth, both |")
     print("|---:|---:|---:|---:|---:|---:|")
     for count in counts:
         windows = torch.randint(0, model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
@@ -83,16 +84,17 @@ def compare(name: str, model, matrices: list[Matrix], length: int, counts: list[
         pairs, floors, heads = [], [], []
         for _ in range(given.repeats):
             rate, bandwidth = rates(given.device)
+            heads.append(timed(lambda forward=forward: forward(of=model), given.device) if base is not model else 0.0)
             pairs.append((timed(forward, given.device), timed(passed, given.device)))
-            heads.append(timed(lambda forward=forward: forward(of=model), given.device) if base is not model else pairs[-1][0])
+            heads[-1] = heads[-1] or pairs[-1][0]
             floors.append(max(count * length * operations / rate, -(-count // batch) * moved / bandwidth))
-        over = sorted(b / a for a, b in pairs)
-        headed = statistics.median(b / a for a, (_, b) in zip(heads, pairs, strict=True))
+        over = sorted(b / a for a, (_, b) in zip(heads, pairs, strict=True))
+        headless = statistics.median(b / a for a, b in pairs)
         plain, full, floor = (statistics.median(v) for v in (*zip(*pairs, strict=True), floors))
         share = 2 * sum(m.shape[0] * m.shape[1] for m in matrices) / operations
         grown = f"{plain / last[0]:.2f}, {full / last[1]:.2f}" if last else ""
         print(
-            f"| {count} | {statistics.median(over):.2f} ({over[0]:.2f} to {over[-1]:.2f}) | {headed:.2f} | {full / floor:.2f} "
+            f"| {count} | {statistics.median(over):.2f} ({over[0]:.2f} to {over[-1]:.2f}) | {headless:.2f} | {full / floor:.2f} "
             f"| {plain / (share * floor):.2f} | {grown} |",
             flush=True,
         )

@@ -78,6 +78,7 @@ def test_killed_runs_finish_with_the_same_bytes_in_any_folder(uninterrupted, tmp
     assert different(artefacts(broken.folder), expected) == []
 
 
+@pytest.mark.slow
 def test_one_thread_and_two_agree(uninterrupted, tmp_path):
     """The whole run had two for the statistics; what differs is below 1e-6 nats."""
     single = place(tmp_path / "here")

@@ -16,6 +16,7 @@ def results(folder: Path, name: str) -> list[Path]:
     return sorted(p.relative_to(folder) for p in (folder / "results").rglob(name) if "logs" not in p.parts)
 
 
+@pytest.mark.slow
 def test_streaming_changes_no_number_and_no_key(tmp_path):
     whole, streamed = (Workspace(tmp_path / name) for name in ("whole", "streamed"))
     streamed.config["models"]["pico"] |= {"load": "stream", "source": str(whole.folder / "model")}
@@ -56,6 +57,7 @@ def test_one_run_can_stream(tmp_path):
     assert any("calibration batches of layer 1" in text for text in logs)
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_operating_system_that_the_model_exceeds(tmp_path):
     """Memory that the whole model does not fit into, by far; and the forecast of the peak. tests/benchmarks/streaming.py does it
     with all stages and a model that is larger than the limit on disk."""
