@@ -4,11 +4,10 @@
 
 Two models: the demo, and one block of Llama-3.2-1B's shape with random weights. The plain forward pass is what calibration runs
 elsewhere, the model with its head, which gives logits; that without the head, all that the statistics pass runs, stands beside
-it. The floor is the larger of
-two times, both of rates measured here: the operations of the forward pass and of the second moments (a Gram matrix counts half,
-since it is symmetric) over the rate of a float32 product, and the bytes of weights and sums, once per batch, over the rate of a
-copy. Printed for several numbers of windows: ratios, medians over the repeats, with the lowest and the highest; how both grow;
-and the largest relative difference of a moment from float64.
+it. The floor is the larger of two times, both of rates measured here: the operations of the forward pass and of the second
+moments (a Gram matrix counts half, since it is symmetric) over the rate of a float32 product, and the bytes of weights and sums,
+once per batch, over the rate of a copy. Printed for several numbers of windows: ratios, medians over the repeats, with the lowest
+and the highest; how both grow; and the largest relative difference of a moment from float64.
 """
 
 import argparse
@@ -84,9 +83,9 @@ def compare(name: str, model, matrices: list[Matrix], length: int, counts: list[
         pairs, floors, heads = [], [], []
         for _ in range(given.repeats):
             rate, bandwidth = rates(given.device)
-            heads.append(timed(lambda forward=forward: forward(of=model), given.device) if base is not model else 0.0)
+            headed = timed(lambda forward=forward: forward(of=model), given.device) if base is not model else None
             pairs.append((timed(forward, given.device), timed(passed, given.device)))
-            heads[-1] = heads[-1] or pairs[-1][0]
+            heads.append(pairs[-1][0] if headed is None else headed)
             floors.append(max(count * length * operations / rate, -(-count // batch) * moved / bandwidth))
         over = sorted(b / a for a, (_, b) in zip(heads, pairs, strict=True))
         headless = statistics.median(b / a for a, b in pairs)
