@@ -16,7 +16,7 @@ demo: .venv/installed  ## the main job, offline: four methods, eight byte budget
 	$(BIN)/python -m winnow show results
 
 test: .venv/installed  ## all tests but those marked slow
-	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadscope
+	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadscope --no-loadscope-reorder
 
 lint: .venv/installed  ## style, types, workflow, and generated files in step with their source
 	$(BIN)/ruff check .

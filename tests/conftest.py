@@ -88,6 +88,11 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
+def pytest_collection_modifyitems(items):
+    """Whole workflows first, and small tests after them: side by side, the workers then end at about the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
+
+
 def pytest_terminal_summary(terminalreporter):
     """The rows that tests record under `architecture`, as a table."""
     reports = terminalreporter.stats.get("passed", [])

@@ -234,7 +234,7 @@ def test_a_configuration_that_cannot_be_allocated_is_refused_by_its_key():
     line = refused(lambda c: c["budgets"].update(x=allocated("ilp", objective="metric", rounds=1)))
     assert "budgets.x.allocation: `rounds` predict anew" in line
     assert "did you mean 'greedy'" in refused(lambda c: c["budgets"].update(x=allocated("gredy")))
-    assert "did you mean 'seconds'" in refused(lambda c: c["budgets"].update(x=allocated("ilp", second=3)))
+    assert "did you mean 'nodes'" in refused(lambda c: c["budgets"].update(x=allocated("ilp", node=3)))
 
 
 def test_every_structure_can_be_allocated_by_its_own_error():

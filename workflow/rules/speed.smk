@@ -5,9 +5,11 @@ import gc
 from functools import cache
 
 import snakemake.common
+import snakemake.io
 import snakemake.rules
 import snakemake.sourcecache
-from snakemake.dag import DAG
+from snakemake.dag import DAG, ScriptProcessor
+from snakemake.exceptions import WildcardError
 from snakemake.jobs import Job
 from snakemake.output_index import OutputIndex
 from snakemake.rules import Rule
@@ -28,16 +30,42 @@ DAG.check_directory_outputs = lambda dag: None  # no rule makes a folder
 
 
 def once_per_rule(check):
-    """Whether log and benchmark can be named: the wildcards of a rule's jobs are the same."""
+    """Whether log and benchmark can be named, and the script be read: neither differs between the jobs of a rule."""
     checked = set()
 
-    def is_valid(job):
-        made_by = job.rule
+    def checks(*of_job):
+        made_by = of_job[-1].rule
         if made_by not in checked:
-            check(job)
+            check(*of_job)
             checked.add(made_by)
 
-    return is_valid
+    return checks
+
+
+@cache
+def parts_of(pattern):
+    """Of a path's pattern in turn: the text before a wildcard, the wildcard's name; at last the text behind them, None."""
+    parts, end = [], 0
+    for match in snakemake.io.WILDCARD_REGEX.finditer(pattern):
+        parts.append((pattern[end : match.start()], match["name"]))
+        end = match.end()
+    return (*parts, (pattern[end:], None))
+
+
+def filled(pattern, wildcards):
+    """A path of its pattern."""
+    try:
+        return "".join(
+            text if name is None else f"{text}{wildcards[name]}"
+            for text, name in parts_of(pattern)
+        )
+    except KeyError as missing:
+        raise WildcardError(str(missing)) from None
+
+
+def is_flagged(path, flag):
+    """As Snakemake's, without asking first whether the path's class is one of those that have flags."""
+    return bool((getattr(path, "flags", None) or {}).get(flag))
 
 
 def once_per_file(find):
@@ -68,6 +96,9 @@ def of_equal_depth(matches):
     return is_producer
 
 
+snakemake.io.apply_wildcards = filled
+snakemake.io.is_flagged = is_flagged
+ScriptProcessor.process_job = once_per_rule(ScriptProcessor.process_job)
 Rule.is_producer = of_equal_depth(Rule.is_producer)
 Job.is_valid = once_per_rule(Job.is_valid)
 DAG.file2jobs = once_per_file(DAG.file2jobs)

@@ -61,9 +61,7 @@ class IntegerProgramme(Allocation):
         sizes: int = Field(16, ge=2, description="sizes per group that are offered, from 1 to the largest, evenly spread")
         near: int = Field(4, ge=0, description="sizes offered beside, on either side of the Lagrangian's choice")
         gap: float = Field(1e-4, ge=0, le=0.1, description="relative gap at which the solver may stop")
-        seconds: float = Field(
-            60.0, gt=0, description="when the solver stops with the best it has; the choice then depends on the machine"
-        )
+        nodes: int = Field(10_000, ge=1, description="of its search tree, after which the solver stops with the best it has")
 
     def allocate(self, groups: list[Group], keep: float) -> Choice:
         from winnow.allocation import TOLERANCE  # which imports this package
@@ -83,7 +81,7 @@ class IntegerProgramme(Allocation):
         offered = [_offer(o, index, options.sizes, options.near) for o, index in zip(every, picked.near, strict=True)]
 
         def solved(least: float) -> tuple[dict[str, int | None], str]:
-            chosen, status = solve(offered, blocks, least, allowed, options.gap, options.seconds)
+            chosen, status = solve(offered, blocks, least, allowed, options.gap, options.nodes)
             sizes = _sizes(offered, chosen)
             spend(groups, sizes, allowed, costs)
             return sizes, status
@@ -179,11 +177,11 @@ def _offer(every: Options, picked: int, spread: int, near: int) -> Options:
 
 
 def solve(
-    offered: list[Options], blocks: Blocks, least: float, allowed: float, gap: float, seconds: float
+    offered: list[Options], blocks: Blocks, least: float, allowed: float, gap: float, nodes: int
 ) -> tuple[dict[int, int], str]:
     """({group that is taken, by index: its option}, status) of the least sum of losses in `least` to `allowed` bytes, by CBC
-    on one thread. Both sums are scaled to about a thousand, where the solver's absolute tolerances are small. Raises InputError
-    if it finds none in time."""
+    on one thread. Both sums are scaled to about a thousand, where the solver's absolute tolerances are small. The limit is of
+    nodes, not of time, with which a choice would depend on the machine. Raises InputError if it finds none within it."""
     import pulp
 
     scale = 1e3 / max(sum(float(np.median(o.losses)) for o in offered), 1e-300)
@@ -208,9 +206,9 @@ def solve(
     for place, at in blocks.at.items():
         through = [u for us, ways in zip(used, blocks.ways, strict=True) for u, way in zip(us, ways, strict=True) if place in way]
         programme += pulp.lpSum(x for g in at for x in taken[g]) == pulp.lpSum(through)
-    programme.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=gap, timeLimit=seconds, threads=1))
+    programme.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=gap, maxNodes=nodes, threads=1))
     if programme.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        raise InputError(f"the integer programme found no allocation within {seconds} seconds; allow it more, or use `greedy`")
+        raise InputError(f"the integer programme found no allocation within {nodes} nodes; allow it more, or use `greedy`")
     values = {(g, i): x.value() or 0.0 for g, xs in enumerate(taken) for i, x in enumerate(xs)}
     chosen: dict[int, int] = {}
     for us, ways in zip(used, blocks.ways, strict=True):
@@ -221,7 +219,7 @@ def solve(
             chosen[group] = option
     while (over := sum(float(offered[g].bytes[i]) for g, i in chosen.items()) - allowed) > 0:
         chosen = _one_smaller(offered, chosen, over)  # by the solver's tolerance
-    return chosen, "optimal" if programme.sol_status == pulp.LpSolutionOptimal else "stopped at the time limit"
+    return chosen, "optimal" if programme.sol_status == pulp.LpSolutionOptimal else "stopped at the node limit"
 
 
 def _one_smaller(offered: list[Options], chosen: dict[int, int], over: float) -> dict[int, int]:
