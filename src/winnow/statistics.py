@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -143,15 +143,22 @@ def _add_product(
             into += added
 
 
+class Seen(Exception):
+    """All sites have been watched: what is left of the model would be run for nothing."""
+
+
 class Watch:
     """Sums of the inputs of matrices, added up by hooks while a model runs: {(layer, site): sums} in `sites`.
 
-    A thread that runs the model says by `counts` which tokens are counted.
+    A thread that runs the model says by `counts` which tokens are counted. The hook of the site that comes last raises `Seen` if
+    `ends`.
     """
+
+    ends = False
 
     def __init__(self, model: PreTrainedModel, matrices: list[Matrix], precision: torch.dtype, device: str, lanes: int = 1):
         self.model = model
-        self.own = threading.local()  # counted; inputs of the FFN that runs, by layer
+        self.own = threading.local()  # counted; inputs of the FFN that runs, by layer; how many sites are left
         self.sites: dict[tuple[int, str], Moments] = {}
         self.hooks = []
         self.lanes = Lanes(lanes)
@@ -165,7 +172,7 @@ class Watch:
 
     def counts(self, counted: Tensor) -> None:
         """`counted` (windows, length): which tokens are counted of the windows that this thread runs next."""
-        self.own.counted, self.own.inputs = counted, {}
+        self.own.counted, self.own.inputs, self.own.left = counted, {}, len(self.hooks)
 
     def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         layer, site = matrix.layer, matrix.site
@@ -181,6 +188,9 @@ class Watch:
                 inputs[layer] = x
             other = inputs.pop(layer) if site.endswith("ffn_hidden") else None
             self.sites[layer, site].accumulate(x, other, lambda name: self.lanes.turn((layer, site, name)))
+            self.own.left -= 1
+            if self.ends and not self.own.left:
+                raise Seen
 
         return hook
 
@@ -254,13 +264,15 @@ def collect(
     small = device == "cpu" and all(m.shape[1] ** 2 <= PARTED and m.expert is None for m in matrices)
     part = min(batch, max(1, TOKENS // windows.shape[1])) if small else batch
     watch = Watch(model, matrices, precision, device, batch // part)
+    watch.ends = True
     batch *= TOGETHER if small else 1
     batches = Batches(windows, batch, first_token, types)
 
     @torch.no_grad()
     def run(chosen: slice) -> None:
         watch.counts(batches.counted[chosen].to(device))
-        model.base_model(**batches.inputs(chosen, device), use_cache=False)
+        with suppress(Seen):
+            model.base_model(**batches.inputs(chosen, device), use_cache=False)
 
     sums = {f"{layer}.{site}.{name}": t for (layer, site), m in watch.sites.items() for name, t in m.tensors().items()}
     try:

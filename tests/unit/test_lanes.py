@@ -110,7 +110,7 @@ def test_no_more_windows_run_at_a_time_than_a_batch_has(saved_llama, tmp_path, m
         running[0] -= seen[0]
 
     model.base_model.register_forward_pre_hook(enter, with_kwargs=True)
-    model.base_model.register_forward_hook(leave)
+    model.base_model.register_forward_hook(leave, always_call=True)
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:

@@ -59,8 +59,8 @@ def test_a_killed_stage_goes_on_with_the_same_bits(stages, stage, tmp_path):
     with pytest.raises(Killed):
         runs[stage](Fragile(tmp_path / "artefact", KEY))
     passes = []
-    hook = model.register_forward_hook(lambda *_: passes.append(1))
-    base = model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    base = model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
     resume = Resume(tmp_path / "artefact", KEY)
     again = runs[stage](resume)
     hook.remove()

@@ -87,6 +87,15 @@ def test_statistics_are_those_of_the_inputs(saved_model, tmp_path):
             torch.testing.assert_close(stats["gram"].double(), x.T @ x / 60, atol=1e-6, rtol=1e-4)
 
 
+def test_the_model_runs_no_further_than_its_last_site(saved_llama, tmp_path):
+    files, model, made = files_of(saved_llama, tmp_path), pico("llama"), []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda *_: made.append("output of a layer"))
+    model.model.norm.register_forward_pre_hook(lambda *_: made.append("norm"))
+    list(collect(model, files.matrices, torch.zeros(6, 10, dtype=torch.long), 6, torch.float32))
+    assert made == ["output of a layer"], "of the first of two layers"
+
+
 def test_cross_moments_and_the_first_token(saved_model, tmp_path):
     """For every family: E[h x^T] of hidden units and FFN inputs; and all statistics without each window's first token."""
     from winnow.loading import load_model

@@ -11,6 +11,7 @@ import snakemake.sourcecache
 from snakemake.dag import DAG, ScriptProcessor
 from snakemake.exceptions import WildcardError
 from snakemake.jobs import Job
+from snakemake.logging import is_quiet_about
 from snakemake.output_index import OutputIndex
 from snakemake.rules import Rule
 
@@ -82,6 +83,17 @@ def once_per_file(find):
     return file2jobs
 
 
+def if_heard(log_info):
+    """What is said of a job takes long to put together, so it is not for a dry run that prints no jobs."""
+
+    def say(job, *how, **more):
+        of = job.dag.workflow
+        if not (of.dryrun and is_quiet_about(of.output_settings.quiet or (), "rules")):
+            log_info(job, *how, **more)
+
+    return say
+
+
 def of_equal_depth(matches):
     """Whether a rule makes a file. No wildcard holds a slash, so only patterns as deep as the path have to be matched."""
     depths = {}
@@ -101,4 +113,5 @@ snakemake.io.is_flagged = is_flagged
 ScriptProcessor.process_job = once_per_rule(ScriptProcessor.process_job)
 Rule.is_producer = of_equal_depth(Rule.is_producer)
 Job.is_valid = once_per_rule(Job.is_valid)
+Job.log_info = if_heard(Job.log_info)
 DAG.file2jobs = once_per_file(DAG.file2jobs)
