@@ -147,6 +147,32 @@ def test_structures_with_shared_and_tied_factors_are_recovered(saved_llama, tmp_
             assert torch.equal(*logits), kind
 
 
+@pytest.mark.parametrize("objective", ["anchored", "shifted"])
+def test_what_layers_share_stays_and_the_other_factor_is_the_best_one(saved_llama, tmp_path, objective):
+    """Basis Sharing: no other left factor of the first matrix makes a smaller error with the right one that all have."""
+    files = files_of(saved_llama, tmp_path)
+    checkpoint = Bundle(build(saved_llama, tmp_path / "shared", ["ffn"], 0.6, "basis_sharing", metric="gram") / MANIFEST)
+    before = run(files, checkpoint, {"kind": "refine", "steps": 1})[0].dense
+    start = task_of(files, checkpoint, WINDOWS, options_of(KINDS["sequential"]), True, "cpu").model
+    task, report = run(files, checkpoint, {**KINDS["sequential"], "objective": objective})
+    assert any(best < at for at, best in losses(report))
+    factors = [f"model.layers.{layer}.mlp.gate_proj" for layer in (0, 1)]
+    rights = [m.get_submodule(name).right.weight for m in (start, task.model) for name in factors]
+    assert all(torch.equal(rights[0], right) for right in rights)
+    caught = []
+    hook = task.model.get_submodule(factors[0]).register_forward_pre_hook(lambda _m, a: caught.append(a[0]))
+    with torch.no_grad():
+        task.model(input_ids=task.split()[0].long())
+    hook.remove()
+    x = caught[0].flatten(0, 1).double()
+    target = x @ before.get_submodule(factors[0]).weight.double().T
+    basis = x @ rights[0].double().T
+    left = task.model.get_submodule(factors[0]).left.weight.double()
+    best = torch.linalg.lstsq(basis, target).solution.T
+    error, least = ((basis @ w.T - target).norm() for w in (left, best))
+    assert error <= 1.01 * least
+
+
 class Killed(Exception):
     pass
 

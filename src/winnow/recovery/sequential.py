@@ -4,6 +4,7 @@ compressed model makes.
 With W (m, n) the dense matrix, x its input in the dense model and x' in the compressed one: `anchored` minimises
 sum ||W x - W' x'||^2, whose target is B = W X X'^T (X' X'^T)^+, `shifted` sum ||(W - W') x'||^2, whose target is B = W. In the
 metric G = X' X'^T the best rank-k map is U_k U_k^T B. Factors without their gauge (`gauge_fixed`) keep the rows that they store.
+Where layers share a right factor R (`basis_sharing`), it stays, and the left one is fitted to it: B G R^T (R G R^T)^+.
 Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
 
 from __future__ import annotations
@@ -140,6 +141,13 @@ def _fit(task: Task, key: str, module: Factors, gram: Tensor, cross: Tensor) -> 
     weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).double()
     if task.options.objective == "anchored":
         weight = weight @ cross @ torch.linalg.pinv(gram, rtol=len(gram) * PRECISION, hermitian=True)
+    tied = task.model.all_tied_weights_keys
+    if f"{key}.right.weight" in {*tied, *tied.values()}:
+        right = module.right.weight.double()
+        seen = right @ gram
+        left = weight @ seen.T @ torch.linalg.pinv(seen @ right.T, rtol=len(gram) * PRECISION, hermitian=True)
+        module.left.weight.copy_(left.to(task.dtypes[f"{key}.left.weight"]))
+        return
     rank = module.right.out_features
     found = leading_directions(weight, gram, PRECISION, largest=rank)
     left, right = found.left, found.right
