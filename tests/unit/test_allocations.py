@@ -129,6 +129,17 @@ def test_large_programmes_reach_their_bound_and_beat_the_other_kinds():
             assert facts["value"] <= loss(groups, sizes) * (1 + 1e-6), other
 
 
+def test_the_node_limit_stops_at_the_same_allocation_every_time():
+    groups = random_groups(1, 30)
+    first, again, whole = (
+        allocate(groups, budget(keep_bytes=0.3, allocation={"kind": "ilp", "gap": 0.0, "nodes": nodes}))
+        for nodes in (1, 1, 10_000)
+    )
+    assert (first.facts["status"], whole.facts["status"]) == ("stopped at the node limit", "optimal")
+    assert first.sizes == again.sizes
+    assert first.facts["value"] > whole.facts["value"] >= first.facts["bound"]
+
+
 def test_greedy_on_the_same_objective_comes_close_to_the_bound():
     groups = random_groups(6, 100)
     bound = allocate(groups, budget(keep_bytes=0.7, allocation={"kind": "ilp"})).facts["bound"]
