@@ -1,0 +1,53 @@
+"""A job's script in a fork of a process that has imported what scripts use: imports are most of the time of a small job.
+
+The process is the fork server of `multiprocessing`. The fork starts where the imports end, with threads and environment as a new
+interpreter would have had them, so numbers do not depend on it.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import tempfile
+
+# What the scripts of a sweep use; one that needs more imports it. With one of Transformers' models comes what all share.
+PRELOADED = (
+    "torch",
+    "pandas",
+    "safetensors.torch",
+    "transformers.models.llama.modeling_llama",
+    "winnow.allocation",
+    "winnow.checkpoint",
+    "winnow.loading",
+    "winnow.perplexity",
+    "winnow.recoveries",
+    "winnow.runtime",
+    "winnow.statistics",
+)
+GPUS = ("/dev/nvidiactl", "/dev/kfd")  # files of their drivers
+# Variables that say how many threads a library makes when it is loaded. No thread of theirs may stand when a process is forked.
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GOTO_NUM_THREADS")
+
+
+def run_script(path: str, folder: str, threads: int, environment: dict[str, str]) -> None:
+    """Run a Python file in `folder` as `python path` would, with so many threads; called in the fork, whose exit code is the
+    interpreter's."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None  # found anew from the environment
+    if "torch" in sys.modules:
+        import torch
+        from threadpoolctl import threadpool_limits
+
+        torch.set_num_threads(threads)
+        threadpool_limits(threads)
+    sys.argv = [path]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - as an interpreter does
+        sys.excepthook(type(error), error, error.__traceback__)  # which the job has set; multiprocessing would not ask it
+        sys.exit(1)
