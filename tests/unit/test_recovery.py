@@ -28,7 +28,7 @@ from winnow.plan import Plan
 from winnow.recovered import task_of, write_recovered
 from winnow.recoveries import RECOVERIES, options_of
 from winnow.recovery import recovery_of
-from winnow.recovery.blocks import calls_of, outputs_of
+from winnow.recovery.blocks import Passage, outputs_of
 from winnow.recovery.sequential import PRECISION
 from winnow.recovery.training import batches, rate_at
 from winnow.resume import SECONDS, Resume
@@ -283,17 +283,31 @@ def test_blocks_are_replayed_as_the_model_calls_them(saved_model):
     layers = [n for n, m in model.named_modules() if n.endswith((".0", ".1")) and type(m).__name__.endswith(("Layer", "Block"))]
     assert len(layers) == 2
     windows = WINDOWS[:20]
-    for name in layers:
-        calls = calls_of(model, name, windows, 8)  # the last call is smaller
+    way = Passage(model, layers, windows, 8)  # the last call is smaller
+    for index, name in enumerate(layers):
         keep = lambda _m, _a, y: outputs.append(y[0] if isinstance(y, tuple) else y)  # noqa: E731
         hook = model.get_submodule(name).register_forward_hook(keep)
         with torch.no_grad():
             for start in range(0, 20, 8):
                 model(input_ids=windows[start : start + 8].long(), use_cache=False)
         hook.remove()
-        found = outputs_of(model.get_submodule(name), calls, 8, torch.device("cpu"))
+        found = outputs_of(model.get_submodule(name), way.go_to(index), 8, torch.device("cpu"))
         assert torch.equal(found, torch.cat(outputs))
+        assert torch.equal(found, way.go_to(index + 1).hidden)
         outputs.clear()
+
+
+def test_a_block_that_gets_something_else_is_named():
+    """And a model that does not call its blocks one after the other."""
+    model = pico("llama")
+    names = ["model.layers.0", "model.layers.1"]
+    model.model.layers[0].register_forward_hook(lambda _m, _a, y: y + 1)
+    Passage(model, names, WINDOWS[:4], 4)  # a block's hooks are part of it
+    model.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] + 1, *args[1:]))
+    with pytest.raises(RuntimeError, match=r"layers\.1 is not called with what model\.layers\.0 gives"):
+        Passage(model, names, WINDOWS[:4], 4)
+    with pytest.raises(RuntimeError, match=r"layers\.0 is not called with what model\.layers\.1 gives"):
+        Passage(pico("llama"), names[::-1], WINDOWS[:4], 4)
 
 
 def test_too_few_windows_are_refused(llama):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 HIDDEN = "hidden_states"
 
 
-class _Reached(Exception):
-    """The block is reached; the rest of the model need not run."""
+class Reached(Exception):
+    """What was waited for has been called; the rest need not run."""
 
 
 @dataclass
@@ -38,39 +38,99 @@ class Calls:
 
 
 @torch.no_grad()
-def calls_of(model: PreTrainedModel, name: str, windows: Tensor, batch: int) -> Calls:
-    """What the block `name` is called with for windows (n, length), `batch` at a time. Raises RuntimeError if it is not called
-    once with hidden states of their shape."""
+def outputs_of(block: torch.nn.Module, calls: Calls, batch: int, device: torch.device) -> Tensor:
+    """(windows, length, d) on the CPU: what the block gives for all windows."""
+    count = len(calls.hidden)
+    return torch.cat([calls.run(block, slice(start, start + batch), device).cpu() for start in range(0, count, batch)])
+
+
+class Passage:
+    """Windows (n, length) on their way through a model's blocks: a block is called with what the one before it gives, as that now
+    is, so every block runs once for all windows, however many blocks there are.
+
+    `blocks`: names of all blocks in their order. Raises RuntimeError, naming the block, if the model calls one with anything
+    else, or the first one with other than `batch` windows of hidden states at a time."""
+
+    def __init__(self, model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int):
+        self.model, self.blocks, self.batch = model, blocks, batch
+        self.device = next(model.parameters()).device
+        self.others = _arguments(model, blocks, windows, batch)
+        self.index = 0
+        self.calls = Calls(_states(model, blocks[0], windows, batch), self.others[0])
+
+    def go_to(self, index: int) -> Calls:
+        """What the block of that number is called with. Behind the last one stands what that gives, which nothing calls."""
+        while self.index < index:
+            given = outputs_of(self.model.get_submodule(self.blocks[self.index]), self.calls, self.batch, self.device)
+            self.index += 1
+            self.calls = Calls(given, self.others[self.index] if self.index < len(self.blocks) else {})
+        return self.calls
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """(hidden states, the other arguments as `Calls` has them)"""
+    if HIDDEN in kwargs:
+        return kwargs[HIDDEN].detach(), args, dict(kwargs)
+    return args[0].detach(), args[1:], dict(kwargs)
+
+
+def _run(model: PreTrainedModel, windows: Tensor, last: str) -> None:
+    """Run the model until it calls the block `last`, whose hook ends it. Raises RuntimeError if there is no such call."""
+    try:
+        model.base_model(input_ids=windows.to(next(model.parameters()).device).long(), use_cache=False)
+    except Reached:
+        return
+    raise RuntimeError(f"{last} is not called when the model runs")
+
+
+@torch.no_grad()
+def _states(model: PreTrainedModel, name: str, windows: Tensor, batch: int) -> Tensor:
+    """(n, length, d) on the CPU: the hidden states that the first block is called with."""
     hidden: list[Tensor] = []
-    others: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        by_name = HIDDEN in kwargs
-        found = kwargs[HIDDEN] if by_name else args[0]
-        hidden.append(found.detach().cpu())
-        others.setdefault(len(found), (args if by_name else args[1:], kwargs))
-        raise _Reached
+        hidden.append(_split(args, kwargs)[0].cpu())
+        raise Reached
 
     handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-    device = next(model.parameters()).device
     try:
         for start in range(0, len(windows), batch):
-            try:
-                model.base_model(input_ids=windows[start : start + batch].to(device).long(), use_cache=False)
-            except _Reached:
-                continue
-            raise RuntimeError(f"{name} is not called when the model runs")
+            _run(model, windows[start : start + batch], name)
     finally:
         handle.remove()
     states = torch.cat(hidden)
     if states.dim() != 3 or states.shape[:2] != windows.shape:
         raise RuntimeError(f"{name} is called with {tuple(states.shape)}, not with {tuple(windows.shape)} hidden states")
-    return Calls(states, others)
+    return states
 
 
 @torch.no_grad()
-def outputs_of(block: torch.nn.Module, calls: Calls, batch: int, device: torch.device) -> Tensor:
-    """(windows, length, d) on the CPU: what the block gives for all windows."""
-    count = len(calls.hidden)
-    return torch.cat([calls.run(block, slice(start, start + batch), device).cpu() for start in range(0, count, batch)])
+def _arguments(model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int) -> list[dict[int, Any]]:
+    """The other arguments of every block by the number of windows; found by running as many windows once as a call may have."""
+    found: list[dict[int, Any]] = [{} for _ in blocks]
+    last: list[Tensor] = []  # what the block before gave
+
+    def before(index: int) -> Any:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, *others = _split(args, kwargs)
+            if index and not (last and torch.equal(hidden, last.pop())):
+                raise RuntimeError(f"{blocks[index]} is not called with what {blocks[index - 1]} gives")
+            found[index][len(hidden)] = tuple(others)
+            if index == len(blocks) - 1:
+                raise Reached
+
+        return hook
+
+    def after(_module: Any, _args: Any, output: Any) -> None:
+        last.append(output[0] if isinstance(output, tuple) else output)
+
+    modules = [model.get_submodule(name) for name in blocks]
+    hooks = [module.register_forward_pre_hook(before(index), with_kwargs=True) for index, module in enumerate(modules)]
+    hooks += [module.register_forward_hook(after) for module in modules]
+    try:
+        for part in {len(part): part for part in windows.split(batch)}.values():
+            _run(model, part, blocks[-1])
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found

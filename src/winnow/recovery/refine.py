@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from winnow.recovery.base import Task
-from winnow.recovery.blocks import Calls, calls_of, outputs_of
+from winnow.recovery.blocks import Calls, Passage, outputs_of
 from winnow.recovery.training import batches, train
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,10 @@ def recover(task: Task) -> dict[str, Any]:
     flat = {name: parameter.data for parameters in own.values() for name, parameter in parameters.items()}
     numbers = torch.zeros(len(own), 4, dtype=torch.float64)  # of each block: held-out at start, at best, step of it, steps
     done = task.resume.restore({**flat, "numbers": numbers}) if task.resume else 0
-    for index, (name, parameters) in list(enumerate(own.items()))[done:]:
+    ways = [Sides(task, windows) for windows in task.split()]
+    for index, parameters in list(enumerate(own.values()))[done:]:
         if parameters:
-            found = _refine(task, name, parameters, task.options.seed * 1_000_003 + index)
+            found = _refine(task, index, parameters, ways)
             numbers[index] = torch.tensor([found[key] for key in KEYS], dtype=torch.float64)
         if task.resume:
             task.resume.save(index + 1, {**flat, "numbers": numbers})
@@ -53,17 +54,30 @@ def _own_parameters(task: Task, block: str) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in task.parameters(f"{block}.").items() if id(p) not in outside}
 
 
-def _refine(task: Task, name: str, parameters: dict[str, torch.nn.Parameter], seed: int) -> dict[str, Any]:
-    options, device = task.options, next(task.model.parameters()).device
-    block, dense = task.model.get_submodule(name), task.dense.get_submodule(name)
-    sides: list[tuple[Calls, Tensor]] = []  # to train on, and held out: what the block is called with, and what it shall give
-    for windows in task.split():
-        calls = calls_of(task.model, name, windows, options.batch)
-        source = calls_of(task.dense, name, windows, options.batch) if options.objective == "anchored" else calls
-        sides.append((calls, outputs_of(dense, source, options.batch, device)))
+class Sides:
+    """Windows on their way through the refined model and, where that has the target, through the dense one."""
+
+    def __init__(self, task: Task, windows: Tensor):
+        blocks, self.dense = list(task.blocks.values()), task.dense
+        self.own = Passage(task.model, blocks, windows, task.options.batch)
+        self.other = Passage(task.dense, blocks, windows, task.options.batch) if task.options.objective == "anchored" else None
+
+    def at(self, index: int) -> tuple[Calls, Tensor]:
+        """(what block `index` is called with, what it shall give)"""
+        calls = self.own.go_to(index)
+        if self.other is not None:
+            return calls, self.other.go_to(index + 1).hidden
+        return calls, outputs_of(self.dense.get_submodule(self.own.blocks[index]), calls, self.own.batch, self.own.device)
+
+
+def _refine(task: Task, index: int, parameters: dict[str, torch.nn.Parameter], ways: list[Sides]) -> dict[str, Any]:
+    """Refine the block `index`; `ways`: of the windows to train on, and of those held out."""
+    options, name = task.options, ways[0].own.blocks[index]
+    block, device = task.model.get_submodule(name), ways[0].own.device
+    sides = [side.at(index) for side in ways]
     skipped = 0 if task.first_token else 1
     scale = float(sides[0][1][:, skipped:].double().square().mean())
-    order = batches(len(sides[0][1]), options.batch, options.steps, seed)
+    order = batches(len(sides[0][1]), options.batch, options.steps, options.seed * 1_000_003 + index)
 
     def error(side: int, windows: Any) -> Tensor:
         calls, target = sides[side]

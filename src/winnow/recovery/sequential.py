@@ -10,6 +10,7 @@ Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from winnow.errors import InputError
 from winnow.linalg import leading_directions
 from winnow.modules import LowRankLinear, RoundedLinear, RowsLinear, SharedLinear
 from winnow.recovery.base import Task
-from winnow.recovery.blocks import Calls, calls_of, outputs_of
+from winnow.recovery.blocks import Calls, Passage, Reached, outputs_of
 
 log = logging.getLogger(__name__)
 PRECISION = 2.0**-24  # relative rounding error of the activations
@@ -49,15 +50,17 @@ def recover(task: Task) -> dict[str, Any]:
     if others:
         log.info("of other kinds, and left as they were: %s", ", ".join(others))
     flat = {f"{name}.{part}": getattr(module, part).weight.data for name, module in factors.items() for part in ("left", "right")}
-    numbers = torch.zeros(len(task.blocks), 2, dtype=torch.float64)
+    blocks = list(task.blocks.values())
+    numbers = torch.zeros(len(blocks), 2, dtype=torch.float64)
     done = task.resume.restore({**flat, "numbers": numbers}) if task.resume else 0
-    for index, block in list(enumerate(task.blocks.values()))[done:]:
+    ways = [[Passage(model, blocks, part, task.options.batch) for model in (task.model, task.dense)] for part in task.split()]
+    for index, block in list(enumerate(blocks))[done:]:
         own = {name: module for name, module in factors.items() if name.startswith(f"{block}.")}
         if own:
-            numbers[index] = torch.tensor(_block(task, block, own), dtype=torch.float64)
+            numbers[index] = torch.tensor(_block(task, index, own, ways), dtype=torch.float64)
         if task.resume:
             task.resume.save(index + 1, {**flat, "numbers": numbers})
-    rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in zip(task.blocks.values(), numbers.tolist(), strict=True)}
+    rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in zip(blocks, numbers.tolist(), strict=True)}
     kept = [name for name, row in rows.items() if row["held_out_best"] == row["held_out_start"]]
     return {"loss": "squared error over mean square of the target", "blocks": rows, "left_as_they_were": [*kept, *others]}
 
@@ -68,13 +71,13 @@ def _dense(task: Task, name: str) -> bool:
     return type(own) is type(dense) and all(p.shape == q.shape for p, q in zip(own.parameters(), dense.parameters(), strict=True))
 
 
-def _block(task: Task, name: str, factors: dict[str, Factors]) -> tuple[float, float]:
-    """(held-out loss before, of what is kept) of a block whose factors are fitted anew."""
-    options, device = task.options, next(task.model.parameters()).device
+def _block(task: Task, index: int, factors: dict[str, Factors], ways: list[list[Passage]]) -> tuple[float, float]:
+    """(held-out loss before, of what is kept) of the block `index`, whose factors are fitted anew. `ways`: of the windows that
+    are fitted to and of those held out, each through the compressed and the dense model."""
+    options, device = task.options, ways[0][0].device
+    name = ways[0][0].blocks[index]
     block, dense = task.model.get_submodule(name), task.dense.get_submodule(name)
-    windows, held = task.split()
-    calls, source = (calls_of(model, name, windows, options.batch) for model in (task.model, task.dense))
-    inputs, reference = (calls_of(model, name, held, options.batch) for model in (task.model, task.dense))
+    (calls, source), (inputs, reference) = ([way.go_to(index) for way in part] for part in ways)
     target = outputs_of(dense, reference if options.objective == "anchored" else inputs, options.batch, device)
     skipped = 0 if task.first_token else 1
 
@@ -121,12 +124,18 @@ def _moments(task: Task, name: str, key: str, calls: Calls, source: Calls, skipp
     """(G = X' X'^T, X X'^T) of the inputs of the matrix `key`, float64, in the compressed and in the dense model."""
     caught: list[Tensor] = []
     modules = [model.get_submodule(key) for model in (task.model, task.dense)]
-    hooks = [m.register_forward_pre_hook(lambda _m, args: caught.append(args[0])) for m in modules]
+
+    def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        caught.append(args[0])
+        raise Reached
+
+    hooks = [module.register_forward_pre_hook(catch) for module in modules]
     device, batch, length = next(task.model.parameters()).device, task.options.batch, calls.hidden.shape[1]
     gram = cross = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(calls.hidden), batch):
         for model, of in ((task.model, calls), (task.dense, source)):
-            of.run(model.get_submodule(name), slice(start, start + batch), device)
+            with suppress(Reached):
+                of.run(model.get_submodule(name), slice(start, start + batch), device)
         own, dense = (x.reshape(-1, length, x.shape[-1])[:, skipped:].flatten(0, 1).double() for x in caught)
         caught.clear()
         gram, cross = gram + own.T @ own, cross + dense.T @ own
