@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from winnow.architectures import Matrix, tokens_of
 from winnow.host import on_host
 from winnow.lanes import Lanes
-from winnow.products import PARTED, gram_of
+from winnow.products import PARTED, gram_of, one_thread_of_blas
 from winnow.progress import every
 from winnow.resume import Resume
 
@@ -262,7 +262,7 @@ def collect(
     device = str(next(model.parameters()).device)
     # an expert's tokens are the module's, so there is one thread in it at a time
     small = device == "cpu" and all(m.shape[1] ** 2 <= PARTED and m.expert is None for m in matrices)
-    part = min(batch, max(1, TOKENS // windows.shape[1])) if small else batch
+    part = min(max(1, batch // 2), max(1, TOKENS // windows.shape[1])) if small else batch
     watch = Watch(model, matrices, precision, device, batch // part)
     watch.ends = True
     batch *= TOGETHER if small else 1
@@ -277,10 +277,11 @@ def collect(
     sums = {f"{layer}.{site}.{name}": t for (layer, site), m in watch.sites.items() for name, t in m.tensors().items()}
     try:
         done = resume.restore(sums) if resume else 0
-        for start in every(batches.starts(done), "calibration batches"):
-            watch.lanes.run([partial(run, chosen) for chosen in batches.parts(start, part)])
-            if resume:
-                resume.save(start + batch, sums)
+        with one_thread_of_blas() if small else nullcontext():  # one part at a time, too, is many times slower beside others
+            for start in every(batches.starts(done), "calibration batches"):
+                watch.lanes.run([partial(run, chosen) for chosen in batches.parts(start, part)])
+                if resume:
+                    resume.save(start + batch, sums)
     finally:
         watch.remove()
     del sums

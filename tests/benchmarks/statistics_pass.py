@@ -6,8 +6,9 @@ Two models: the demo, and one block of Llama-3.2-1B's shape with random weights.
 elsewhere, the model with its head, which gives logits; that without the head, all that the statistics pass runs, stands beside
 it. The floor is the larger of two times, both of rates measured here: the operations of the forward pass and of the second
 moments (a Gram matrix counts half, since it is symmetric) over the rate of a float32 product, and the bytes of weights and sums,
-once per batch, over the rate of a copy. Printed for several numbers of windows: ratios, medians over the repeats, with the lowest
-and the highest; how both grow; and the largest relative difference of a moment from float64.
+once per batch, over the rate of a copy. Printed for several numbers of windows: ratios, medians over the repeats (half the
+windows, twice the repeats), with the lowest and the highest; how both grow; and the largest relative difference of a moment from
+float64.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def compare(name: str, model, matrices: list[Matrix], length: int, counts: list[
             return list(collect(model, matrices, windows, batch, precision))
 
         pairs, floors, heads = [], [], []
-        for _ in range(given.repeats):
+        for _ in range(given.repeats * max(counts) // count):  # the shorter, the more
             rate, bandwidth = rates(given.device)
             headed = timed(lambda forward=forward: forward(of=model), given.device) if base is not model else None
             pairs.append((timed(forward, given.device), timed(passed, given.device)))

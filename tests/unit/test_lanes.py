@@ -92,7 +92,7 @@ def test_what_a_part_meets_is_raised_with_its_layer(saved_llama, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("tokens", "batch", "most", "parts"), [(20, 7, 6, [2, 2, 2, 2, 1]), (5, 1, 1, [1] * 9), (1000, 2, 2, [2] * 4 + [1])]
+    ("tokens", "batch", "most", "parts"), [(20, 7, 6, [2, 2, 2, 2, 1]), (5, 1, 1, [1] * 9), (1000, 2, 2, [1] * 9)]
 )
 def test_no_more_windows_run_at_a_time_than_a_batch_has(saved_llama, tmp_path, monkeypatch, tokens, batch, most, parts):
     """Nine windows of ten tokens; windows longer than a part, and batches smaller than one, included."""

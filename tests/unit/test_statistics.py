@@ -80,7 +80,9 @@ def test_statistics_are_those_of_the_inputs(saved_model, tmp_path):
     for hook in hooks:
         hook.remove()
     for matrix in files.matrices:
-        x = torch.cat([part.reshape(-1, matrix.shape[1]) for part in seen[matrix.module][:1]]).double()
+        x = torch.cat(
+            [part.reshape(-1, matrix.shape[1]) for part in seen[matrix.module][:2]]
+        ).double()  # six windows in two parts
         for sites in by_batch:
             stats = sites[matrix.layer][matrix.site]
             assert int(stats["count"]) == 60
@@ -93,7 +95,7 @@ def test_the_model_runs_no_further_than_its_last_site(saved_llama, tmp_path):
         layer.mlp.down_proj.register_forward_hook(lambda *_: made.append("output of a layer"))
     model.model.norm.register_forward_pre_hook(lambda *_: made.append("norm"))
     list(collect(model, files.matrices, torch.zeros(6, 10, dtype=torch.long), 6, torch.float32))
-    assert made == ["output of a layer"], "of the first of two layers"
+    assert made == ["output of a layer"] * 2, "of the first of two layers, for two parts of the batch"
 
 
 def test_cross_moments_and_the_first_token(saved_model, tmp_path):
@@ -104,13 +106,14 @@ def test_cross_moments_and_the_first_token(saved_model, tmp_path):
     windows = torch.randint(0, VOCABULARY, (6, 10), generator=torch.Generator().manual_seed(0))
     down = next(m for m in files.matrices if m.site == "ffn_hidden")
     up = next(m for m in files.matrices if m.site == "ffn_input")
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, list[torch.Tensor]] = {}  # the six windows in two parts
     for m in (down, up):
-        hook = lambda _m, a, key=m.site: seen.update({key: a[0].reshape(6, 10, -1).double()})  # noqa: E731
+        hook = lambda _m, a, key=m.site: seen[key].append(a[0].reshape(3, 10, -1).double())  # noqa: E731
         model.get_submodule(m.module).register_forward_pre_hook(hook)
     for first_token, kept in ((True, slice(None)), (False, slice(1, None))):
+        seen.update(ffn_hidden=[], ffn_input=[])
         sites = dict(collect(model, files.matrices, windows, 6, torch.float64, first_token))[0]
-        h, x = (seen[key][:, kept].flatten(0, 1) for key in ("ffn_hidden", "ffn_input"))
+        h, x = (torch.cat(seen[key])[:, kept].flatten(0, 1) for key in ("ffn_hidden", "ffn_input"))
         torch.testing.assert_close(sites["ffn_hidden"]["cross"], h.T @ x / len(x))
         torch.testing.assert_close(sites["ffn_hidden"]["gram"], h.T @ h / len(x))
         torch.testing.assert_close(sites["ffn_input"]["mean"], x.mean(0))
