@@ -65,7 +65,7 @@ def test_a_killed_stage_goes_on_with_the_same_bits(stages, stage, tmp_path):
     again = runs[stage](resume)
     hook.remove()
     base.remove()
-    expected = 5 if stage == "statistics" else 6  # three batches are left of four: two parts of two, and one; or head and base of each
+    expected = 5 if stage == "statistics" else 6  # three batches of four are left: parts 2, 2, 1; or head and base of each
     assert len(passes) == expected
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
