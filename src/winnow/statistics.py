@@ -154,10 +154,16 @@ class Watch:
     `ends`.
     """
 
-    ends = False
-
-    def __init__(self, model: PreTrainedModel, matrices: list[Matrix], precision: torch.dtype, device: str, lanes: int = 1):
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        matrices: list[Matrix],
+        precision: torch.dtype,
+        device: str,
+        lanes: int = 1,
+        ends: bool = False,
+    ):
+        self.model, self.ends = model, ends
         self.own = threading.local()  # counted; inputs of the FFN that runs, by layer; how many sites are left
         self.sites: dict[tuple[int, str], Moments] = {}
         self.hooks = []
@@ -263,8 +269,7 @@ def collect(
     # an expert's tokens are the module's, so there is one thread in it at a time
     small = device == "cpu" and all(m.shape[1] ** 2 <= PARTED and m.expert is None for m in matrices)
     part = min(max(1, batch // 2), max(1, TOKENS // windows.shape[1])) if small else batch
-    watch = Watch(model, matrices, precision, device, batch // part)
-    watch.ends = True
+    watch = Watch(model, matrices, precision, device, batch // part, ends=True)
     batch *= TOGETHER if small else 1
     batches = Batches(windows, batch, first_token, types)
 
