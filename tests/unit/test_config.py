@@ -9,6 +9,8 @@ from tests.conftest import ROOT
 from winnow.config import load
 from winnow.config_files import default, generate
 from winnow.errors import InputError
+from winnow.plan import Plan
+from winnow.texts import check_overlap, read_rows
 
 
 def test_generated_files_are_in_step():
@@ -31,6 +33,16 @@ def merge(base, extra):
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*/*.yaml")), ids=lambda p: p.stem)
 def test_shipped_examples_are_valid(path):
     load(merge(default(), yaml.safe_load(path.read_text())))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config/studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_no_shipped_study_calibrates_on_what_it_measures(path):
+    """The guard that stops such a run is asked before anybody starts one."""
+    plan = Plan(load(merge(default(), yaml.safe_load(path.read_text()))), ROOT)
+    pairs = {tuple(reversed(plan.texts_of(cell))) for cell in plan.cells_of("perplexity") if cell.calibration}
+    for pair in pairs:
+        texts = [plan.config.texts[name].model_dump() for name in pair]
+        check_overlap(*(read_rows({**text, "files": [str(ROOT / file) for file in text["files"]]}) for text in texts), pair)
 
 
 def refused(change, files=()):
