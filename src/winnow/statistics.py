@@ -282,7 +282,7 @@ def collect(
     sums = {f"{layer}.{site}.{name}": t for (layer, site), m in watch.sites.items() for name, t in m.tensors().items()}
     try:
         done = resume.restore(sums) if resume else 0
-        with one_thread_of_blas() if small else nullcontext():  # more of them and torch's wait for each other, ten times as long
+        with one_thread_of_blas() if small else nullcontext():  # more of them and torch's wait for each other
             for start in every(batches.starts(done), "calibration batches"):
                 watch.lanes.run([partial(run, chosen) for chosen in batches.parts(start, part)])
                 if resume:

@@ -80,9 +80,8 @@ def test_statistics_are_those_of_the_inputs(saved_model, tmp_path):
     for hook in hooks:
         hook.remove()
     for matrix in files.matrices:
-        x = torch.cat(
-            [part.reshape(-1, matrix.shape[1]) for part in seen[matrix.module][:2]]
-        ).double()  # six windows in two parts
+        parts = seen[matrix.module][:2]  # six windows in two
+        x = torch.cat([part.reshape(-1, matrix.shape[1]) for part in parts]).double()
         for sites in by_batch:
             stats = sites[matrix.layer][matrix.site]
             assert int(stats["count"]) == 60
