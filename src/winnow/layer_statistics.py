@@ -37,5 +37,6 @@ class Statistics:
         if matrix.layer not in self.layers:
             self.layers[matrix.layer] = self.bundle.tensors(moments_file(matrix.layer))
         found = {need: self.layers[matrix.layer][f"{prefix}.{need}"] for need in needs}
-        self.precision = max([self.precision, *(torch.finfo(value.dtype).eps for value in found.values())])
+        rounded = [torch.finfo(value.dtype).eps for value in found.values() if value.is_floating_point()]  # a count is exact
+        self.precision = max([self.precision, *rounded])
         return {need: value.to(self.device).double() for need, value in found.items()}

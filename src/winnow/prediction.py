@@ -4,6 +4,9 @@ A change D of a matrix moves its output by D x, and the loss by 1/2 E[(g^T D x)^
 Fisher information as its Hessian. With x and g taken as independent this is 1/2 tr(F D C D^T), C = E[x x^T], F = E[g g^T] (KFAC,
 arXiv 1503.05671). A structure that replaces a whole FFN changes its output instead: there D x is that change, and F the moment
 of the gradient in the FFN's output. Changes of several matrices are taken to add up, which holds as long as each is small.
+
+What no calibration token shows would cost nothing: hidden units that never fired could go for free, and some fire on other text.
+So one token more is counted, of which nothing is known, see `unseen`.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def predict(
     not finite.
     """
     inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
-    needs = dict.fromkeys(("gram", *(need for need in structure.needs() if need not in GRADIENTS)))
+    needs = dict.fromkeys(("gram", "count", "max_abs", *(need for need in structure.needs() if need not in GRADIENTS)))
     for group in structure.groups(files.matrices):
         name = group_name(group)
         if group[0].expert is not None or name not in factors:
@@ -45,7 +48,7 @@ def predict(
             problem = Problem(
                 group,
                 {m.name: files.weight(m, device) for m in group},
-                {m.name: inputs.of(m, m.site, [need for need in needs if reads(m, need)]) for m in group},
+                {m.name: unseen(inputs.of(m, m.site, [need for need in needs if reads(m, need)])) for m in group},
                 None,
                 inputs.precision,
                 {m.name: files.tensor(f"{m.module}.bias").double().to(device) for m in group if m.bias},
@@ -57,6 +60,16 @@ def predict(
         predicted = structure.predicted(problem, fit)[: len(fit["numbers"])].cpu()
         log.info("%s: %.3g nats per token at size 0, %.3g at the largest", name, float(predicted[0]), float(predicted[-1]))
         yield name, predicted
+
+
+def unseen(site: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics of a site with its gram (n, n) as after one token more than its `count`, whose channels are independent, each
+    with the energy of what channels typically reach at most: the median of the squares of `max_abs` (n,) that are not 0."""
+    count, reached = float(site["count"]), site["max_abs"].square()
+    gram = site["gram"] * count
+    if (reached > 0).any():
+        gram.diagonal().add_(reached[reached > 0].median())
+    return site | {"gram": gram / (count + 1)}
 
 
 def table_of(predicted: dict[str, list[float]]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import logits, statistics
 from tests.unit.worlds import World, matrix_of
 from winnow.allocation import allocate, chosen_groups, summarize
@@ -22,7 +22,7 @@ from winnow.linalg import truncation_errors
 from winnow.loading import load_model
 from winnow.metrics import metric_of
 from winnow.models import ModelFiles
-from winnow.prediction import predict
+from winnow.prediction import predict, unseen
 from winnow.rounds import Held, Setting, around, compressed_model, predict_in_rounds
 from winnow.statistics import collect
 from winnow.structures import STRUCTURES, structure_of
@@ -197,11 +197,55 @@ def test_every_group_gets_a_prediction_of_every_size(predicted_llama):
         assert len(g.predicted) == len(g.numbers) == len(g.error)
         (matrix,) = g.matrices
         fit = factors[g.name].tensors(f"{g.name}.safetensors")
-        c = moments.tensors(f"layer-{matrix.layer:03d}.safetensors")[f"{matrix.site}.gram"].double()
+        site = moments.tensors(f"layer-{matrix.layer:03d}.safetensors")
+        c = unseen({need: site[f"{matrix.site}.{need}"].double() for need in ("gram", "count", "max_abs")})["gram"]
         f = gradients.tensors(f"layer-{matrix.layer:03d}.safetensors")[f"{matrix.role}.gradient_gram"].double()
         k = g.largest // 2
         change = files.weight(matrix) - fit["left"][:, :k].double() @ fit["right"][:k].double()
         assert g.predicted[k] == pytest.approx(float(torch.trace(f @ change @ c @ change.T)) / 2, rel=1e-6)
+
+
+def test_one_token_more_is_as_if_it_had_been_seen(generator):
+    x = torch.randn(50, 7, generator=generator, dtype=torch.float64)
+    x[:, 2] = 0
+    site = {"gram": x.T @ x / 50, "count": torch.tensor(50.0), "max_abs": x.abs().amax(0), "mean": x.mean(0)}
+    found = unseen(site)
+    energy = site["max_abs"][[0, 1, 3, 4, 5, 6]].square().sort().values[2]  # of an even number, the lower one in the middle
+    assert torch.allclose(found["gram"], (x.T @ x + energy * torch.eye(7)) / 51, rtol=1e-12)
+    assert torch.equal(found["mean"], site["mean"])
+    assert torch.equal(site["gram"], x.T @ x / 50)
+    nothing = unseen({"gram": torch.zeros(3, 3), "count": torch.tensor(0.0), "max_abs": torch.zeros(3)})
+    assert torch.equal(nothing["gram"], torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("correction", ["none", "nystrom"])
+def test_hidden_units_that_never_fired_do_not_go_for_free(tmp_path, correction):
+    """Of an OPT whose first ten units do not fire on the calibration text: leaving them out costs what one token more says."""
+    model = pico("opt")
+    for module in model.modules():
+        if hasattr(module, "fc1"):
+            module.fc1.bias.data[:10] = -1000.0
+    model.save_pretrained(tmp_path / "model")
+    moments, gradients = statistics(tmp_path / "model", tmp_path / "statistics")
+    files = ModelFiles(tmp_path / "statistics" / "model.json")
+    structure = structure_of({"kind": "neuron_slice", "criterion": "loss", "correction": correction})
+    for name, fit, numbers in fit_groups(files, moments, gradients, {}, structure, None, "1-of-1", "cpu"):
+        tensors = storable(structure, fit) | {"numbers": torch.tensor(numbers)}
+        write_tensors(tmp_path / "factors" / f"{name}.safetensors", tensors)
+    write_manifest(tmp_path / "factors", {}, {})
+    bundle = Bundle(tmp_path / "factors" / "manifest.json")
+    factors = {group_name(group): bundle for group in structure.groups(files.matrices)}
+    predicted = dict(predict(files, moments, gradients, factors, structure, "cpu"))
+    for group in structure.groups(files.matrices):
+        down, found = group[-1], predicted[group_name(group)][group[-1].shape[1] - 10]
+        held = moments.tensors(f"layer-{down.layer:03d}.safetensors")
+        site = {need: held[f"{down.site}.{need}"] for need in ("count", "max_abs")}
+        weight = files.weight(down)[:, :10]
+        f = gradients.tensors(f"layer-{down.layer:03d}.safetensors")[f"{down.role}.gradient_gram"].double()
+        assert (site["max_abs"][:10] == 0).all()
+        energy = site["max_abs"][site["max_abs"] > 0].double().square().median() / (int(site["count"]) + 1)
+        assert float(found) == pytest.approx(float(energy * torch.trace(weight.T @ f @ weight)) / 2, rel=1e-5)
+        assert found > 0
 
 
 def test_a_checkpoint_keeps_matrices_dense_and_counts_their_bytes(predicted_llama, saved_llama, tmp_path):
