@@ -29,7 +29,8 @@ CONFIG, SCHEMA, README = "config/config.yaml", "workflow/schemas/config.schema.j
 ALLOCATED = [
     "All meet `keep_bytes` within 0.5 % of the dense bytes and never exceed it; a matrix that stays dense counts with its dense",
     "bytes, and allocation.json lists it with size null. The predicted loss of a size is 1/2 tr(F D C D^T) nats per token: D is",
-    "the change of the matrix, C the second moment of its input, F that of the loss's gradient in its output. It takes one",
+    "the change of the matrix, C the second moment of its input (with one token more than was seen, at what channels typically",
+    "reach at most, so that nothing unseen goes for free), F that of the loss's gradient in its output. It takes one",
     "backward pass over the calibration windows, which budgets with other objectives do not ask for; structures that have it: "
     + ", ".join(f"`{kind}`" for kind, cls in STRUCTURES.items() if cls.predicts)
     + ". `learned` sizes",
