@@ -66,10 +66,10 @@ def unseen(site: dict[str, Tensor]) -> dict[str, Tensor]:
     """Statistics of a site with its gram (n, n) as after one token more than its `count`, whose channels are independent, each
     with the energy of what channels typically reach at most: the median of the squares of `max_abs` (n,) that are not 0."""
     count, reached = float(site["count"]), site["max_abs"].square()
-    gram = site["gram"] * count
+    gram = site["gram"] * (count / (count + 1))
     if (reached > 0).any():
-        gram.diagonal().add_(reached[reached > 0].median())
-    return site | {"gram": gram / (count + 1)}
+        gram.diagonal().add_(reached[reached > 0].median() / (count + 1))
+    return site | {"gram": gram}
 
 
 def table_of(predicted: dict[str, list[float]]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from winnow.io import write_json
 from winnow.loading import load_model
 from winnow.metrics import metric_of
 from winnow.models import ModelFiles, tensor_bytes
+from winnow.prediction import unseen
 from winnow.retrieve import describe
 from winnow.statistics import collect
 from winnow.structures import structure_of
@@ -78,7 +80,7 @@ class Bench:
                 [m], {m.name: self.files.weight(m)}, {m.name: site}, metric_of({"kind": metric}), outputs={m.name: output}
             )
             fit = structure.fit(problem, structure.largest([m]))
-            predicted = structure.predicted(problem, fit.tensors).tolist()
+            predicted = structure.predicted(replace(problem, sites={m.name: unseen(site)}), fit.tensors).tolist()
             numbers = [structure.numbers([m], size, fit.tensors) for size in range(len(fit.error))]
             unit = tensor_bytes({"shape": [1], "dtype": self.files.tensors[f"{m.module}.weight"]["dtype"]})
             fixed = self.files.dense_bytes([m]) - m.shape[0] * m.shape[1] * unit

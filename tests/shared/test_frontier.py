@@ -31,14 +31,14 @@ def frontier() -> dict:
 
 @pytest.mark.slow
 def test_the_recommended_preset_is_the_best_or_tied_nearly_everywhere(tmp_path):
-    """Hours on two cores (1,380 cells); prints the table. Where it is not, the model gets better than dense by what others do to
-    it, which the predicted loss, at least 0, does not see."""
+    """Hours on two cores (1,380 cells); prints the table. Where it is not, what others do happens to make the model better on this
+    text, though not on the calibration text; see tests/benchmarks/first_order.py."""
     _, folder = run(frontier(), tmp_path)
     spread = pd.read_csv(f"{folder}/results/tables/spread.csv")
     print(spread.pivot_table(index=["model", "method"], columns="budget", values="delta_nll").to_string(float_format="%.5f"))
     own = spread[spread["method"] == "winnow"]
     assert len(own) == 5 * 8
-    assert own["tie"].sum() >= 37
+    assert own["tie"].sum() >= 38
     assert own["delta_nll"].max() < 0.002
     losses = spread.pivot_table(index=["model", "budget"], columns="method", values="delta_nll").dropna(subset=["winnow"])
     assert (losses["whitened_ilp"] < losses["whitened"]).mean() > 0.9
