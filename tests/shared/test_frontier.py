@@ -31,8 +31,8 @@ def frontier() -> dict:
 
 @pytest.mark.slow
 def test_the_recommended_preset_is_the_best_or_tied_nearly_everywhere(tmp_path):
-    """Hours on two cores (1,380 cells); prints the table. Where it is not, what others do happens to make the model better on this
-    text, though not on the calibration text; see tests/benchmarks/first_order.py."""
+    """Hours on two cores (1,380 cells); prints the table. Where it is not, what others do happens to make the model better on
+    this text, though not on the calibration text; see tests/benchmarks/first_order.py."""
     _, folder = run(frontier(), tmp_path)
     spread = pd.read_csv(f"{folder}/results/tables/spread.csv")
     print(spread.pivot_table(index=["model", "method"], columns="budget", values="delta_nll").to_string(float_format="%.5f"))
