@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from winnow.errors import InputError
 from winnow.linalg import leading_directions
 from winnow.modules import LowRankLinear, RoundedLinear, RowsLinear, SharedLinear
+from winnow.products import gram_of
 from winnow.recovery.base import Task
 from winnow.recovery.blocks import Calls, Passage, Reached, outputs_of
 
@@ -138,7 +139,7 @@ def _moments(task: Task, name: str, key: str, calls: Calls, source: Calls, skipp
                 of.run(model.get_submodule(name), slice(start, start + batch), device)
         own, dense = (x.reshape(-1, length, x.shape[-1])[:, skipped:].flatten(0, 1).double() for x in caught)
         caught.clear()
-        gram, cross = gram + own.T @ own, cross + dense.T @ own
+        gram, cross = gram + gram_of(own), cross + gram_of(dense, own)
     for hook in hooks:
         hook.remove()
     return gram, cross
@@ -149,12 +150,12 @@ def _fit(task: Task, key: str, module: Factors, gram: Tensor, cross: Tensor) -> 
     dense: Any = task.dense.get_submodule(key)
     weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).double()
     if task.options.objective == "anchored":
-        weight = weight @ cross @ torch.linalg.pinv(gram, rtol=len(gram) * PRECISION, hermitian=True)
+        weight = weight @ cross @ torch.linalg.pinv(gram, rtol=len(gram) * PRECISION**2, hermitian=True)
     tied = task.model.all_tied_weights_keys
     if f"{key}.right.weight" in {*tied, *tied.values()}:
         right = module.right.weight.double()
         seen = right @ gram
-        left = weight @ seen.T @ torch.linalg.pinv(seen @ right.T, rtol=len(gram) * PRECISION, hermitian=True)
+        left = weight @ seen.T @ torch.linalg.pinv(seen @ right.T, rtol=len(gram) * PRECISION**2, hermitian=True)
         module.left.weight.copy_(left.to(task.dtypes[f"{key}.left.weight"]))
         return
     rank = module.right.out_features
