@@ -49,12 +49,15 @@ def check_training(config: Config, name: str, experiment: Experiment) -> None:
     recoveries = [step for r in experiment.recoveries for step in config.steps(r)]
     for method, r in itertools.product(experiment.methods, recoveries):
         recovery, structure = config.recoveries[r], structure_of(config.methods[method].structure.model_dump())
-        trains = isinstance(recovery, Trained) and not recovery.norms
-        if (trains or isinstance(recovery, Sequential)) and (reason := structure.untrainable()):
-            instead = "give the recovery `norms: true`, or leave" if trains else "leave"
+        if isinstance(recovery, Trained) and not recovery.norms and (reason := structure.untrainable()):
             raise ValueError(
-                f"experiments.{name}: recovery {r!r} has nothing to train in method {method!r}: {reason}; {instead} one of them "
-                "out"
+                f"experiments.{name}: recovery {r!r} has nothing to train in method {method!r}: {reason}; give the recovery "
+                "`norms: true`, or leave one of them out"
+            )
+        if isinstance(recovery, Sequential) and not structure.refits():
+            raise ValueError(
+                f"experiments.{name}: recovery {r!r} fits plain factors of low rank anew (as of low_rank, gauge_fixed, "
+                f"basis_sharing), and method {method!r} stores none; use `refine`, or leave one of them out"
             )
     used = [f"models.{n}.finetune.task" for n in experiment.models]
     used += [f"calibrations.{n}.task" for n in experiment.calibrations] + [f"recoveries.{n}.task" for n in recoveries]

@@ -498,14 +498,38 @@ def test_small_inputs_count_beside_massive_ones(tmp_path):
     assert (ours - theirs).norm() < 0.05 * theirs.norm(), "all of it is lost where they are cut off"
 
 
-def test_sequential_is_for_factors_of_their_own(saved_llama, tmp_path):
-    checkpoint = Bundle(build(saved_llama, tmp_path / "work", ["ffn"], 0.6, "neuron_slice") / MANIFEST)
-    with pytest.raises(InputError, match="no matrix is of the kinds low_rank and gauge_fixed"):
-        run(files_of(saved_llama, tmp_path), checkpoint, KINDS["sequential"])
+@pytest.mark.parametrize("kind", ["neuron_slice", "cluster", "coupled"])
+def test_sequential_is_for_factors_of_their_own(saved_llama, kind, tmp_path):
+    """A configuration is refused, a checkpoint stays as it is: an allocation of `mixed` may have chosen nothing else."""
+    content = default()
+    metric = {} if kind == "neuron_slice" else {"metric": {"kind": "weights"}}
+    content["methods"]["mine"] = {"structure": {"kind": kind}, **metric}
+    content["experiments"]["demo"] |= {"methods": ["mine"], "recoveries": ["none", "sequential"]}
+    with pytest.raises(InputError, match=r"'sequential' fits plain factors of low rank anew .*'mine' stores none; use `refine`"):
+        load(content)
+    content["experiments"]["demo"] |= {"methods": ["winnow"]}
+    load(content)
+    named = {"metric": "weights"} if metric else {}
+    checkpoint = Bundle(build(saved_llama, tmp_path / "work", ["ffn"], 0.6, kind, **named) / MANIFEST)
+    before = load_model(checkpoint.directory, "float32", "cpu").state_dict()
+    task, report = run(files_of(saved_llama, tmp_path), checkpoint, KINDS["sequential"])
+    assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
+    assert set(task.modules) <= set(report["left_as_they_were"])
 
 
-def test_sequential_names_what_it_leaves(saved_llama, tmp_path):
-    parts = {"attention": {"kind": "low_rank"}, "ffn": {"kind": "shared_basis"}}
+def test_sequential_fits_one_side_of_a_coupling(saved_llama, tmp_path):
+    options = {"sides": "one", "tying": "tied"}
+    checkpoint = Bundle(build(saved_llama, tmp_path, ["ffn"], 0.6, "coupled", metric="gram", **options) / MANIFEST)
+    before = load_model(checkpoint.directory, "float32", "cpu").state_dict()
+    task, report = run(files_of(saved_llama, tmp_path), checkpoint, KINDS["sequential"])
+    assert any(best < start for start, best in losses(report))
+    changed = [key for key, value in task.model.state_dict().items() if not torch.equal(value, before[key])]
+    assert {key.rpartition("proj.")[2] for key in changed} == {"left.weight"}
+
+
+@pytest.mark.parametrize("kind", ["shared_basis", "cluster"])
+def test_sequential_names_what_it_leaves(saved_llama, kind, tmp_path):
+    parts = {"attention": {"kind": "low_rank"}, "ffn": {"kind": kind}}
     folder = build(saved_llama, tmp_path / "work", ["ffn", "attention"], 0.6, "by_target", metric="gram", parts=parts)
     task, report = run(files_of(saved_llama, tmp_path), Bundle(folder / MANIFEST), KINDS["sequential"])
     others = {name for name in task.modules if ".mlp." in name}

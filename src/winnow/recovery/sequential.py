@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from winnow.errors import InputError
 from winnow.linalg import leading_directions
-from winnow.modules import LowRankLinear, RoundedLinear, RowsLinear, SharedLinear
+from winnow.modules import LowRankLinear, RowsLinear, SharedLinear
 from winnow.products import gram_of
 from winnow.recovery.base import Task
 from winnow.recovery.blocks import Calls, Passage, Reached, outputs_of
@@ -34,20 +33,13 @@ Factors = LowRankLinear | RowsLinear
 def recover(task: Task) -> dict[str, Any]:
     """Fit the low-rank factors of `task.model` anew, in place; returns {blocks: {name: held-out losses}}, as `refine` does. A
     block whose output is no nearer to the dense block's on the held-out windows is as it was. Goes on after the last block that
-    was saved. The dense model has no factors, and stays as it is; so do modules of other kinds, which the report names.
-
-    Raises InputError for a checkpoint without matrices of the kinds low_rank and gauge_fixed, unless all are rounded: which
-    ones are is an allocation's choice, of which a configuration cannot know."""
+    was saved. The dense model has no factors, and stays as it is; so do modules of other kinds, which the report names. They may
+    be all: an allocation may choose nothing else, of which a configuration, that refuses other structures, cannot know."""
+    modules = ((name, task.model.get_submodule(name)) for name in task.modules)
     factors: dict[str, Factors] = {
-        name: module
-        for name, module in task.model.named_modules()
-        if isinstance(module, Factors) and not isinstance(module.right, SharedLinear)
+        name: module for name, module in modules if isinstance(module, Factors) and not isinstance(module.right, SharedLinear)
     }
     others = [name for name in task.modules if name not in factors and not _dense(task, name)]
-    if not factors and not all(isinstance(task.model.get_submodule(name), RoundedLinear) for name in others):
-        raise InputError(
-            "recovery: no matrix is of the kinds low_rank and gauge_fixed, and `sequential` fits no other anew; use `refine`"
-        )
     if others:
         log.info("of other kinds, and left as they were: %s", ", ".join(others))
     flat = {f"{name}.{part}": getattr(module, part).weight.data for name, module in factors.items() for part in ("left", "right")}

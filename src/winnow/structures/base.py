@@ -149,6 +149,10 @@ class Structure(ABC):
         """Why no recovery can train the numbers that it stores; None if one can."""
         return None
 
+    def refits(self) -> bool:
+        """Whether the recovery `sequential` can fit factors of it anew; of several structures, those of any."""
+        return any(own.refits() for own in self.alternatives().values() if own is not self)
+
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         """Which matrices are fitted together (by default every matrix alone); those in no group cannot be compressed so."""
         return [[m] for m in matrices]

@@ -31,6 +31,9 @@ class BasisSharing(SharedBasis):
         )
         basis: Literal["outputs", "inputs"] = Field("outputs", description="as for shared_basis")
 
+    def refits(self) -> bool:
+        return True
+
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         options = self.options
         found: dict[tuple[int, str, int | None], list[Matrix]] = {}

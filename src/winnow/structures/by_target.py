@@ -79,6 +79,9 @@ class ByTarget(Structure):
         reasons = [part.untrainable() for part in self.parts.values()]
         return reasons[0] if all(reasons) else None
 
+    def refits(self) -> bool:
+        return any(part.refits() for part in self.parts.values())
+
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         found = []
         for target, part in self.parts.items():

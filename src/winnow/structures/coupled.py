@@ -70,6 +70,9 @@ class Coupled(Structure):
     def needs(self) -> tuple[str, ...]:
         return ("gram",) if self.options.anchor == "whitened" else ()
 
+    def refits(self) -> bool:
+        return self.options.sides == "one"
+
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         found: dict[tuple[str, tuple[int, int]], list[Matrix]] = {}
         for m in (m for m in matrices if m.expert is None):  # experts of two layers do not correspond

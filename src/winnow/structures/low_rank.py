@@ -24,6 +24,9 @@ class LowRank(Structure):
     class Options(StructureOptions):
         kind: Literal["low_rank"]
 
+    def refits(self) -> bool:
+        return True
+
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return size * sum(group[0].shape)
 
