@@ -18,7 +18,8 @@ if __name__ == "__main__":
     windows = read_tensors(given.tokens, sealed=True)[0]["ids"]
     target = Path(snakemake.output[0]).parent
     resume = Resume(target, job.provenance)
-    task = task_of(files, checkpoint, windows, options, spec["first_token"], job.device, resume)
+    gradients = Bundle(given.gradients) if given.get("gradients") else None
+    task = task_of(files, checkpoint, windows, options, spec["first_token"], job.device, resume, gradients)
     if given.get("train"):
         task.rows = {"train": given.train, "facts": given.facts, "tokenizer": files.directory, "length": spec["length"]}
     report = recovery_of(spec["recovery"]["kind"])(task)

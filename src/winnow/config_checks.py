@@ -62,9 +62,9 @@ def check_training(config: Config, name: str, experiment: Experiment) -> None:
     used = [f"models.{n}.finetune.task" for n in experiment.models]
     used += [f"calibrations.{n}.task" for n in experiment.calibrations] + [f"recoveries.{n}.task" for n in recoveries]
     for c in (c for c in experiment.calibrations if config.calibrations[c].task):
-        for r in (r for r in recoveries if isinstance(config.recoveries[r], Trained)):
+        for r in (r for r in recoveries if isinstance(config.recoveries[r], Trained | Sequential)):
             raise ValueError(
-                f"experiments.{name}: recovery {r!r} trains on whole windows of a text, calibration {c!r} is of the rows of "
+                f"experiments.{name}: recovery {r!r} works on whole windows of a text, calibration {c!r} is of the rows of "
                 "a task; calibrate on a text, or recover by `finetune`"
             )
     named, tasks = config.tasks_named(), {n: e for n, e in config.evaluations.items() if isinstance(e, Classification)}

@@ -161,6 +161,8 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
     reading = [(c, m) for c, m, b in checkpoints if b and plan.allocation(plan.labels["budgets"][b]).predicts()]
     predicted = {(c, member) for c, method in reading for member in plan.members[method]}
     gradients = {c for c, m in methods if "gradients" in plan.needs(plan.labels["methods"][m])} | {c for c, _ in predicted}
+    recovering = ((c.calibration, r) for c in cells if c.method and c.recovery for r in plan.config.steps(c.recovery))
+    gradients |= {str(c) for c, recovery in recovering if plan.config.recoveries[recovery].reads_gradients}
     for calibration in calibrations:
         preset = plan.config.calibrations[calibration]
         tokens, unit = preset.windows * preset.length, 8 if preset.precision == "float64" else 4

@@ -89,6 +89,7 @@ def methods() -> dict[str, dict[str, Any]]:
 def recoveries() -> dict[str, dict[str, Any]]:
     """The section `recoveries` of the default configuration."""
     plain: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in ("none", "sequential", "refine", "distill")}
+    plain["sequential_weighted"] = {"kind": "sequential", "objective": "shifted", "outputs": "gradient"}
     chained = {"fitted_refined": {"kind": "refine", "after": "sequential"}}
     chained["fitted_refined_distilled"] = {"kind": "distill", "after": "fitted_refined"}
     return plain | {"distill_lora": {"kind": "distill", "parameters": "lora"}} | chained

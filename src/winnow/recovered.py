@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from winnow.architectures import blocks_of
+from winnow.errors import InputError
 from winnow.io import Bundle, write_manifest
+from winnow.layer_statistics import Layers, Statistics
+from winnow.linalg import regularized
 from winnow.loading import load_model
 from winnow.models import ModelFiles, tensor_bytes, weight_files
 from winnow.recovery.base import Task
@@ -20,6 +23,7 @@ from winnow.resume import Resume
 from winnow.runtime import Job
 from winnow.weights import SHARD_BYTES, copy_files, write_weights
 
+RIDGE = 1e-6  # added to the metric of outputs, as a share of its mean
 SIZES = ("dense_bytes", "stored_bytes", "model_stored_bytes")
 
 
@@ -31,9 +35,10 @@ def task_of(
     first_token: bool,
     device: str,
     resume: Resume | None = None,
+    gradients: Layers | None = None,
 ) -> Task:
     """The task of a checkpoint (of a compressed model, or of a recovered dense one), or with None of the dense model itself. Both
-    models are in float32: steps of training get lost in 16 bits."""
+    models are in float32: steps of training get lost in 16 bits. `gradients`: statistics of them, for options that read them."""
     dense = load_model(files.verify(), "float32", device)
     model = load_model(checkpoint.verify() if checkpoint else files.directory, "float32", device)
     modules = [m.module for m in files.matrices]
@@ -44,7 +49,27 @@ def task_of(
     blocks = blocks_of(files.manifest["model_type"], files.tensors)
     for each in (model, dense):
         each.requires_grad_(False)
-    return Task(model, dense, windows, blocks, modules, dtypes, options, first_token, resume)
+    outputs = _metric_of_outputs(files, gradients, device) if gradients else None
+    return Task(model, dense, windows, blocks, modules, dtypes, options, first_token, resume, outputs)
+
+
+def _metric_of_outputs(files: ModelFiles, gradients: Layers, device: str) -> Callable[[str], Tensor]:
+    """module -> R (m, m), as in the metric `two_sided`. Raises InputError, naming the module, where that is zero or not there."""
+    statistics = Statistics(gradients, device)
+    matrices = {matrix.module: matrix for matrix in files.matrices}
+
+    def of(module: str) -> Tensor:
+        matrix = matrices[module]
+        if matrix.expert is not None:
+            raise InputError(f"{module}: there are no statistics of gradients of experts; use `outputs: equal`")
+        statistics.keep([matrix])
+        try:
+            gram = statistics.of(matrix, matrix.role, ["gradient_gram"])["gradient_gram"]
+            return regularized(gram, RIDGE, "the second moment of the output's gradient")
+        except FloatingPointError as error:
+            raise InputError(f"{module}: {error}") from error
+
+    return of
 
 
 def _stored(files: ModelFiles, checkpoint: Bundle | None) -> Iterator[tuple[str, Tensor]]:

@@ -21,6 +21,11 @@ class Recovery(Strict):
     kind: str
     after: str | None = Field(None, description="another recovery by its name: this one goes on from the checkpoint that it made")
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether it reads the second moments of the loss's gradient in every output."""
+        return False
+
 
 class Trained(Recovery):
     """A recovery that trains on the calibration windows, a share of which is held out and never trained on."""
@@ -57,14 +62,24 @@ class Refine(Trained):
 class Sequential(Recovery):
     """Low-rank factors fitted anew in closed form, matrix by matrix in the order that the model computes, to the inputs that the
     compressed model makes; nothing is trained. A block is as it was where this brings its output no nearer to the dense block's
-    on the held-out windows. Objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
+    on the held-out windows; with `outputs: gradient` the model, where its predictions come no nearer to the dense model's.
+    Objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
 
     kind: Literal["sequential"] = Field(description="sequential")
     objective: Literal["anchored", "shifted"] = Field(
         "anchored", description="anchored: the dense matrix's output in the dense model; shifted: on the compressed one's inputs"
     )
+    outputs: Literal["equal", "gradient"] = Field(
+        "equal",
+        description="equal: all errors of a matrix's output count alike, as published; gradient: by the second moment of the "
+        "loss's gradient in them, as in the metric `two_sided`, and the model is judged by its predictions, not by its blocks",
+    )
     batch: int = Field(8, ge=1, description="windows at a time")
     held_out: float = Field(0.125, gt=0, lt=1, description="share of the calibration windows that only judge the blocks")
+
+    @property
+    def reads_gradients(self) -> bool:
+        return self.outputs == "gradient"
 
 
 class Distill(Trained):

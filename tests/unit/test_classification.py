@@ -489,7 +489,7 @@ def test_labels_follow_what_is_learned_and_not_how_it_is_scored():
         ({"evaluations__t__test": ["a.csv"]}, "a.csv: stands in both"),
         ({"evaluations__t__test": []}, "give either `train` and `test`, or `dataset`"),
         ({"evaluations__t__train": ["a.tsv"]}, "a.tsv: the name must end in one of"),
-        ({"recoveries__again": {"kind": "refine"}}, "recovery 'again' trains on whole windows of a text"),
+        ({"recoveries__again": {"kind": "refine"}}, "recovery 'again' works on whole windows of a text"),
     ],
 )
 def test_bad_configurations_are_refused(changes, message):

@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 
 from tests.conftest import FAMILIES, ROOT, pico
 from tests.unit.test_checkpoint import build
+from winnow.architectures import matrices_of
 from winnow.config import load
 from winnow.config_files import default
 from winnow.errors import InputError
+from winnow.gradients import collect_gradients
 from winnow.grid import Cell
 from winnow.hf import WinnowConfig
 from winnow.io import MANIFEST, Bundle, write_json
+from winnow.linalg import leading_directions
 from winnow.loading import load_model
 from winnow.models import ModelFiles
 from winnow.plan import Plan
@@ -32,6 +35,7 @@ from winnow.recovery.blocks import Passage, outputs_of
 from winnow.recovery.training import batches, rate_at
 from winnow.resume import SECONDS, Resume
 from winnow.retrieve import describe
+from winnow.rounds import Held
 from winnow.runtime import Job
 from winnow.share import share
 
@@ -44,6 +48,7 @@ KINDS = {
     "nll": {"kind": "distill", "nll": 0.5, **SHORT},
     "sequential": {"kind": "sequential"},
     "sequential_shifted": {"kind": "sequential", "objective": "shifted"},
+    "weighted": {"kind": "sequential", "objective": "shifted", "outputs": "gradient"},
     "lora": {"kind": "distill", "parameters": "lora", "lora_rank": 4, **SHORT},
 }
 TRAINED = [name for name, options in KINDS.items() if "steps" in options]
@@ -58,13 +63,24 @@ def files_of(source, folder) -> ModelFiles:
 
 def run(files, checkpoint, options, resume=None, change=lambda task: None, windows=WINDOWS):
     """(task after its recovery, the report)"""
-    task = task_of(files, checkpoint, windows, options_of(options), True, "cpu", resume)
+    gradients = gradients_of(files.directory) if options_of(options).reads_gradients else None
+    task = task_of(files, checkpoint, windows, options_of(options), True, "cpu", resume, gradients)
     change(task)
     return task, recovery_of(options["kind"])(task)
 
 
+@cache
+def gradients_of(directory: Path) -> Held:
+    """Statistics of gradients of a dense model, as the rule collects them."""
+    model, known = load_model(directory, "float32", "cpu"), describe(directory)
+    matrices = matrices_of(known["model_type"], known["tensors"])
+    return Held(collect_gradients(model, matrices, WINDOWS, 20, torch.float64, "model", 0))
+
+
 def losses(report) -> list[tuple[float, float]]:
     """(held-out loss at the start, and of what is kept) of every training in a report."""
+    if "divergence" in report:  # the model is judged, not its blocks
+        return [(report["divergence"]["held_out_start"], report["divergence"]["held_out_best"])]
     rows = report["blocks"].values() if "blocks" in report else [report]
     return [(row["held_out_start"], row["held_out_best"]) for row in rows]
 
@@ -317,7 +333,8 @@ def test_too_few_windows_are_refused(llama):
 
 def test_models_without_what_is_needed_are_refused(tmp_path):
     for name, options, message in (
-        ("bert_encoder", "distill", "BertModel has no logits to be distilled"),
+        ("bert_encoder", "distill", "BertModel has no logits to be compared; use `refine`"),
+        ("bert_encoder", "weighted", "BertModel predicts no classes"),
         ("bert_masked", "nll", "BertForMaskedLM does not predict the text's next tokens"),
     ):
         pico(name).save_pretrained(tmp_path / name)
@@ -449,12 +466,13 @@ def product_of(module) -> torch.Tensor:
         return module.double()(torch.eye(module.right.in_features, dtype=torch.float64)).T
 
 
+@pytest.mark.parametrize("outputs", ["equal", "gradient"])
 @pytest.mark.parametrize("structure", ["low_rank", "gauge_fixed"])
-def test_what_is_fitted_anew_is_the_least_squares_optimum(saved_llama, structure, tmp_path):
+def test_what_is_fitted_anew_is_the_least_squares_optimum(saved_llama, structure, outputs, tmp_path):
     """Brute force: of all maps of the same rank none is nearer to W X, given the inputs X' of the compressed model."""
     files = files_of(saved_llama, tmp_path)
     checkpoint = Bundle(build(saved_llama, tmp_path / "work", ["ffn", "attention"], 0.4, structure, metric="gram") / MANIFEST)
-    options = {**KINDS["sequential"], "held_out": 0.02}
+    options = {**KINDS["sequential"], "held_out": 0.02, "outputs": outputs}
     start = task_of(files, checkpoint, WINDOWS, options_of(options), True, "cpu")
     task, _ = run(files, checkpoint, options)
     seen: dict[str, list] = {}
@@ -473,11 +491,31 @@ def test_what_is_fitted_anew_is_the_least_squares_optimum(saved_llama, structure
             b = torch.linalg.lstsq(own, target, rcond=len(gram) ** 0.5 * 2.0**-24, driver="gelsd").solution.T
             values, vectors = torch.linalg.eigh(gram)
             root = vectors * values.clamp(min=0).sqrt()
-            left_over = torch.linalg.svdvals(b @ root)[module.right.out_features :].square().sum()
-            optimum = float((target - own @ b.T).square().sum() + left_over)
+            metric = task.outputs(name) if outputs == "gradient" else torch.eye(len(weight), dtype=torch.float64)
+            rows = torch.linalg.cholesky(metric)
+            left_over = torch.linalg.svdvals(rows.T @ b @ root)[module.right.out_features :].square().sum()
+            optimum = float(((target - own @ b.T) @ rows).square().sum() + left_over)
             product, before = (product_of(of.get_submodule(name)) for of in (task.model, start.model))
-            assert float((target - own @ product.T).square().sum()) == pytest.approx(optimum, rel=1e-4)
-            assert float((target - own @ before.T).square().sum()) > 1.001 * optimum
+            assert float(((target - own @ product.T) @ rows).square().sum()) == pytest.approx(optimum, rel=1e-4)
+            assert float(((target - own @ before.T) @ rows).square().sum()) > 1.001 * optimum
+
+
+def test_a_model_whose_predictions_come_no_nearer_is_left_as_it_was(llama, monkeypatch):
+    """By gradients, blocks are not judged by themselves; a wrong target ruins them, and all are put back, to the bit."""
+    files, checkpoint = llama
+    start = task_of(files, checkpoint, WINDOWS, options_of(KINDS["weighted"]), True, "cpu").model.state_dict()
+    with monkeypatch.context() as patch:
+        wrong = lambda weight, *rest, **named: leading_directions(30 * weight, *rest, **named)  # noqa: E731
+        patch.setattr("winnow.recovery.sequential.leading_directions", wrong)
+        task, report = run(files, checkpoint, KINDS["weighted"])
+    after = task.model.state_dict()
+    assert all(torch.equal(start[key], after[key]) for key in start)
+    assert report["divergence"]["held_out_best"] == report["divergence"]["held_out_start"]
+    assert report["left_as_they_were"] == list(task.blocks.values())
+    task, report = run(files, checkpoint, KINDS["weighted"])
+    assert report["divergence"]["held_out_best"] < report["divergence"]["held_out_start"]
+    assert report["left_as_they_were"] == []
+    assert any(not torch.equal(start[key], value) for key, value in task.model.state_dict().items())
 
 
 def test_small_inputs_count_beside_massive_ones(tmp_path):

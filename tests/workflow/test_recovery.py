@@ -24,11 +24,12 @@ def finished(tmp_path_factory) -> Workspace:
         "none": {"kind": "none"},
         "refine": {"kind": "refine", **short},
         "text": {"kind": "distill", "nll": 1.0, **short},
+        "weighted": {"kind": "sequential", "objective": "shifted", "outputs": "gradient"},
     }
     workspace.config["experiments"]["one"] |= {
         "methods": ["whitened"],
         "budgets": ["ffn-0.5"],
-        "recoveries": ["none", "refine", "text"],
+        "recoveries": ["none", "refine", "text", "weighted"],
         "export": "dense",
     }
     done = workspace.run()
@@ -39,14 +40,15 @@ def finished(tmp_path_factory) -> Workspace:
 def test_every_recovered_row_has_its_control(finished):
     table = pd.read_csv(finished.folder / "results" / "tables" / "summary.csv")
     rows = {(row["method"], row["recovery"]): row for _, row in table.iterrows()}
-    assert set(rows) == {(method, recovery) for method in ("dense", "whitened") for recovery in ("none", "refine", "text")}
+    recoveries = ("none", "refine", "text", "weighted")
+    assert set(rows) == {(method, recovery) for method in ("dense", "whitened") for recovery in recoveries}
     assert len(rows) == len(table)
     assert rows["dense", "refine"]["delta_nll"] == 0, "a block that is the dense one has nothing to learn"
     assert rows["dense", "text"]["delta_nll"] != 0
     assert (rows["dense", "text"][["keep_bytes", "dense_bytes"]] == rows["dense", "none"][["keep_bytes", "dense_bytes"]]).all()
-    stored = {rows["whitened", recovery]["model_stored_bytes"] for recovery in ("none", "refine", "text")}
+    stored = {rows["whitened", recovery]["model_stored_bytes"] for recovery in recoveries[:3]}
     assert len(stored) == 1
-    losses = {rows["whitened", recovery]["nll"] for recovery in ("none", "refine", "text")}
+    losses = {rows["whitened", recovery]["nll"] for recovery in recoveries[:3]}
     assert len(losses) == 3, "what is evaluated is what was recovered"
     page = (finished.folder / "results" / "report.html").read_text()
     assert "Dense after the recovery text on few" in page
@@ -69,6 +71,18 @@ def test_cards_and_exports_are_of_what_was_recovered(finished):
     ids = models[0].dummy_inputs["input_ids"]
     a, b = (model(input_ids=ids).logits for model in models)
     assert float((a - b).abs().max()) < 1e-4 * float(b.abs().max())
+
+
+def test_gradients_are_collected_for_the_recovery_that_reads_them(finished):
+    (made,) = (finished.folder / "results").glob("pico-*/few-*/whitened-*/ffn-0.5-*/weighted-*/checkpoint/recovery.json")
+    found = json.loads(made.read_text())["divergence"]
+    assert 0 < found["held_out_best"] <= found["held_out_start"]
+    own = finished.config["recoveries"].pop("weighted")
+    finished.config["experiments"]["one"]["recoveries"].remove("weighted")
+    assert finished.planned("--forceall")["collect_gradients"] == 0
+    finished.config["recoveries"]["weighted"] = own
+    finished.config["experiments"]["one"]["recoveries"].append("weighted")
+    assert finished.planned("--forceall")["collect_gradients"] == 1
 
 
 def test_a_changed_option_plans_its_recoveries_and_evaluations_only(finished):

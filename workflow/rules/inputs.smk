@@ -92,6 +92,13 @@ def before_recovery(folder, first):
     return path
 
 
+def gradients_of_recovery(wildcards):
+    """Statistics of gradients, for a recovery that reads them."""
+    if PLAN.preset("recoveries", wildcards.recovery).reads_gradients:
+        return "results/{model}/{calibration}/statistics/gradients/manifest.json"
+    return []
+
+
 def evaluated_checkpoint(wildcards):
     """The checkpoint that is evaluated: the compressed one, or what its recovery made of it."""
     name = PLAN.names["recoveries"][wildcards.recovery]

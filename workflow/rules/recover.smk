@@ -9,6 +9,7 @@ rule recover:
         tokens="results/{model}/tokens/{calibration}.safetensors",
         train=rows_of_recovery("train.parquet"),
         facts=rows_of_recovery("task.json"),
+        gradients=gradients_of_recovery,
         checkpoint=before_recovery(
             "results/{model}/{calibration}/{method}/{budget}",
             "results/{model}/{calibration}/{method}/{budget}/checkpoint/manifest.json",

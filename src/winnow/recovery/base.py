@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ class Task:
     """A model to be recovered (in float32, changed in place), the dense one beside it, and the calibration windows (n, length).
 
     `blocks` maps layers to the names of their modules; `modules` are the compressed modules (all matrices of the dense model,
-    where that is to be recovered); `dtypes` are those that tensors are stored in, by canonical name."""
+    where that is to be recovered); `dtypes` are those that tensors are stored in, by canonical name; `outputs` gives the metric
+    of a module's outputs (m, m), where the options ask for one."""
 
     model: PreTrainedModel
     dense: PreTrainedModel
@@ -30,6 +32,7 @@ class Task:
     options: Any
     first_token: bool = True
     resume: Resume | None = None
+    outputs: Callable[[str], Tensor] | None = None
     rows: dict[str, Any] | None = None  # for `finetune`: paths of the `train` rows and their `facts`, `tokenizer`, `length`
 
     def split(self) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ every structure that is made of linear maps. A factor that several modules share
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from winnow.classes import is_causal
 from winnow.errors import InputError
 from winnow.recovery.base import Task
+from winnow.recovery.divergence import divergence, mean_of_windows, predictions
 from winnow.recovery.training import Progress, Saver, batches, train
 from winnow.resume import Resume
 
@@ -39,18 +39,14 @@ def recover(task: Task) -> dict[str, Any]:
 
     def loss(ids: Tensor) -> Tensor:
         """The mean over the tokens of windows (n, length)."""
-        with torch.no_grad():
-            reference = _logits(task.dense, ids)
-        logits = _logits(task.model, ids)
-        q, p = logits.log_softmax(-1), reference.log_softmax(-1)
-        value = (p.exp() * (p - q)).sum(-1).mean()
+        q, p = predictions(task, ids, "use `refine`")
+        value = divergence(q, p)
         if options.nll:
             value = value - options.nll * q[:, :-1].gather(-1, ids[:, 1:, None]).mean()
         return value
 
     def held_out() -> float:
-        parts = [held[first : first + options.batch].to(device).long() for first in range(0, len(held), options.batch)]
-        return math.fsum(float(loss(part)) * len(part) for part in parts) / len(held)
+        return mean_of_windows(loss, held, options.batch, device)
 
     if not whole:  # an allocation may have chosen rounded and dense matrices alone
         log.info("nothing to train: the model is left as it was")
@@ -74,13 +70,6 @@ def recover(task: Task) -> dict[str, Any]:
     tokens = report["steps"] * options.batch * windows.shape[1]
     numbers = sum(parameter.numel() for parameter in trained.values())
     return {"loss": "nats per token", "tokens": tokens, "trained_numbers": numbers, **report}
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
-    if logits is None:
-        raise InputError(f"recovery: {type(model).__name__} has no logits to be distilled; use `refine`")
-    return logits.float()
 
 
 def _with_lora(task: Task) -> dict[str, nn.Parameter]:

@@ -5,6 +5,8 @@ With W (m, n) the dense matrix, x its input in the dense model and x' in the com
 sum ||W x - W' x'||^2, whose target is B = W X X'^T (X' X'^T)^+, `shifted` sum ||(W - W') x'||^2, whose target is B = W. In the
 metric G = X' X'^T the best rank-k map is U_k U_k^T B. Factors without their gauge (`gauge_fixed`) keep the rows that they store.
 Where layers share a right factor R (`basis_sharing`), it stays, and the left one is fitted to it: B G R^T (R G R^T)^+.
+With `outputs: gradient` an error e of the output counts as e^T F e, F the second moment of the loss's gradient in it in the dense
+model: U are the left singular vectors of F^{1/2} B G^{1/2}, as in the metric `two_sided`.
 Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from winnow.modules import LowRankLinear, RowsLinear, SharedLinear
 from winnow.products import gram_of
 from winnow.recovery.base import Task
 from winnow.recovery.blocks import Calls, Passage, Reached, outputs_of
+from winnow.recovery.divergence import divergence, mean_of_windows, predictions
 
 log = logging.getLogger(__name__)
 PRECISION = 2.0**-24  # relative rounding error of the activations
@@ -32,9 +35,11 @@ Factors = LowRankLinear | RowsLinear
 @torch.no_grad()
 def recover(task: Task) -> dict[str, Any]:
     """Fit the low-rank factors of `task.model` anew, in place; returns {blocks: {name: held-out losses}}, as `refine` does. A
-    block whose output is no nearer to the dense block's on the held-out windows is as it was. Goes on after the last block that
-    was saved. The dense model has no factors, and stays as it is; so do modules of other kinds, which the report names. They may
-    be all: an allocation may choose nothing else, of which a configuration, that refuses other structures, cannot know."""
+    block whose output is no nearer to the dense block's on the held-out windows is as it was; with `outputs: gradient`, by which
+    that may be a gain all the same, the whole model, where its predictions are no nearer to the dense model's. Goes on after the
+    last block that was saved. The dense model has no factors, and stays as it is; so do modules of other kinds, which the report
+    names. They may be all: an allocation may choose nothing else, of which a configuration, that refuses other structures, cannot
+    know. Raises InputError for `outputs: gradient` and a model without logits."""
     modules = ((name, task.model.get_submodule(name)) for name in task.modules)
     factors: dict[str, Factors] = {
         name: module for name, module in modules if isinstance(module, Factors) and not isinstance(module.right, SharedLinear)
@@ -45,8 +50,11 @@ def recover(task: Task) -> dict[str, Any]:
     flat = {f"{name}.{part}": getattr(module, part).weight.data for name, module in factors.items() for part in ("left", "right")}
     blocks = list(task.blocks.values())
     numbers = torch.zeros(len(blocks), 2, dtype=torch.float64)
+    weighted = task.options.outputs == "gradient"
+    start, before = ({name: value.clone() for name, value in flat.items()}, _held_out(task)) if weighted and flat else ({}, 0.0)
     done = task.resume.restore({**flat, "numbers": numbers}) if task.resume else 0
-    ways = [[Passage(model, blocks, part, task.options.batch) for model in (task.model, task.dense)] for part in task.split()]
+    models = (task.model, task.dense) if task.options.objective == "anchored" else (task.model,)
+    ways = [[Passage(model, blocks, part, task.options.batch) for model in models] for part in task.split()]
     for index, block in list(enumerate(blocks))[done:]:
         own = {name: module for name, module in factors.items() if name.startswith(f"{block}.")}
         if own:
@@ -55,7 +63,23 @@ def recover(task: Task) -> dict[str, Any]:
             task.resume.save(index + 1, {**flat, "numbers": numbers})
     rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in zip(blocks, numbers.tolist(), strict=True)}
     kept = [name for name, row in rows.items() if row["held_out_best"] == row["held_out_start"]]
-    return {"loss": "squared error over mean square of the target", "blocks": rows, "left_as_they_were": [*kept, *others]}
+    report: dict[str, Any] = {"loss": "squared error over mean square of the target", "blocks": rows}
+    if start:
+        after = _held_out(task)
+        report["divergence"] = {"held_out_start": before, "held_out_best": min(before, after)}  # nats per token
+        log.info("KL divergence from the dense model on held-out windows %.6g before, %.6g after", before, after)
+        if not after < before:
+            for name, value in start.items():
+                flat[name].copy_(value)
+            kept = blocks
+    return {**report, "left_as_they_were": [*kept, *others]}
+
+
+def _held_out(task: Task) -> float:
+    """KL divergence of the model from the dense one on the held-out windows, nats per token."""
+    held, device = task.split()[1], next(task.model.parameters()).device
+    loss = lambda ids: divergence(*predictions(task, ids, "use `outputs: equal`"))  # noqa: E731
+    return mean_of_windows(loss, held, task.options.batch, device)
 
 
 def _dense(task: Task, name: str) -> bool:
@@ -66,27 +90,27 @@ def _dense(task: Task, name: str) -> bool:
 
 def _block(task: Task, index: int, factors: dict[str, Factors], ways: list[list[Passage]]) -> tuple[float, float]:
     """(held-out loss before, of what is kept) of the block `index`, whose factors are fitted anew. `ways`: of the windows that
-    are fitted to and of those held out, each through the compressed and the dense model."""
+    are fitted to and of those held out, each through the compressed and, for `anchored`, the dense model."""
     options, device = task.options, ways[0][0].device
     name = ways[0][0].blocks[index]
     block, dense = task.model.get_submodule(name), task.dense.get_submodule(name)
-    (calls, source), (inputs, reference) = ([way.go_to(index) for way in part] for part in ways)
-    target = outputs_of(dense, reference if options.objective == "anchored" else inputs, options.batch, device)
+    calls, inputs = ([way.go_to(index) for way in part] for part in ways)
+    target = outputs_of(dense, inputs[-1], options.batch, device)
     skipped = 0 if task.first_token else 1
 
     def error() -> float:
-        difference = outputs_of(block, inputs, options.batch, device) - target
+        difference = outputs_of(block, inputs[0], options.batch, device) - target
         return float(difference[:, skipped:].double().square().mean() / target[:, skipped:].double().square().mean())
 
     start = error()
     before = {key: (m.left.weight.clone(), m.right.weight.clone()) for key, m in factors.items()}
-    for group in _readers(block, calls, factors, options.batch, device):
-        gram, cross = _moments(task, name, group[0], calls, source, skipped)
+    for group in _readers(block, calls[0], factors, options.batch, device):
+        gram, cross = _moments(task, name, group[0], calls, skipped)
         for key in group:
             _fit(task, key, factors[key], gram, cross)
     after = error()
     log.info("%s: held-out loss %.6g before, %.6g after", name, start, after)
-    if after < start:
+    if after < start or options.outputs == "gradient":
         return start, after
     for key, module in factors.items():
         module.left.weight.copy_(before[key][0])
@@ -113,28 +137,29 @@ def _readers(block: nn.Module, calls: Calls, factors: dict[str, Factors], batch:
     return [names for _, names in seen]
 
 
-def _moments(task: Task, name: str, key: str, calls: Calls, source: Calls, skipped: int) -> tuple[Tensor, Tensor]:
-    """(G = X' X'^T, X X'^T) of the inputs of the matrix `key`, float64, in the compressed and in the dense model."""
+def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) -> tuple[Tensor, Tensor]:
+    """(G = X' X'^T, X X'^T) of the inputs of the matrix `key`, float64, in the compressed and in the dense model; without calls
+    of the dense model's block G twice, as nothing needs the other."""
     caught: list[Tensor] = []
-    modules = [model.get_submodule(key) for model in (task.model, task.dense)]
+    models = (task.model, task.dense)[: len(calls)]
 
     def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         caught.append(args[0])
         raise Reached
 
-    hooks = [module.register_forward_pre_hook(catch) for module in modules]
-    device, batch, length = next(task.model.parameters()).device, task.options.batch, calls.hidden.shape[1]
-    gram = cross = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, len(calls.hidden), batch):
-        for model, of in ((task.model, calls), (task.dense, source)):
+    hooks = [model.get_submodule(key).register_forward_pre_hook(catch) for model in models]
+    device, batch, (count, length, _) = next(task.model.parameters()).device, task.options.batch, calls[0].hidden.shape
+    sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in calls]
+    for start in range(0, count, batch):
+        for model, of in zip(models, calls, strict=True):
             with suppress(Reached):
                 of.run(model.get_submodule(name), slice(start, start + batch), device)
-        own, dense = (x.reshape(-1, length, x.shape[-1])[:, skipped:].flatten(0, 1).double() for x in caught)
+        own, *dense = (x.reshape(-1, length, x.shape[-1])[:, skipped:].flatten(0, 1).double() for x in caught)
         caught.clear()
-        gram, cross = gram + gram_of(own), cross + gram_of(dense, own)
+        sums = [total + product for total, product in zip(sums, [gram_of(own), *(gram_of(x, own) for x in dense)], strict=True)]
     for hook in hooks:
         hook.remove()
-    return gram, cross
+    return sums[0], sums[-1]
 
 
 def _fit(task: Task, key: str, module: Factors, gram: Tensor, cross: Tensor) -> None:
@@ -151,7 +176,8 @@ def _fit(task: Task, key: str, module: Factors, gram: Tensor, cross: Tensor) -> 
         module.left.weight.copy_(left.to(task.dtypes[f"{key}.left.weight"]))
         return
     rank = module.right.out_features
-    found = leading_directions(weight, gram, PRECISION, largest=rank)
+    outputs = task.outputs(key) if task.outputs and task.options.outputs == "gradient" else None
+    found = leading_directions(weight, gram, PRECISION, outputs, largest=rank)
     left, right = found.left, found.right
     if isinstance(module, RowsLinear):
         places = module.order.long().argsort()  # of the rows that are stored, then of the others
