@@ -117,6 +117,7 @@ def run(folder: Path, config: dict, limit: int, threads: int, target: str = "per
     command += ["--directory", str(folder), "--replace-workflow-config", "--configfile", str(folder / "config.yaml")]
     command += ["--resources", "job_slots=1", "--default-resources", "job_slots=1"]
     env = {**os.environ, "WINNOW_PEAKS": str(folder / "peaks.txt"), "HF_HUB_OFFLINE": "1"}
+    env["WINNOW_WARM"] = "0"  # a fork ends without the exit of an interpreter, which writes the peak
     env["PYTHONPATH"] = os.pathsep.join([str(folder / "record"), *filter(None, [os.environ.get("PYTHONPATH")])])
     bound = lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # noqa: E731
     done = subprocess.run(command, capture_output=True, text=True, env=env, preexec_fn=bound)
