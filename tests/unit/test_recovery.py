@@ -512,6 +512,9 @@ def test_a_model_whose_predictions_come_no_nearer_is_left_as_it_was(llama, monke
     assert all(torch.equal(start[key], after[key]) for key in start)
     assert report["divergence"]["held_out_best"] == report["divergence"]["held_out_start"]
     assert report["left_as_they_were"] == list(task.blocks.values())
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="not finite on the held-out windows"):
+        patch.setattr("winnow.recovery.sequential.mean_of_windows", lambda *_: math.nan)
+        run(files, checkpoint, KINDS["weighted"])
     task, report = run(files, checkpoint, KINDS["weighted"])
     assert report["divergence"]["held_out_best"] < report["divergence"]["held_out_start"]
     assert report["left_as_they_were"] == []

@@ -12,6 +12,7 @@ Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -39,7 +40,8 @@ def recover(task: Task) -> dict[str, Any]:
     that may be a gain all the same, the whole model, where its predictions are no nearer to the dense model's. Goes on after the
     last block that was saved. The dense model has no factors, and stays as it is; so do modules of other kinds, which the report
     names. They may be all: an allocation may choose nothing else, of which a configuration, that refuses other structures, cannot
-    know. Raises InputError for `outputs: gradient` and a model without logits."""
+    know. Raises InputError for `outputs: gradient` and a model without logits, FloatingPointError for predictions that are not
+    finite then."""
     modules = ((name, task.model.get_submodule(name)) for name in task.modules)
     factors: dict[str, Factors] = {
         name: module for name, module in modules if isinstance(module, Factors) and not isinstance(module.right, SharedLinear)
@@ -76,10 +78,16 @@ def recover(task: Task) -> dict[str, Any]:
 
 
 def _held_out(task: Task) -> float:
-    """KL divergence of the model from the dense one on the held-out windows, nats per token."""
+    """KL divergence of the model from the dense one on the held-out windows, nats per token. Raises FloatingPointError if it is
+    not finite."""
     held, device = task.split()[1], next(task.model.parameters()).device
     loss = lambda ids: divergence(*predictions(task, ids, "use `outputs: equal`"))  # noqa: E731
-    return mean_of_windows(loss, held, task.options.batch, device)
+    found = mean_of_windows(loss, held, task.options.batch, device)
+    if not math.isfinite(found):
+        raise FloatingPointError(
+            "the divergence of the model's predictions from the dense model's is not finite on the held-out windows"
+        )
+    return found
 
 
 def _dense(task: Task, name: str) -> bool:
@@ -176,7 +184,10 @@ def _fit(task: Task, key: str, module: Factors, gram: Tensor, cross: Tensor) -> 
         module.left.weight.copy_(left.to(task.dtypes[f"{key}.left.weight"]))
         return
     rank = module.right.out_features
-    outputs = task.outputs(key) if task.outputs and task.options.outputs == "gradient" else None
+    outputs = None
+    if task.options.outputs == "gradient":
+        assert task.outputs is not None  # statistics that the rule asks for
+        outputs = task.outputs(key)
     found = leading_directions(weight, gram, PRECISION, outputs, largest=rank)
     left, right = found.left, found.right
     if isinstance(module, RowsLinear):
