@@ -7,6 +7,7 @@ that their matrices' outputs would have if the FFN's output were theirs.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,15 +16,16 @@ from winnow.architectures import Matrix
 from winnow.structures.ffn import FUSED
 
 
-class Replaced:
-    """An FFN as it is stored: its modules by role and its activation, and the input that the dense one read last."""
+class Replaced(threading.local):
+    """An FFN as it is stored: its modules by role and its activation, and the input that the dense one read last, in each thread
+    its own: parts of a batch run side by side (winnow/lanes.py)."""
 
     def __init__(self, modules: dict[str, nn.Module], activation: nn.Module):
         self.modules, self.activation = modules, activation
         self.input: Tensor | None = None
 
     def output(self) -> Tensor:
-        """Of the input read last, which is then forgotten."""
+        """Of the input that this thread read last, which is then forgotten."""
         assert self.input is not None
         x, own, self.input = self.input, self.modules, None
         if FUSED in own:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -378,6 +379,32 @@ def test_targets_that_cut_an_ffn_leave_its_matrices_to_the_others(fitted):
     spectra = pd.DataFrame([{"group": g.name, "numbers": g.numbers, "error": g.error} for g in groups]).set_index("group")
     found = chosen_groups(files, structure, ["down_proj"], spectra)
     assert {g.name for g in found} == {f"{i:03d}.down_proj{end}" for i in (0, 1) for end in ("", "@gauge_fixed")}
+
+
+def test_parts_side_by_side_read_their_own_inputs_of_a_replaced_ffn(fitted):
+    """Another thread goes through the whole model between a part's first and last matrix of an FFN."""
+    source, files, structure, groups, factors = fitted
+    stored, layouts = compress(files, factors, structure, by_hand(files, groups))
+    model, dense = (load_model(source, "float32", "cpu") for _ in range(2))
+    put(model, stored, layouts)
+    group = next(g for _, own, g in structure.fits(files.matrices) if own.kind() == "neuron_slice")
+    put_beside(model, group, dict(dense.named_modules()))
+    parts = torch.randint(0, 1024, (2, 1, 12), generator=torch.Generator().manual_seed(3))
+
+    @torch.no_grad()
+    def outputs(ids):
+        return model(input_ids=ids).logits
+
+    expected, between = [outputs(ids) for ids in parts], []
+
+    def other(_module, _args):
+        hook.remove()
+        between.append(pool.submit(outputs, parts[1]).result())
+
+    with ThreadPoolExecutor(1) as pool:
+        hook = model.get_submodule(group[-1].module).register_forward_pre_hook(other)
+        assert torch.equal(outputs(parts[0]), expected[0])
+    assert torch.equal(between[0], expected[1])
 
 
 def test_statistics_around_a_model_whose_ffns_are_replaced(fitted):
