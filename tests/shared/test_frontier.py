@@ -15,7 +15,7 @@ LONG = "whitened_learned"  # takes a minute for every budget, seed and model
 
 def frontier(recovered: bool = False) -> dict:
     """The experiments of config/studies/frontier.yaml with or without recovery, for every model in the place of the demo. The
-    recovery is the part in closed form, which takes half of the time; `svd` would end as `whitened` does."""
+    recovery is the part in closed form, which takes half of the time."""
     config, study = experiments(), yaml.safe_load((ROOT / "config/studies/frontier.yaml").read_text())
     places, config["experiments"], config["recoveries"] = config["experiments"], {}, default()["recoveries"]
     config["budgets"] |= study["budgets"]
@@ -25,7 +25,7 @@ def frontier(recovered: bool = False) -> dict:
         evaluation |= {"windows": 128, "compare": False}
     for part, experiment in study["experiments"].items():
         if ("recoveries" in experiment) == recovered:
-            methods = [name for name in experiment["methods"] if name not in ({LONG, "svd"} if recovered else {LONG})]
+            methods = [name for name in experiment["methods"] if name != LONG]
             own = {"methods": methods} | ({"recoveries": ["sequential"]} if recovered else {})
             for place, given in places.items():
                 where = {key: given[key] for key in ("models", "calibrations", "evaluations")}
@@ -56,7 +56,7 @@ def test_the_recommended_preset_is_the_best_or_tied_nearly_everywhere(tmp_path):
 
 @pytest.mark.slow
 def test_it_is_the_best_or_tied_after_the_same_recovery_too(tmp_path):
-    """Hours on two cores (600 cells); prints the table."""
+    """Hours on two cores (720 cells); prints the table."""
     _, folder = run(frontier(recovered=True), tmp_path)
     spread = shown(folder)
     own = spread[(spread["method"] == "winnow") & (spread["recovery"] == "sequential")]
