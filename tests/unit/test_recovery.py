@@ -86,12 +86,12 @@ def losses(report) -> list[tuple[float, float]]:
 
 
 @cache
-def compressed(family: str) -> tuple[ModelFiles, Bundle]:
+def compressed(family: str, kind: str = "low_rank") -> tuple[ModelFiles, Bundle]:
     """(model files, compressed checkpoint) of a tiny model; nothing changes them."""
     folder = Path(tempfile.mkdtemp(prefix=f"winnow-{family}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     pico(family).save_pretrained(folder / "model")
-    checkpoint = build(folder / "model", folder / "work", ["ffn", "attention"], 0.4, metric="gram")
+    checkpoint = build(folder / "model", folder / "work", ["ffn", "attention"], 0.4, kind, metric="gram")
     return files_of(folder / "model", folder), Bundle(checkpoint / MANIFEST)
 
 
@@ -204,10 +204,11 @@ class Fragile(Resume):
         self.saves += 1
 
 
+@pytest.mark.parametrize("structure", ["low_rank", "basis_sharing"])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_killed_recovery_goes_on_with_the_same_bits(llama, name, tmp_path, monkeypatch):
+def test_a_killed_recovery_goes_on_with_the_same_bits(name, structure, tmp_path, monkeypatch):
     monkeypatch.setenv(SECONDS, "0")
-    files, checkpoint = llama
+    files, checkpoint = compressed("llama", structure)
     options = KINDS[name] | ({"steps": 13} if name in TRAINED else {})  # looks at 6, 12 and 13
     whole, report = run(files, checkpoint, options)
     with pytest.raises(Killed):

@@ -49,7 +49,8 @@ def recover(task: Task) -> dict[str, Any]:
     others = [name for name in task.modules if name not in factors and not _dense(task, name)]
     if others:
         log.info("of other kinds, and left as they were: %s", ", ".join(others))
-    flat = {f"{name}.{part}": getattr(module, part).weight.data for name, module in factors.items() for part in ("left", "right")}
+    named = ((f"{name}.{part}", getattr(module, part).weight) for name, module in factors.items() for part in ("left", "right"))
+    flat = {name: weight.data for name, weight in {id(weight): (name, weight) for name, weight in named}.values()}  # tied: once
     blocks = list(task.blocks.values())
     numbers = torch.zeros(len(blocks), 2, dtype=torch.float64)
     weighted = task.options.outputs == "gradient"
