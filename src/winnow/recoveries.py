@@ -55,7 +55,9 @@ class Refine(Trained):
     objective: Literal["anchored", "shifted"] = Field(
         "anchored", description="anchored: the dense block's output in the dense model; shifted: on the compressed block's inputs"
     )
-    rate: float = Field(1e-3, gt=0, description="learning rate at its height; it falls to 0 as a cosine")
+    rate: float = Field(
+        1e-3, gt=0, description="learning rate at its height, less for blocks that lose little; it falls to 0 as a cosine"
+    )
     patience: int | None = Field(5, ge=1, description="looks without a new best after which a block is finished; never if null")
 
 

@@ -30,9 +30,9 @@ from winnow.models import ModelFiles
 from winnow.plan import Plan
 from winnow.recovered import task_of, write_recovered
 from winnow.recoveries import RECOVERIES, options_of
-from winnow.recovery import recovery_of
+from winnow.recovery import recovery_of, refine
 from winnow.recovery.blocks import Passage, outputs_of
-from winnow.recovery.training import batches, rate_at
+from winnow.recovery.training import Progress, batches, rate_at
 from winnow.resume import SECONDS, Resume
 from winnow.retrieve import describe
 from winnow.rounds import Held
@@ -362,6 +362,25 @@ def test_windows_and_rates_of_the_steps():
     assert rates[99] < 1e-3
     assert sorted(rates[10:], reverse=True) == rates[10:]
     assert all(math.isfinite(rate) for rate in rates)
+
+
+def test_a_block_that_is_nearly_right_is_moved_by_less_than_the_rate(llama, monkeypatch):
+    """The first step of Adam moves numbers by the rate: the whole one where a block loses enough, less where it loses little."""
+    files, checkpoint = llama
+    start = task_of(files, checkpoint, WINDOWS, options_of({"kind": "refine"}), True, "cpu").model.state_dict()
+    exact = {"steps": 1, "warmup": 0.0, "every": 1, "rate": 1e-3, "patience": None}
+    key = "model.layers.0.self_attn.q_proj.left.weight"
+
+    def moved(full: float) -> float:
+        monkeypatch.setattr(refine, "FULL_RATE", full)
+        monkeypatch.setattr(Progress, "best_step", property(lambda self: max(self.losses)))  # whatever it is, it is kept
+        after = run(files, checkpoint, {"kind": "refine", **exact})[0].model.state_dict()
+        return float((after[key] - start[key]).abs().max())
+
+    loss = run(files, checkpoint, {"kind": "refine", **exact})[1]["blocks"]["model.layers.0"]["held_out_start"]
+    assert moved(loss) == pytest.approx(1e-3, rel=1e-3)
+    assert moved(100 * loss) == pytest.approx(1e-4, rel=1e-2)
+    assert moved(loss / 100) == pytest.approx(1e-3, rel=1e-3)
 
 
 # The plan: what stands beside what, and what a change runs anew.

@@ -5,6 +5,7 @@ Source: block refinement of AA-SVD, arXiv 2604.02119."""
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def recover(task: Task) -> dict[str, Any]:
 
 
 KEYS = ("held_out_start", "held_out_best", "best_step", "steps")
+FULL_RATE = 0.002  # held-out loss of a block from which on the whole rate is used
 
 
 def _own_parameters(task: Task, block: str) -> dict[str, torch.nn.Parameter]:
@@ -89,4 +91,11 @@ def _refine(task: Task, index: int, parameters: dict[str, torch.nn.Parameter], w
         parts = [slice(start, min(start + options.batch, count)) for start in range(0, count, options.batch)]
         return sum(float(error(1, part)) * (part.stop - part.start) for part in parts) / count
 
-    return train(name, parameters, lambda step: error(0, order[step]), held_out, options, task.dtypes).report()
+    loss = lambda step: error(0, order[step])  # noqa: E731
+    return train(name, parameters, loss, held_out, options, task.dtypes, height=share_of_rate).report()
+
+
+def share_of_rate(start: float) -> float:
+    """Of a block whose held-out loss is `start`. A step of Adam moves every number by about the rate, whatever the gradient: that
+    adds an error like the square of the rate, which is to stay below what is there to be mended."""
+    return min(1.0, math.sqrt(start / FULL_RATE))

@@ -77,8 +77,10 @@ def train(
     options: Trained,
     dtypes: dict[str, torch.dtype],
     saver: Saver | None = None,
+    height: Callable[[float], float] = lambda _start: 1.0,
 ) -> Progress:
-    """Train `parameters` by `loss` (of a step) and leave them in the best state by `held_out`, the start included.
+    """Train `parameters` by `loss` (of a step) and leave them in the best state by `held_out`, the start included. `height`: the
+    share of `options.rate` that is used, of the held-out loss at the start.
 
     Every state that is looked at is first rounded to the dtypes that it will be stored in. Training ends after `options.steps`,
     after `options.patience` looks without a new best, or at a loss of 0. Raises FloatingPointError, naming the parameter, if a
@@ -91,6 +93,7 @@ def train(
     done = saver.restore(optimizer, progress)
     if not progress.losses:
         _look(where, 0, parameters, held_out, dtypes, progress)
+    share = height(progress.losses[0])
     for step in range(done, options.steps):
         if _finished(progress, options.patience):  # type: ignore[attr-defined]
             break
@@ -99,7 +102,7 @@ def train(
         for name, parameter in parameters.items():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 raise FloatingPointError(f"{where}: the gradient of {name} is not finite at step {step + 1}; make `rate` smaller")
-        optimizer.param_groups[0]["lr"] = rate_at(step, options)
+        optimizer.param_groups[0]["lr"] = rate_at(step, options) * share
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
