@@ -95,8 +95,10 @@ def learn(
         reference = reference_of(model, modules, ids)
         masks, lacking = sizes.masks(WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** (step / max(1, options.steps - 1)))
         for module, mask, rest in zip(modules, masks, lacking, strict=True):
-            module.mask, module.lacking = mask.to(reference.dtype), rest.to(reference.dtype)
+            module.put(mask.to(reference.dtype), rest.to(reference.dtype), decided=step >= round(DECIDED * options.steps))
         found = divergence(reference, logits_of(model, ids))
+        if not found.requires_grad:  # all is dense, and nothing is left to learn
+            found.requires_grad_()
         if not torch.isfinite(found):
             raise FloatingPointError(f"learn_sizes: the loss is not finite at step {step + 1}; make `rate` smaller")
         return found

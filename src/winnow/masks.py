@@ -34,6 +34,15 @@ class Masked(nn.Module):
         self.mask: Tensor | None = None
         self.lacking: Tensor | None = None
 
+    def put(self, mask: Tensor, lacking: Tensor, decided: bool) -> None:
+        """Set both, without what makes no difference and would be computed: directions that are masked to 0, and, once gates are
+        decided, the side that is not chosen."""
+        self.mask, self.lacking = mask[: int(mask.count_nonzero())], lacking
+        if decided:
+            if lacking < 0.5:
+                self.mask = None
+            self.lacking = None
+
     def forward(self, x: Tensor) -> Tensor:
         if self.mask is None:
             return self.dense(x)

@@ -155,6 +155,43 @@ def test_a_narrow_mask_is_a_truncation(family, monkeypatch):
     assert torch.allclose(logits(model), expected, atol=1e-5)
 
 
+def test_what_makes_no_difference_is_left_out_of_the_computation_alone(family):
+    """Logits, and where the cuts go, are the same without directions that are masked to 0 and without the side not chosen."""
+    files, _, groups, factors = family
+    sizes = sizes_of(groups, 0.5)
+    model = load_model(files.verify(), "float32", "cpu").requires_grad_(False)
+    modules, found = put_masked(model, sizes.groups, factors), []
+    sizes.gate.data.copy_(sizes.decided())
+    for whole in (True, False):
+        left = 0
+        for module, mask, rest in zip(modules, *sizes.masks(0.005), strict=True):
+            if whole:
+                module.mask, module.lacking = mask, rest
+            else:
+                module.put(mask, rest, decided=True)
+                assert module.lacking is None
+                left += module.mask is None or len(module.mask) < len(mask)
+        values = learning.logits_of(model, WINDOWS[:4])
+        found.append((values, torch.autograd.grad(values.square().mean(), sizes.cut)[0]))
+    assert left > len(modules) / 2
+    assert {module.mask is None for module in modules} == {True, False}
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-3 * float(found[0][1].abs().max()))
+    assert found[1][1].abs().max() > 0
+    modules[0].put(mask, rest, decided=False)
+    assert modules[0].lacking is rest
+
+
+def test_gates_that_are_all_open_leave_nothing_to_learn(family, monkeypatch):
+    """Where all bytes are kept; that is no error."""
+    monkeypatch.setattr(Sizes, "decided", lambda self: torch.full_like(self.gate, 80.0))
+    monkeypatch.setattr(Sizes, "shifted", lambda self, cut, gate, moved: self.at(cut, gate)[:2])
+    monkeypatch.setattr(Sizes, "rounded", lambda self: dict.fromkeys(g.name for g in self.every))
+    result = learned(family, 0.6)
+    assert result.record["held_out_best"] == 0
+    assert set(result.sizes.values()) == {None}
+
+
 def test_what_is_learned_is_no_worse_than_its_start_and_the_same_again(family):
     _, _, groups, _ = family
     found = learned(family, 0.6)
