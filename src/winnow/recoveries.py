@@ -79,6 +79,9 @@ class Sequential(Recovery):
         description="equal: all errors of a matrix's output count alike, as published; gradient: by the second moment of the "
         "loss's gradient in them, as in the metric `two_sided`, and the model is judged by its predictions, not by its blocks",
     )
+    biases: Literal["kept", "fitted"] = Field(
+        "kept", description="fitted: biases that matrices have take up the mean of their outputs' errors; none is added"
+    )
     batch: int = Field(8, ge=1, description="windows at a time")
     held_out: float = Field(0.125, gt=0, lt=1, description="share of the calibration windows that only judge the blocks")
 

@@ -49,6 +49,7 @@ KINDS = {
     "sequential": {"kind": "sequential"},
     "sequential_shifted": {"kind": "sequential", "objective": "shifted"},
     "weighted": {"kind": "sequential", "objective": "shifted", "outputs": "gradient"},
+    "biases": {"kind": "sequential", "biases": "fitted"},
     "lora": {"kind": "distill", "parameters": "lora", "lora_rank": 4, **SHORT},
 }
 TRAINED = [name for name, options in KINDS.items() if "steps" in options]
@@ -100,7 +101,8 @@ def llama():
     return compressed("llama")
 
 
-EVERYWHERE = [(family, name) for family in FAMILIES for name in KINDS if family == "llama" or name in ("refine", "distill")]
+ALL_FAMILIES = ("refine", "distill", "biases")
+EVERYWHERE = [(family, name) for family in FAMILIES for name in KINDS if family == "llama" or name in ALL_FAMILIES]
 
 
 @pytest.mark.parametrize(("family", "name"), EVERYWHERE)
@@ -208,7 +210,7 @@ class Fragile(Resume):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_killed_recovery_goes_on_with_the_same_bits(name, structure, tmp_path, monkeypatch):
     monkeypatch.setenv(SECONDS, "0")
-    files, checkpoint = compressed("llama", structure)
+    files, checkpoint = compressed("gpt2" if name == "biases" else "llama", structure)
     options = KINDS[name] | ({"steps": 13} if name in TRAINED else {})  # looks at 6, 12 and 13
     whole, report = run(files, checkpoint, options)
     with pytest.raises(Killed):
@@ -518,6 +520,40 @@ def test_what_is_fitted_anew_is_the_least_squares_optimum(saved_llama, structure
             product, before = (product_of(of.get_submodule(name)) for of in (task.model, start.model))
             assert float(((target - own @ product.T) @ rows).square().sum()) == pytest.approx(optimum, rel=1e-4)
             assert float(((target - own @ before.T) @ rows).square().sum()) > 1.001 * optimum
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "shifted"}, {"outputs": "gradient"}])
+@pytest.mark.parametrize(("family", "structure"), [("gpt2", "low_rank"), ("opt", "gauge_fixed"), ("opt", "basis_sharing")])
+def test_biases_take_up_the_mean_of_the_errors(family, structure, options):
+    """Brute force: of all pairs of a map of the same rank (with the right factor that layers share) and a bias none is nearer."""
+    files, checkpoint = compressed(family, structure)
+    task, _ = run(files, checkpoint, {**KINDS["biases"], "held_out": 0.02, **options})
+    kept, _ = run(files, checkpoint, {**KINDS["biases"], "held_out": 0.02, **options, "biases": "kept"})
+    (name,) = [m for m in task.modules if m.endswith(("layers.0.fc1", "h.0.mlp.c_fc"))]
+    module, seen = task.model.get_submodule(name), []
+    for model in (task.model, task.dense):
+        model.get_submodule(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+    with torch.no_grad():
+        for model in (task.model, task.dense):
+            model(input_ids=task.split()[0].long(), use_cache=False)
+        own, dense = seen if "objective" not in options else seen[:1] * 2
+        assert not torch.equal(*seen)
+        target, x = task.dense.get_submodule(name)(dense).double(), own.double()
+        error = target - module(own).double()
+        scale = target.std(0).max()
+        assert error.mean(0).abs().max() < 1e-5 * scale
+        assert (target - kept.model.get_submodule(name)(own)).mean(0).abs().max() > 1e-3 * scale, "the biases do something"
+        target, x = target - target.mean(0), x - x.mean(0)
+        if structure == "basis_sharing":
+            x = x @ module.right.weight.double().T
+        metric = task.outputs(name) if "outputs" in options else torch.eye(target.shape[1], dtype=torch.float64)
+        rows, gram = torch.linalg.cholesky(metric), x.T @ x
+        b = torch.linalg.lstsq(x, target, rcond=len(gram) ** 0.5 * 2.0**-24, driver="gelsd").solution.T
+        values, vectors = torch.linalg.eigh(gram)
+        root = vectors * values.clamp(min=0).sqrt()
+        left_over = torch.linalg.svdvals(rows.T @ b @ root)[module.right.out_features :].square().sum()
+        optimum = float(((target - x @ b.T) @ rows).square().sum() + left_over)
+        assert float((error @ rows).square().sum()) == pytest.approx(optimum, rel=1e-4)
 
 
 def test_a_model_whose_predictions_come_no_nearer_is_left_as_it_was(llama, monkeypatch):

@@ -7,6 +7,8 @@ metric G = X' X'^T the best rank-k map is U_k U_k^T B. Factors without their gau
 Where layers share a right factor R (`basis_sharing`), it stays, and the left one is fitted to it: B G R^T (R G R^T)^+.
 With `outputs: gradient` an error e of the output counts as e^T F e, F the second moment of the loss's gradient in it in the dense
 model: U are the left singular vectors of F^{1/2} B G^{1/2}, as in the metric `two_sided`.
+With `biases: fitted` x and x' stand for what is left of them without their means m and m', and b' = b + W m - W' m', which leaves
+errors of mean 0; so the factors fit what a bias cannot.
 Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +52,7 @@ def recover(task: Task) -> dict[str, Any]:
     others = [name for name in task.modules if name not in factors and not _dense(task, name)]
     if others:
         log.info("of other kinds, and left as they were: %s", ", ".join(others))
-    named = ((f"{name}.{part}", getattr(module, part).weight) for name, module in factors.items() for part in ("left", "right"))
+    named = (pair for name, module in factors.items() for pair in _numbers(task, name, module).items())
     flat = {name: weight.data for name, weight in {id(weight): (name, weight) for name, weight in named}.values()}  # tied: once
     blocks = list(task.blocks.values())
     numbers = torch.zeros(len(blocks), 2, dtype=torch.float64)
@@ -76,6 +79,15 @@ def recover(task: Task) -> dict[str, Any]:
                 flat[name].copy_(value)
             kept = blocks
     return {**report, "left_as_they_were": [*kept, *others]}
+
+
+def _numbers(task: Task, key: str, module: Factors) -> dict[str, Tensor]:
+    """What is fitted anew of the matrix `key`, by the names of its tensors."""
+    found: dict[str, Tensor] = {f"{key}.left.weight": module.left.weight, f"{key}.right.weight": module.right.weight}
+    where, owner = (key, module) if isinstance(module, RowsLinear) else (f"{key}.left", module.left)
+    if task.options.biases == "fitted" and owner.bias is not None:
+        found[f"{where}.bias"] = owner.bias
+    return found
 
 
 def _held_out(task: Task) -> float:
@@ -112,18 +124,17 @@ def _block(task: Task, index: int, factors: dict[str, Factors], ways: list[list[
         return float(difference[:, skipped:].double().square().mean() / target[:, skipped:].double().square().mean())
 
     start = error()
-    before = {key: (m.left.weight.clone(), m.right.weight.clone()) for key, m in factors.items()}
+    before = [(own, own.clone()) for key, module in factors.items() for own in _numbers(task, key, module).values()]
     for group in _readers(block, calls[0], factors, options.batch, device):
-        gram, cross = _moments(task, name, group[0], calls, skipped)
+        seen = _moments(task, name, group[0], calls, skipped)
         for key in group:
-            _fit(task, key, factors[key], gram, cross)
+            _fit(task, key, factors[key], seen)
     after = error()
     log.info("%s: held-out loss %.6g before, %.6g after", name, start, after)
     if after < start or options.outputs == "gradient":
         return start, after
-    for key, module in factors.items():
-        module.left.weight.copy_(before[key][0])
-        module.right.weight.copy_(before[key][1])
+    for own, value in before:
+        own.copy_(value)
     return start, start
 
 
@@ -146,9 +157,25 @@ def _readers(block: nn.Module, calls: Calls, factors: dict[str, Factors], batch:
     return [names for _, names in seen]
 
 
-def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) -> tuple[Tensor, Tensor]:
-    """(G = X' X'^T, X X'^T) of the inputs of the matrix `key`, float64, in the compressed and in the dense model; without calls
-    of the dense model's block G twice, as nothing needs the other."""
+@dataclass
+class Inputs:
+    """Of a matrix's inputs x' in the compressed model and x in the dense one, float64: G = X' X'^T and X X'^T (n, n), and the
+    means m' and m (n,). Where only the compressed one is asked, x is x'."""
+
+    gram: Tensor
+    cross: Tensor
+    mean: Tensor
+    dense_mean: Tensor
+    count: int
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """(G, X X'^T) of what is left without the means."""
+        outer = self.count * self.mean
+        return self.gram - torch.outer(self.mean, outer), self.cross - torch.outer(self.dense_mean, outer)
+
+
+def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) -> Inputs:
+    """What the matrix `key` reads in the compressed model, and in the dense one where its calls are given."""
     caught: list[Tensor] = []
     models = (task.model, task.dense)[: len(calls)]
 
@@ -159,6 +186,7 @@ def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) 
     hooks = [model.get_submodule(key).register_forward_pre_hook(catch) for model in models]
     device, batch, (count, length, _) = next(task.model.parameters()).device, task.options.batch, calls[0].hidden.shape
     sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in calls]
+    totals = [torch.zeros((), dtype=torch.float64, device=device) for _ in calls]
     for start in range(0, count, batch):
         for model, of in zip(models, calls, strict=True):
             with suppress(Reached):
@@ -166,22 +194,35 @@ def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) 
         own, *dense = (x.reshape(-1, length, x.shape[-1])[:, skipped:].flatten(0, 1).double() for x in caught)
         caught.clear()
         sums = [total + product for total, product in zip(sums, [gram_of(own), *(gram_of(x, own) for x in dense)], strict=True)]
+        totals = [total + x.sum(0) for total, x in zip(totals, [own, *dense], strict=True)]
     for hook in hooks:
         hook.remove()
-    return sums[0], sums[-1]
+    tokens = count * (length - skipped)
+    return Inputs(sums[0], sums[-1], totals[0] / tokens, totals[-1] / tokens, tokens)
 
 
-def _fit(task: Task, key: str, module: Factors, gram: Tensor, cross: Tensor) -> None:
-    """Put the best factors of the module's rank into it, as they would be stored."""
+def _fit(task: Task, key: str, module: Factors, seen: Inputs) -> None:
+    """Put the best factors of the module's rank into it, as they would be stored, and the bias that is best beside these."""
     dense: Any = task.dense.get_submodule(key)
     weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).double()
+    found = _numbers(task, key, module)
+    places = [name for name in found if name.endswith(".bias")]
+    _fit_factors(task, key, module, weight, *(seen.centred() if places else (seen.gram, seen.cross)))
+    for name in places:
+        found[name].zero_()
+        given = module(seen.mean.to(found[name].dtype)[None])[0].double()  # by the factors as they are stored
+        found[name].copy_((dense.bias.double() + weight @ seen.dense_mean - given).to(task.dtypes[name]))
+
+
+def _fit_factors(task: Task, key: str, module: Factors, weight: Tensor, gram: Tensor, cross: Tensor) -> None:
+    """Put the best factors of the module's rank for a dense `weight` (m, n) into it."""
     if task.options.objective == "anchored":
         weight = weight @ cross @ torch.linalg.pinv(gram, rtol=len(gram) * PRECISION**2, hermitian=True)
     tied = task.model.all_tied_weights_keys
     if f"{key}.right.weight" in {*tied, *tied.values()}:
         right = module.right.weight.double()
-        seen = right @ gram
-        left = weight @ seen.T @ torch.linalg.pinv(seen @ right.T, rtol=len(gram) * PRECISION**2, hermitian=True)
+        projected = right @ gram
+        left = weight @ projected.T @ torch.linalg.pinv(projected @ right.T, rtol=len(gram) * PRECISION**2, hermitian=True)
         module.left.weight.copy_(left.to(task.dtypes[f"{key}.left.weight"]))
         return
     rank = module.right.out_features
