@@ -30,7 +30,7 @@ from winnow.models import ModelFiles
 from winnow.plan import Plan
 from winnow.recovered import task_of, write_recovered
 from winnow.recoveries import RECOVERIES, options_of
-from winnow.recovery import recovery_of, refine
+from winnow.recovery import recovery_of, refine, sequential
 from winnow.recovery.blocks import Passage, outputs_of
 from winnow.recovery.training import Progress, batches, rate_at
 from winnow.resume import SECONDS, Resume
@@ -488,6 +488,12 @@ def product_of(module) -> torch.Tensor:
         return module.double()(torch.eye(module.right.in_features, dtype=torch.float64)).T
 
 
+def with_ridge(x, target, weight):
+    """(x, target) with a little of every input beside them, of which nothing is lost: what the fit adds to its moments."""
+    little = (1e-4 * x.square().sum(0).median()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+    return torch.cat([x, little]), torch.cat([target, little @ weight.T])
+
+
 @pytest.mark.parametrize("outputs", ["equal", "gradient"])
 @pytest.mark.parametrize("structure", ["low_rank", "gauge_fixed"])
 def test_what_is_fitted_anew_is_the_least_squares_optimum(saved_llama, structure, outputs, tmp_path):
@@ -509,7 +515,8 @@ def test_what_is_fitted_anew_is_the_least_squares_optimum(saved_llama, structure
         for name, (own, dense) in seen.items():
             module, weight = task.model.get_submodule(name), task.dense.get_submodule(name).weight.double()
             assert not torch.equal(own, dense)
-            gram, target = own.T @ own, dense @ weight.T
+            own, target = with_ridge(own, dense @ weight.T, weight)
+            gram = own.T @ own
             b = torch.linalg.lstsq(own, target, rcond=len(gram) ** 0.5 * 2.0**-24, driver="gelsd").solution.T
             values, vectors = torch.linalg.eigh(gram)
             root = vectors * values.clamp(min=0).sqrt()
@@ -543,7 +550,10 @@ def test_biases_take_up_the_mean_of_the_errors(family, structure, options):
         scale = target.std(0).max()
         assert error.mean(0).abs().max() < 1e-5 * scale
         assert (target - kept.model.get_submodule(name)(own)).mean(0).abs().max() > 1e-3 * scale, "the biases do something"
-        target, x = target - target.mean(0), x - x.mean(0)
+        unit = torch.eye(x.shape[1])
+        weight, product = ((m(unit) - m(0 * unit)).T.double() for m in (task.dense.get_submodule(name), module))
+        x, target = with_ridge(x - x.mean(0), target - target.mean(0), weight)
+        error = target - x @ product.T
         if structure == "basis_sharing":
             x = x @ module.right.weight.double().T
         metric = task.outputs(name) if "outputs" in options else torch.eye(target.shape[1], dtype=torch.float64)
@@ -593,6 +603,29 @@ def test_small_inputs_count_beside_massive_ones(tmp_path):
     recovered = (run(files, checkpoint, {"kind": "sequential", "objective": o})[0].model for o in ("anchored", "shifted"))
     ours, theirs = (caught[0] @ product_of(m.get_submodule(name))[:, 1:].T for m in recovered)
     assert (ours - theirs).norm() < 0.05 * theirs.norm(), "all of it is lost where they are cut off"
+
+
+def test_what_hardly_occurs_in_the_calibration_text_is_not_blown_up(llama, monkeypatch):
+    """An input that the compressed model has at a ten-thousandth of its size: by those tokens alone it would be multiplied by
+    thousands, and a text that has it at its size be ruined."""
+    task = task_of(*llama, WINDOWS, options_of(KINDS["sequential"]), True, "cpu")
+    key, rare = "model.layers.1.mlp.gate_proj", 3
+    module, weight = task.model.get_submodule(key), task.dense.get_submodule(key).weight.double()
+    dense, other = torch.randn(2, 200, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = dense.clone()
+    own[:, rare] = 1e-4 * other[:, rare]
+    mean = torch.zeros(weight.shape[1], dtype=torch.float64)
+    seen = sequential.Inputs(own.T @ own, dense.T @ own, mean, mean, 200)
+    largest = {}
+    for ridge in (sequential.RIDGE, 1e-16):
+        monkeypatch.setattr(sequential, "RIDGE", ridge)
+        with torch.no_grad():
+            sequential._fit(task, key, module, seen)
+        largest[ridge] = product_of(module)[:, rare].norm() / weight[:, rare].norm()
+        module.float()
+    first, without = largest.values()
+    assert first < 2
+    assert without > 100
 
 
 @pytest.mark.parametrize("kind", ["neuron_slice", "cluster", "coupled"])

@@ -2,11 +2,14 @@
 compressed model makes.
 
 With W (m, n) the dense matrix, x its input in the dense model and x' in the compressed one: `anchored` minimises
-sum ||W x - W' x'||^2, whose target is B = W X X'^T (X' X'^T)^+, `shifted` sum ||(W - W') x'||^2, whose target is B = W. In the
-metric G = X' X'^T the best rank-k map is U_k U_k^T B. Factors without their gauge (`gauge_fixed`) keep the rows that they store.
-Where layers share a right factor R (`basis_sharing`), it stays, and the left one is fitted to it: B G R^T (R G R^T)^+.
-With `outputs: gradient` an error e of the output counts as e^T F e, F the second moment of the loss's gradient in it in the dense
-model: U are the left singular vectors of F^{1/2} B G^{1/2}, as in the metric `two_sided`.
+sum ||W x - W' x'||^2, whose target is B = W X X'^T (X' X'^T)^-1, `shifted` sum ||(W - W') x'||^2, whose target is B = W. In the
+metric G = X' X'^T the best rank-k map is U_k U_k^T B. To the moments X X'^T and X' X'^T a small multiple of I is added, as if a
+little of every direction had been read and nothing been lost of it: what hardly occurs in the calibration text would else be
+multiplied by whatever matched the few tokens that have it, and other text, with more of it, be ruined.
+Factors without their gauge (`gauge_fixed`) keep the rows that they store. Where layers share a right factor R (`basis_sharing`),
+it stays, and the left one is fitted to it: B G R^T (R G R^T)^+.
+With `outputs: gradient` an error e of the output counts as e^T F e, F the second moment of the
+loss's gradient in it in the dense model: U are the left singular vectors of F^{1/2} B G^{1/2}, as in the metric `two_sided`.
 With `biases: fitted` x and x' stand for what is left of them without their means m and m', and b' = b + W m - W' m', which leaves
 errors of mean 0; so the factors fit what a bias cannot.
 Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
@@ -32,6 +35,7 @@ from winnow.recovery.divergence import divergence, mean_of_windows, predictions
 
 log = logging.getLogger(__name__)
 PRECISION = 2.0**-24  # relative rounding error of the activations
+RIDGE = 1e-4  # of an input's median energy: what is added to the moments
 KEYS = ("held_out_start", "held_out_best")
 Factors = LowRankLinear | RowsLinear
 
@@ -168,10 +172,16 @@ class Inputs:
     dense_mean: Tensor
     count: int
 
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """(G, X X'^T) of what is left without the means."""
-        outer = self.count * self.mean
-        return self.gram - torch.outer(self.mean, outer), self.cross - torch.outer(self.dense_mean, outer)
+    def moments(self, centred: bool) -> tuple[Tensor, Tensor]:
+        """(G, X X'^T), of what is left without the means if `centred`, with the ridge. The median is of inputs that are not 0
+        throughout: massive ones, and neurons that never fire, would move the mean."""
+        gram, cross = self.gram, self.cross
+        if centred:
+            outer = self.count * self.mean
+            gram, cross = gram - torch.outer(self.mean, outer), cross - torch.outer(self.dense_mean, outer)
+        energies = gram.diagonal()[gram.diagonal() > 0]
+        ridge = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (RIDGE * energies.median() if len(energies) else 1.0)
+        return gram + ridge, cross + ridge
 
 
 def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) -> Inputs:
@@ -207,7 +217,7 @@ def _fit(task: Task, key: str, module: Factors, seen: Inputs) -> None:
     weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).double()
     found = _numbers(task, key, module)
     places = [name for name in found if name.endswith(".bias")]
-    _fit_factors(task, key, module, weight, *(seen.centred() if places else (seen.gram, seen.cross)))
+    _fit_factors(task, key, module, weight, *seen.moments(centred=bool(places)))
     for name in places:
         found[name].zero_()
         given = module(seen.mean.to(found[name].dtype)[None])[0].double()  # by the factors as they are stored
@@ -217,7 +227,8 @@ def _fit(task: Task, key: str, module: Factors, seen: Inputs) -> None:
 def _fit_factors(task: Task, key: str, module: Factors, weight: Tensor, gram: Tensor, cross: Tensor) -> None:
     """Put the best factors of the module's rank for a dense `weight` (m, n) into it."""
     if task.options.objective == "anchored":
-        weight = weight @ cross @ torch.linalg.pinv(gram, rtol=len(gram) * PRECISION**2, hermitian=True)
+        scale = gram.diagonal().rsqrt()  # massive inputs and small ones alike
+        weight = weight + torch.linalg.solve(scale * gram * scale[:, None], weight @ (cross - gram) * scale, left=False) * scale
     tied = task.model.all_tied_weights_keys
     if f"{key}.right.weight" in {*tied, *tied.values()}:
         right = module.right.weight.double()
