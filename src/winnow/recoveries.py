@@ -68,7 +68,7 @@ class Sequential(Recovery):
     """Low-rank factors fitted anew in closed form, matrix by matrix in the order that the model computes, to the inputs that the
     compressed model makes; nothing is trained. A block is as it was where this brings its output no nearer to the dense block's
     on the held-out windows; with `outputs: gradient` the model, where its predictions come no nearer to the dense model's.
-    Objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
+    Objectives 4 and 2 of AA-SVD, arXiv 2604.02119; a ridge keeps what hardly occurs in the calibration text as it was."""
 
     kind: Literal["sequential"] = Field(description="sequential")
     objective: Literal["anchored", "shifted"] = Field(

@@ -187,8 +187,9 @@ def test_gates_that_are_all_open_leave_nothing_to_learn(family, monkeypatch):
     monkeypatch.setattr(Sizes, "decided", lambda self: torch.full_like(self.gate, 80.0))
     monkeypatch.setattr(Sizes, "shifted", lambda self, cut, gate, moved: self.at(cut, gate)[:2])
     monkeypatch.setattr(Sizes, "rounded", lambda self: dict.fromkeys(g.name for g in self.every))
-    result = learned(family, 0.6)
+    result = learned(family, 0.6, every=24)  # an earlier look would end it before the gates are decided
     assert result.record["held_out_best"] == 0
+    assert result.record["best_step"] == 24
     assert set(result.sizes.values()) == {None}
 
 

@@ -173,13 +173,16 @@ class Inputs:
     count: int
 
     def moments(self, centred: bool) -> tuple[Tensor, Tensor]:
-        """(G, X X'^T), of what is left without the means if `centred`, with the ridge. The median is of inputs that are not 0
-        throughout: massive ones, and neurons that never fire, would move the mean."""
-        gram, cross = self.gram, self.cross
+        """(G, X X'^T), of what is left without the means if `centred`, with the ridge. The median is of inputs that vary: massive
+        ones, and neurons that never fire, would move the mean. An input that is constant but for rounding is taken to be so."""
+        gram, cross = self.gram.clone(), self.cross.clone()
         if centred:
             outer = self.count * self.mean
-            gram, cross = gram - torch.outer(self.mean, outer), cross - torch.outer(self.dense_mean, outer)
-        energies = gram.diagonal()[gram.diagonal() > 0]
+            gram -= torch.outer(self.mean, outer)
+            cross -= torch.outer(self.dense_mean, outer)
+        still = gram.diagonal() <= self.count * torch.finfo(gram.dtype).eps * self.gram.diagonal()
+        gram[still], gram[:, still], cross[:, still] = 0.0, 0.0, 0.0
+        energies = gram.diagonal()[~still]
         ridge = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (RIDGE * energies.median() if len(energies) else 1.0)
         return gram + ridge, cross + ridge
 
@@ -227,8 +230,7 @@ def _fit(task: Task, key: str, module: Factors, seen: Inputs) -> None:
 def _fit_factors(task: Task, key: str, module: Factors, weight: Tensor, gram: Tensor, cross: Tensor) -> None:
     """Put the best factors of the module's rank for a dense `weight` (m, n) into it."""
     if task.options.objective == "anchored":
-        scale = gram.diagonal().rsqrt()  # massive inputs and small ones alike
-        weight = weight + torch.linalg.solve(scale * gram * scale[:, None], weight @ (cross - gram) * scale, left=False) * scale
+        weight = weight + torch.linalg.solve(gram, weight @ (cross - gram), left=False)
     tied = task.model.all_tied_weights_keys
     if f"{key}.right.weight" in {*tied, *tied.values()}:
         right = module.right.weight.double()
