@@ -8,8 +8,8 @@ little of every direction had been read and nothing been lost of it: what hardly
 multiplied by whatever matched the few tokens that have it, and other text, with more of it, be ruined.
 Factors without their gauge (`gauge_fixed`) keep the rows that they store. Where layers share a right factor R (`basis_sharing`),
 it stays, and the left one is fitted to it: B G R^T (R G R^T)^+.
-With `outputs: gradient` an error e of the output counts as e^T F e, F the second moment of the
-loss's gradient in it in the dense model: U are the left singular vectors of F^{1/2} B G^{1/2}, as in the metric `two_sided`.
+With `outputs: gradient` an error e of the output counts as e^T F e, F the second moment of the loss's gradient in it in the dense
+model: U are the left singular vectors of F^{1/2} B G^{1/2}, as in the metric `two_sided`.
 With `biases: fitted` x and x' stand for what is left of them without their means m and m', and b' = b + W m - W' m', which leaves
 errors of mean 0; so the factors fit what a bias cannot.
 Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
