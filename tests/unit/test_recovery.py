@@ -266,8 +266,25 @@ def test_a_gradient_that_is_not_finite_stops_with_the_layers_name(llama, name):
         run(files, checkpoint, KINDS[name], change=poison)
 
 
-def test_16_bit_checkpoints_stay_so_and_are_judged_as_stored(tmp_path):
-    pico("gpt2").bfloat16().save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("structure", ["low_rank", "basis_sharing"])
+def test_a_fit_that_is_not_finite_stops_with_the_matrixs_name(structure, monkeypatch):
+    """Attention hides a query that is not finite from all losses."""
+    files, checkpoint = compressed("llama", structure)
+    name = "model.layers.1.self_attn.q_proj"
+
+    def ruin(task):
+        task.dense.get_submodule(name).weight.data[0, 0] = math.nan
+
+    with pytest.raises(FloatingPointError, match=rf"^{name}: its weight, or what it reads"):
+        run(files, checkpoint, KINDS["sequential"], change=ruin)
+    monkeypatch.setattr(sequential, "_fit_factors", lambda _task, _key, module, *_: module.left.weight.fill_(math.inf))
+    with pytest.raises(FloatingPointError, match=r"left.weight is not finite after the fit"):
+        run(files, checkpoint, KINDS["sequential"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_16_bit_checkpoints_stay_so_and_are_judged_as_stored(family, tmp_path):
+    pico(family).bfloat16().save_pretrained(tmp_path / "model")
     files = files_of(tmp_path / "model", tmp_path)
     checkpoint = Bundle(build(tmp_path / "model", tmp_path / "work", ["ffn", "attention"], 0.4, metric="gram") / MANIFEST)
     for name in ("refine", "distill", "lora", "biases"):

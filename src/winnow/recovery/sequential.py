@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from winnow.linalg import leading_directions
+from winnow.linalg import finite, leading_directions
 from winnow.modules import LowRankLinear, RowsLinear, SharedLinear
 from winnow.products import gram_of
 from winnow.recovery.base import Task
@@ -48,7 +48,7 @@ def recover(task: Task) -> dict[str, Any]:
     last block that was saved. The dense model has no factors, and stays as it is; so do modules of other kinds, which the report
     names. They may be all: an allocation may choose nothing else, of which a configuration, that refuses other structures, cannot
     know. Raises InputError for `outputs: gradient` and a model without logits, FloatingPointError for predictions that are not
-    finite then."""
+    finite then, and for a matrix, by its name, whose fit is not."""
     modules = ((name, task.model.get_submodule(name)) for name in task.modules)
     factors: dict[str, Factors] = {
         name: module for name, module in modules if isinstance(module, Factors) and not isinstance(module.right, SharedLinear)
@@ -215,9 +215,12 @@ def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) 
 
 
 def _fit(task: Task, key: str, module: Factors, seen: Inputs) -> None:
-    """Put the best factors of the module's rank into it, as they would be stored, and the bias that is best beside these."""
+    """Put the best factors of the module's rank into it, as they would be stored, and the bias that is best beside these. Raises
+    FloatingPointError, naming the matrix, if it, what it reads or what is fitted is not finite."""
     dense: Any = task.dense.get_submodule(key)
     weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).double()
+    if not all(map(finite, (weight, seen.gram, seen.cross))):
+        raise FloatingPointError(f"{key}: its weight, or what it reads on the calibration windows, is not finite")
     found = _numbers(task, key, module)
     places = [name for name in found if name.endswith(".bias")]
     _fit_factors(task, key, module, weight, *seen.moments(centred=bool(places)))
@@ -225,6 +228,9 @@ def _fit(task: Task, key: str, module: Factors, seen: Inputs) -> None:
         found[name].zero_()
         given = module(seen.mean.to(found[name].dtype)[None])[0].double()  # by the factors as they are stored
         found[name].copy_((dense.bias.double() + weight @ seen.dense_mean - given).to(task.dtypes[name]))
+    for name, value in found.items():
+        if not finite(value):
+            raise FloatingPointError(f"{name} is not finite after the fit")
 
 
 def _fit_factors(task: Task, key: str, module: Factors, weight: Tensor, gram: Tensor, cross: Tensor) -> None:
