@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from winnow.allocations import AnyAllocation
 from winnow.allocations.uniform import Uniform
 from winnow.architectures import GRADIENTS, ROLES, TARGETS, Target, disjoint
-from winnow.config_checks import check_allocations, check_training
+from winnow.config_checks import check_allocations, check_targets, check_training
 from winnow.config_errors import as_written, file_of, keys_at, nearest
 from winnow.errors import InputError
 from winnow.evaluations import AnyEvaluation, Classification, Perplexity
@@ -274,6 +274,7 @@ class Config(Strict):
                     raise ValueError(f"experiments.{name}.export: {method!r} cannot be written as a dense model: {reason}")
             check_training(self, name, experiment)
             check_allocations(self, name, experiment)
+            check_targets(self, name, experiment)
             for c in experiment.calibrations:
                 for e in experiment.evaluations:
                     evaluation, text = self.evaluations[e], self.calibrations[c].text

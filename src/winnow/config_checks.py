@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from winnow.allocations import allocation_of
+from winnow.architectures import TARGETS, Matrix
 from winnow.evaluations import Classification
 from winnow.recoveries import Sequential, Trained
 from winnow.structures import structure_of
@@ -13,6 +14,20 @@ from winnow.structures.low_rank import LowRank
 
 if TYPE_CHECKING:
     from winnow.config import Config, Experiment
+
+
+def check_targets(config: Config, name: str, experiment: Experiment) -> None:
+    """Raise ValueError for a budget's target of which the structure of a method stores no matrix, as far as roles tell: which of
+    them a model has, and what is fitted together, is seen when the model is there."""
+    for method, b in itertools.product(experiment.methods, experiment.budgets):
+        structure = structure_of(config.methods[method].structure.model_dump())
+        for target in config.budgets[b].targets:
+            alone = [Matrix(0, role, role, role, (1, 1), False, False) for role in TARGETS.get(target, (target,))]
+            if not any(structure.fits([m]) for m in alone):
+                raise ValueError(
+                    f"experiments.{name}: {structure.kind()} ({method}) does not apply to {target!r}, a target of budget {b!r}; "
+                    "give the method an experiment with budgets that leave it out"
+                )
 
 
 def check_allocations(config: Config, name: str, experiment: Experiment) -> None:

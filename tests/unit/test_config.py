@@ -160,6 +160,25 @@ MISTAKES = [
         lambda c: c["experiments"]["demo"].update(methods=["ffsplit_affine"], export="dense"),
         "experiments.demo.export: 'ffsplit_affine' cannot be written as a dense model: split_affine has channels",
     ),
+    (
+        lambda c: c["experiments"]["demo"].update(methods=["svd", "modegpt_mlp"], budgets=["ffn-0.8", "all-0.8"]),
+        "experiments.demo: neuron_slice (modegpt_mlp) does not apply to 'attention', a target of budget 'all-0.8'; give",
+    ),
+    (
+        lambda c: (
+            c["methods"]["bypass"].update(structure={"kind": "by_target", "parts": {"ffn": {"kind": "low_rank"}}}),
+            c["experiments"]["demo"].update(methods=["bypass"], budgets=["all-0.8"]),
+        ),
+        "experiments.demo: by_target (bypass) does not apply to 'attention', a target of budget 'all-0.8'; give",
+    ),
+    (
+        lambda c: (
+            c["budgets"].update(attention={"targets": ["q_proj"], "keep_bytes": 0.8}),
+            c["methods"]["clusters_activation"]["structure"].update(axis="neurons"),
+            c["experiments"]["demo"].update(methods=["clusters_activation"], budgets=["attention"]),
+        ),
+        "experiments.demo: cluster (clusters_activation) does not apply to 'q_proj', a target of budget 'attention'; give",
+    ),
     (lambda c: c["models"].update({"a/b": {"source": "x"}}), "models.a/b"),
     (lambda c: c["experiments"]["demo"].update(methods=[]), "experiments.demo.methods: List should have at least 1 item"),
     (lambda c: c.pop("models"), "models: Field required"),
