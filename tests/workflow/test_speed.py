@@ -35,3 +35,29 @@ def test_a_plan_is_the_same_without_it(tmp_path):
         plans.append(jobs_of(done.stdout))
     assert len(plans[0]) > 50
     assert plans[0] == plans[1]
+
+
+JOBS = """
+include: "{speed}"
+
+rule all:
+    input: expand("{{i}}.txt", i=range(40))
+
+rule one:
+    output: "{{i}}.txt"
+    shell: "touch {{output}}"
+
+onsuccess:
+    import threading
+    Path("looks.txt").write_text(str(sum(isinstance(thread, threading.Timer) for thread in threading.enumerate())))
+"""
+
+
+def test_looks_for_jobs_do_not_multiply(tmp_path):
+    """Without it, each of 40 jobs leaves looks behind that beget looks."""
+    (tmp_path / "Snakefile").write_text(JOBS.format(speed=ROOT / "workflow/rules/speed.smk"))
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "rules", "--max-jobs-per-timespan", "10/1s"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("[0-9]*.txt"))) == 40
+    assert int((tmp_path / "looks.txt").read_text()) <= 1
