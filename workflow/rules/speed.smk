@@ -112,7 +112,7 @@ def of_equal_depth(matches):
 
 def unless_one_comes(scheduler, delay):
     """Look for jobs to start after a delay. Snakemake's limit of jobs per second asks for this in every look and every look
-    asked for is followed by another: after hundreds of jobs hundreds a second, which took a fifth of two cores.
+    asked for is followed by another: after hundreds of jobs hundreds a second, which took a quarter of a core.
     """
     if not getattr(scheduler, "look_comes", False):
         scheduler.look_comes = True
