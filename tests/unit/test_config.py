@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from winnow import presets
 from winnow.config import load
 from winnow.config_files import default, generate
 from winnow.errors import InputError
@@ -43,6 +44,12 @@ def test_no_shipped_study_calibrates_on_what_it_measures(path):
     for pair in pairs:
         texts = [plan.config.texts[name].model_dump() for name in pair]
         check_overlap(*(read_rows({**text, "files": [str(ROOT / file) for file in text["files"]]}) for text in texts), pair)
+
+
+def test_every_preset_stands_beside_the_peers():
+    studies = [yaml.safe_load((ROOT / f"config/studies/{name}.yaml").read_text()) for name in ("frontier", "presets")]
+    measured = [method for study in studies for e in study["experiments"].values() for method in e["methods"]]
+    assert set(measured) == set(presets.methods()) - {"mixed"}  # which needs an allocation, and is `winnow_factored` then
 
 
 def refused(change, files=()):
