@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -39,7 +40,7 @@ def compressed(
     """Every group of `sizes` that does not stay dense, one at a time.
 
     `factors` maps the name of a fit (see `winnow.members`) to the bundle that holds it. Raises InputError, naming the module, if
-    a number is not finite in the stored dtype.
+    a number is not finite in the stored dtype or a decomposition fails.
     """
     for name, own, group in structure.fits(files.matrices):
         size = sizes.get(name)
@@ -49,14 +50,17 @@ def compressed(
         dtype = getattr(torch, NAMES[files.tensors[f"{group[0].module}.weight"]["dtype"]])
         stored: dict[str, dict[str, Tensor]] = {}
         layouts: dict[str, dict[str, Any]] = {}
-        for module, part in own.stored(group, fit, size).items():
+        try:
+            parts, report = own.stored(group, fit, size), own.report(group, fit, size)
+        except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
+            raise InputError(f"{group[0].module}: {error}") from error
+        for module, part in parts.items():
             layouts[module], stored[module] = part.layout, {}
             for key, tensor in part.tensors.items():
                 cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
                 if not torch.isfinite(cast).all():
                     raise InputError(f"{module}.{key}: not finite as {dtype}; choose another dtype for the model's weights")
                 stored[module][key] = cast
-        report = own.report(group, fit, size)
         for matrix in (m for m in group if m.bias):
             if bias := own.bias_of(matrix):
                 stored[matrix.module][bias] = files.tensor(f"{matrix.module}.bias")

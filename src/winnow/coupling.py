@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.linalg import EPSILON, regularized
+from winnow.linalg import EPSILON, left_singular, regularized
 
 Sections = list[Tensor]  # (d, k) each, by number
 RIDGE = 1e-10  # of a metric that is inverted, as a share of its mean diagonal
@@ -135,7 +135,7 @@ def anchors_of(coupling: Coupling, lefts: Tensor, side: str) -> Sections:
 def leading(seen: Tensor, k: int) -> Tensor:
     """The k leading left singular vectors (d, k) of F (d, j), j >= k."""
     if seen.shape[1] <= seen.shape[0]:  # without F F^T, which would lose directions below 1e-8 of the largest
-        return torch.linalg.svd(seen, full_matrices=False).U[:, :k]
+        return left_singular(seen)[:, :k]
     return torch.linalg.eigh(seen @ seen.T).eigenvectors.flip(1)[:, :k]
 
 

@@ -63,6 +63,16 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
+def left_singular(matrix: Tensor) -> Tensor:
+    """The left singular vectors (m, min(m, n)) of a matrix (m, n), by descending singular values.
+
+    On a CPU by NumPy: MKL, which PyTorch has, gives up on some matrices of half their rank that are no trouble to OpenBLAS.
+    """
+    if matrix.device.type != "cpu":
+        return torch.linalg.svd(matrix, full_matrices=False).U
+    return torch.from_numpy(np.linalg.svd(matrix.numpy(), full_matrices=False)[0])
+
+
 def regularized(gram: Tensor, ridge: float, what: str) -> Tensor:
     """gram + ridge * mean(diagonal) * I, for a full (n, n) or diagonal (n,) gram that has to be inverted.
 
@@ -267,7 +277,7 @@ def _complete(u: Tensor, weight: Tensor, width: int) -> Tensor:
     if missing == 0:
         return u
     rest = weight - u @ (u.T @ weight)
-    extra = torch.linalg.svd(rest, full_matrices=False).U[:, :missing]
+    extra = left_singular(rest)[:, :missing]
     # Where the rest has no more directions, SVD fills up with vectors that may lie in the span of u. Householder QR keeps
     # the span of every leading block and gives orthonormal columns all the same.
     return torch.linalg.qr(torch.cat([u, extra], dim=1)).Q

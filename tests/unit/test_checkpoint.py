@@ -6,7 +6,9 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -282,5 +284,10 @@ def test_numbers_that_do_not_fit_the_stored_dtype_name_the_module(saved_llama, t
     huge = {"left": torch.full((96, 4), float("inf")), "right": torch.ones(4, 64)}
     write_tensors(tmp_path / "factors" / f"{name}.safetensors", huge)
     write_manifest(tmp_path / "factors", {"groups": [name]}, {})
+    factors = {name: Bundle(tmp_path / "factors" / "manifest.json")}
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.left\.weight: not finite as torch\.float32"):
-        compress(files, {name: Bundle(tmp_path / "factors" / "manifest.json")}, structure, {name: 3})
+        compress(files, factors, structure, {name: 3})
+    for error in (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # and so does a decomposition that fails
+        structure.stored = Mock(side_effect=error("SVD did not converge"))
+        with pytest.raises(InputError, match=r"^model\.layers\.1\.mlp\.up_proj: SVD did not converge$"):
+            compress(files, factors, structure, {name: 3})

@@ -130,6 +130,21 @@ def test_scales_over_eight_orders_of_magnitude():
         )
 
 
+@pytest.mark.parametrize("shape", [(10, 6), (6, 10), (8, 8)])
+def test_singular_vectors_do_not_need_the_lapack_that_fails_on_some(shape, monkeypatch):
+    matrix = random(shape, 8) @ torch.diag(torch.arange(shape[1]) < 4).double()
+    expected = torch.linalg.svdvals(matrix)
+
+    def gives_up(*_, **__):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", gives_up)
+    found = linalg.left_singular(matrix)
+    assert found.shape == (shape[0], min(shape))
+    torch.testing.assert_close(found.T @ found, torch.eye(min(shape), dtype=torch.float64))
+    torch.testing.assert_close((found.T @ matrix).norm(dim=1), expected)
+
+
 @settings(max_examples=40, deadline=None)
 @given(SHAPES, st.integers(1, 6), st.booleans(), st.integers(0, 10**6))
 def test_rank_deficient_weights(shape, rank, full, seed):
