@@ -350,7 +350,8 @@ def test_missing_sources_are_named(tmp_path, monkeypatch):
 
 def test_a_random_control_stands_beside_every_selection():
     def change(c):
-        c["experiments"]["demo"]["methods"] = ["svd", "ffsplit", "clusters_norm", "clusters_cosine", "modegpt_mlp"]
+        methods = ["svd", "ffsplit", "clusters_norm", "clusters_cosine", "modegpt_mlp"]
+        c["experiments"]["demo"] |= {"methods": methods, "budgets": ["ffn-0.8", "ffn-0.4"]}
 
     methods = {cell.method for cell in plan_of(change).cells}
     own = {"svd", "ffsplit", "clusters_norm", "clusters_cosine", "modegpt_mlp"}
@@ -437,7 +438,7 @@ def test_a_dense_export_is_asked_for_by_name_and_moves_nothing_else():
     assert before.exported() == []
 
     def change(c):
-        c["experiments"]["demo"] |= {"export": "dense", "methods": ["svd", "ffsplit"]}
+        c["experiments"]["demo"] |= {"export": "dense", "methods": ["svd", "ffsplit"], "budgets": ["ffn-0.8", "ffn-0.4"]}
 
     after = plan_of(change)
     assert after.labels == before.labels
