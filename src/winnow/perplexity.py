@@ -47,7 +47,7 @@ def evaluate(
     for group in every(_batches(lengths.tolist(), batch, done), "evaluation batches"):
         x = ids[group][:, : int(lengths[group[0]])].to(device).long()
         logits = model(input_ids=x, use_cache=False).logits
-        if not torch.isfinite(logits).all():
+        if not _all_finite(logits):
             raise FloatingPointError(f"logits are not finite in windows {group[0]} to {group[-1]}; {_culprit(model, x)}")
         reference = None if dense is None else dense(input_ids=x, use_cache=False).logits
         for row, window in enumerate(group):
@@ -74,7 +74,7 @@ def evaluate_by_block(
             with streamed.block(layer):
                 for group in every(_batches(lengths, batch, 0), f"evaluation batches of layer {layer}"):
                     x = ids[group][:, : lengths[group[0]]].to(streamed.device).long()
-                    if not torch.isfinite(streamed.run(group[0], {"input_ids": x})).all():
+                    if not _all_finite(streamed.run(group[0], {"input_ids": x})):
                         where = f"windows {group[0]} to {group[-1]}"
                         raise FloatingPointError(f"what {streamed.names[layer]} gives is not finite in {where}")
             streamed.advance(layer)
@@ -87,7 +87,7 @@ def evaluate_by_block(
             for part in _parts(int(first[window]), len(row), model.vocabulary):
                 before = slice(part.start - 1, part.stop - 1)  # logits of a token stand at the one before it
                 logits, *others = (streamed.logits(window, row, before) for streamed in models)
-                if not torch.isfinite(logits).all():
+                if not _all_finite(logits):
                     raise FloatingPointError(f"logits are not finite in window {window}; every block's output is finite")
                 targets = row[part].to(model.device).long()
                 for key, value in _score(logits, targets, others[0] if others else None).items():
@@ -114,18 +114,24 @@ def _batches(lengths: list[int], batch: int, done: int) -> list[list[int]]:
     return groups
 
 
+def _all_finite(x: Tensor) -> bool:
+    """In one pass, where `torch.isfinite` takes several; a NaN is the smallest and the largest of what it stands among."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+
+
 def _score(logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, float]:
     """Sums over the tokens of one window; logits (tokens, vocabulary)."""
     sums = {"nll": 0.0, "tokens": float(len(targets))} | ({"kl": 0.0, "agree": 0.0} if reference is not None else {})
     step = max(1, CHUNK // logits.shape[-1])
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
-        q = torch.log_softmax(logits[part].double(), dim=-1)
-        sums["nll"] -= float(q.gather(1, targets[part, None]).sum())
+        x = logits[part].double()
+        total = x.logsumexp(-1, keepdim=True)  # all that a token's own loss takes: half the time of `log_softmax`
+        sums["nll"] += float((total - x.gather(1, targets[part, None])).sum())
         if reference is not None:
             p = torch.log_softmax(reference[part].double(), dim=-1)
-            sums["kl"] += float((p.exp() * (p - q)).sum())
-            sums["agree"] += float((p.argmax(-1) == q.argmax(-1)).sum())
+            sums["kl"] += float((p.exp() * (p - (x - total))).sum())
+            sums["agree"] += float((p.argmax(-1) == x.argmax(-1)).sum())
     return sums
 
 

@@ -74,6 +74,16 @@ def test_a_logit_that_is_not_finite_stops_with_the_modules_name():
         evaluate(model, None, ids, torch.ones(2, dtype=torch.int32), 2)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_logit_that_is_not_finite_is_enough(value):
+    """Also where it would not show in the loss, as -inf."""
+    table = torch.zeros(4, 50)
+    table[1, 7] = value
+    ids = torch.tensor([[0, 2, 3], [0, 1, 2]])
+    with pytest.raises(FloatingPointError, match="windows 1 to 1"):
+        evaluate(Fixed(table.tolist()), None, ids, torch.ones(2, dtype=torch.int32), 1)
+
+
 def test_standard_error_is_that_of_the_mean_of_equal_windows():
     sums, counts = np.array([10.0, 14.0, 9.0, 12.0]), np.full(4, 5.0)
     mean, error = ratio(sums, counts)

@@ -66,3 +66,11 @@ def test_ends_as_an_interpreter_would(forks, tmp_path, ending, code):
     assert fork(forks, path, tmp_path, 1, dict(os.environ)) == code
     if code == 1:
         assert (tmp_path / "said").read_text() in ("ValueError: no", "KeyboardInterrupt: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="scripts are forked on Linux only")
+def test_what_was_imported_before_is_not_collected(forks, tmp_path):
+    """A collection that looked at it would copy the memory that all forks share, in each of them."""
+    path = tmp_path / "script.py"
+    path.write_text("import gc, sys\nsys.exit(0 if gc.get_freeze_count() > 10_000 > len(gc.get_objects()) else 1)\n")
+    assert fork(forks, path, tmp_path, 1, dict(os.environ)) == 0
