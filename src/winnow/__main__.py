@@ -37,7 +37,7 @@ def markdown(results: Path) -> None:
         (
             row["method"],
             " ".join(row[name] for name in varying),
-        ): f"{float(row['delta_nll']):.3f} ± {float(row['delta_nll_se']):.3f}"
+        ): with_error(float(row["delta_nll"]), float(row["delta_nll_se"]))
         for row in compressed
     }
     print(f"| method | {' | '.join(columns)} |")
@@ -48,6 +48,12 @@ def markdown(results: Path) -> None:
         model = f"Dense `{row['model']}`" + ("" if row["recovery"] == "none" else f" after the recovery `{row['recovery']}`")
         print(f"\n{model}: {float(row['nll']):.4f} ± {float(row['nll_se']):.4f} nats per token, perplexity", end=" ")
         print(f"{float(row['perplexity']):.2f}, over {int(row['tokens']):,} tokens in {row['windows']} windows.")
+
+
+def with_error(value: float, error: float) -> str:
+    """To three decimals, or as many more, up to six, as show a digit of the error."""
+    decimals = next((n for n in range(3, 6) if error >= 0.5 * 10**-n), 6 if error else 3)
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def several_seeds(results: Path) -> list[dict[str, str]]:

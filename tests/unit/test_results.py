@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from winnow.__main__ import markdown, show
+from winnow.__main__ import markdown, show, with_error
 from winnow.errors import InputError
 from winnow.figures import LEGIBLE, effective_rank, frontier, ranking, save
 from winnow.io import (
@@ -256,6 +256,21 @@ def test_show_prints_means_and_ties_if_there_are_several_seeds(tmp_path, capsys)
     assert ["tie" in line for line in lines] == [False, True, False]
     markdown(tmp_path)
     assert "| a | 0.200 ± " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.6519, 0.0098, "0.652 ± 0.010"),
+        (0.0041, 0.0005, "0.004 ± 0.001"),
+        (0.0041, 0.00049, "0.0041 ± 0.0005"),
+        (-0.000052, 0.000041, "-0.00005 ± 0.00004"),
+        (1.0, 1e-9, "1.000000 ± 0.000000"),
+        (0.0, 0.0, "0.000 ± 0.000"),
+    ],
+)
+def test_a_loss_is_printed_to_the_digits_of_its_error(value, error, text):
+    assert with_error(value, error) == text
 
 
 def test_the_report_shows_several_seeds():
