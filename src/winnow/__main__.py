@@ -53,7 +53,7 @@ def markdown(results: Path) -> None:
 def with_error(value: float, error: float) -> str:
     """To three decimals, or as many more, up to six, as show a digit of the error."""
     decimals = next((n for n in range(3, 6) if error >= 0.5 * 10**-n), 6 if error else 3)
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+    return f"{round(value, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}"  # + 0.0: no -0.0000
 
 
 def several_seeds(results: Path) -> list[dict[str, str]]:
