@@ -14,7 +14,6 @@ LONG = "whitened_learned"  # takes a minute for every budget, seed and model
 REACHED = {"one_sided": ("0.6", "0.4"), "tied": ("0.4",)}  # what sections of several layers can store in all these models
 COARSE = {"stories": {"coupled", "coupled_anchored"}}  # so few sizes, in a model this small, that some budgets are missed
 ASKED = {"none": [None], "sequential": [["fitted_refined"]], "refined": [["fitted_refined"], ["refined"]]}  # of the studies
-MEASURED = ["stories260K", "wt2-llama", "wt2-gpt2"]  # with refinement; the two others have not been run to the end
 
 
 def frontier(recovery: str = "none") -> dict:
@@ -87,4 +86,4 @@ def test_it_is_the_best_or_tied_after_refinement_too(tmp_path):
     errors = (own["delta_nll_se"] ** 2 + best["delta_nll_se"] ** 2) ** 0.5
     tie = own["delta_nll"] - best["delta_nll"] <= 2 * errors
     assert own["delta_nll"].max() < 0.002
-    assert (tie.groupby(level=0).sum()[MEASURED] >= 7).all()  # of 8: modegpt_mlp at ffn-0.9 is better than dense in two
+    assert (tie.groupby(level=0).sum() >= 7).all()  # of 8: at ffn-0.9 others leave three models better than dense
