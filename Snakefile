@@ -7,8 +7,9 @@ configfile: "config/config.yaml"
 
 
 include: "workflow/rules/speed.smk"
-include: "workflow/rules/warm.smk"
 include: "workflow/rules/common.smk"
+include: "workflow/rules/records.smk"
+include: "workflow/rules/warm.smk"
 include: "workflow/rules/resources.smk"
 include: "workflow/rules/inputs.smk"
 include: "workflow/rules/task_inputs.smk"

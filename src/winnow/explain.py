@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.errors import InputError
-from winnow.io import MANIFEST, file_digest, provenance_of_markup, read_json
+from winnow.io import MANIFEST, check_whole, file_digest, provenance_of_markup, read_json
 from winnow.plan import DENSE, Plan
 
 
@@ -51,9 +51,11 @@ def differences(provenance: dict[str, Any], plan: Plan, directory: Path = Path()
     gone = [f"{name} {label}" for name, label in wildcards.items() if not plan.knows(name, label)]
     if gone:
         return [f"no preset of the configuration has the label of {', '.join(gone)}"]
-    today = {"spec": plan.spec(stage, wildcards), "code": plan.fingerprint(stage, wildcards), "versions": plan.versions(stage)}
+    today = plan.params(stage, wildcards)
     lines = list(_changed_params(params, today))
     for name, digest in provenance["inputs"].items():
+        if name in params.get("files", {}):  # of the user, and looked at with the params
+            continue
         path = directory / name
         if not path.is_file():
             lines.append(f"input: {name} is gone")
@@ -75,7 +77,28 @@ def difference(outputs: list[str], today: dict[str, Any]) -> str | None:
     return reason
 
 
+def finished(outputs: list[str], today: dict[str, Any]) -> bool:
+    """Whether every output of a job is whole and was made with the params of `today` from the inputs that are there now."""
+    for output in outputs:
+        path = Path(output)
+        try:
+            check_whole(path)
+            provenance = provenance_of(path)
+        except InputError:  # absent, damaged, or without a provenance
+            return False
+        if next(_changed_params(provenance["params"], today), None):
+            return False
+        inputs = {name: digest for name, digest in provenance["inputs"].items() if name not in today["files"]}
+        if any(not Path(name).is_file() or file_digest(name) != digest for name, digest in inputs.items()):
+            return False
+    return True
+
+
 def _changed_params(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    files, today = then.get("files", {}), now.get("files", {})
+    for name in sorted(files | today):
+        if files.get(name) != today.get(name):
+            yield f"input: {name} {'is gone' if name not in today else 'has other content' if name in files else 'is new'}"
     yield from _changes("", then.get("spec", {}), now["spec"])
     old, new = ({line.split()[0]: line.split()[1] for line in part["code"]} for part in (then, now))
     for name in sorted(old | new):

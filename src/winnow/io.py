@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +69,18 @@ def write_text(path: Path | str, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+_checks: list[Callable[[], None]] = []
+
+
+def before_sealing(check: Callable[[], None]) -> None:
+    """Have this process call `check` before it seals anything; what it raises leaves the artefact unwritten."""
+    _checks.append(check)
+
+
 def _seal(path: Path) -> None:
     """Put the digest of the whole file into the place that `BLANK` keeps for it."""
+    for check in _checks:
+        check()
     place = _place(path)
     with open(path, "r+b") as stream:
         stream.seek(place)
@@ -116,6 +126,15 @@ def _check_seal(path: Path | str) -> None:
         whole = False
     if not whole:
         raise InputError(f"{path}: changed since it was written, or not of winnow; {CURE}")
+
+
+def check_whole(path: Path | str) -> None:
+    """Raise InputError if an artefact is absent or not whole, or was changed: a sealed file, or a bundle by its manifest."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such artefact")
+    _check_seal(path)
+    if Path(path).name == MANIFEST:
+        Bundle(path).verify()
 
 
 def _unsealed(path: Path | str) -> bytes:

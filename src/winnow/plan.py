@@ -13,6 +13,7 @@ from winnow.config import Calibration, Config
 from winnow.grid import EXECUTION, UNNAMED, Cell
 from winnow.io import file_digest
 from winnow.metrics import METRICS
+from winnow.outside import Outside
 from winnow.provenance import CodeTracker, versions
 from winnow.recoveries import RECOVERIES, Finetune
 from winnow.structures import STRUCTURES
@@ -108,6 +109,7 @@ class Plan(StudyGrid):
         """`root`: the checkout, whose code is tracked; `memory`: a folder where digests of code are kept."""
         super().__init__(config)
         self.code = CodeTracker(root, memory)
+        self.outside = Outside(self)
 
     def spec(self, stage: str, wildcards: dict[str, str]) -> dict[str, Any]:
         """The parameters of a stage: builtin types only, keys sorted."""
@@ -137,6 +139,15 @@ class Plan(StudyGrid):
             if stage == "factorize" and metrics:
                 entries.append(f"winnow.metrics:{metrics[0]}" if len(metrics) == 1 else "winnow.metrics")
         return self.code.fingerprint(*entries)
+
+    def params(self, stage: str, wildcards: dict[str, str]) -> dict[str, Any]:
+        """All that a stage is recorded with, besides its input files."""
+        return {
+            "spec": self.spec(stage, wildcards),
+            "code": self.fingerprint(stage, wildcards),
+            "versions": self.versions(stage),
+            "files": self.outside.files(stage, wildcards),
+        }
 
     def versions(self, stage: str) -> dict[str, str]:
         return versions(*STAGES[stage])

@@ -15,10 +15,12 @@ from functools import cache, cached_property
 from importlib.metadata import distribution, version
 from pathlib import Path
 
+from winnow.errors import InputError
 from winnow.io import write_text
 
 PACKAGE = "winnow"
 DIGITS = 10
+MEMORY = Path(".snakemake/winnow-code")  # in the folder of a run: what files of code came to
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
@@ -69,6 +71,21 @@ def _own_source() -> bytes:
     return Path(__file__).read_bytes()
 
 
+def remembered(source: bytes, file: str, module: str, only: str, memory: Path | None) -> tuple[str, frozenset[str]]:
+    """As `parse`, which takes most of the time of a fingerprint: what it came to is kept in the folder `memory`, a small file for
+    each content."""
+    if memory is None:
+        return parse(source, file, module, only)
+    key = hashlib.sha256(repr((source, file, module, only, sys.version, _own_source())).encode()).hexdigest()
+    entry = memory / f"{key}.json"
+    if entry.is_file():
+        digest, names = json.loads(entry.read_text(encoding="utf-8"))
+        return digest, frozenset(names)
+    digest, found = parse(source, file, module, only)
+    write_text(entry, json.dumps([digest, sorted(found)]))
+    return digest, found
+
+
 class CodeTracker:
     """Fingerprints of the scripts below `root`/scripts and of the package modules they reach by import statements.
 
@@ -91,27 +108,19 @@ class CodeTracker:
 
     @cache  # noqa: B019 - one tracker lives as long as the process
     def _parse(self, path: Path, module: str, only: str) -> tuple[str, frozenset[str]]:
-        """(digest of the code without comments and docstrings, project modules that it imports)."""
-        source = path.read_bytes()
-        if self.memory is None:
-            return parse(source, path.name, module, only)
-        key = hashlib.sha256(repr((source, path.name, module, only, sys.version, _own_source())).encode()).hexdigest()
-        entry = self.memory / f"{key}.json"
-        if entry.is_file():
-            digest, names = json.loads(entry.read_text(encoding="utf-8"))
-            return digest, frozenset(names)
-        digest, names = parse(source, path.name, module, only)
-        write_text(entry, json.dumps([digest, sorted(names)]))
-        return digest, names
+        return remembered(path.read_bytes(), path.name, module, only, self.memory)
 
     @cache  # noqa: B019
     def fingerprint(self, *entries: str) -> tuple[str, ...]:
         """Sorted `name digest` lines of the entries and all that they reach.
 
         An entry is a script name ending in .py, a module, or `module:Class`: that module counts without the class's siblings.
+        Raises InputError for an entry, or for a module named by an import statement, that does not exist: what cannot be found
+        cannot be tracked.
         """
         only = dict(entry.split(":") for entry in entries if ":" in entry)
         todo, lines = [entry.split(":")[0] for entry in entries], {}
+        asked = frozenset(todo)
         while todo:
             name = todo.pop()
             if name in lines:
@@ -123,8 +132,12 @@ class CodeTracker:
                 path, module = self._files.get(name), name
                 parent = name.rpartition(".")[0]
                 todo += [parent] if parent else []  # importing a module runs the packages above it
+                if path is None and (name in asked or parent not in self._files):
+                    raise InputError(f"{self.root / 'src'}: there is no module {name}, so its code cannot be tracked")
             if path is None:  # a name imported from a module, not a module
                 continue
+            if not path.is_file():
+                raise InputError(f"{path}: there is no such script, so its code cannot be tracked")
             digest, imported = self._parse(path, module, only.get(name, ""))
             lines[name] = digest
             todo += sorted(imported)

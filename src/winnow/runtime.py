@@ -13,7 +13,9 @@ from types import TracebackType
 from typing import Any
 
 from winnow.errors import InputError, first_line
-from winnow.io import file_digest
+from winnow.io import before_sealing, file_digest
+from winnow.outside import Digests
+from winnow.running import check_code, check_place, check_scripts
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,32 @@ def start_job(snakemake: Any) -> Job:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     logging.raiseExceptions = False  # a log that cannot be written stops no job; what the job writes says so
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    inputs = {str(p): file_digest(p) for p in dict.fromkeys(snakemake.input) if Path(p).is_file()}
+    params = dict(snakemake.params.items())
+    check_place(Path(snakemake.scriptdir).parent)
+    check_scripts(Path(snakemake.scriptdir), params)
+    check_code(params)
+    before_sealing(partial(check_code, params))
     provenance = {
         "rule": rule,
         "wildcards": dict(snakemake.wildcards.items()),
-        "params": dict(snakemake.params.items()),
-        "inputs": inputs,
+        "params": params,
+        "inputs": _inputs(snakemake.input, params.get("files", {})),
     }
-    return Job(snakemake.params.get("spec", {}), _device(snakemake), provenance)
+    return Job(params.get("spec", {}), _device(snakemake), provenance)
+
+
+def _inputs(paths: Any, planned: dict[str, str]) -> dict[str, str]:
+    """{input: digest}. Raises InputError if a file of the user is not the one that the job was planned for."""
+    outside = Digests()
+    found = {}
+    for path in dict.fromkeys(map(str, paths)):
+        if path in planned:
+            found[path] = outside.of(path)
+            if found[path] != planned[path]:
+                raise InputError(f"{path}: changed since this run was planned; run snakemake again")
+        elif Path(path).is_file():
+            found[path] = file_digest(path)
+    return found
 
 
 def _show(rule: str, log: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

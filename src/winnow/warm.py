@@ -7,10 +7,12 @@ interpreter would have had them, so numbers do not depend on it.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import runpy
 import sys
 import tempfile
+from collections.abc import Iterable
 
 # What the scripts of a sweep use; one that needs more imports it. With one of Transformers' models comes what all share.
 PRELOADED = (
@@ -25,15 +27,17 @@ PRELOADED = (
     "winnow.recoveries",
     "winnow.runtime",
     "winnow.statistics",
+    "winnow.imported",  # last: it notes what was imported before it
 )
 GPUS = ("/dev/nvidiactl", "/dev/kfd")  # files of their drivers
 # Variables that say how many threads a library makes when it is loaded. No thread of theirs may stand when a process is forked.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GOTO_NUM_THREADS")
 
 
-def run_script(path: str, folder: str, threads: int, environment: dict[str, str]) -> None:
+def run_script(path: str, folder: str, threads: int, environment: dict[str, str], preloaded: Iterable[str] = ()) -> None:
     """Run a Python file in `folder` as `python path` would, with so many threads; called in the fork, whose exit code is the
-    interpreter's."""
+    interpreter's. Fails if one of the modules `preloaded` does not exist: the fork server leaves out what it cannot import,
+    without a word."""
     gc.freeze()  # a collection would look at all 400,000 objects of the imports, and copy the memory they share with the server
     os.chdir(folder)
     os.environ.clear()
@@ -47,6 +51,8 @@ def run_script(path: str, folder: str, threads: int, environment: dict[str, str]
         threadpool_limits(threads)
     sys.argv = [path]
     try:
+        for name in preloaded:
+            importlib.import_module(name)
         runpy.run_path(path, run_name="__main__")
     except SystemExit:
         raise

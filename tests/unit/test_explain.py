@@ -17,7 +17,7 @@ from winnow.prune import remove, unreached
 
 def provenance(plan, stage, inputs=()):
     wildcards = wildcards_of(plan, stage)
-    params = {"spec": plan.spec(stage, wildcards), "code": plan.fingerprint(stage, wildcards), "versions": plan.versions(stage)}
+    params = plan.params(stage, wildcards)
     return {"rule": stage, "wildcards": wildcards, "params": params, "inputs": {str(p): file_digest(p) for p in inputs}}
 
 

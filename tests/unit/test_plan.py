@@ -519,3 +519,23 @@ def test_a_study_is_scored_on_the_tasks_of_its_kind_that_are_configured():
     assert [own["method"] for _, own in scored] == ["dense", "coupled", "whitened", "whitened"]
     assert len({plan.result(cell) for cell, _ in scored}) == 4
     assert not plan.study_scores("ffsplit"), "no task of kind classification"
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ("winnow.allocations.nonexistent", r"src: there is no module winnow\.allocations\.nonexistent, so its code cannot be"),
+        ("winnow.metrics_of_old:Gram", r"src: there is no module winnow\.metrics_of_old, so its code cannot be tracked"),
+        ("nonexistent.py", r"scripts/nonexistent\.py: there is no such script, so its code cannot be tracked"),
+    ],
+)
+def test_what_cannot_be_found_has_no_fingerprint(entry, line):
+    with pytest.raises(InputError, match=line):
+        CodeTracker(ROOT).fingerprint("compress.py", entry)
+
+
+def test_an_import_from_a_module_that_is_gone_has_none_either(checkout):
+    path = checkout / "scripts" / "compress.py"
+    path.write_text(path.read_text() + "\nfrom winnow.gone import something\n")
+    with pytest.raises(InputError, match=r"there is no module winnow\.gone\.something, so its code cannot be tracked"):
+        CodeTracker(checkout).fingerprint("compress.py")

@@ -1,5 +1,6 @@
 """A script in a fork runs as in an interpreter of its own."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import textwrap
 
 import pytest
 
-from winnow.warm import run_script
+from winnow.warm import PRELOADED, run_script
 
 REPORT = """
 import json, os, sys, tempfile
@@ -74,3 +75,20 @@ def test_what_was_imported_before_is_not_collected(forks, tmp_path):
     path = tmp_path / "script.py"
     path.write_text("import gc, sys\nsys.exit(0 if gc.get_freeze_count() > 10_000 > len(gc.get_objects()) else 1)\n")
     assert fork(forks, path, tmp_path, 1, dict(os.environ)) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="scripts are forked on Linux only")
+def test_a_module_that_is_to_be_there_and_is_not_fails_the_job(tmp_path):
+    context = multiprocessing.get_context("forkserver")  # whose server leaves out what it cannot import
+    (tmp_path / "script.py").write_text("open('ran', 'w')")
+    given = (str(tmp_path / "script.py"), str(tmp_path), 1, dict(os.environ), ("json", "winnow.allocations.nonexistent"))
+    process = context.Process(target=run_script, args=given)
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", PRELOADED)
+def test_what_is_preloaded_exists(name):
+    assert importlib.util.find_spec(name) is not None

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,36 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line(tmp_path):
     assert len(lines) == 1
     assert "another run is at work in" in lines[0]
     assert busy.run("-n").returncode == 0
+
+
+def test_an_interrupted_run_keeps_what_its_last_job_finished(tmp_path):
+    """SIGINT to the run alone: it waits for the job, which seals its results, but does not record that it ended."""
+    here = place(tmp_path / "here")
+    script = here.code / "scripts" / "collect_statistics.py"
+    script.write_text(script.read_text() + "    import time\n\n    time.sleep(4)\n")
+    everything = here.planned()
+    process = started(here)
+    made = {}
+    while len(made) < 2 and process.poll() is None:
+        time.sleep(0.1)
+        found = {path.name: path for path in here.folder.glob("results/*/*/statistics/**/*") if path.is_file()}
+        made = {name: path for name, path in found.items() if name in ("manifest.json", "channels.parquet")}
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    assert len(made) == 2, "the job wrote all it had to"
+    incomplete = here.folder / ".snakemake" / "incomplete"
+    assert list(incomplete.iterdir()), "Snakemake knows of a job that it did not see end"
+    done = Counter(retrieve_model=1, retrieve_text=2, check_overlap=1, tokenize=2, collect_statistics=1, assign_clusters=1)
+    rest = here.planned()
+    assert rest["collect_statistics"] == 0
+    assert rest - everything == Counter()
+    assert everything - rest <= done + Counter(evaluate_dense=1, factorize=1, measure_spectra=1)
+    whole = made["channels.parquet"].read_bytes()
+    made["channels.parquet"].write_bytes(whole[:-8])
+    assert here.planned()["collect_statistics"] == 1, "what is damaged was not finished"
+    made["channels.parquet"].write_bytes(whole)
+    ended = here.run()
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "Forced execution" not in ended.stdout + ended.stderr
+    assert here.planned() == Counter()
+    assert not list(incomplete.iterdir())

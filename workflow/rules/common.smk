@@ -5,15 +5,22 @@ import sys
 import time
 from pathlib import Path
 
-from snakemake.persistence import PersistenceBase
-
 ROOT = Path(workflow.basedir)
-sys.path.insert(0, str(ROOT / "src"))
+# The package of this checkout, here and in all processes that are started from here, whatever winnow is installed.
+SOURCES = str(ROOT / "src")
+sys.path.insert(0, SOURCES)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    dict.fromkeys(
+        filter(None, [SOURCES, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    )
+)
 
 from winnow import studies
 from winnow.config import load
 from winnow.errors import InputError
 from winnow.plan import Plan
+from winnow.provenance import MEMORY
+from winnow.running import check_place
 
 # For all jobs: Arrow's own allocator reserves a GiB at its first table, which a limit on the data of a process counts.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
@@ -25,11 +32,8 @@ ALL_CORES = (
 PRUNE = str(config.pop("prune", False)).lower() == "true"
 MEMORY_GB, DISK_GB = (config.pop(key, None) for key in ("memory_gb", "disk_gb"))
 try:
-    PLAN = Plan(
-        load(config, [str(f) for f in workflow.configfiles]),
-        ROOT,
-        Path(".snakemake/winnow-code"),
-    )
+    check_place(ROOT)
+    PLAN = Plan(load(config, [str(f) for f in workflow.configfiles]), ROOT, MEMORY)
     PLAN.check_sources()
 except InputError as error:
     print(f"winnow: {error}", file=sys.stderr)
@@ -53,7 +57,8 @@ wildcard_constraints:
 
 
 def stage(name):
-    """The params of a stage: its specification, the fingerprints of its code, the versions of its libraries.
+    """The params of a stage: its specification, the fingerprints of its code, the versions of its libraries, and the digests of
+    what it reads that no rule makes; of such files Snakemake is to judge no times, so rules have them as `ancient`.
 
     One dict each: Snakemake compares the set of values and drops their names. None may ask for `input` or `output`: Snakemake
     leaves such params out of its record.
@@ -62,37 +67,8 @@ def stage(name):
         "spec": lambda wildcards: PLAN.spec(name, dict(wildcards.items())),
         "code": lambda wildcards: PLAN.fingerprint(name, dict(wildcards.items())),
         "versions": PLAN.versions(name),
+        "files": lambda wildcards: PLAN.outside.files(name, dict(wildcards.items())),
     }
-
-
-def refuse_unrecorded(has_metadata):
-    """Stop at results that Snakemake has no record of, and so calls up to date, if they were made with other params than
-    today's: what they were made from stands in them, too. That happens where .snakemake was removed or results were copied.
-    """
-
-    def checked(record, job):
-        known = has_metadata(record, job)
-        if known:
-            return known
-        outputs = [str(path) for path in job.output if os.path.exists(path)]
-        if not outputs or record._filter_incomplete_keys(outputs):
-            return known
-        from winnow.explain import difference  # rarely needed
-
-        today = {name: job.params.get(name) for name in ("spec", "code", "versions")}
-        if today["code"] and (change := difference(outputs, today)):
-            print(
-                f"winnow: {outputs[0]}: {change}, and Snakemake's own record of it is gone; delete it, or make everything "
-                "anew with --forceall",
-                file=sys.stderr,
-            )
-            sys.exit(1)
-        return known
-
-    return checked
-
-
-PersistenceBase.has_metadata = refuse_unrecorded(PersistenceBase.has_metadata)
 
 
 def hold_folder():

@@ -3,7 +3,7 @@
 
 def example_files(wildcards):
     task = PLAN.tasks()[wildcards.task]
-    return [*task.train, *task.test]
+    return of_user([*task.train, *task.test])
 
 
 def rows_of_task(part, task=None):
@@ -38,7 +38,7 @@ def rows_of_recovery(part):
 
 
 def task_files(wildcards):
-    return PLAN.task_files(wildcards.evaluation)
+    return of_user(PLAN.outside.files("evaluate_accuracy", dict(wildcards.items())))
 
 
 def rows_check(wildcards):

@@ -52,7 +52,7 @@ def execute_script(script, fname, edit=False):
     environment = {**os.environ, **dict.fromkeys(THREADS, str(script.threads))}
     if tmpdir := script.resources.get("tmpdir"):
         environment.update(dict.fromkeys(("TMPDIR", "TMP", "TEMP", "TEMPDIR"), tmpdir))
-    given = (fname, os.getcwd(), script.threads, environment)
+    given = (fname, os.getcwd(), script.threads, environment, PRELOADED)
     process = context.Process(target=run_script, args=given)
     with FORKS:
         process.start()
