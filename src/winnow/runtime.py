@@ -37,8 +37,9 @@ def start_job(snakemake: Any) -> Job:
     logging.raiseExceptions = False  # a log that cannot be written stops no job; what the job writes says so
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     params = dict(snakemake.params.items())
-    check_place(Path(snakemake.scriptdir).parent)
-    check_scripts(Path(snakemake.scriptdir), params)
+    scripts = Path(os.path.normpath(snakemake.scriptdir))
+    check_place(scripts.parent)
+    check_scripts(scripts, params)
     check_code(params)
     before_sealing(partial(check_code, params))
     provenance = {

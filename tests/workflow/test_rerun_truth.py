@@ -124,6 +124,19 @@ def weights(p: Place) -> None:
     assert path.stat().st_size == size
 
 
+def older_text(p: Place) -> None:
+    """Another text in the place of the one that was read, with a time before that of all results, as `mv` leaves it."""
+    new, path = p.folder / "new.jsonl", p.folder / "calibration.jsonl"
+    new.write_text(path.read_text().replace(" the ", " a "))
+    os.utime(new, (1e9, 1e9))
+    os.replace(new, path)
+
+
+def older_weights(p: Place) -> None:
+    weights(p)
+    os.utime(p.folder / "model" / "model.safetensors", (1e9, 1e9))
+
+
 def setting(*path: str, value):
     """An edit of the configuration: the key at `path` becomes `value`."""
 
@@ -182,6 +195,8 @@ ROWS = [
     ("two params swapped", lambda p: p.config["calibrations"]["few"].update(windows=32, length=16), OF_CALIBRATION),
     ("tokenizer files in place", tokenizer, OF_MODEL),
     ("model weights in place, same size", weights, OF_MODEL),
+    ("an older model in its place", older_weights, OF_MODEL),
+    ("an older text in its place", older_text, OF_CALIBRATION + Counter(retrieve_text=1, check_overlap=1)),
     (
         "evaluation protocol",
         setting("evaluations", "short", "protocol", value="plain"),
@@ -208,9 +223,8 @@ def place(tmp_path_factory):
 def restored(place):
     """The place, put back after the row."""
     config = yaml.safe_dump(place.config, sort_keys=False)
-    kept = {
-        path: path.read_bytes() for base in (place.code, place.folder / "model") for path in base.rglob("*") if path.is_file()
-    }
+    bases = [*place.code.rglob("*"), *(place.folder / "model").rglob("*"), *place.folder.glob("*.jsonl")]
+    kept = {path: path.read_bytes() for path in bases if path.is_file()}
     yield place
     place.config = yaml.safe_load(config)
     for path, content in kept.items():
