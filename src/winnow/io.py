@@ -69,6 +69,17 @@ def write_text(path: Path | str, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_note(path: Path, text: str) -> None:
+    """Write a small file that only saves work. Several jobs may write it at once; one that may not write there does without."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except PermissionError:
+        partial.unlink(missing_ok=True)
+
+
 _checks: list[Callable[[], None]] = []
 
 

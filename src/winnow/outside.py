@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from winnow.errors import InputError
-from winnow.io import file_digest, read_json, write_text
+from winnow.io import file_digest, read_json, write_note
 
 if TYPE_CHECKING:
     from winnow.grid import Grid
@@ -48,7 +48,7 @@ class Digests:
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
-            _write(entry, {"path": str(path), "seen": seen, "sha256": digest})
+            write_note(entry, json.dumps({"path": str(path), "seen": seen, "sha256": digest}))
         return digest
 
 
@@ -117,9 +117,3 @@ def _read(entry: Path) -> dict | None:
         return json.loads(entry.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _write(entry: Path, content: dict) -> None:
-    """Remember; a folder that cannot be written to costs another digest at the next plan, and nothing else."""
-    if os.access(entry.parent if entry.parent.exists() else Path.cwd(), os.W_OK):
-        write_text(entry, json.dumps(content))

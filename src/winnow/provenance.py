@@ -16,7 +16,7 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 
 from winnow.errors import InputError
-from winnow.io import write_text
+from winnow.io import write_note
 
 PACKAGE = "winnow"
 DIGITS = 10
@@ -82,7 +82,7 @@ def remembered(source: bytes, file: str, module: str, only: str, memory: Path | 
         digest, names = json.loads(entry.read_text(encoding="utf-8"))
         return digest, frozenset(names)
     digest, found = parse(source, file, module, only)
-    write_text(entry, json.dumps([digest, sorted(found)]))
+    write_note(entry, json.dumps([digest, sorted(found)]))
     return digest, found
 
 

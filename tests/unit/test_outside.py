@@ -67,9 +67,14 @@ def test_a_cut_memory_costs_a_digest_and_a_read_only_one_as_well(tmp_path, read,
     (entry,) = memory.iterdir()
     entry.write_text(entry.read_text()[:20])
     assert Digests(memory).of(path) == digest(b"one")
-    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
     path.write_bytes(b"two")
     assert Digests(memory).of(path) == digest(b"two")
+    assert list(memory.iterdir()) == [entry]
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
