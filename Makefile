@@ -1,9 +1,10 @@
-# Three commands for people: make demo, make test, make lint. Each installs what it needs into .venv first.
+# Three commands for people: make demo, make test, make lint. Each installs what it needs into .venv first. `make test-install`
+# runs what the documentation says where nothing is installed yet, with the oldest and the newest versions: minutes, gigabytes.
 PYTHON ?= python3
 CORES ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-install lint format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "winnow needs Python 3.11 or newer; set PYTHON=...")'
@@ -17,6 +18,9 @@ demo: .venv/installed  ## the main job, offline: four methods, eight byte budget
 
 test: .venv/installed  ## all tests but those marked slow
 	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadscope --no-loadscope-reorder
+
+test-install: .venv/installed  ## the commands of README.md and docs/slurm.md, in environments of their own
+	$(BIN)/python -m pytest tests/workflow/test_install.py
 
 lint: .venv/installed  ## style, types, workflow, and generated files in step with their source
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 from contextlib import closing
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from winnow.architectures import moments_file
@@ -12,7 +11,7 @@ from winnow.loading import load_model
 from winnow.models import ModelFiles
 from winnow.resume import Resume, own_files
 from winnow.runtime import start_job
-from winnow.statistics import CHANNELS, channel_rows, collect, collect_by_block
+from winnow.statistics import CHANNELS, channel_rows, channel_table, collect, collect_by_block
 from winnow.streaming import Streamed, clear_left
 
 if __name__ == "__main__":
@@ -41,8 +40,8 @@ if __name__ == "__main__":
             names = {f"{site}.{key}": key for key in (*CHANNELS, "count")}
             values = {names[name]: v for name, v in read_tensors(folder / moments_file(layer), names=names)[0].items()}
             readers = (files.stored(m) for m in files.matrices if (m.layer, m.site) == (layer, site))
-            channels.append(pd.DataFrame(channel_rows(layer, site, values, readers)))
-    write_parquet(snakemake.output.channels, pd.concat(channels, ignore_index=True), job.provenance)
+            channels.append(channel_rows(layer, site, values, readers))
+    write_parquet(snakemake.output.channels, channel_table(channels), job.provenance)
     write_manifest(folder, {"tokens": int((windows >= 0).sum())}, job.provenance)
     resume.clear()
     clear_left(moments)

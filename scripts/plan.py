@@ -25,7 +25,8 @@ if __name__ == "__main__":
         command += ["--snakefile", f"{spec['root']}/Snakefile", "--replace-workflow-config", "--configfile", stream.name]
         dry = subprocess.run(command, capture_output=True, text=True)
     if dry.returncode:
-        raise InputError(f"the dry run failed: {(dry.stderr.strip() or dry.stdout.strip()).splitlines()[-1]}")
+        reason = (dry.stderr.strip() or dry.stdout.strip()).splitlines()[-1]
+        raise InputError(f"the dry run failed: {reason.removeprefix('winnow: ')}")
     to_run = jobs_of(dry.stdout + dry.stderr)
     shapes, absent = {}, []
     for name in dict.fromkeys(cell.model for cell in plan.cells):

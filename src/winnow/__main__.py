@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from winnow.errors import InputError
+from winnow.errors import InputError, absent, missing
 
 if TYPE_CHECKING:
     from winnow.plan import Plan
 
-CHECKOUT = Path(__file__).resolve().parents[2]  # where the workflow and its default configuration are
+DEFAULT = Path("config/config.yaml")  # in the checkout
 
 
 def read_table(results: Path, name: str = "summary") -> list[dict[str, str]]:
@@ -118,6 +118,15 @@ def latency(results: Path) -> None:
     print("\n".join(lines(path)))
 
 
+def checkout() -> Path:
+    """Where the workflow, its code and its default configuration are: this folder, or the one that winnow was installed from with
+    --editable. Raises InputError elsewhere."""
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (folder / DEFAULT).is_file() and (folder / "src" / "winnow").is_dir():
+            return folder
+    raise InputError(f"{Path.cwd()}: no checkout of winnow, with whose code and configuration this compares; run it in one")
+
+
 def plan_of(files: list[Path], replace: bool) -> Plan:
     """The plan of a configuration as Snakemake merges it: the default file, then `files`, key by key."""
     import yaml
@@ -130,11 +139,12 @@ def plan_of(files: list[Path], replace: bool) -> Plan:
             into[key] = merge(into[key], value) if isinstance(value, dict) and isinstance(into.get(key), dict) else value
         return into
 
-    given = [*([] if replace else [CHECKOUT / "config" / "config.yaml"]), *files]
+    root = checkout()
+    given = [*([] if replace else [root / DEFAULT]), *files]
     merged: dict = {}
     for file in given:
         merge(merged, yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    return Plan(load(merged, [str(file) for file in given]), CHECKOUT)
+    return Plan(load(merged, [str(file) for file in given]), root)
 
 
 def hand_on(command: str, checkpoint: Path, directory: Path) -> None:
@@ -191,6 +201,10 @@ def main() -> None:
             generate(Path.cwd(), check=arguments.check)
     except InputError as error:
         sys.exit(f"winnow: {error}")
+    except ModuleNotFoundError as error:
+        if library := missing(error):
+            sys.exit(f"winnow: {arguments.command}: {absent(library)}")
+        raise
 
 
 if __name__ == "__main__":

@@ -51,7 +51,10 @@ def differences(provenance: dict[str, Any], plan: Plan, directory: Path = Path()
     gone = [f"{name} {label}" for name, label in wildcards.items() if not plan.knows(name, label)]
     if gone:
         return [f"no preset of the configuration has the label of {', '.join(gone)}"]
-    today = plan.params(stage, wildcards)
+    try:
+        today = plan.params(stage, wildcards)
+    except InputError as error:  # a library that it was made with, or a file that it was made from, is not here
+        return [str(error)]
     lines = list(_changed_params(params, today))
     for name, digest in provenance["inputs"].items():
         if name in params.get("files", {}):  # of the user, and looked at with the params

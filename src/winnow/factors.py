@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from winnow.layer_statistics import Statistics
 from winnow.metrics import Metric
 from winnow.models import ModelFiles
 from winnow.structures.base import Fit, Problem, Structure
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 

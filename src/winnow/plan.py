@@ -24,13 +24,13 @@ TORCH = ("torch", "numpy", "safetensors")
 HUGGING_FACE = (*TORCH, "transformers", "tokenizers")
 TABLES = ("numpy", "pandas", "pyarrow")
 TASKS = ("datasets", "lm-eval")
-# Stage (rule, script, log folder): libraries whose version can change what it writes.
+# Stage (rule, script, log folder): libraries whose version can change what it writes. `Plan.versions` adds those of presets.
 STAGES: dict[str, tuple[str, ...]] = {
     "retrieve_model": HUGGING_FACE,
     "retrieve_base": (),
     "finetune": HUGGING_FACE,
-    "retrieve_text": ("pyarrow",),
-    "retrieve_examples": ("datasets", *TABLES),
+    "retrieve_text": TABLES,
+    "retrieve_examples": TABLES,
     "check_overlap": ("numpy",),
     "tokenize": HUGGING_FACE,
     "tokenize_rows": HUGGING_FACE,
@@ -43,12 +43,12 @@ STAGES: dict[str, tuple[str, ...]] = {
     "predict_in_rounds": (*HUGGING_FACE, *TABLES),
     "learn_sizes": (*HUGGING_FACE, *TABLES),
     "compress": (*TORCH, *TABLES),
-    "recover": (*HUGGING_FACE, "peft"),
+    "recover": HUGGING_FACE,
     "export_dense": HUGGING_FACE,
     "evaluate_perplexity": HUGGING_FACE,
     "evaluate_latency": HUGGING_FACE,
     "retrieve_tasks": TASKS,
-    "evaluate_accuracy": (*HUGGING_FACE, *TASKS),
+    "evaluate_accuracy": (*HUGGING_FACE, *TASKS, "accelerate"),
     "evaluate_classification": (*HUGGING_FACE, *TABLES),
     "cards": (),
     "tables": TABLES,
@@ -145,12 +145,21 @@ class Plan(StudyGrid):
         return {
             "spec": self.spec(stage, wildcards),
             "code": self.fingerprint(stage, wildcards),
-            "versions": self.versions(stage),
+            "versions": self.versions(stage, wildcards),
             "files": self.outside.files(stage, wildcards),
         }
 
-    def versions(self, stage: str) -> dict[str, str]:
-        return versions(*STAGES[stage])
+    def versions(self, stage: str, wildcards: dict[str, str]) -> dict[str, str]:
+        """Versions of the libraries that a job uses. Raises InputError for one that is not installed."""
+        return versions(*STAGES[stage], *self._libraries(stage, wildcards))
+
+    def _libraries(self, stage: str, w: dict[str, str]) -> tuple[str, ...]:
+        """What some jobs of a stage use and others do not, as their preset says."""
+        if stage == "recover":
+            return self.preset("recoveries", w["recovery"]).libraries
+        of_texts = stage == "retrieve_text" and self.preset("texts", w["text"]).dataset
+        of_rows = stage == "retrieve_examples" and self.tasks()[w["task"]].dataset
+        return ("datasets",) if of_texts or of_rows else ()
 
     def _spec_retrieve_model(self, w: dict[str, str]) -> dict[str, Any]:
         if self.tuned(w["model"]):  # what `finetune` made

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from winnow.forecast import GB, Shape, Work, measured_seconds
 from winnow.plan import Plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 MB = 1e6
 
@@ -34,6 +35,8 @@ def duration(seconds: float) -> str:
 
 def cells_table(plan: Plan, shapes: dict[str, Shape]) -> Table:
     """One row per model and budget: how many cells, and the bytes that are asked for."""
+    from rich.table import Table
+
     table = Table(title="Cells", title_justify="left")
     for column in ("model", "budget", "targets", "cells", "dense bytes", "asked for", "stored bytes"):
         table.add_column(column, justify="left" if column in ("model", "budget", "targets") else "right")
@@ -67,6 +70,8 @@ CURRENCIES = ("keep_bytes", "rank", "rank_fraction")
 
 def works_table(works: Iterable[Work], plan: Plan, to_run: dict[str, int], results: Path, rate: float) -> tuple[Table, float]:
     """(one row per stage and model, seconds of what is to run)."""
+    from rich.table import Table
+
     table = Table(title="Stages", title_justify="left")
     for column in ("stage", "model", "jobs", "to run (all models)", "memory, largest", "disk", "seconds a job", "from"):
         table.add_column(column, justify="left" if column in ("stage", "model", "from") else "right", no_wrap=True)
@@ -83,6 +88,8 @@ def works_table(works: Iterable[Work], plan: Plan, to_run: dict[str, int], resul
 
 
 def show(tables: Iterable[Table]) -> None:
+    from rich.console import Console
+
     console = Console(width=None if Console().is_terminal else 140)
     for table in tables:
         console.print(table)

@@ -12,10 +12,10 @@ import os
 import re
 import sys
 from functools import cache, cached_property
-from importlib.metadata import distribution, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
-from winnow.errors import InputError
+from winnow.errors import InputError, absent
 from winnow.io import write_note
 
 PACKAGE = "winnow"
@@ -146,12 +146,17 @@ class CodeTracker:
 
 @cache
 def versions(*packages: str) -> dict[str, str]:
-    """{package: installed version}, read from the packages' metadata without importing them."""
+    """{package: installed version}, read from the packages' metadata without importing them. Raises InputError for one that is
+    not installed."""
     return {name: _version(name) for name in sorted(packages)}
 
 
 @cache
 def _version(package: str) -> str:
     """As `importlib.metadata.version`, which parses all of the metadata, the package's description included."""
-    found = re.search(r"^Version: (\S+)$", distribution(package).read_text("METADATA") or "", flags=re.MULTILINE)
+    try:
+        metadata = distribution(package).read_text("METADATA") or ""
+    except PackageNotFoundError:
+        raise InputError(absent(package)) from None
+    found = re.search(r"^Version: (\S+)$", metadata, flags=re.MULTILINE)
     return found[1] if found else version(package)

@@ -26,6 +26,11 @@ class Recovery(Strict):
         """Whether it reads the second moments of the loss's gradient in every output."""
         return False
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """What it uses beside what every recovery does, and whose version can change what it makes."""
+        return ()
+
 
 class Trained(Recovery):
     """A recovery that trains on the calibration windows, a share of which is held out and never trained on."""
@@ -103,6 +108,10 @@ class Distill(Trained):
     nll: float = Field(0.0, ge=0, description="weight of the loss of the text's next token beside the KL divergence")
     rate: float = Field(1e-3, gt=0, description="learning rate at its height; it falls to 0 as a cosine")
     patience: int | None = Field(None, ge=1, description="looks without a new best after which training ends; never if null")
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("peft",) if self.parameters == "lora" else ()
 
     @model_validator(mode="after")
     def _lora_alone(self) -> Distill:

@@ -6,12 +6,13 @@ import csv
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError, first_line
 from winnow.texts import MOST_SHARED
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SPLITS = ("train", "test")
 
@@ -130,6 +131,8 @@ def _table(split: str, rows: list[dict[str, Any]], spec: dict[str, Any], classes
             score = "; numbers in between are a regression, which is not classification" if isinstance(value, float) else ""
             raise InputError(f"{split}, row {i}: {value!r} is no class ({', '.join(classes)}){hidden}{score}")
         columns["label"].append(number)
+    import pandas as pd  # here, since some only read the table
+
     return pd.DataFrame(columns)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from winnow.errors import InputError, first_line
+from winnow.errors import InputError, absent, first_line, missing
 from winnow.io import before_sealing, file_digest
 from winnow.outside import Digests
 from winnow.running import check_code, check_place, check_scripts
@@ -69,6 +69,8 @@ def _show(rule: str, log: Path, kind: type[BaseException], error: BaseException,
     """Say in one line why the job failed; a traceback only for what nobody foresaw, and only in the log."""
     if issubclass(kind, InputError):
         line = f"winnow: {rule}: {first_line(error)}"
+    elif library := missing(error):
+        line = f"winnow: {rule}: {absent(library)}"
     elif isinstance(error, OSError) and error.errno is not None:
         where = error.filename or Path.cwd()
         line = f"winnow: {rule}: {error.strerror}: {where}; nothing was written, run snakemake again after curing it"

@@ -24,6 +24,7 @@ from winnow.progress import every
 from winnow.resume import Resume
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedModel
 
     from winnow.streaming import Streamed
@@ -337,3 +338,10 @@ def channel_rows(layer: int, site: str, values: dict[str, Tensor], readers: Iter
         **{key: values[key].tolist() for key in CHANNELS},
         "weight_norm": squares.sqrt().tolist(),
     }
+
+
+def channel_table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The table channels.parquet, of the rows of every site."""
+    import pandas as pd  # here, so that its absence is said in one line
+
+    return pd.concat(map(pd.DataFrame, rows), ignore_index=True)

@@ -286,7 +286,8 @@ def test_it_compiles(compressed):
 
 def test_lora_on_the_factors(compressed, tmp_path):
     """Adapters by peft on the two factors of a matrix: they start as nothing, learn, and are saved and loaded by themselves."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = load_model(compressed, "float32", "cpu")
     before = outputs(model)
     config = peft.LoraConfig(r=2, target_modules=r".*down_proj\.(left|right)", task_type="CAUSAL_LM")

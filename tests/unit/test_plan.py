@@ -111,7 +111,7 @@ def test_swapped_values_are_a_change_for_snakemake():
     for windows, length in ((256, 128), (128, 256)):
         plan = plan_of(lambda c, w=windows, n=length: c["calibrations"]["demo"].update(windows=w, length=n))
         wildcards = {"model": plan.labels["models"]["demo"], "windows": plan.labels["calibrations"]["demo"]}
-        seen.add(frozenset({repr(plan.spec("tokenize", wildcards)), repr(plan.versions("tokenize"))}))
+        seen.add(frozenset({repr(plan.spec("tokenize", wildcards)), repr(plan.versions("tokenize", wildcards))}))
     assert len(seen) == 2
 
 
@@ -186,7 +186,7 @@ def test_every_stage_has_builtin_params_a_script_and_versions(stage, memory):
     spec, code = plan.spec(stage, wildcards_of(plan, stage)), plan.fingerprint(stage, wildcards_of(plan, stage))
     assert code[0] == sorted(code)[0]
     assert any(line.startswith(f"{stage}.py ") for line in code)
-    assert set(plan.versions(stage)) == set(STAGES[stage])
+    assert set(plan.versions(stage, wildcards_of(plan, stage))) == set(STAGES[stage])
     stack = [spec]
     while stack:
         value = stack.pop()

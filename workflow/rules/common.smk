@@ -63,11 +63,22 @@ def stage(name):
     One dict each: Snakemake compares the set of values and drops their names. None may ask for `input` or `output`: Snakemake
     leaves such params out of its record.
     """
+
+    def of_job(asked):
+        def param(wildcards):
+            try:
+                return asked(name, dict(wildcards.items()))
+            except InputError as error:  # Snakemake would show a traceback
+                print(f"winnow: {name}: {error}", file=sys.stderr)
+                sys.exit(1)
+
+        return param
+
     return {
-        "spec": lambda wildcards: PLAN.spec(name, dict(wildcards.items())),
-        "code": lambda wildcards: PLAN.fingerprint(name, dict(wildcards.items())),
-        "versions": PLAN.versions(name),
-        "files": lambda wildcards: PLAN.outside.files(name, dict(wildcards.items())),
+        "spec": of_job(PLAN.spec),
+        "code": of_job(PLAN.fingerprint),
+        "versions": of_job(PLAN.versions),
+        "files": of_job(PLAN.outside.files),
     }
 
 

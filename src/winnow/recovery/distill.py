@@ -10,8 +10,6 @@ import logging
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -74,6 +72,8 @@ def recover(task: Task) -> dict[str, Any]:
 
 def _with_lora(task: Task) -> dict[str, nn.Parameter]:
     """Put LoRA on every linear map below the compressed modules, and return its parameters."""
+    from peft import LoraConfig, inject_adapter_in_model  # of `parameters: lora` alone
+
     users: dict[int, int] = {}
     for _, parameter in task.model.named_parameters(remove_duplicate=False):
         users[id(parameter)] = users.get(id(parameter), 0) + 1
@@ -100,6 +100,8 @@ def _with_lora(task: Task) -> dict[str, nn.Parameter]:
 
 def _merge(task: Task) -> None:
     """Add every LoRA product to its factor, and put the factor's own module back."""
+    from peft.tuners.lora import LoraLayer
+
     for name, module in [(n, m) for n, m in task.model.named_modules() if isinstance(m, LoraLayer)]:
         module.merge(safe_merge=True)  # type: ignore[operator]
         parent, _, child = name.rpartition(".")
