@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from winnow.config_json import read_content
 from winnow.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -15,41 +15,24 @@ if TYPE_CHECKING:
 
 # What a class of these mappings is for; the first is what a config without `architectures` is taken for.
 PURPOSES = ("CAUSAL_LM", "MASKED_LM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING")
-MOST_LAYERS = 10_000  # a model of that many would take minutes and gigabytes to build even without its weights
+# What transformers raises for a config that no model can be made of, or that asks for a library that is not installed.
+UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError, ImportError)
 
 
 def read_config(directory: Path | str) -> PreTrainedConfig:
     """The config of a model directory. Raises InputError, naming the file, if transformers does not know its kind of model, if
-    it needs code of its own, or if it sends the loader to other files than the weights of the directory."""
+    it needs code of its own, or if it makes the loader compute something else than the tensors say (see `winnow.config_json`)."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    path = Path(directory) / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no mapping")
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a model's config: {first_line(error)}") from error
+    path, content = Path(directory) / "config.json", read_content(directory)
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         code = "; it names code of its own (auto_map), which is never run" if "auto_map" in content else ""
         raise InputError(f"{path}: not the config of a model that transformers knows: model_type is {kind!r}{code}")
-    if "transformers_weights" in content:
-        raise InputError(f"{path}: names a weight file of its own (transformers_weights), which is refused; rename the file")
-    _check_layers(path, content)
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except (OSError, *UNUSABLE) as error:
         raise InputError(f"{path}: not a usable config of {kind}: {first_line(error)}") from error
-
-
-def _check_layers(path: Path, content: dict[str, Any]) -> None:
-    """Raise InputError for a number of layers that no model has: every layer costs memory, even an empty one."""
-    for key in ("num_hidden_layers", "n_layer", "num_layers"):
-        for part in (content, content.get("text_config"), content.get("vision_config")):
-            count = part.get(key, 0) if isinstance(part, dict) else 0
-            if not isinstance(count, int) or not 0 <= count <= MOST_LAYERS:
-                raise InputError(f"{path}: {key} is {count!r}; at most {MOST_LAYERS:,} layers are read")
 
 
 def classes_of(config: PreTrainedConfig) -> dict[str, list[type[PreTrainedModel]]]:
@@ -89,7 +72,7 @@ def empty_model(directory: Path | str, dtype: str | None = None) -> PreTrainedMo
                 return unfuse(cls._from_config(config))
         with _empty_parameters():
             return unfuse(cls._from_config(config, dtype=getattr(torch, dtype)))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+    except UNUSABLE as error:
         raise InputError(
             f"{Path(directory) / 'config.json'}: no {cls.__name__} can be made of it: {first_line(error)}"
         ) from error

@@ -40,6 +40,8 @@ def weight_files(directory: Path | str) -> list[Path]:
     directory = Path(directory)
     if (directory / "adapter_config.json").is_file():
         raise InputError(f"{directory}: holds an adapter (adapter_config.json); merge it into its model and save that")
+    if shards := sorted(directory.glob("shard-*-model-*-of-*.safetensors")):  # transformers prefers them
+        raise InputError(f"{directory}: holds a distributed checkpoint ({shards[0].name}); save its model with save_pretrained")
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.is_file():
         return [single]

@@ -26,12 +26,14 @@ CHUNK = 1 << 20  # bytes that are copied, or numbers that are converted, at a ti
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """{tensor: its dtype, shape and offsets} of a safetensors file, without reading a tensor."""
+    """{tensor: its dtype, shape and offsets} of a safetensors file, without reading a tensor. Raises InputError for other
+    files."""
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length > min(1 << 27, path.stat().st_size):
-            raise InputError(f"{path}: not a whole safetensors file")
-        header = json.loads(stream.read(length))
+        try:
+            header = json.loads(stream.read(length if length <= min(1 << 27, path.stat().st_size) else 0))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not a whole safetensors file") from error
     return {name: record for name, record in header.items() if name != "__metadata__"}
 
 
