@@ -15,17 +15,18 @@ import transformers
 import yaml
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from winnow.architectures import Matrix, matrices_of
 from winnow.card import Measured, card
+from winnow.classes import read_config
 from winnow.errors import InputError, first_line
-from winnow.hf import WinnowConfig, check_tensors
+from winnow.hf import WinnowConfig
 from winnow.io import MANIFEST, Bundle, write_manifest
 from winnow.layouts import install
 from winnow.models import weight_files
-from winnow.naming import canonical_names
+from winnow.naming import stored_tensors
 from winnow.structures.base import METHOD
 from winnow.weights import SHARD_BYTES, copy_files, write_weights
 
@@ -51,19 +52,13 @@ class Checkpoint:
         self.dense = _skeleton(directory, self.layouts)
         self.compressed = deepcopy(self.dense)
         install(self.compressed, self.layouts)
-        files = weight_files(directory)
-        check_tensors(self.compressed, [str(file) for file in files])
-        name_of = canonical_names(self.compressed)
-        self.places: dict[str, tuple[Path, str]] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as stream:
-                self.places |= {name: (file, key) for key in stream.keys() if (name := name_of(key)) is not None}
+        self.places = stored_tensors(self.compressed, weight_files(directory))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its canonical name, as stored; of tied ones, the one that is stored."""
-        file, key = self.places[name if name in self.places else self.compressed.all_tied_weights_keys[name]]
-        with safe_open(file, framework="pt") as stream:
-            return stream.get_tensor(key)
+        place = self.places[name if name in self.places else self.compressed.all_tied_weights_keys[name]]
+        with safe_open(place.file, framework="pt") as stream:
+            return stream.get_tensor(place.key)
 
     def module(self, name: str) -> tuple[nn.Module, torch.dtype]:
         """(a compressed module by itself with its tensors in float64, the dtype that holds what it computes): that of its
@@ -81,7 +76,7 @@ class Checkpoint:
 def _skeleton(directory: Path, layouts: dict[str, Any]) -> Any:
     """The dense model without memory for its weights, of the class that config.json names, or else a causal language model:
     whichever has the compressed modules."""
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = read_config(directory)
     del config.quantization_config
     named = getattr(transformers, (config.architectures or [""])[0], None)
     for build in (*([named._from_config] if named else []), AutoModelForCausalLM.from_config):

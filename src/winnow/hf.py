@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -22,10 +21,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from winnow.classes import model_class
-from winnow.errors import InputError, first_line
+from winnow.errors import InputError
 from winnow.experts import unfuse
 from winnow.layouts import check_layouts, install, moved
-from winnow.naming import canonical_names
+from winnow.naming import stored_tensors
 from winnow.structures.base import FORMAT_VERSION, METHOD
 
 
@@ -47,8 +46,8 @@ class WinnowConfig(QuantizationConfigMixin):
 
 
 class WinnowQuantizer(HfQuantizer):
-    """Puts the compressed modules into the empty model, and refuses files that do not hold exactly the tensors of the class that
-    wrote them. A model of another class (the encoder alone, or another head on it) takes from them what it has."""
+    """Puts the compressed modules into the empty model, and refuses files that lack a tensor of the class that wrote them or hold
+    one that it does not know. A model of another class (the encoder alone, or another head on it) takes from them what it has."""
 
     requires_calibration = True
     quantization_config: WinnowConfig
@@ -59,16 +58,17 @@ class WinnowQuantizer(HfQuantizer):
                 "this transformers does not say which files it loads, so they cannot be checked; upgrade transformers"
             )
         _check_files(model.config, checkpoint_files)
+        files = [Path(file) for file in checkpoint_files]
         unfuse(model)
         layers, written = self.quantization_config.layers, model_class(model.config)
         if type(model) is written:
             install(model, layers)
-            check_tensors(model, checkpoint_files)
+            stored_tensors(model, files)
             return
         with torch.device("meta"):
             whole = unfuse(written._from_config(copy.deepcopy(model.config)))
         install(whole, layers)
-        check_tensors(whole, checkpoint_files)
+        stored_tensors(whole, files)
         self.quantization_config.layers = moved(layers, _base(whole), _base(model))
         install(model, self.quantization_config.layers)
 
@@ -108,30 +108,6 @@ def _check_files(config: Any, files: list[str]) -> None:
         inside = Path(file).is_relative_to(folder) and ".." not in Path(file).relative_to(folder).parts
         if folder.is_dir() and not inside:
             raise InputError(f"{file}: not a file of {folder}; a checkpoint's index cannot name files elsewhere")
-
-
-def check_tensors(model: Any, files: list[str]) -> None:
-    """Raise InputError unless the files hold the model's tensors, each once, in the right shape. Only headers are read."""
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    name_of = canonical_names(model)
-    found: set[str] = set()
-    for file in files:
-        try:
-            with safe_open(file, framework="np") as stream:  # `pt` maps all of the file
-                shapes = {key: stream.get_slice(key).get_shape() for key in stream.keys()}
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a whole safetensors file ({first_line(error)})") from error
-        for key, shape in shapes.items():
-            name = name_of(key)
-            if name is None:
-                continue
-            if shape != expected[name]:
-                raise InputError(f"{file}: {key} has shape {shape}, the config says {expected[name]}")
-            if name in found:
-                raise InputError(f"{file}: the tensor {name} is stored twice; the checkpoint is damaged")
-            found.add(name)
-    for name in sorted(set(expected) - found - set(model.all_tied_weights_keys)):
-        raise InputError(f"{files[0]}: the tensor {name} is missing; the checkpoint is damaged or was renamed")
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reloaded module finds itself registered

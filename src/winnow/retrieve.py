@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from winnow.architectures import ARCHITECTURES, matrices_of
 from winnow.classes import empty_model, is_causal
+from winnow.config_json import check_source
 from winnow.errors import InputError, first_line
 from winnow.io import file_digest
 from winnow.models import BYTES, WANTED, model_files, tensor_bytes, weight_files
-from winnow.naming import canonical_names
+from winnow.naming import stored_tensors
 from winnow.tensor_files import TensorFile
 
 CHUNK = 1 << 22  # numbers that are checked together
@@ -40,53 +40,46 @@ def fetch(source: str, revision: str | None, cache: Path | None = None) -> Path:
         ) from error
 
 
+def files_of(directory: Path) -> dict[str, str]:
+    """{name: digest} of the files of a model that a result can depend on. Raises InputError for a directory that is no model, for
+    one whose config.json asks for what is refused, and for a compressed checkpoint."""
+    return {path.name: file_digest(path) for path in _checked(directory)}
+
+
+def _checked(directory: Path) -> list[Path]:
+    files = model_files(directory)
+    check_source(directory)
+    return files
+
+
 def describe(directory: Path) -> dict[str, Any]:
     """What a model directory holds: family, digests of files, and every tensor under its canonical name.
 
-    Canonical names are those of the transformers model, whatever prefix the file uses. Raises InputError if a tensor is
-    missing, unexpected, of another shape than the config says, or not finite (with its name).
+    Canonical names are those of the transformers model, whatever the file calls them. Raises InputError if a tensor is missing,
+    unexpected, of another shape than the config says, or not finite (with its name), and as `files_of` does.
     """
-    files = model_files(directory)
+    files = _checked(directory)
     model = empty_model(directory)
     config = model.config
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = {t: s for t, s in model.all_tied_weights_keys.items() if t in expected}
-    name_of = canonical_names(model)
+    tied = {t: s for t, s in model.all_tied_weights_keys.items() if t in model.state_dict()}
+    places = stored_tensors(model, weight_files(directory))
+    opened = {file: TensorFile(file) for file in {place.file for place in places.values()}}
     tensors: dict[str, dict[str, Any]] = {}
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="np") as stream:  # checks the header; `pt` maps all of the file
-                file = TensorFile(path)
-                for key in stream.keys():
-                    name = name_of(key)
-                    if name is None:
-                        log.info("%s: %s is not used by %s", path.name, key, type(model).__name__)
-                        continue
-                    if name in tensors:
-                        raise InputError(f"{path}: {key} and {tensors[name]['key']} are both {name}; remove one of them")
-                    dtype = stream.get_slice(key).get_dtype()
-                    if dtype not in BYTES:
-                        raise InputError(f"{path}: {key} is stored as {dtype}; winnow reads {', '.join(BYTES)}")
-                    shape = stream.get_slice(key).get_shape()
-                    if shape != expected[name]:
-                        raise InputError(f"{path}: {key} has shape {shape}, the config says {expected[name]}")
-                    tensor = file.read(key)
-                    if count := sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(CHUNK)):
-                        raise InputError(f"{path}: {key} holds {count} values that are not finite; the weights are damaged")
-                    tensors[name] = {"file": path.name, "key": key, "dtype": dtype, "shape": list(tensor.shape)}
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+    for name, place in places.items():
+        if place.dtype not in BYTES:
+            raise InputError(f"{place.file}: {place.key} is stored as {place.dtype}; winnow reads {', '.join(BYTES)}")
+        tensor = opened[place.file].read(place.key)
+        if count := sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(CHUNK)):
+            raise InputError(f"{place.file}: {place.key} holds {count} values that are not finite; the weights are damaged")
+        tensors[name] = {"file": place.file.name, "key": place.key, "dtype": place.dtype, "shape": place.shape}
     for target, source in tied.items():
-        if target in tensors and source in tensors:
-            if not torch.equal(*(_stored(directory, tensors[name]) for name in (target, source))):
+        if target in tensors:  # stored twice in the file, once in the model
+            if not torch.equal(*(opened[places[name].file].read(places[name].key) for name in (target, source))):
                 raise InputError(
                     f"{directory}: the config ties {target} to {source}, but the file holds two different tensors; "
                     "set tie_word_embeddings to false in config.json, or remove one of them"
                 )
-            del tensors[target]  # stored twice in the file, once in the model
-    missing = sorted(set(expected) - set(tensors) - set(tied))
-    if missing:
-        raise InputError(f"{directory}: {missing[0]} is missing from the weights ({len(missing)} tensors are)")
+            del tensors[target]
     matrices_of(config.model_type, tensors)  # an unknown family is refused here, before any work
     return {
         "directory": str(directory),
@@ -94,7 +87,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "class": type(model).__name__,
         "causal": is_causal(config),
         "max_length": _longest(config),
-        "files": {p.name: file_digest(p) for p in files},
+        "files": {path.name: file_digest(path) for path in files},
         "tied": tied,
         "tensors": dict(sorted(tensors.items())),
         "bytes": sum(tensor_bytes(t) for t in tensors.values()),
@@ -105,7 +98,3 @@ def _longest(config: Any) -> int | None:
     """How many tokens the model has positions for."""
     rows = getattr(config.get_text_config(), "max_position_embeddings", None)
     return rows and rows - ARCHITECTURES[config.model_type].positions
-
-
-def _stored(directory: Path, record: dict[str, Any]) -> torch.Tensor:
-    return TensorFile(directory / record["file"]).read(record["key"])

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from winnow.architectures import blocks_of
 from winnow.classes import empty_model
 from winnow.errors import InputError
-from winnow.hf import METHOD, WinnowConfig, check_tensors
+from winnow.hf import WinnowConfig
 from winnow.io import file_digest, read_json, write_json
 from winnow.layouts import install
 from winnow.models import weight_files
-from winnow.naming import canonical_names
+from winnow.naming import stored_tensors
 from winnow.tensor_files import TensorFile, bytes_of, fill
 
 log = logging.getLogger(__name__)
@@ -92,14 +92,10 @@ class Streamed:
         files = weight_files(directory)
         self.dtype, self.device, self.length = getattr(torch, dtype), device, length
         self.model = empty_model(directory, dtype).eval().requires_grad_(False)
-        config: dict[str, Any] = getattr(self.model.config, "quantization_config", None) or {}
-        if config:
-            if config.get("quant_method") != METHOD:
-                raise InputError(f"{directory}: quantised by {config.get('quant_method')}, which cannot be read by blocks")
+        if config := getattr(self.model.config, "quantization_config", None):  # winnow's own: others are refused
             install(self.model, WinnowConfig(**config).layers)
-        check_tensors(self.model, [str(path) for path in files])
-        name_of = canonical_names(self.model)
-        self.places = {name_of(key): (file, key) for file in map(TensorFile, files) for key in file.header}
+        self.places = stored_tensors(self.model, files)
+        self.files = {file: TensorFile(file) for file in files}
         names = blocks_of(self.model.config.model_type, self.model.state_dict())
         self.names = names
         self.blocks = {layer: self.model.get_submodule(name) for layer, name in names.items()}
@@ -143,8 +139,9 @@ class Streamed:
             if whole not in self.places:
                 whole = self.model.all_tied_weights_keys[whole]
             if whole not in read:
-                file, stored = self.places[whole]
-                value = file.read(stored, self.dtype if tensor.is_floating_point() else None).to(self.device)
+                place = self.places[whole]
+                dtype = self.dtype if tensor.is_floating_point() else None
+                value = self.files[place.file].read(place.key, dtype).to(self.device)
                 if not isinstance(tensor, nn.Parameter):
                     module._buffers[key] = value
                     continue
