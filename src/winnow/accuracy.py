@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 
 from winnow.errors import InputError
 from winnow.spread import ratio
+from winnow.tokens import check_known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +26,8 @@ log = logging.getLogger(__name__)
 
 
 class Harness(HFLM):
-    """lm-eval's own model for transformers, with a log instead of bars, that stops at the first logit that is not finite."""
+    """lm-eval's own model for transformers, with a log instead of bars, that stops at the first logit that is not finite, and at
+    requests that the tokenizer does not know."""
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits = super()._model_call(inps, *args, **kwargs)
@@ -37,7 +39,12 @@ class Harness(HFLM):
 
     def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None) -> list:
         log.info("%d requests of %d tokens at most", len(requests), max((len(a) + len(b) for _, a, b in requests), default=0))
+        check_known(self.tokenizer, [[*context, *continuation] for _, context, continuation in requests])
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        check_known(self.tokenizer, [self.tok_encode(request.args[0]) for request in requests])
+        return super().generate_until(requests, disable_tqdm=True)
 
 
 def score(
@@ -47,9 +54,13 @@ def score(
 
     A measure is called `metric`, or `metric,filter` where the task filters answers. `value_se` is None where lm-eval has no
     standard error. `per_document` is empty for a measure that is not a mean over documents. Raises FloatingPointError if a
-    logit or a log-likelihood is not finite.
+    logit or a log-likelihood is not finite, and InputError for a tokenizer that does not know what is asked.
     """
     lm = Harness(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    if lm.prefix_token_id is None:
+        raise InputError(
+            "the tokenizer has neither a BOS nor an EOS token, one of which lm-eval puts before a text; name one in it"
+        )
     loaded = TaskManager(include_defaults=False)  # of nothing: the tasks are here, and lm-eval need not read all its own
     with redirect_stderr(io.StringIO()):  # bars of tqdm; warnings go through logging
         found: Any = simple_evaluate(lm, tasks=list(tasks.values()), num_fewshot=num_fewshot, limit=limit, task_manager=loaded)

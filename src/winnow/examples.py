@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from winnow.errors import InputError
+from winnow.tokens import check_different, check_known
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,12 +51,15 @@ class Examples:
 
 
 def encode_rows(tokenizer: Any, table: pd.DataFrame, length: int) -> Examples:
-    """The rows as the tokenizer gives them to a classifier, cut to `length` tokens (the longer text of a pair first)."""
+    """The rows as the tokenizer gives them to a classifier, cut to `length` tokens (the longer text of a pair first). Raises
+    InputError for a row without a token, and for rows that the tokenizer does not know or tell apart."""
     texts = [table[name].tolist() for name in ("text", "pair") if name in table]
     found = tokenizer(*texts, truncation=True, max_length=length, padding=False, return_token_type_ids=True)
     empty = next((i for i, ids in enumerate(found["input_ids"]) if not ids), None)
     if empty is not None:
         raise InputError(f"row {empty}: the tokenizer makes no token of {table['text'][empty][:60]!r}")
+    check_known(tokenizer, found["input_ids"], tokenizer(*[[""]] * len(texts)).input_ids[0])
+    check_different(found["input_ids"], "rows")
     return Examples(found["input_ids"], found["token_type_ids"], table["label"].to_numpy())
 
 
@@ -65,7 +69,10 @@ def takes_types(config: Any) -> bool:
 
 
 def padding_of(config: Any) -> int:
-    """The id that fills batches up. Raises InputError if the config names none: a decoder finds the end of a text by it."""
+    """The id that fills batches up. Raises InputError if the config names none, or one without an embedding: a decoder finds the
+    end of a text by it."""
     if config.pad_token_id is None:
         raise InputError(f"{config.name_or_path}: config.json has no pad_token_id, which batches need; set it there")
+    if not 0 <= config.pad_token_id < config.get_text_config().vocab_size:
+        raise InputError(f"{config.name_or_path}: pad_token_id in config.json is {config.pad_token_id}, which is no token's id")
     return int(config.pad_token_id)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from winnow.classes import read_config
 from winnow.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
 PAD = -1
+CURE = "put the tokenizer's files (tokenizer.json; or vocab.txt; vocab.json and merges.txt; *.model) beside the weights"
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,51 @@ PROTOCOLS = {
 
 
 def load_tokenizer(directory: Path | str) -> Any:
-    """The tokenizer of a model directory. Raises InputError if it has none that can be used."""
+    """The tokenizer of a model directory. Raises InputError if it has none that can be used: without the files of its vocabulary,
+    transformers makes one that knows special tokens only, and a token without an embedding stops the model."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory}: no usable tokenizer: {first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of tokenizers, which has no class of its own
+        raise InputError(f"{directory}: no usable tokenizer ({first_line(error)}); {CURE}") from error
+    vocabulary, rows = tokenizer.get_vocab(), read_config(directory).get_text_config().vocab_size
+    if vocabulary.keys() <= tokenizer.get_added_vocab().keys():
+        raise InputError(f"{directory}: the tokenizer has no vocabulary, only {len(vocabulary)} special tokens; {CURE}")
+    token = max(vocabulary, key=lambda token: vocabulary[token])
+    if vocabulary[token] >= rows:
+        raise InputError(
+            f"{directory}: the tokenizer gives {token!r} the id {vocabulary[token]}, but the model has embeddings of {rows} "
+            "tokens; use this model's own tokenizer, take the token out of it, or save the model after resize_token_embeddings"
+        )
+    return tokenizer
 
 
 def encode(tokenizer: Any, text: str, special_tokens: bool) -> np.ndarray:
-    """All token ids of a text, int32."""
-    ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids
+    """All token ids of a text, int32. Raises InputError for a text that the tokenizer does not know."""
+    ids, empty = (tokenizer(part, add_special_tokens=special_tokens, verbose=False).input_ids for part in (text, ""))
+    if text.strip() and len(ids) == len(empty):
+        raise InputError(f"the tokenizer makes no token of the text, which begins {text.strip()[:60]!r}")
+    check_known(tokenizer, [ids], empty)
     return np.array(ids, dtype=np.int32)
+
+
+def check_known(tokenizer: Any, rows: Sequence[list[int]], empty: Sequence[int] = ()) -> None:
+    """Raise InputError if most tokens of all rows (of ids) are unknown; `empty` are the special tokens that every row holds."""
+    unknown = tokenizer.unk_token_id
+    missed = sum(row.count(unknown) for row in rows) - len(rows) * list(empty).count(unknown)
+    total = sum(map(len, rows)) - len(rows) * len(empty)
+    if unknown is not None and 2 * missed > total:
+        raise InputError(
+            f"{missed:,} of {total:,} tokens of the text are unknown to the tokenizer ({tokenizer.unk_token}); it is of another "
+            "language or another model, or its vocabulary is damaged"
+        )
+
+
+def check_different(rows: Sequence[Any], what: str) -> None:
+    """Raise InputError if several rows of ids are all alike: they would count as many, and are one."""
+    if len(rows) > 1 and all(list(row) == list(rows[0]) for row in rows):
+        raise InputError(f"all {len(rows)} {what} are the same tokens; look at the text, and at what the tokenizer makes of it")
 
 
 def check_length(length: int, longest: int | None) -> None:
@@ -86,7 +121,9 @@ def calibration_windows(ids: np.ndarray, windows: int, length: int, seed: int) -
             "use a longer text, or lower `windows` or `length`"
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(have)[:windows])
-    return ids[: have * length].reshape(have, length)[chosen]
+    found = ids[: have * length].reshape(have, length)[chosen]
+    check_different(list(found), "calibration windows")
+    return found
 
 
 def evaluation_windows(
@@ -120,4 +157,5 @@ def evaluation_windows(
             f"the evaluation text has {len(ids):,} tokens: {len(cut)} windows of {length}, but {wanted} are needed; "
             "use a longer text, or lower `windows` or `length`"
         )
+    check_different(list(cut[:windows]), "evaluation windows")
     return cut[:windows], start[:windows]

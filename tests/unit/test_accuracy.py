@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import lm_eval.evaluator
 import lm_eval.tasks
@@ -14,6 +15,7 @@ from lm_eval.__main__ import cli_evaluate
 
 from tests.conftest import ROOT
 from tests.unit.test_checkpoint import build
+from tests.unit.test_tokens import words
 from winnow.accuracy import Harness, against, score
 from winnow.accuracy_table import COLUMNS, accuracy_table
 from winnow.errors import InputError
@@ -126,6 +128,19 @@ def test_the_harness_leaves_a_compressed_model_as_it_is(saved_llama, tmp_path, k
         lm = Harness(pretrained=model, tokenizer=load_tokenizer(DEMO), batch_size=2)
         assert torch.equal(lm._model_call(ids), before)
     assert lm.tok_encode("a call") == load_tokenizer(DEMO)("a call").input_ids
+
+
+def test_requests_that_the_tokenizer_does_not_know_stop_the_job(world, tmp_path):
+    model, tokenizer = load_model(DEMO, "float32", "cpu"), words(tmp_path, bos_token="[CLS]", eos_token="[SEP]")
+    preset = spec(tasks=[str(world / "calls.yaml")], limit=2)
+    with pytest.raises(InputError, match=r"\d+ of \d+ tokens of the text are unknown to the tokenizer \(\[UNK\]\)"):
+        score(model, tokenizer, load_tasks(preset), None, 2, 4)
+    asked = [SimpleNamespace(args=(text, {})) for text in ("a function of some module", "another of them")]
+    with pytest.raises(InputError, match=r"8 of \d+ tokens of the text are unknown"):
+        Harness(pretrained=model, tokenizer=tokenizer, batch_size=2).generate_until(asked)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(InputError, match="the tokenizer has neither a BOS nor an EOS token, one of which lm-eval puts before"):
+        score(model, tokenizer, load_tasks(preset), None, 2, 4)
 
 
 def test_every_file_of_a_definition_is_an_input(world):
