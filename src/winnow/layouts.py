@@ -42,7 +42,9 @@ def install(model: Any, layers: dict[str, dict[str, Any]]) -> None:
         try:
             _check_numbers(layout, sum(shapes[name]) or 1 << 31)
             with torch.device("meta"):
-                module = STRUCTURES[layout["kind"]].module(layout, dense)
+                module: Any = STRUCTURES[layout["kind"]].module(layout, dense)
+                if rank := layout.get("added"):
+                    module.add(torch.empty(rank, module.in_features), torch.empty(module.out_features, rank))
         except MALFORMED as error:
             raise _misfit(name, layout, error) from error
         parent, _, child = name.rpartition(".")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,6 +26,41 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
     if x.is_cpu and x.numel() > order.numel():
         return x.gather(-1, order.long().expand(x.shape))
     return x.index_select(-1, order.int())
+
+
+class CompressedLinear(nn.Module):
+    """A linear map of `in_features` to `out_features` that is stored in another form than its matrix.
+
+    `weight` is an empty tensor. It costs no byte, and makes plain transformers refuse the checkpoint by a size mismatch
+    instead of filling the layer with random numbers.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.empty(0))
+        self.added: LowRankLinear | None = None
+
+    def add(self, right: Tensor, left: Tensor) -> None:
+        """From now on give left right x more, with right (k, in) and left (out, k): in `added`, whatever form the module has."""
+        if "added" not in self._modules:
+            self.register_forward_hook(_with_added)
+        if self.added is not None:
+            right = torch.cat([self.added.right.weight, right])
+            left = torch.cat([self.added.left.weight, left], dim=1)
+        self.added = LowRankLinear(self.in_features, self.out_features, len(right), bias=False).to(left)
+        self.added.right.weight, self.added.left.weight = nn.Parameter(right), nn.Parameter(left)
+
+    def take_back(self, rank: int) -> None:
+        """Undo the last `add`, which was of this rank."""
+        right, left = self.added.right.weight[:-rank], self.added.left.weight[:, :-rank]  # type: ignore[union-attr]
+        self.added = None
+        if len(right):
+            self.add(right, left)
+
+
+def _with_added(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
+    return y if module.added is None else y + module.added(args[0])  # type: ignore[operator]
 
 
 class SharedLinear(nn.Linear):
@@ -54,64 +91,56 @@ class SharedLinear(nn.Linear):
         return y
 
 
-class LowRankLinear(nn.Module):
-    """y = left (right x) + b, with right (k, in) and left (out, k), both `nn.Linear` (so LoRA finds them); `shared` where
-    other modules use the same right factor on the same input.
-
-    `weight` is an empty tensor. It costs no byte, and makes plain transformers refuse the checkpoint by a size mismatch
-    instead of filling the layer with random numbers.
-    """
+class LowRankLinear(CompressedLinear):
+    """y = left (right x) + b, with right (k, in) and left (out, k), both `nn.Linear`; `shared` where other modules use the same
+    right factor on the same input."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, shared: bool = False):
-        super().__init__()
+        super().__init__(in_features, out_features)
         self.right = SharedLinear(in_features, rank) if shared else nn.Linear(in_features, rank, bias=False)
         self.left = nn.Linear(rank, out_features, bias=bias)
-        self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(self.right(x))
 
 
-class TwoSidedLinear(nn.Module):
+class TwoSidedLinear(CompressedLinear):
     """y = left (core (input^T x)) + b: core (k, k), left (out, k), and input (in, k), which is stored as the columns of a basis
-    so that it can be the very tensor that is `left.weight` elsewhere. `weight` is empty, as in `LowRankLinear`."""
+    so that it can be the very tensor that is `left.weight` elsewhere."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
-        super().__init__()
+        super().__init__(in_features, out_features)
         self.input = nn.Parameter(torch.empty(in_features, rank))
         self.core = nn.Linear(rank, rank, bias=False)
         self.left = nn.Linear(rank, out_features, bias=bias)
-        self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(self.core(x @ self.input))
 
 
-class SumLinear(nn.Module):
-    """y = kept(x) + rest(x); the bias is that of `kept`. `weight` is empty, as in `LowRankLinear`."""
+class SumLinear(CompressedLinear):
+    """y = kept(x) + rest(x); the bias is that of `kept`."""
 
-    def __init__(self, kept: nn.Module, rest: nn.Module):
-        super().__init__()
+    def __init__(self, kept: CompressedLinear, rest: nn.Module):
+        super().__init__(kept.in_features, kept.out_features)
         self.kept = kept
         self.rest = rest
-        self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kept(x) + self.rest(x)
 
 
-class RowsLinear(nn.Module):
+class RowsLinear(CompressedLinear):
     """y = [right x; left right x][order] + b: `right` (k, in) gives k outputs, `left` (out - k, k) the others from them."""
 
     order: Tensor
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
-        super().__init__()
+        super().__init__(in_features, out_features)
         self.right = nn.Linear(in_features, rank, bias=False)
         self.left = nn.Linear(rank, out_features - rank, bias=False)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.register_buffer("order", torch.empty(out_features, dtype=index_dtype(out_features)))
-        self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.right(x)
@@ -119,14 +148,16 @@ class RowsLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class ConcatLinear(nn.Module):
-    """y = [part_1 x; part_2 x; ...] (+ b), then channels put into `order` if there is one. `weight` is empty, as above."""
+class ConcatLinear(CompressedLinear):
+    """y = [part_1 x; part_2 x; ...] (+ b), then channels put into `order` if there is one."""
 
     order: Tensor
 
     def __init__(self, parts: dict[str, nn.Module], ordered: int = 0, bias: int = 0):
         """`ordered`: number of outputs, if they are reordered; `bias`: number of outputs, if a bias is added to them all."""
-        super().__init__()
+        maps: list[Any] = list(parts.values())
+        inputs = next((part.in_features for part in maps if hasattr(part, "in_features")), bias)
+        super().__init__(inputs, ordered or bias or sum(part.out_features for part in maps))
         self.names = list(parts)
         for name, part in parts.items():
             self.add_module(name, part)
@@ -134,7 +165,6 @@ class ConcatLinear(nn.Module):
             self.register_buffer("order", torch.empty(ordered, dtype=index_dtype(ordered)))
         self.ordered = bool(ordered)
         self.bias = nn.Parameter(torch.empty(bias)) if bias else None
-        self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.cat([self._modules[name](x) for name in self.names], dim=-1)  # type: ignore[misc]
@@ -143,20 +173,20 @@ class ConcatLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class SplitLinear(nn.Module):
-    """y = part_1 x_1 + part_2 x_2 + ... + b, with x_i consecutive channels, of x or of x in `order`. `weight` is empty."""
+class SplitLinear(CompressedLinear):
+    """y = part_1 x_1 + part_2 x_2 + ... + b, with x_i consecutive channels, of x or of x in `order`."""
 
     order: Tensor
 
     def __init__(self, parts: dict[str, nn.Module], widths: list[int], ordered: bool = False, bias: int = 0):
-        super().__init__()
+        maps: list[Any] = list(parts.values())
+        super().__init__(sum(widths), maps[0].out_features if maps else 0)
         self.names, self.widths, self.ordered = list(parts), widths, ordered
         for name, part in parts.items():
             self.add_module(name, part)
         if ordered:
             self.register_buffer("order", torch.empty(sum(widths), dtype=index_dtype(sum(widths))))
         self.bias = nn.Parameter(torch.empty(bias)) if bias else None
-        self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ordered:
@@ -168,24 +198,23 @@ class SplitLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class RoundedLinear(nn.Module):
+class RoundedLinear(CompressedLinear):
     """y = (steps * scale) x + b: whole numbers (out, in) of 8 bits, or of fewer and packed, and a scale for every `group` inputs
     of a row. They are multiplied out at every call, which is exact in float32, and rounded once, to the dtype of x.
 
     Scales are float16, held as its bits in int16: a cast of the model leaves integers alone, so that they stay what was
-    measured in every dtype, and take two bytes wherever the model is saved. `weight` is empty, as in `LowRankLinear`."""
+    measured in every dtype, and take two bytes wherever the model is saved."""
 
     steps: Tensor
     scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, bits: int, group: int, bias: bool):
-        super().__init__()
-        self.in_features, self.bits, self.group = in_features, bits, group
+        super().__init__(in_features, out_features)
+        self.bits, self.group = bits, group
         dtype = torch.int8 if bits == 8 else torch.uint8
         self.register_buffer("steps", torch.empty(out_features, packed_width(in_features, bits), dtype=dtype))
         self.register_buffer("scale", torch.empty(out_features, -(-in_features // group), dtype=torch.int16))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         steps = unpacked(self.steps, self.in_features, self.bits)
@@ -198,10 +227,10 @@ class Constant(nn.Module):
 
     def __init__(self, width: int, value: float):
         super().__init__()
-        self.width, self.value = width, value
+        self.out_features, self.value = width, value
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.new_full((1,), self.value).expand(*x.shape[:-1], self.width)
+        return x.new_full((1,), self.value).expand(*x.shape[:-1], self.out_features)
 
 
 class PartialActivation(nn.Module):
