@@ -165,6 +165,14 @@ def hand_on(command: str, checkpoint: Path, directory: Path) -> None:
     print(f"{directory}: {'dense, needs no winnow' if command == 'export' else 'loads with winnow'}; {numbers}")
 
 
+def lm_eval(options: list[str]) -> None:
+    """Run the command line of lm-eval in this process, whose transformers knows compressed checkpoints."""
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm-eval", *options]
+    cli_evaluate()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="winnow", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -182,11 +190,18 @@ def main() -> None:
     command = commands.add_parser("share", help="copy a checkpoint with its measured numbers in the card")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("directory", type=Path, help="a new directory")
+    commands.add_parser(
+        "lm-eval", help="the command line of lm-eval, whose --model hf then reads checkpoints too", add_help=False
+    )
     command = commands.add_parser("config", help="write the files that are generated from winnow/config.py, or check them")
     command.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of step")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
+    if options and arguments.command != "lm-eval":
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
     try:
-        if arguments.command == "show":
+        if arguments.command == "lm-eval":
+            lm_eval(sys.argv[2:])
+        elif arguments.command == "show":
             (markdown if arguments.markdown else latency if arguments.latency else show)(arguments.results)
         elif arguments.command == "explain":
             from winnow.explain import explain

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import socket
+import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -13,9 +15,10 @@ import pytest
 import torch
 from lm_eval.__main__ import cli_evaluate
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import build
 from tests.unit.test_tokens import words
+from winnow.__main__ import main
 from winnow.accuracy import Harness, against, score
 from winnow.accuracy_table import COLUMNS, accuracy_table
 from winnow.errors import InputError
@@ -101,6 +104,57 @@ def test_the_dense_demo_model_scores_what_the_command_line_prints(world, dense_s
         assert one["value_se"] == pytest.approx(expected[f"{name}_stderr,none"], abs=1e-4)
         assert len(one["per_document"]) == 24
         assert 0 < sum(one["per_document"]) < 24, "a task that the model has all of, or nothing, tells no difference"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A compressed random model with the demo's tokenizer."""
+    pico("llama").save_pretrained(tmp_path / "model")
+    for file in DEMO.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    return build(tmp_path / "model", tmp_path / "work", ["ffn", "attention"], 0.6, "shared_basis")
+
+
+def options_for(checkpoint, world, out):
+    options = ["--model", "hf", "--model_args", f"pretrained={checkpoint},dtype=float32", "--tasks", "calls"]
+    return [*options, "--include_path", str(world), "--device", "cpu", "--output_path", str(out)]
+
+
+def printed(out):
+    (file,) = out.rglob("results_*.json")
+    return json.loads(file.read_text())["results"]["calls"]
+
+
+def test_the_command_line_of_lm_eval_reads_a_checkpoint(checkpoint, world, tmp_path, monkeypatch):
+    """`python -m winnow lm-eval` in this process, spared what the test before spares; the program itself is run below."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda _: None)
+    arguments = ["winnow", "lm-eval", *options_for(checkpoint, world, tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    main()
+    found = printed(tmp_path / "out")
+    ours = scores_of(load_model(checkpoint, "float32", "cpu"), world)["calls"]
+    for name, one in ours.items():
+        assert one["value"] == pytest.approx(found[f"{name},none"], abs=1e-9)
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "lm_eval.__main__")
+    with pytest.raises(SystemExit, match=r"winnow: lm-eval: .*lm_eval.*; pip install 'winnow\[workflow\]'"):
+        main()
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_in_a_process_of_its_own(checkpoint, world, tmp_path):
+    """Where the program itself says that it does not know the format."""
+    options = [*options_for(checkpoint, world, tmp_path / "out"), "--limit", "4"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    plain = subprocess.run([sys.executable, "-m", "lm_eval", *options], capture_output=True, text=True, env=env)
+    assert plain.returncode != 0
+    assert "Unknown quantization type, got winnow" in plain.stderr
+    done = subprocess.run([sys.executable, "-m", "winnow", "lm-eval", *options], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "acc_norm" in done.stdout
+    assert printed(tmp_path / "out")["acc,none"] in (0, 0.25, 0.5, 0.75, 1)
 
 
 def test_the_batch_changes_no_score_and_the_limit_takes_the_first_documents(world, dense_scores):
