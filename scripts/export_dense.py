@@ -9,4 +9,4 @@ from winnow.runtime import start_job
 if __name__ == "__main__":
     job = start_job(snakemake)
     with atomic(Path(snakemake.output[0]).parent) as folder:
-        export_dense(Path(snakemake.input[0]).parent, folder, job.provenance)
+        export_dense(Path(snakemake.input[0]).parent, folder, job.provenance, dtype=job.spec["dtype"])

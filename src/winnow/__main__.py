@@ -147,8 +147,8 @@ def plan_of(files: list[Path], replace: bool) -> Plan:
     return Plan(load(merged, [str(file) for file in given]), root)
 
 
-def hand_on(command: str, checkpoint: Path, directory: Path) -> None:
-    """Write `directory` from a checkpoint: dense (`export`), or as it is (`share`); with what was measured beside it."""
+def hand_on(command: str, checkpoint: Path, directory: Path, dtype: str) -> None:
+    """Write `directory` from a checkpoint, dense and in `dtype` (`export`) or as it is (`share`), with its measured numbers."""
     from winnow.export import export_dense
     from winnow.io import atomic
     from winnow.share import measured_beside, share
@@ -156,13 +156,16 @@ def hand_on(command: str, checkpoint: Path, directory: Path) -> None:
     if directory.exists():
         raise InputError(f"{directory}: is there already; give a new directory")
     measured = measured_beside(checkpoint)
+    said = "loads with winnow"
     with atomic(directory) as folder:
         if command == "export":
-            export_dense(checkpoint, folder, {}, measured)
+            made = export_dense(checkpoint, folder, {}, measured, dtype)
+            rounded = f"rounded to {made.dtype} with a relative error of {made.error:.1e}"
+            said = f"{made.bytes:,} bytes, {rounded}; dense, needs no winnow"
         else:
             share(checkpoint, folder, measured)
     numbers = f"{len(measured)} evaluations in its card" if measured else "no numbers in its card: no evaluation stands beside it"
-    print(f"{directory}: {'dense, needs no winnow' if command == 'export' else 'loads with winnow'}; {numbers}")
+    print(f"{directory}: {said}; {numbers}")
 
 
 def lm_eval(options: list[str]) -> None:
@@ -187,6 +190,10 @@ def main() -> None:
     command = commands.add_parser("export", help="write a checkpoint as a dense model that needs no winnow")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("directory", type=Path, help="a new directory")
+    dtypes = ("original", "float32", "bfloat16", "float16")
+    command.add_argument(
+        "--dtype", choices=dtypes, default="original", help="of its tensors; by default as in the original model"
+    )
     command = commands.add_parser("share", help="copy a checkpoint with its measured numbers in the card")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("directory", type=Path, help="a new directory")
@@ -209,7 +216,7 @@ def main() -> None:
             for line in explain(arguments.artefact, plan_of(arguments.configfile, arguments.replace_workflow_config)):
                 print(line)
         elif arguments.command in ("export", "share"):
-            hand_on(arguments.command, arguments.checkpoint, arguments.directory)
+            hand_on(arguments.command, arguments.checkpoint, arguments.directory, getattr(arguments, "dtype", "original"))
         else:
             from winnow.config_files import generate
 

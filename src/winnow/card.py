@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from winnow.local_paths import named
 from winnow.structures.base import FORMAT_VERSION
 
 UNMEASURED = """Numbers are measured on the finished checkpoint, so they cannot stand in what is written before. `snakemake cards`
@@ -30,7 +31,7 @@ model = AutoModelForCausalLM.from_pretrained("this directory")
 
 Needs no winnow: every compressed matrix is multiplied out to its dense shape, so whatever reads the dense model reads this. It
 is as large and as slow as the dense model again: {exported:,} bytes of weights (dense {dense:,}, compressed {compressed:,}). The
-matrices that were multiplied out are stored in the dtype that the checkpoint computes in."""
+matrices are stored in {dtype}, rounded to it with a relative error of {error:.1e}."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,22 @@ class Measured:
     dense: dict[str, Any]
 
 
-def card(recipe: dict[str, Any], measured: list[Measured] | None = None, exported: int | None = None) -> str:
-    """The text. `recipe` is the content of recipe.yaml; `exported` are the bytes of the dense export, if the card is for one."""
-    dense = exported is not None
+@dataclass(frozen=True)
+class Exported:
+    """A dense export: the bytes of its weights, the dtype of its matrices, and the rounding to it, relative."""
+
+    bytes: int
+    dtype: str
+    error: float
+
+
+def card(recipe: dict[str, Any], measured: list[Measured] | None = None, exported: Exported | None = None) -> str:
+    """The text. `recipe` is the content of recipe.yaml; `exported` says that the card is for a dense export."""
+    dense, recipe = exported is not None, named(recipe)
     how = WITHOUT_WINNOW if dense else WITH_WINNOW
-    sizes = {"exported": exported, "dense": recipe["model_dense_bytes"], "compressed": recipe["model_stored_bytes"]}
+    sizes = {"dense": recipe["model_dense_bytes"], "compressed": recipe["model_stored_bytes"]}
+    if exported:
+        sizes |= {"exported": exported.bytes, "dtype": exported.dtype, "error": exported.error}
     parts = [
         _front_matter(recipe),
         f"# {recipe['names']['model']}, compressed by winnow{', written as a dense model' if dense else ''}",
@@ -165,6 +177,7 @@ def _numbers(measured: list[Measured], dense: bool) -> list[str]:
     note = "± is one standard error, windows as the independent unit; above dense is paired by window."
     if dense:
         note += (
-            " Measured on the compressed checkpoint; the logits of this export are its logits, to rounding in the stored dtype."
+            " Measured on the compressed checkpoint; the logits of this export are its logits, to the rounding said above, where "
+            "both compute in the same dtype."
         )
     return ["\n".join(rows), note, "\n".join(protocols)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from winnow.card import card
 from winnow.errors import InputError
 from winnow.io import Bundle, write_manifest
+from winnow.local_paths import named, without_local
 from winnow.members import fit_file
 from winnow.models import ModelFiles
 from winnow.structures.base import FORMAT_VERSION, METHOD, Structure
@@ -122,13 +123,13 @@ def write_checkpoint(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "auto_map"):  # the second names code, which no checkpoint needs
         config.pop(key, None)
-    config |= {
+    config = without_local(config) | {
         "dtype": dtype,
         "quantization_config": {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": layouts},
     }
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     copy_files(files.manifest["files"], source, directory)
-    recipe = {**recipe, **sizes, "model_dense_bytes": files.manifest["bytes"]}
+    recipe = named({**recipe, **sizes, "model_dense_bytes": files.manifest["bytes"]})
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     if reports:
         (directory / "optimisation.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")

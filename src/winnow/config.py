@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from winnow.allocations import AnyAllocation
 from winnow.allocations.uniform import Uniform
 from winnow.architectures import GRADIENTS, ROLES, TARGETS, Target, disjoint
-from winnow.config_checks import check_allocations, check_targets, check_training
+from winnow.config_checks import check_allocations, check_exports, check_targets, check_training
 from winnow.config_errors import as_written, file_of, keys_at, nearest
 from winnow.errors import InputError
 from winnow.evaluations import AnyEvaluation, Classification, Perplexity
@@ -237,6 +237,9 @@ class Experiment(Strict):
     export: Literal["none", "dense"] = Field(
         "none", description="dense: also write every checkpoint multiplied out to dense matrices, for programs without winnow"
     )
+    export_dtype: Literal["original", Dtype] = Field(
+        "original", description="of the tensors of what `export` writes; original: as the dense model stores them"
+    )
 
 
 class Config(Strict):
@@ -266,13 +269,14 @@ class Config(Strict):
         for where, task in self.tasks_named().items():
             _known(where, task, {n: e for n, e in self.evaluations.items() if isinstance(e, Classification)})
         for name, experiment in self.experiments.items():
-            for section in (s for s in Experiment.model_fields if s not in ("controls", "export")):
+            for section in (s for s in Experiment.model_fields if not s.startswith(("controls", "export"))):
                 for given in getattr(experiment, section):
                     _known(f"experiments.{name}.{section}", given, getattr(self, section))
             for method in experiment.methods if experiment.export == "dense" else []:
                 if reason := structure_of(self.methods[method].structure.model_dump()).not_dense():
                     raise ValueError(f"experiments.{name}.export: {method!r} cannot be written as a dense model: {reason}")
             check_training(self, name, experiment)
+            check_exports(self, name, experiment)
             check_allocations(self, name, experiment)
             check_targets(self, name, experiment)
             for c in experiment.calibrations:

@@ -58,6 +58,18 @@ def check_allocations(config: Config, name: str, experiment: Experiment) -> None
             )
 
 
+def check_exports(config: Config, name: str, experiment: Experiment) -> None:
+    """Raise ValueError for exports that another experiment asks for in another dtype: there is one of each checkpoint."""
+    shared = ("models", "calibrations", "methods", "budgets", "recoveries")
+    for other, one in config.experiments.items():
+        same = all(set(getattr(experiment, section)) & set(getattr(one, section)) for section in shared)
+        if same and one.export == experiment.export == "dense" and one.export_dtype != experiment.export_dtype:
+            raise ValueError(
+                f"experiments.{name}.export_dtype: {other!r} exports the same checkpoints in {one.export_dtype}, not "
+                f"{experiment.export_dtype}; say the same in both, or write one of them with `python -m winnow export --dtype`"
+            )
+
+
 def check_training(config: Config, name: str, experiment: Experiment) -> None:
     """Raise ValueError for a recovery that has nothing to train, and where something learns the train rows of another task
     than the one that is scored: only those of one task are compared with its test rows."""

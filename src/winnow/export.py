@@ -4,9 +4,10 @@ it without winnow."""
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from winnow.architectures import Matrix, matrices_of
-from winnow.card import Measured, card
+from winnow.card import Exported, Measured, card
 from winnow.classes import read_config
 from winnow.errors import InputError, first_line
 from winnow.hf import WinnowConfig
 from winnow.io import MANIFEST, Bundle, write_manifest
 from winnow.layouts import install
+from winnow.local_paths import named, without_local
 from winnow.models import weight_files
 from winnow.naming import stored_tensors
 from winnow.structures.base import METHOD
 from winnow.weights import SHARD_BYTES, copy_files, write_weights
 
+ORIGINAL = "original"  # the dtype that the dense model stores a tensor in
 COLUMNS = 1024  # of a matrix that are multiplied out at a time
+CHUNK = 1 << 22  # numbers whose rounding is looked at together
 ROUNDING = 1e-9  # of float64 products, relative; more is no rounding
 
 
@@ -61,14 +65,11 @@ class Checkpoint:
             return stream.get_tensor(place.key)
 
     def module(self, name: str) -> tuple[nn.Module, torch.dtype]:
-        """(a compressed module by itself with its tensors in float64, the dtype that holds what it computes): that of its
-        tensors, or the one that the checkpoint computes in where this is wider, since a product of 16-bit factors is no 16-bit
-        number."""
+        """(a compressed module by itself with its tensors in float64, the dtype that they are stored in), which is that of the
+        dense matrix."""
         module = deepcopy(self.compressed.get_submodule(name))
         stored = {key: self.tensor(f"{name}.{key}") for key in module.state_dict()}
         dtype = next(t.dtype for t in stored.values() if t.is_floating_point())
-        if named := self.config.get("dtype") or self.config.get("torch_dtype"):
-            dtype = torch.promote_types(dtype, getattr(torch, named))
         module.load_state_dict({k: t.double() if t.is_floating_point() else t for k, t in stored.items()}, assign=True)
         return module, dtype
 
@@ -128,7 +129,32 @@ def affine_of(module: nn.Module, outputs: int, inputs: int) -> tuple[Tensor, Ten
     return matrix, offset
 
 
-def _expanded(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int]) -> dict[str, Tensor]:
+class Rounding:
+    """What casting to the export's dtype costs: the squared error, and the squared size, of all that is rounded."""
+
+    def __init__(self, dtype: str):
+        self.asked = None if dtype == ORIGINAL else getattr(torch, dtype)
+        self.lost = self.size = 0.0
+        self.dtypes: set[torch.dtype] = set()  # of the matrices that were multiplied out
+
+    def cast(self, tensor: Tensor, original: torch.dtype) -> Tensor:
+        """The tensor in the dtype asked for. Raises ValueError if a number is not finite in it."""
+        dtype = self.asked or original
+        cast = tensor.to(dtype).contiguous()
+        if torch.promote_types(tensor.dtype, dtype) != dtype:
+            for exact, near in zip(tensor.flatten().split(CHUNK), cast.flatten().split(CHUNK), strict=True):
+                self.lost += float((near.double() - exact.double()).square().sum())
+                self.size += float(exact.double().square().sum())
+            if not math.isfinite(self.lost):
+                raise ValueError(f"not finite as {dtype}; give another --dtype")
+        return cast
+
+    def error(self) -> float:
+        """The rounding error, as a share of the size of what was rounded."""
+        return math.sqrt(self.lost / self.size) if self.size else 0.0
+
+
+def _expanded(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int], rounding: Rounding) -> dict[str, Tensor]:
     """{weight, bias: the tensor as the dense model stores it}. Neurons that were left out come back as zeros, which add nothing.
 
     Raises InputError, naming the module, if the dense module cannot hold what the compressed one computes."""
@@ -149,13 +175,15 @@ def _expanded(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int]) ->
     if not matrix.bias and bool(bias.any()):
         raise InputError(f"{problem}it adds a bias, which the dense one does not have")
     found = {"weight": weight.T if matrix.transposed else weight} | ({"bias": bias} if matrix.bias else {})
-    found = {name: tensor.to(dtype).contiguous() for name, tensor in found.items()}
-    if not all(torch.isfinite(tensor).all() for tensor in found.values()):
-        raise InputError(f"{problem}not finite as {dtype}")
+    try:
+        found = {name: rounding.cast(tensor, dtype) for name, tensor in found.items()}
+    except ValueError as error:
+        raise InputError(problem + first_line(error)) from error
+    rounding.dtypes.add(found["weight"].dtype)
     return found
 
 
-def _dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def _dense_tensors(checkpoint: Checkpoint, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the dense model, one module at a time, under the names that `save_pretrained` gives them."""
     shapes = {name: {"shape": list(tensor.shape)} for name, tensor in checkpoint.dense.state_dict().items()}
     matrices = matrices_of(checkpoint.dense.config.model_type, shapes)
@@ -171,31 +199,44 @@ def _dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for m in matrices:
             if m.module in widths:
-                for part, tensor in _expanded(checkpoint, m, widths[m.module]).items():
+                for part, tensor in _expanded(checkpoint, m, widths[m.module], rounding).items():
                     yield f"{m.module}.{part}", tensor
         replaced = {f"{module}.{part}" for module in widths for part in ("weight", "bias")}
         for name in shapes:
             if name not in replaced and (name in checkpoint.places or name not in tied):
-                yield name, checkpoint.tensor(name)
+                tensor = checkpoint.tensor(name)
+                try:
+                    yield name, rounding.cast(tensor, tensor.dtype)
+                except ValueError as error:
+                    raise InputError(f"{checkpoint.directory}: {name}: {first_line(error)}") from error
 
     for name, tensor in tensors():
         yield from revert_weight_conversion(checkpoint.dense, {name: tensor}).items()
 
 
-def export_dense(source: Path, directory: Path, provenance: dict[str, Any], measured: list[Measured] | None = None) -> int:
-    """Write the checkpoint `source` as a dense Hugging Face directory; returns the bytes of its weights.
+def export_dense(
+    source: Path,
+    directory: Path,
+    provenance: dict[str, Any],
+    measured: list[Measured] | None = None,
+    dtype: str = ORIGINAL,
+) -> Exported:
+    """Write the checkpoint `source` as a dense Hugging Face directory; returns its bytes, its dtype, and what rounding cost.
 
-    Products are taken in float64 and rounded once, to the dtype of the factors or the one that the checkpoint computes in, if
-    that is wider; all else is as stored. Raises InputError for a checkpoint that is damaged,
-    or that computes what the dense model cannot."""
-    checkpoint = Checkpoint(source)
+    Products are taken in float64 and rounded once, to `dtype`, which is then that of all tensors and the one to compute in; by
+    default to that of the dense matrix, and all else is as stored. Raises InputError for a checkpoint that is damaged, or that
+    computes what the dense model cannot."""
+    checkpoint, rounding = Checkpoint(source), Rounding(dtype)
     directory.mkdir(parents=True)
-    total = write_weights(directory, _dense_tensors(checkpoint), SHARD_BYTES)
-    (directory / "config.json").write_text(json.dumps(checkpoint.config, indent=1) + "\n", encoding="utf-8")
+    total = write_weights(directory, _dense_tensors(checkpoint, rounding), SHARD_BYTES)
+    widest = str(reduce(torch.promote_types, rounding.dtypes)).removeprefix("torch.")
+    exported = Exported(total, widest, rounding.error())
+    config = {key: value for key, value in without_local(checkpoint.config).items() if key != "torch_dtype"} | {"dtype": widest}
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     copy_files([path.name for path in sorted(source.iterdir())], source, directory)
     if (source / "recipe.yaml").is_file():  # not after `save_pretrained`, which writes what transformers knows
-        recipe = yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8"))
-        shutil.copyfile(source / "recipe.yaml", directory / "recipe.yaml")
-        (directory / "README.md").write_text(card(recipe, measured, exported=total), encoding="utf-8")
-    write_manifest(directory, {"model_stored_bytes": total}, provenance)
-    return total
+        recipe = named(yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")))
+        (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        (directory / "README.md").write_text(card(recipe, measured, exported), encoding="utf-8")
+    write_manifest(directory, {"model_stored_bytes": total, "dtype": widest, "rounding_error": exported.error}, provenance)
+    return exported

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from winnow.allocations import allocation_of
 from winnow.allocations.base import Allocation
 from winnow.architectures import GRADIENTS
 from winnow.clusters import Clustering
-from winnow.config import Config, Strict
+from winnow.config import Config, Experiment, Strict
 from winnow.derived import add_budgets, add_members, add_studies, calibrations_by_seed, with_controls
 from winnow.errors import InputError
 from winnow.evaluations import PLAIN, Classification, Perplexity
@@ -130,13 +130,17 @@ class Grid:
 
     def exported(self) -> list[Cell]:
         """Cells whose checkpoints are asked for as dense models: the methods that are named, not their controls."""
-        asked = [e for e in self.config.experiments.values() if e.export == "dense"]
-        rows = [
-            row
-            for e in asked
-            for row in product(e.models, e.evaluations, self._seeds(e.calibrations), e.methods, e.budgets, e.recoveries)
-        ]
+        return [cell for e in self.config.experiments.values() if e.export == "dense" for cell in self._exports(e)]
+
+    def _exports(self, e: Experiment) -> list[Cell]:
+        rows = product(e.models, e.evaluations, self._seeds(e.calibrations), e.methods, e.budgets, e.recoveries)
         return [Cell(*row[:4], self._budget(row[3], row[4]), *row[5:]) for row in rows]
+
+    @cached_property
+    def export_dtypes(self) -> dict[str, str]:
+        """{manifest of a dense export: the dtype that it is asked for in}"""
+        asked = [e for e in self.config.experiments.values() if e.export == "dense"]
+        return {self.made(cell, "dense_export"): e.export_dtype for e in asked for cell in self._exports(e)}
 
     def cells_of(self, kind: str) -> list[Cell]:
         """The cells whose evaluation is of this kind, dense ones first."""

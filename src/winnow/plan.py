@@ -272,6 +272,11 @@ class Plan(StudyGrid):
         after = {"after": self._recovery(self.labels["recoveries"][recovery.after])} if recovery.after else {}
         return {**recovery.model_dump(exclude={"after"}), **after}
 
+    def _spec_export_dense(self, w: dict[str, str]) -> dict[str, Any]:
+        steps = ("model", "calibration", "method", "budget", "recovery")
+        made = "/".join(["results", *(w[step] for step in steps if step in w), "dense_export/manifest.json"])
+        return {"dtype": self.export_dtypes.get(made, "original")}
+
     def _spec_recover(self, w: dict[str, str]) -> dict[str, Any]:
         recovery = self.preset("recoveries", w["recovery"])
         model, calibration = self.preset("models", w["model"]), self.preset("calibrations", w["calibration"])

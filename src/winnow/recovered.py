@@ -17,6 +17,7 @@ from winnow.io import Bundle, write_manifest
 from winnow.layer_statistics import Layers, Statistics
 from winnow.linalg import regularized
 from winnow.loading import load_model
+from winnow.local_paths import named, without_local
 from winnow.models import ModelFiles, tensor_bytes, weight_files
 from winnow.recovery.base import Task
 from winnow.resume import Resume
@@ -123,11 +124,11 @@ def write_recovered(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "auto_map"):
         config.pop(key, None)
-    config["dtype"] = job.spec["dtype"]
+    config = without_local(config) | {"dtype": job.spec["dtype"]}
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     copy_files(files.manifest["files"], files.directory, directory)
     if (source / "recipe.yaml").is_file():
         recipe = yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")) | {"recovery": recovery}
-        (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        (directory / "recipe.yaml").write_text(yaml.safe_dump(named(recipe), sort_keys=False), encoding="utf-8")
     (directory / "recovery.json").write_text(json.dumps({**recovery, **report}, indent=1, allow_nan=False) + "\n", "utf-8")
     write_manifest(directory, sizes, job.provenance)

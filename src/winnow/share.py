@@ -10,6 +10,7 @@ import yaml
 from winnow.card import Measured, card
 from winnow.errors import InputError
 from winnow.io import MANIFEST, Bundle, file_digest, read_json, write_manifest
+from winnow.local_paths import clean, named
 
 
 def measured_beside(checkpoint: Path) -> list[Measured]:
@@ -43,9 +44,11 @@ def recipe_of(checkpoint: Path) -> dict:
 
 
 def share(checkpoint: Path, directory: Path, measured: list[Measured]) -> None:
-    """Copy a checkpoint with the measured numbers in its card. Raises InputError if the checkpoint is damaged."""
+    """Copy a checkpoint with the measured numbers in its card, and without paths of this machine. Raises InputError if the
+    checkpoint is damaged."""
     recipe, bundle = recipe_of(checkpoint), Bundle(checkpoint / MANIFEST)
     shutil.copytree(bundle.verify(), directory)
+    clean(directory)
     (directory / "README.md").write_text(card(recipe, measured), encoding="utf-8")
     content = {key: value for key, value in bundle.manifest.items() if key not in ("files", "provenance")}
-    write_manifest(directory, content, bundle.manifest["provenance"])
+    write_manifest(directory, content, named(bundle.manifest["provenance"]))

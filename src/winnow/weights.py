@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from winnow.io import atomic
+from winnow.local_paths import CONFIGS, copy_config
 from winnow.models import TOKENIZER
 from winnow.tensor_files import Spool
 
@@ -48,7 +49,7 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], limit:
 
 
 def copy_files(names: Iterable[str], source: Path, directory: Path) -> None:
-    """Copy those of `names` that stand beside weights unchanged: the tokenizer, and defaults of generation."""
-    for name in names:
-        if any(fnmatch(name, pattern) for pattern in COPIED):
-            shutil.copyfile(source / name, directory / name)
+    """Copy those of `names` that stand beside weights: the tokenizer, and defaults of generation; without local paths."""
+    for name in (name for name in names if any(fnmatch(name, pattern) for pattern in COPIED)):
+        copy = copy_config if fnmatch(name, CONFIGS) else shutil.copyfile
+        copy(source / name, directory / name)

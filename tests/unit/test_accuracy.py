@@ -139,7 +139,9 @@ def test_the_command_line_of_lm_eval_reads_a_checkpoint(checkpoint, world, tmp_p
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "lm_eval.__main__")
-    with pytest.raises(SystemExit, match=r"winnow: lm-eval: .*lm_eval.*; pip install 'winnow\[workflow\]'"):
+    with pytest.raises(
+        SystemExit, match=r"winnow: lm-eval: needs lm_eval, which is not installed; .*`pip install '\.\[workflow\]'`"
+    ):
         main()
 
 

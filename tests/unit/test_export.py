@@ -1,6 +1,7 @@
 """The dense export: loads where winnow is not, gives the compressed model's logits, looks like the source; cards and sharing."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,19 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import winnow.export
 from tests.conftest import pico
-from tests.unit.test_checkpoint import IDS, build, logits, targets_of
+from tests.unit.test_checkpoint import IDS, build, logits, statistics, targets_of
 from tests.unit.worlds import FITTED
 from winnow.__main__ import main
-from winnow.card import Measured, card
+from winnow.card import Exported, Measured, card
 from winnow.errors import InputError
 from winnow.export import Checkpoint, affine_of, export_dense
-from winnow.io import Bundle, file_digest, write_json
+from winnow.io import Bundle, file_digest, write_json, write_manifest
 from winnow.loading import load_model
 from winnow.share import measured_beside, share
 from winnow.structures import structure_of
@@ -97,23 +99,73 @@ def test_left_out_neurons_come_back_as_zeros_and_kept_ones_as_they_are(saved_lla
     assert kept < len(dense[up])
 
 
-def test_products_are_rounded_once_to_the_dtype_that_the_checkpoint_computes_in(tmp_path):
-    """Stored in bfloat16, evaluated in float32: a product of two bfloat16 factors in bfloat16 would be another model."""
-    pico("llama").to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    checkpoint = build(tmp_path / "source", tmp_path / "work", ["ffn"], 0.6)
-    export_dense(checkpoint, tmp_path / "dense", {})
+@pytest.fixture(scope="module")
+def in_half(tmp_path_factory) -> tuple[Path, Path]:
+    """(A model stored in bfloat16 but for a norm, its checkpoint), which computes in float32."""
+    folder = tmp_path_factory.mktemp("half")
+    model = pico("llama").to(torch.bfloat16)
+    model.model.norm.float()
+    model.save_pretrained(folder / "source")
+    return folder / "source", build(folder / "source", folder / "work", ["ffn"], 0.6)
+
+
+NAME = "model.layers.0.mlp.gate_proj"
+
+
+def product_of(checkpoint: Path) -> torch.Tensor:
+    stored = load_file(checkpoint / "model.safetensors")
+    return stored[f"{NAME}.left.weight"].double() @ stored[f"{NAME}.right.weight"].double()
+
+
+def test_an_export_is_as_large_as_the_original_and_says_what_rounding_costs(in_half, tmp_path):
+    source, checkpoint = in_half
+    made = export_dense(checkpoint, tmp_path / "dense", {})
+    original, dense = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "dense"))
+    assert {name: t.dtype for name, t in dense.items()} == {name: t.dtype for name, t in original.items()}
+    assert made.bytes == sum(t.nbytes for t in original.values())
+    product = product_of(checkpoint)
+    assert torch.equal(dense[f"{NAME}.weight"], product.to(torch.bfloat16))
+    assert torch.equal(dense["model.norm.weight"], original["model.norm.weight"])
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "bfloat16"
+    manifest = Bundle(tmp_path / "dense" / "manifest.json").manifest
+    assert (manifest["dtype"], manifest["rounding_error"]) == ("bfloat16", made.error)
+    exact, near = [], []
+    for name in (name for name in dense if ".mlp." in name):
+        module, _ = Checkpoint(checkpoint).module(name.removesuffix(".weight"))
+        exact.append((module.left.weight @ module.right.weight).detach().flatten())
+        near.append(dense[name].double().flatten())
+    assert made.error == pytest.approx(float((torch.cat(near) - torch.cat(exact)).norm() / torch.cat(exact).norm()), rel=1e-9)
+    assert 5e-4 < made.error < 2**-8
+    card_text = (tmp_path / "dense" / "README.md").read_text()
+    assert f"stored in bfloat16, rounded to it with a relative error of {made.error:.1e}." in card_text
+
+
+def test_in_float32_an_export_has_the_logits_of_its_checkpoint(in_half, tmp_path):
+    """Products are rounded once, to the dtype asked for: a product of two bfloat16 factors in bfloat16 would be another model."""
+    _, checkpoint = in_half
+    made = export_dense(checkpoint, tmp_path / "dense", {}, dtype="float32")
     stored, dense = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "dense" / "model.safetensors")
-    name = "model.layers.0.mlp.gate_proj"
-    product = stored[f"{name}.left.weight"].double() @ stored[f"{name}.right.weight"].double()
-    assert torch.equal(dense[f"{name}.weight"], product.float())
-    assert dense["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16, "as stored"
+    assert torch.equal(dense[f"{NAME}.weight"], product_of(checkpoint).float())
+    untouched = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(dense[untouched], stored[untouched].float())
+    assert {t.dtype for t in dense.values()} == {torch.float32}
+    assert made.error < 1e-7
     one, other = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (checkpoint, tmp_path / "dense"))
     torch.testing.assert_close(logits(other), logits(one), atol=1e-5, rtol=0)
-    config = json.loads((checkpoint / "config.json").read_text()) | {"dtype": "bfloat16"}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    (checkpoint / "manifest.json").unlink()
-    export_dense(checkpoint, tmp_path / "half", {})
-    assert torch.equal(load_file(tmp_path / "half" / "model.safetensors")[f"{name}.weight"], product.to(torch.bfloat16))
+
+
+def test_a_number_that_the_dtype_cannot_hold_is_named(saved_llama, tmp_path):
+    source = tmp_path / "source"
+    for where in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.k_proj"):
+        model = pico("llama")
+        model.get_submodule(where).weight.data *= 1e7
+        model.save_pretrained(source)
+        checkpoint = build(source, tmp_path / where, ["ffn"], 0.6)
+        with pytest.raises(InputError, match=rf"{where}.*: not finite as torch\.float16; give another --dtype"):
+            export_dense(checkpoint, tmp_path / "dense", {}, dtype="float16")
+        shutil.rmtree(tmp_path / "dense")
+        shutil.rmtree(tmp_path / "source statistics")
+        statistics.cache_clear()
 
 
 def test_a_checkpoint_saved_again_and_one_in_shards_export_alike(saved_llama, tmp_path, monkeypatch):
@@ -238,8 +290,8 @@ def test_a_card_holds_recipe_bytes_loading_and_numbers():
         "3 windows of 8 tokens, 24 scored, in float32, without a leading BOS",
     ):
         assert piece in text, piece
-    assert "import winnow" not in card(recipe, exported=21)
-    assert "winnow export" in card(recipe, exported=21), "how the numbers come in"
+    assert "import winnow" not in card(recipe, exported=Exported(21, "bfloat16", 0.0021))
+    assert "winnow export" in card(recipe, exported=Exported(21, "bfloat16", 0.0021)), "how the numbers come in"
     assert "base_model" not in card(recipe | {"model": {"source": "a/folder", "revision": None}})
 
 
@@ -252,6 +304,55 @@ def test_a_shared_folder_is_the_checkpoint_with_its_numbers(results, tmp_path):
     one, other = (load_file(folder / "model.safetensors") for folder in (results / "checkpoint", tmp_path / "shared"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     Bundle(results / "checkpoint" / "manifest.json").verify()
+
+
+PLACES = ("/home/someone/models/mine", "~/models/mine", "C:\\Users\\someone\\mine", "/scratch/mine/tokenizer.json")
+
+
+def test_an_export_and_a_shared_folder_name_no_place(saved_llama, tmp_path):
+    """Neither those that transformers wrote into the source's files, nor those that an older winnow wrote into its own."""
+    source = shutil.copytree(saved_llama, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"_name_or_path": PLACES[0], "more": {"_name_or_path": PLACES[1]}}))
+    about = {"name_or_path": PLACES[2], "tokenizer_file": PLACES[3], "bos_token": "/s", "chat_template": "/{{ x }}\n/a/b"}
+    (source / "tokenizer_config.json").write_text(json.dumps(about))
+    (source / "generation_config.json").write_text(text := '{"eos_token_id":  0}')
+    checkpoint = build(source, tmp_path / "work", ["ffn"], 0.6)
+    written = {path.name: path.read_text() for path in checkpoint.iterdir() if path.suffix != ".safetensors"}
+    assert not any(place in text for place in PLACES for text in written.values())
+    assert written["generation_config.json"] == text, "what names no place is copied byte by byte"
+    kept = {key: about[key] for key in ("bos_token", "chat_template")}
+    assert json.loads(written["tokenizer_config.json"]) == kept
+
+    recipe = yaml.safe_load(written["recipe.yaml"])
+    recipe["model"] = {"source": PLACES[0], "revision": None}
+    recipe["calibration"] = {"text": "train", "windows": 5, "length": 16, "seed": 3}
+    recipe["calibration_text"] = {"files": ["/data/texts/one.txt", "texts/two.txt"]}
+    (checkpoint / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    config = json.loads(written["config.json"]) | {"_name_or_path": PLACES[0]}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(about))
+    (checkpoint / "recovery.json").write_text(json.dumps({"from": PLACES[0], "held_out": 0.1}))
+    write_manifest(checkpoint, {}, {"params": {"spec": {"presets": {"model": {"source": PLACES[0]}}}}})
+    share(checkpoint, tmp_path / "shared", [])
+    export_dense(checkpoint, tmp_path / "dense", {})
+    for path in [*(tmp_path / "shared").iterdir(), *(tmp_path / "dense").iterdir()]:
+        for place in (*PLACES, "someone", "/data/texts"):
+            assert place.encode() not in path.read_bytes(), path
+    Bundle(tmp_path / "shared" / "manifest.json").verify()
+    for folder in ("shared", "dense"):
+        text = (tmp_path / folder / "README.md").read_text()
+        assert "| model | `mine` |" in text
+        assert "| calibration text | train: one.txt, texts/two.txt |" in text
+        assert yaml.safe_load((tmp_path / folder / "recipe.yaml").read_text())["model"]["source"] == "mine"
+    assert json.loads((tmp_path / "shared" / "recovery.json").read_text()) == {"from": "mine", "held_out": 0.1}
+    assert torch.equal(
+        logits(load_model(tmp_path / "shared", "float32", "cpu")), logits(load_model(checkpoint, "float32", "cpu"))
+    )
+    (checkpoint / "tokenizer_config.json").write_text("[1]")
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: not a JSON object"):
+        export_dense(checkpoint, tmp_path / "other", {})
 
 
 def test_numbers_of_another_checkpoint_are_left_out(results, tmp_path):
@@ -270,3 +371,9 @@ def test_the_commands(results, tmp_path, monkeypatch, capsys):
         assert "0.2500 ± 0.0100" in (tmp_path / command / "README.md").read_text()
         with pytest.raises(SystemExit, match=rf"winnow: .*{command}: is there already; give a new directory"):
             main()
+    command = ["winnow", "export", "--dtype", "bfloat16", str(results / "checkpoint"), str(tmp_path / "half")]
+    monkeypatch.setattr(sys, "argv", command)
+    main()
+    said = capsys.readouterr().out
+    assert re.search(r"half: [\d,]+ bytes, rounded to bfloat16 with a relative error of \d\.\de-04; dense, needs no winnow", said)
+    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}

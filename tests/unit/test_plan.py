@@ -451,6 +451,25 @@ def test_a_dense_export_is_asked_for_by_name_and_moves_nothing_else():
         plan_of(lambda c: c["experiments"]["demo"].update(export="dense", methods=["svd", "r2lin"]))
 
 
+def test_a_dense_export_is_in_the_dtype_that_its_experiment_says():
+    def change(c):
+        c["experiments"]["demo"] |= {"export": "dense", "methods": ["svd"], "budgets": ["ffn-0.8"], "export_dtype": "bfloat16"}
+        c["experiments"]["more"] = {**c["experiments"]["demo"], "methods": ["asvd"], "export_dtype": "original"}
+
+    plan = plan_of(change)
+    found = {w.split("/")[3].partition("-")[0]: dtype for w, dtype in plan.export_dtypes.items()}
+    assert found == {"svd": "bfloat16", "asvd": "original"}
+    wildcards = wildcards_of(plan, "export_dense")
+    for name, dtype in found.items():
+        w = wildcards | {"method": plan.labels["methods"][name], "budget": plan.labels["budgets"]["ffn-0.8"]}
+        assert plan.spec("export_dense", w) == {"dtype": dtype}
+    assert plan.spec("export_dense", w | {"budget": plan.labels["budgets"]["ffn-0.4"]}) == {"dtype": "original"}, "not asked for"
+    assert plan.labels == plan_of().labels
+    message = r"experiments\.\w+\.export_dtype: '\w+' exports the same checkpoints in (bfloat16|original), not (original|bfl)"
+    with pytest.raises(InputError, match=message):
+        plan_of(lambda c: (change(c), c["experiments"]["more"].update(methods=["svd", "asvd"])))
+
+
 def test_a_card_has_every_evaluation_of_its_checkpoint():
     def change(c):
         c["evaluations"]["other"] = {**c["evaluations"]["demo"], "length": 64}

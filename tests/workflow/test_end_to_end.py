@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, pico
+from winnow.share import measured_beside, share
 
 pytestmark = pytest.mark.workflow
 DEMO = ROOT / "resources"
@@ -121,6 +122,22 @@ def test_artefacts_carry_their_provenance(finished):
         if "checkpoint" not in path.parts:
             with safe_open(path, framework="pt") as stream:
                 assert "code" in stream.metadata()["winnow"], path
+
+
+def test_what_is_handed_on_names_no_place(finished, tmp_path):
+    """The model and the texts of this run have absolute paths; a card has their names, and so has all of a shared folder."""
+    place = str(finished.folder)
+    cards = sorted((finished.folder / "results").glob("pico-*/few-*/*/*/none-*/README.md"))
+    assert len(cards) == 2 * len(KEEPS)
+    checkpoint = next((finished.folder / "results").glob("pico-*/few-*/svd-*/ffn-0.5-*/checkpoint"))
+    share(checkpoint, tmp_path / "shared", measured_beside(checkpoint))
+    own = [checkpoint / name for name in ("README.md", "recipe.yaml", "config.json")]
+    for path in [*cards, *own, *(tmp_path / "shared").iterdir()]:
+        assert place.encode() not in path.read_bytes(), path
+        assert str(DEMO).encode() not in path.read_bytes(), path
+    for path in (cards[0], own[0], tmp_path / "shared" / "README.md"):
+        assert "| model | `model` |" in path.read_text()
+        assert "| calibration text | calibration: calibration.jsonl |" in path.read_text()
 
 
 def test_nothing_is_planned_again(finished):

@@ -1,0 +1,64 @@
+"""Paths of this machine in what is handed on: they help nobody elsewhere, and tell where somebody works."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from winnow.errors import InputError, first_line
+
+CONFIGS = "*config.json"  # of a model, its tokenizer and its generation: with paths as transformers wrote them
+REPORTS = ("recipe.yaml", "recovery.json", "optimisation.json")
+
+
+def is_local(value: Any) -> bool:
+    """Whether a value is an absolute path, of any system, or one below a home directory."""
+    if not isinstance(value, str) or "\n" in value:
+        return False
+    path = PureWindowsPath(value)  # knows both kinds of slashes
+    return (value.startswith(("/", "~")) or bool(path.drive)) and len(path.parts) > 2
+
+
+def named(content: Any) -> Any:
+    """The same content with the last name of every local path in its place: the name of the model, or of the text."""
+    if isinstance(content, dict):
+        return {key: named(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [named(value) for value in content]
+    return PureWindowsPath(content).name if is_local(content) else content
+
+
+def without_local(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without entries that are local paths, such as `_name_or_path`: no loader can use them elsewhere."""
+    kept = {key: value for key, value in config.items() if not is_local(value)}
+    return {key: without_local(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def copy_config(source: Path, target: Path) -> None:
+    """Copy a config without its local paths, byte by byte where it has none. Raises InputError if it is no JSON object."""
+    content = source.read_bytes()
+    try:
+        config = json.loads(content)
+        cleaned = without_local(config)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{source}: not a JSON object ({first_line(error)})") from error
+    if cleaned != config:
+        content = (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
+    target.write_bytes(content)
+
+
+def clean(directory: Path) -> None:
+    """Take local paths out of the configs and reports of a checkpoint, whatever wrote them."""
+    for path in sorted(directory.glob(CONFIGS)):
+        copy_config(path, path)
+    for path in (directory / name for name in REPORTS):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+            if named(content) != content:
+                dumped = yaml.safe_dump if path.suffix == ".yaml" else json.dumps
+                options: dict[str, Any] = {"sort_keys": False} if path.suffix == ".yaml" else {"indent": 1}
+                path.write_text(dumped(named(content), **options).rstrip() + "\n", encoding="utf-8")
