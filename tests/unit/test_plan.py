@@ -313,7 +313,7 @@ EDITS = [
         "requires_calibration = False",
         LOADERS,
     ),
-    ("src/winnow/naming.py", "if name in expected", "if name in set(expected)", NAMES),
+    ("src/winnow/naming.py", "elif name in found", "elif name in set(found)", NAMES),
     ("src/winnow/clusters.py", "n_init=5", "n_init=6", {"assign_clusters"}),
     ("src/winnow/gradients.py", "(gram + gram.T) / 2", "(gram + gram.T) / 3", {"collect_gradients", "predict_in_rounds"}),
     ("src/winnow/coupling.py", "import annotations", "import annotations\n\nx = 1", STUDY),  # of another structure
