@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,16 +69,19 @@ def show_spread(results: Path, rows: list[dict[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from winnow.spread import standing
+
     table = Table(title=str(results / "tables" / "spread.csv"), title_justify="left")
     names = ("model", "calibration", "evaluation", "recovery", "budget", "method")
     for column in (*names, "seeds", "nats above dense", "of seeds alone", "above the best"):
         table.add_column(column, justify="left" if column in names else "right", no_wrap=True)
-    for row in sorted(rows, key=lambda row: [*(row[name] for name in names[:-1]), float(row["above_best"])]):
-        above = f"{float(row['above_best']):.4f} ± {float(row['above_best_se']):.4f}"
-        above = "best" if row["method"] == row["best"] else above + (", tie" if row["tie"] == "True" else "")
-        loss = f"{float(row['delta_nll']):.4f} ± {float(row['delta_nll_se']):.4f}"
-        of_seeds = f"± {float(row['delta_nll_seed_se']):.4f}" if row["delta_nll_seed_se"] else "-"
-        table.add_row(*(row[name] for name in names), row["seeds"], loss, of_seeds, above)
+    for _, cells in groupby(sorted(rows, key=lambda row: [row[name] for name in names[:-1]]), key=itemgetter(*names[:-1])):
+        ordered = sorted(cells, key=lambda row: float(row["above_best"]))
+        best = next(row for row in ordered if row["method"] == row["best"])
+        for row, above in zip(ordered, standing(ordered, best), strict=True):
+            loss = f"{float(row['delta_nll']):.4f} ± {float(row['delta_nll_se']):.4f}"
+            of_seeds = f"± {float(row['delta_nll_seed_se']):.4f}" if row["delta_nll_seed_se"] else "-"
+            table.add_row(*(row[name] for name in names), row["seeds"], loss, of_seeds, above)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from winnow.claims import VERDICTS
 from winnow.io import Bundle, read_markup
-from winnow.spread import paired, tied
+from winnow.spread import is_as_dense, paired, standing, tied
 
 if TYPE_CHECKING:
     from winnow.studies.base import Conclusion, Evidence, Study
@@ -42,9 +42,13 @@ def render(
     compressed = summary[summary["method"] != "dense"]
     several = [name for name in ("calibration", "recovery") if compressed[name].nunique() > 1]
     template = environment.get_template("report.html.j2")
-    seeds = spread[spread["seeds"] > 1].sort_values(["model", "evaluation", "budget", "above_best"], kind="stable")
+    several_seeds = spread[spread["seeds"] > 1].sort_values(["model", "evaluation", "budget", "above_best"], kind="stable")
+    seeds = []
+    for _, cells in several_seeds.groupby(["model", "evaluation", "budget", "calibration", "recovery"], sort=False):
+        found: list[dict[str, Any]] = cells.to_dict("records")  # type: ignore[assignment]
+        seeds += _marked(found, next(row for row in found if row["method"] == row["best"]))
     inline = {name: _inline(name, svg) for name, svg in figures.items()}
-    return template.render(groups=groups, several=several, seeds=seeds.to_dict("records"), figures=inline, overlaps=overlaps)
+    return template.render(groups=groups, several=several, seeds=seeds, figures=inline, overlaps=overlaps)
 
 
 def render_study(study: Study, conclusion: Conclusion, verdicts: pd.DataFrame, evidence: Evidence, folder: Path) -> str:
@@ -126,7 +130,15 @@ def _against_best(cells: pd.DataFrame, results: list[dict[str, Any]]) -> list[di
     for position, row in zip(cells.index.tolist(), cells.to_dict("records"), strict=True):
         above, error = paired(results[position]["per_window"], best)
         rows.append({**row, "above_best": above, "above_best_se": error, "tie": tied(above, error)})  # type: ignore[dict-item]
-    return rows
+    return _marked(rows, rows[0])
+
+
+def _marked(rows: list[dict[str, Any]], best: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one budget with how they stand in it, and the class of those that stand out: `best` is in bold type, `tie` is
+    not, where the lowest loss is none that can be told from the dense model's."""
+    mark = "tie" if is_as_dense(best) else "best"
+    lines = standing(rows, best)
+    return [{**row, "standing": line, "mark": mark if row["tie"] else ""} for row, line in zip(rows, lines, strict=True)]
 
 
 def _inline(name: str, svg: str) -> str:

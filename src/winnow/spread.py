@@ -31,6 +31,23 @@ def tied(difference: float, error: float) -> bool:
     return abs(difference) <= 2 * error
 
 
+def standing(cells: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
+    """How the methods of one budget stand, one line each: `best` or how far above it, with its ties; and `as dense` where a loss
+    cannot be told from that of the dense model, which is none."""
+    ties = [tied(float(cell["above_best"]), float(cell["above_best_se"])) for cell in cells]
+    lines = []
+    for cell, tie in zip(cells, ties, strict=True):
+        above = f"{float(cell['above_best']):.4f} ± {float(cell['above_best_se']):.4f}"
+        line = ("best, tied" if sum(ties) > 1 else "best") if cell is best else above + (", tie" if tie else "")
+        lines.append(line + (", as dense" if is_as_dense(cell) else ""))
+    return lines
+
+
+def is_as_dense(cell: dict[str, Any]) -> bool:
+    """Whether 0 is within two standard errors of a loss above the dense model's."""
+    return tied(float(cell["delta_nll"]), float(cell["delta_nll_se"]))
+
+
 def over_seeds(values: Sequence[float]) -> float:
     """Standard error of a mean over seeds; NaN of a single one."""
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan

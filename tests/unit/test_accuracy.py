@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -148,7 +149,9 @@ def test_the_command_line_of_lm_eval_reads_a_checkpoint(checkpoint, world, tmp_p
 @pytest.mark.slow
 def test_the_command_of_the_readme_in_a_process_of_its_own(checkpoint, world, tmp_path):
     """Where the program itself says that it does not know the format."""
-    options = [*options_for(checkpoint, world, tmp_path / "out"), "--limit", "4"]
+    line = re.search(r"^python -m winnow lm-eval (.*)$", (ROOT / "README.md").read_text(), re.M)[1]
+    line = line.replace("<checkpoint>", str(checkpoint)).replace("my_task", "calls").replace("data/tasks", str(world))
+    options = [*line.split(), "--limit", "4", "--device", "cpu", "--output_path", str(tmp_path / "out")]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     plain = subprocess.run([sys.executable, "-m", "lm_eval", *options], capture_output=True, text=True, env=env)
     assert plain.returncode != 0

@@ -12,7 +12,7 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import pico
+from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import IDS, build, logits, targets_of
 from tests.unit.worlds import FITTED
 from winnow.errors import InputError
@@ -140,6 +140,21 @@ def test_what_is_merged_is_a_map_beside_what_is_stored(folder, tmp_path, kind, o
     assert twice.get_submodule("model.layers.0.self_attn.q_proj").added.right.out_features == 10
     export_dense(tmp_path / "merged", tmp_path / "dense", {})
     torch.testing.assert_close(logits(loaded(tmp_path / "dense")), before, **TIGHT)
+
+
+def test_the_lines_of_the_readme_run(folder, tmp_path, monkeypatch):
+    """On the preset `grc_whitened`'s structure, whose factors are shared; what is merged has the adapted model's logits."""
+    checkpoint = build(source_of(folder, "llama"), tmp_path, ["ffn", "attention"], 0.6, "shared_basis")
+    block = (ROOT / "README.md").read_text().split("<!-- lora -->")[1].split("<!-- end of lora -->")[0]
+    code = block.strip().removeprefix("```python").removesuffix("```")
+    trained = "for name, p in model.named_parameters(): p.data += 0.1 * ('.lora_B' in name)\n"
+    assert "...  # train\n" in code
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(code.replace("...  # train\n", trained), found)
+    after, again = logits(loaded(tmp_path / "merged")), logits(found["again"].eval())
+    torch.testing.assert_close(after, again, **TIGHT)
+    assert float((after - logits(loaded(checkpoint))).abs().max()) > 0.01
 
 
 @pytest.mark.parametrize(("kind", "options"), SHARED)

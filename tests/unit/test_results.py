@@ -253,9 +253,42 @@ def test_show_prints_means_and_ties_if_there_are_several_seeds(tmp_path, capsys)
         line for line in capsys.readouterr().out.split("spread.csv")[1].splitlines() if "0.2000 ±" in line or "0.7000" in line
     ]
     assert ["best" in line for line in lines] == [True, False, False]
-    assert ["tie" in line for line in lines] == [False, True, False]
+    assert ["best, tied" in line for line in lines] == [True, False, False]
+    assert [", tie" in line for line in lines] == [True, True, False], "of two that cannot be told apart, neither is best alone"
+    assert not any("as dense" in line for line in lines)
     markdown(tmp_path)
     assert "| a | 0.200 ± " in capsys.readouterr().out
+
+
+NONE = {0: [-0.5, 0.3, 0.1], 1: [-0.3, 0.2, -0.1]}  # losses around 0, less than none by chance
+
+
+def test_a_loss_that_cannot_be_told_from_none_is_said_so_and_no_bold_best(tmp_path, capsys):
+    """The lowest is below 0 within its error: it is not better than the dense model, and nothing is made of it."""
+    much = {seed: [x + 5 for x in nll] for seed, nll in NONE.items()}
+    means = over_seeds({"a": NONE, "b": much}).reset_index()
+    row = means[means["method"] == "a"].iloc[0]
+    assert row["delta_nll"] < 0 < row["delta_nll"] + 2 * row["delta_nll_se"]
+    table, results, _ = small_summary()
+    for folder in ("", "tables"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    table.to_csv(tmp_path / "tables" / "summary.csv", index=False)
+    means.to_csv(tmp_path / "tables" / "spread.csv", index=False)
+    show(tmp_path)
+    printed = capsys.readouterr().out.split("spread.csv")[1]
+    assert "best, as dense" in printed
+    assert printed.count("as dense") == 1
+    figures = dict.fromkeys(("frontier", "ranking", "spectra"), "<svg>")
+    page = render(table, means, figures, results, []).split("Spread over calibration seeds")[1]
+    assert "<td>best, as dense</td>" in page
+    assert 'class="best"' not in page
+    assert page.count('class="tie"') == 1
+
+    rows = table.assign(delta_nll=[0.0, *[-0.0001] * 4], delta_nll_se=[0.0, *[0.0001] * 4])
+    page = render(rows, means, figures, results, []).split("Spread over calibration seeds")[0]
+    assert page.count("<td>best, tied, as dense</td>") == 2
+    assert page.count("0.0000 ± 0.0289, tie, as dense</td>") == 2
+    assert 'class="best"' not in page
 
 
 @pytest.mark.parametrize(
