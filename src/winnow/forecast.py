@@ -30,6 +30,7 @@ from winnow.tensor_files import read_header
 from winnow.tuning import Tuning
 
 MB, GB = 1e6, 1e9
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 STREAMING = ("collect_statistics", "evaluate_dense", "evaluate_perplexity", "evaluate_perplexity_healed")
 BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
 # Of one that collects statistics block by block, that scores a model so, and of `compress`; measured.
@@ -133,7 +134,7 @@ def forecast(plan: Plan, shapes: dict[str, Shape], batch_tokens: int = 4096) -> 
 
 
 def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_tokens: int) -> list[Work]:
-    dtype = {"float32": 4, "bfloat16": 2, "float16": 2}[plan.config.models[name].dtype]
+    dtype = WIDTHS[plan.config.models[name].dtype]
     loaded = shape.numbers * dtype
     compressed = [cell for cell in cells if cell.method]
     calibrations = dict.fromkeys(cell.calibration for cell in compressed if cell.calibration)
@@ -219,8 +220,10 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         if c.calibration and c.recovery
         for step in plan.config.steps(c.recovery)
     )
-    exports = len({plan.made(cell, "dense_export") for cell in plan.exported() if cell.model == name})
-    add("export_dense", exports, shape.bytes + 3 * 8 * largest.shape[0] * largest.shape[1], shape.bytes, 0)
+    exports = [of for made, of in plan.export_dtypes.items() if made.split("/")[1] == plan.labels["models"][name]]
+    for of in exports:
+        written = shape.numbers * WIDTHS[of] if of in WIDTHS else shape.bytes
+        add("export_dense", 1, written + 3 * 8 * largest.shape[0] * largest.shape[1], written, 0)
     for given, of_method, of_budget, recovery in recovered:
         options = plan.config.recoveries[str(recovery)]
         if isinstance(options, Finetune):

@@ -53,6 +53,22 @@ def test_jobs_bytes_and_memory_of_the_demo():
     assert more["factorize"] == works["factorize"]
 
 
+def test_an_export_is_forecast_in_its_dtype():
+    shape = shape_of(DEMO)
+
+    def work(**options) -> Work:
+        def change(c):
+            c["experiments"]["demo"] |= {"export": "dense", "methods": ["svd"], "budgets": ["ffn-0.8", "ffn-0.4"], **options}
+
+        return next(work for work in forecast(plan_of(change), {"demo": shape}) if work.stage == "export_dense")
+
+    original, wide = work(), work(export_dtype="float32")
+    assert (original.jobs, wide.jobs) == (2, 2)
+    assert original.disk == 2 * shape.bytes
+    assert wide.disk == 2 * 4 * shape.numbers > original.disk
+    assert wide.memory - original.memory == 4 * shape.numbers - shape.bytes
+
+
 def test_streaming_asks_for_a_block_and_not_for_the_model():
     shape = shape_of(DEMO)
 
