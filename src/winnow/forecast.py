@@ -19,6 +19,7 @@ from typing import Any
 
 from winnow.architectures import Matrix, matrices_of, select
 from winnow.config import Budget
+from winnow.config_json import check_source
 from winnow.errors import InputError
 from winnow.evaluations import Accuracy, Classification, Latency, Perplexity
 from winnow.grid import Cell
@@ -97,13 +98,15 @@ class Work:
 
 def shape_of(source: Path, manifest: Path | None = None) -> Shape:
     """The shape of a model directory, from its config and the headers of its weight files (or from a manifest of
-    `retrieve_model`). Raises InputError for a directory that holds no usable weights or an unknown family."""
+    `retrieve_model`). Raises InputError for a directory that holds no usable weights or an unknown family, and for a config.json
+    that is refused."""
     if manifest is not None and manifest.is_file():
         found = read_json(manifest)
         source, tensors, family = Path(found["directory"]), found["tensors"], found["model_type"]
     else:
-        tensors = {}
-        for path in (p for p in model_files(source) if p.suffix == ".safetensors"):
+        files, tensors = model_files(source), {}
+        check_source(source)
+        for path in (p for p in files if p.suffix == ".safetensors"):
             tensors |= read_header(path)
         family = json.loads((source / "config.json").read_text(encoding="utf-8"))["model_type"]
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

@@ -62,7 +62,9 @@ def weight_files(directory: Path | str) -> list[Path]:
 
 
 def tensor_bytes(record: dict[str, Any]) -> int:
-    """Bytes of a tensor as it is stored."""
+    """Bytes of a tensor as it is stored. Raises InputError for a dtype that is not read."""
+    if record["dtype"] not in BYTES:
+        raise InputError(f"a tensor is stored as {record['dtype']}; winnow reads {', '.join(BYTES)}")
     return math.prod(record["shape"]) * BYTES[record["dtype"]]
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import build
 from winnow.errors import InputError
-from winnow.export import export_dense
+from winnow.export import Checkpoint, export_dense
 from winnow.finetune import load_base
+from winnow.forecast import shape_of
 from winnow.loading import load_model
 from winnow.retrieve import describe, files_of
 from winnow.streaming import Streamed
@@ -23,6 +24,7 @@ METHODS = ["gptq", "awq", "torchao", "quanto", "hqq", "compressed-tensors", "bit
 WAYS = {
     "describe": describe,
     "files_of": files_of,  # of a model that is tuned first
+    "shape_of": shape_of,  # of `snakemake plan`
     "load_model": lambda folder: load_model(folder, "float32", "cpu"),
     "Streamed": lambda folder: Streamed(folder, "float32", "cpu", folder / "artefact", 8),
     "load_base": lambda folder: load_base(folder, ["a", "b"], load_tokenizer(DEMO), 0, "cpu"),
@@ -35,8 +37,13 @@ def with_keys(source, folder, part=None, **keys):
     shutil.copytree(source, folder)
     for path in DEMO.glob("tokenizer*"):
         shutil.copyfile(path, folder / path.name)
+    return edited(folder, lambda config: (config[part] if part else config).update(keys))
+
+
+def edited(folder, change):
+    """The directory, its config.json changed."""
     config = json.loads((folder / "config.json").read_text())
-    (config[part] if part else config).update(keys)
+    change(config)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -51,10 +58,7 @@ def test_a_quantisation_left_behind_is_refused_by_every_way_of_loading(saved_lla
         "another model than the one whose tensors are compressed; delete the key, which tools leave behind when they merge to 16 "
         "bits"
     )
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
-    WAYS[way](folder)  # which is the cure
+    WAYS[way](edited(folder, lambda config: config.pop("quantization_config")))  # which is the cure
 
 
 @pytest.mark.parametrize("value", [*({"quant_method": method, "bits": 4} for method in METHODS), {}, {"bits": 4}])
@@ -86,8 +90,28 @@ def test_weights_that_are_stored_quantised_are_refused_with_the_cure(saved_llama
         rf"the weights are quantised by {method} \(quantization_config in config.json; {matrix}.{suffix} is \w+\), and plain "
     )
     message += r"ones are compressed; give the model that they were made from, or .*model.dequantize\(\), then save_pretrained$"
-    with pytest.raises(InputError, match=message):
-        describe(folder)
+    for way in (describe, shape_of):
+        with pytest.raises(InputError, match=message):
+            way(folder)
+
+
+def test_a_dtype_that_is_not_read_is_named(saved_llama, tmp_path):
+    folder = shutil.copytree(saved_llama, tmp_path / "model")
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for way in (describe, shape_of):
+        with pytest.raises(InputError, match="stored as F8_E4M3; winnow reads F64, F32"):
+            way(folder)
+
+
+def test_a_checkpoint_is_held_to_the_same(saved_llama, tmp_path):
+    """By all that reads one: nothing but winnow's own key at its own place is followed."""
+    checkpoint = build(saved_llama, tmp_path / "work", ["ffn"], 0.6)
+    folder = with_keys(checkpoint, tmp_path / "copy", text_config={"quantization_config": ONLINE})
+    (folder / "manifest.json").unlink()  # as one that was saved again
+    for way in (WAYS["load_model"], WAYS["Streamed"], Checkpoint):
+        with pytest.raises(InputError, match=r"text_config\.quantization_config asks for bitnet"):
+            way(folder)
 
 
 def test_masks_and_positions_of_old_files_are_no_quantised_weights(tmp_path):
