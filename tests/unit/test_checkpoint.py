@@ -125,10 +125,11 @@ def test_bytes_in_the_file_are_the_bytes_reported(checkpoint, saved_model):
 
 
 def test_a_new_process_gives_the_same_bits(saved_model, tmp_path):
-    """Every structure of a family in one process that knows nothing but `import winnow`."""
+    """Every structure of a family in one process that knows nothing but `import winnow`, and has no peft."""
     folders = [build(saved_model, tmp_path / kind, targets_of(kind), 0.6, kind) for kind in FITTED]
     code = (
-        "import sys, torch, winnow; from safetensors.torch import save_file; from transformers import AutoModelForCausalLM\n"
+        "import sys; sys.modules['peft'] = None\n"
+        "import torch, winnow; from safetensors.torch import save_file; from transformers import AutoModelForCausalLM\n"
         f"ids = torch.tensor({IDS.tolist()}); torch.set_num_threads({torch.get_num_threads()})\n"
         "models = {path: AutoModelForCausalLM.from_pretrained(path).eval() for path in sys.argv[2:]}\n"
         "with torch.no_grad(): save_file({p: m(input_ids=ids).logits for p, m in models.items()}, sys.argv[1])"

@@ -24,11 +24,12 @@ NAMES = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"],
 }
-SHARED = [("shared_basis", {}), ("basis_sharing", {}), ("coupled", {"tying": "tied"})]  # factors of several matrices
+FEW = {"sweeps": 2, "starts": 1}
+SHARED = [("shared_basis", {}), ("basis_sharing", {}), ("coupled", {"tying": "tied", **FEW})]  # factors of several matrices
 VARIANTS = [
-    *((kind, {}) for kind in FITTED),
+    *((kind, FEW if kind == "coupled" else {}) for kind in FITTED),
     *SHARED[2:],
-    ("coupled", {"tying": "tied", "sides": "one"}),
+    ("coupled", {"tying": "tied", "sides": "one", **FEW}),
     ("bypass", {"remainder": {"kind": "shared_basis"}}),
     ("cluster", {"axis": "rows", "by": "cosine"}),
     ("split", {"exact": 0.0}),
