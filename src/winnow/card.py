@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from winnow.local_paths import named
-from winnow.structures.base import FORMAT_VERSION
 
 UNMEASURED = """Numbers are measured on the finished checkpoint, so they cannot stand in what is written before. `snakemake cards`
 writes this card with them beside the evaluations; `python -m winnow {command} <checkpoint> <new directory>`, where evaluations
@@ -63,7 +62,7 @@ def card(recipe: dict[str, Any], measured: list[Measured] | None = None, exporte
         _front_matter(recipe),
         f"# {recipe['names']['model']}, compressed by winnow{', written as a dense model' if dense else ''}",
         "## Use",
-        how.format(winnow=recipe["winnow"], format=FORMAT_VERSION, **sizes),
+        how.format(winnow=recipe["winnow"], format=recipe.get("format_version", 1), **sizes),
         "## Recipe",
         *_recipe(recipe, dense),
         "## Measured",
@@ -142,7 +141,7 @@ def _recipe(recipe: dict[str, Any], dense: bool) -> list[str]:
         ("sizes (ranks, neurons, places among `bits`)", _sizes(recipe) or "none"),
         ("bytes of the compressed matrices", f"{recipe['stored_bytes']:,} of {recipe['dense_bytes']:,} ({share:.2%})"),
         ("bytes of all weights", whole),
-        ("written by", f"winnow {recipe['winnow']}, checkpoint format {FORMAT_VERSION}"),
+        ("written by", f"winnow {recipe['winnow']}, checkpoint format {recipe.get('format_version', 1)}"),
     ]
     table = "\n".join(["| what | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
     own = "Bytes are those of the compressed checkpoint that this export was made from.\n" if dense else ""

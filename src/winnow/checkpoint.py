@@ -20,7 +20,7 @@ from winnow.io import Bundle, write_manifest
 from winnow.local_paths import named, without_local
 from winnow.members import fit_file
 from winnow.models import ModelFiles
-from winnow.structures.base import FORMAT_VERSION, METHOD, Structure
+from winnow.structures.base import METHOD, Structure, format_of
 from winnow.tensor_files import NAMES
 from winnow.weights import SHARD_BYTES, copy_files, write_weights
 
@@ -125,11 +125,12 @@ def write_checkpoint(
         config.pop(key, None)
     config = without_local(config) | {
         "dtype": dtype,
-        "quantization_config": {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": layouts},
+        "quantization_config": {"quant_method": METHOD, "format_version": format_of(layouts), "layers": layouts},
     }
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     copy_files(files.manifest["files"], source, directory)
     recipe = named({**recipe, **sizes, "model_dense_bytes": files.manifest["bytes"]})
+    recipe |= {"format_version": written} if (written := format_of(layouts)) > 1 else {}
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     if reports:
         (directory / "optimisation.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """The loader that transformers finds after `import winnow`: builds the compressed modules, and loads strictly.
 
 A compressed checkpoint says in `config.json` what its modules are:
-`quantization_config: {quant_method: winnow, format_version: 1, layers: {module: layout}}`.
+`quantization_config: {quant_method: winnow, format_version: 1 or 2, layers: {module: layout}}`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from winnow.errors import InputError
 from winnow.experts import unfuse
 from winnow.layouts import check_layouts, install, moved
 from winnow.naming import stored_tensors
-from winnow.structures.base import FORMAT_VERSION, METHOD
+from winnow.structures.base import FORMATS, METHOD
 
 
 class WinnowConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed checkpoint. Raises InputError for a format this version cannot read."""
 
     def __init__(self, format_version: Any = None, layers: Any = None, **kwargs: Any):
-        if format_version != FORMAT_VERSION:
+        if format_version not in FORMATS:
+            known = ", ".join(map(str, FORMATS))
             raise InputError(
-                f"the checkpoint has winnow format {format_version}, this installation reads format {FORMAT_VERSION}; "
+                f"the checkpoint has winnow format {format_version}, this installation reads formats {known}; "
                 "install the version that wrote it (its README.md names it), or the newest: pip install --upgrade winnow"
             )
         self.quant_method = METHOD  # type: ignore[assignment]

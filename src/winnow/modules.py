@@ -199,26 +199,31 @@ class SplitLinear(CompressedLinear):
 
 
 class RoundedLinear(CompressedLinear):
-    """y = (steps * scale) x + b: whole numbers (out, in) of 8 bits, or of fewer and packed, and a scale for every `group` inputs
-    of a row. They are multiplied out at every call, which is exact in float32, and rounded once, to the dtype of x.
+    """y = ((steps - zero) * scale) x + b: whole numbers (out, in) of 8 bits, or of fewer and packed, and a scale for every
+    `group` inputs of a row, with `zeros` a zero point as well. They are multiplied out at every call, which is exact in float32,
+    and rounded once, to the dtype of x.
 
     Scales are float16, held as its bits in int16: a cast of the model leaves integers alone, so that they stay what was
     measured in every dtype, and take two bytes wherever the model is saved."""
 
     steps: Tensor
     scale: Tensor
+    zero: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bits: int, group: int, bias: bool):
+    def __init__(self, in_features: int, out_features: int, bits: int, group: int, bias: bool, zeros: bool = False):
         super().__init__(in_features, out_features)
-        self.bits, self.group = bits, group
-        dtype = torch.int8 if bits == 8 else torch.uint8
+        self.bits, self.group, self.zeros = bits, group, zeros
+        dtype, groups = torch.int8 if bits == 8 else torch.uint8, -(-in_features // group)
         self.register_buffer("steps", torch.empty(out_features, packed_width(in_features, bits), dtype=dtype))
-        self.register_buffer("scale", torch.empty(out_features, -(-in_features // group), dtype=torch.int16))
+        self.register_buffer("scale", torch.empty(out_features, groups, dtype=torch.int16))
+        if zeros:
+            self.register_buffer("zero", torch.empty(out_features, packed_width(groups, bits), dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = unpacked(self.steps, self.in_features, self.bits)
-        weight = multiplied(steps.float(), self.scale.view(torch.float16).float(), self.group)
+        steps, scale = unpacked(self.steps, self.in_features, self.bits), self.scale.view(torch.float16).float()
+        zeros = unpacked(self.zero, scale.shape[1], self.bits).float() if self.zeros else None
+        weight = multiplied(steps.float(), scale, self.group, zeros)
         return functional.linear(x, weight.to(x.dtype), self.bias)
 
 

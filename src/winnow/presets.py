@@ -12,6 +12,14 @@ RTN = "round to nearest, as in GPTQ, arXiv 2210.17323"
 WEIGHTS, GRAM = {"kind": "weights"}, {"kind": "gram"}
 LOW_RANK = {"kind": "low_rank"}
 FACTORED = [{"kind": "gauge_fixed"}, {"kind": "neuron_slice", "criterion": "loss"}, {"kind": "affine_block"}]
+GPTQ = "GPTQ, arXiv 2210.17323"
+# Of peers: groups of 128 with zero points, scales to the largest number; of ours: all forms, for the programme to choose from.
+PEER = {"kind": "rounded", "group": 128, "grids": ["asymmetric"]}
+EVERY_FORM = {
+    "kind": "rounded", "bits": [2, 3, 4, 5, 6, 7, 8], "group": [32, 64, 128, None], "grids": ["full", "asymmetric"],
+    "scales": "unbiased",
+}  # fmt: skip
+FED_BACK = EVERY_FORM | {"rounding": "feedback"}
 PER_TYPE, ILP = {"kind": "per_type"}, {"kind": "ilp"}
 # name: (paper, structure with its options, metric with its options or None where the structure minimises the output's error[,
 # allocation with its options, where the recipe has its own])
@@ -74,6 +82,24 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
     ),
     "rounded_8bit": (RTN, {"kind": "rounded", "bits": [8]}, WEIGHTS),
     "rounded_4bit": (RTN, {"kind": "rounded", "bits": [4]}, WEIGHTS),
+    "rtn_4bit": (RTN + ", asymmetric", PEER | {"bits": [4]}, WEIGHTS),
+    "rtn_3bit": (RTN + ", asymmetric", PEER | {"bits": [3]}, WEIGHTS),
+    "gptq_4bit": (GPTQ, PEER | {"bits": [4], "rounding": "feedback"}, GRAM),
+    "gptq_3bit": (GPTQ, PEER | {"bits": [3], "rounding": "feedback"}, GRAM),
+    "rounded_nearest": ("round to nearest; bits, grids and groups by integer programme", EVERY_FORM, GRAM, ILP),
+    "rounded_gram": (GPTQ + "; bits, grids and groups by integer programme", FED_BACK, GRAM, ILP),
+    "rounded_two_sided": (
+        "feedback on both sides as in YAQA, arXiv 2505.22988; bits, grids and groups by integer programme",
+        FED_BACK,
+        {"kind": "two_sided"},
+        ILP,
+    ),
+    "winnow_rounded": (
+        "`winnow` with rounding as in `rounded_two_sided`",
+        {"kind": "mixed", "members": [*FACTORED, FED_BACK]},
+        {"kind": "two_sided"},
+        ILP,
+    ),
 }
 
 

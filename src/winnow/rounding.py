@@ -1,4 +1,5 @@
-"""Rounding to nearest on a symmetric grid: the numbers of a row as integers, with one scale for every `group` of its inputs.
+"""Numbers of a row as integers with one scale for every `group` of its inputs: rounding to nearest on a symmetric grid, and the
+bytes of any (see `winnow.grids`).
 
 Everywhere below the last inputs of a row may be fewer than `group`.
 """
@@ -11,15 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SHARES = [1 - step / 20 for step in range(11)]  # of the scale that reaches the largest number of a group
-
 
 def scales_of(weight: Tensor, bits: int, group: int) -> Tensor:
     """(m, groups) float64: the steps between grid points from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1 that put the largest number
     of every group of a matrix (m, n) at an end. Raises ValueError below 2 bits."""
     if bits < 2:
         raise ValueError(f"{bits} bits have no symmetric grid but 0")
-    return _grouped(weight.double(), group).abs().amax(2) / (2 ** (bits - 1) - 1)
+    return grouped(weight.double(), group).abs().amax(2) / (2 ** (bits - 1) - 1)
 
 
 def in_float16(scales: Tensor) -> Tensor:
@@ -34,30 +33,19 @@ def in_float16(scales: Tensor) -> Tensor:
     return found
 
 
-def searched_scales(weight: Tensor, bits: int, group: int, columns: Tensor) -> Tensor:
-    """(m, groups) float16: of `SHARES` of every group's `scales_of` the one whose grid leaves the least squared error, inputs
-    weighted by `columns` (n,). A smaller scale cuts the largest numbers off and is finer for all others, which pays with few
-    bits."""
-    whole = scales_of(weight, bits, group)
-    best, least = in_float16(whole), torch.full_like(whole, math.inf)
-    for share in SHARES:
-        scales = in_float16(share * whole)
-        rest = weight - multiplied(steps_of(weight, scales, bits, group), scales.double(), group)
-        error = _grouped(rest.square() * columns, group).sum(2)
-        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
-    return best
-
-
 def steps_of(weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
     """(m, n) float64, whole numbers: the grid point, in steps of its scale, that each number of the matrix is nearest to."""
-    steps = (_grouped(weight.double(), group) / scales.double().clamp(min=1e-300)[..., None]).round()
+    steps = (grouped(weight.double(), group) / scales.double().clamp(min=1e-300)[..., None]).round()
     last = 2 ** (bits - 1) - 1
     return steps.clamp(-last, last).flatten(1)[:, : weight.shape[1]]
 
 
-def multiplied(steps: Tensor, scales: Tensor, group: int) -> Tensor:
-    """(m, n): steps times their scales, in the dtype of both."""
-    return (_grouped(steps, group) * scales[..., None]).flatten(1)[:, : steps.shape[1]]
+def multiplied(steps: Tensor, scales: Tensor, group: int, zeros: Tensor | None = None) -> Tensor:
+    """(m, n): steps, less the zero points of their groups, times their scales, in the dtype of all."""
+    parts = grouped(steps, group)
+    if zeros is not None:
+        parts = parts - zeros[..., None]
+    return (parts * scales[..., None]).flatten(1)[:, : steps.shape[1]]
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -104,6 +92,6 @@ def _places(bits: int) -> list[tuple[int, int]]:
     return [divmod(bits * index, 8) for index in range(8 // math.gcd(8, bits))]
 
 
-def _grouped(matrix: Tensor, group: int) -> Tensor:
+def grouped(matrix: Tensor, group: int) -> Tensor:
     """(m, groups, group), zeros behind the last inputs."""
     return functional.pad(matrix, (0, -matrix.shape[1] % group)).reshape(len(matrix), -1, group)

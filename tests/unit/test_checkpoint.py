@@ -235,7 +235,7 @@ def edited(checkpoint: Path, tmp_path: Path, change) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=2), "format 2, this installation reads format 1; .*pip install --upgrade winnow"),
+        (lambda q: q.update(format_version=3), "format 3, this installation reads formats 1, 2; .*pip install --upgrade winnow"),
         (
             lambda q: next(iter(q["layers"].values())).update(kind="origami"),
             "structure 'origami', which this winnow does not have",

@@ -17,10 +17,11 @@ from winnow.config import load
 from winnow.config_files import default
 from winnow.errors import InputError
 from winnow.export import export_dense
+from winnow.grids import Form, scaled
 from winnow.io import MANIFEST, Bundle
 from winnow.loading import load_model
 from winnow.modules import RoundedLinear
-from winnow.rounding import in_float16, multiplied, packed, scales_of, searched_scales, steps_of, unpacked
+from winnow.rounding import in_float16, multiplied, packed, scales_of, steps_of, unpacked
 from winnow.structures import structure_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
@@ -72,7 +73,7 @@ def test_a_searched_scale_loses_no_more_and_with_few_bits_less(bits, group):
     w[2] = 0
     columns = torch.rand(70, generator=generator, dtype=torch.float64) ** 4
     lost = []
-    for scales in (in_float16(scales_of(w, bits, group)), searched_scales(w, bits, group, columns)):
+    for scales in (in_float16(scales_of(w, bits, group)), scaled(w, Form(bits, "symmetric", group), "searched", columns)[0]):
         steps = steps_of(w, scales, bits, group)
         assert float(steps.abs().max()) <= 2 ** (bits - 1) - 1
         parts = ((multiplied(steps, scales.double(), group) - w).square() * columns).split(group, dim=1)

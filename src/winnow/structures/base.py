@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from winnow.metrics import Metric
 
 
-METHOD, FORMAT_VERSION = "winnow", 1  # `quant_method` and version of the checkpoints that hold these structures
+METHOD = "winnow"  # `quant_method` of the checkpoints that hold these structures
+FORMATS = (1, 2)  # of such checkpoints, which this version reads; it writes the first that is enough, see `format_of`
+
+
+def format_of(layouts: Any) -> int:
+    """The format of a checkpoint with such layouts: 2 where a matrix has zero points, which format 1 does not know."""
+    if not isinstance(layouts, dict):
+        return 1
+    return 2 if layouts.get("zeros") is True else max(map(format_of, layouts.values()), default=1)
 
 
 class StructureOptions(BaseModel):

@@ -1,39 +1,58 @@
-"""`rounded`: W itself, its numbers rounded to nearest on a grid of 2 to 8 bits: what people compare a compressed model with."""
+"""`rounded`: W itself, its numbers on a grid of 2 to 8 bits, to nearest or so that they make up for each other's errors."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from winnow.architectures import Matrix
+from winnow.architectures import Matrix, group_name
+from winnow.grids import Form, forms_of
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
+Bits = Annotated[int, Field(ge=2, le=8)]
+Inputs = Annotated[int, Field(ge=4)] | None
+Grid = Literal["symmetric", "full", "asymmetric"]
+
 
 class Rounded(Structure):
-    """Every number of W as a whole multiple of the scale of its group, `group` inputs of a row, on a symmetric grid. Size s is
-    the s-th of `bits`: with one, a budget says `rank_fraction: 1`. With scales `largest` no metric changes what is stored, only
-    what the error is measured in. It saves bytes, no time: numbers are multiplied out at every call."""
+    """Every number of W as a code times the scale of its group, `group` inputs of a row. Size s is the s-th of all forms (bits,
+    group, grid) by the bytes they store: with one, a budget says `rank_fraction: 1`. To `nearest` no metric changes codes of
+    scales `largest`, only what the error is measured in; with `feedback` the metric decides: errors go from column to column in
+    the Gram metric, as in GPTQ, and along rows and columns in the two-sided one. It saves bytes, no time: numbers are multiplied
+    out at every call."""
 
-    reference = "round to nearest, the baseline of GPTQ, arXiv 2210.17323"
-    stores = "steps (m, n) of some bits each, packed by rows; scale (m, ceil(n / group)), float16"
-    formula = "m n steps, m ceil(n / group) scales"
+    reference = "round to nearest; GPTQ, arXiv 2210.17323; both sides as in YAQA, arXiv 2505.22988"
+    stores = "steps (m, n) of some bits each, packed by rows; scale (m, ceil(n / group)), float16; zero (likewise) of some bits"
+    formula = "m n steps, m ceil(n / group) scales; asymmetric as many zero points"
     bias_name = "bias"
     predicts = True
 
     class Options(StructureOptions):
         kind: Literal["rounded"]
-        bits: list[Annotated[int, Field(ge=2, le=8)]] = Field(
-            [8], min_length=1, description="of a number, 2 to 8, in ascending order: a size each, of steps up to 2^(bits - 1) - 1"
+        bits: list[Bits] = Field([8], min_length=1, description="of a number, 2 to 8, in ascending order: of every size")
+        group: Inputs | Annotated[list[Inputs], Field(min_length=1)] = Field(
+            32, description="inputs of a row that share a scale, or several such numbers; null: the whole row"
         )
-        group: int | None = Field(32, ge=4, description="inputs of a row that share a scale; null: the whole row")
-        scales: Literal["largest", "searched"] = Field(
+        grids: list[Grid] = Field(
+            ["symmetric"],
+            min_length=1,
+            description="symmetric: steps to +-(2^(bits - 1) - 1); full: one step more, on the side of a group's largest number, "
+            "by the sign of its scale, at no bytes; asymmetric: a zero point for every group, of so many bits",
+        )
+        scales: Literal["largest", "searched", "unbiased"] = Field(
             "largest",
             description="largest: the largest number of a group is at an end of the grid; searched: it may be cut off, where "
-            "that lowers the squared error, inputs weighted by the diagonal of the metric",
+            "that lowers the squared error, inputs weighted by the diagonal of the metric; unbiased: the same, without making "
+            "the matrix smaller, as least squares does",
+        )
+        rounding: Literal["nearest", "feedback"] = Field(
+            "nearest", description="feedback: the numbers to come make up for the error of one, as far as a full metric lets them"
         )
 
         @field_validator("bits")
@@ -43,43 +62,56 @@ class Rounded(Structure):
                 raise ValueError(f"bits are sizes, from few to many and each once: {sorted(set(bits))}")
             return bits
 
+        @field_validator("group", "grids")
+        @classmethod
+        def _once(cls, given: Any) -> Any:
+            if isinstance(given, list) and len(set(given)) < len(given):
+                raise ValueError("name each once")
+            return given
+
     options: Options
 
-    def _group(self, matrix: Matrix) -> int:
-        return min(self.options.group or matrix.shape[1], matrix.shape[1])
+    def forms(self, columns: int) -> list[Form]:
+        """What the sizes of a matrix of so many inputs are, from size 1."""
+        own = self.options
+        return forms_of(columns, own.bits, list(own.grids), own.group if isinstance(own.group, list) else [own.group])
 
     def untrainable(self) -> str | None:
         return "rounded stores integers, which are not trained"
 
     def limit(self, group: list[Matrix]) -> int:
-        return len(self.options.bits)
+        return len(self.forms(group[0].shape[1]))
 
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return 0  # of the weights' dtype; `index_bytes` has all that is stored
 
     def index_bytes(self, group: list[Matrix], size: int) -> int:
-        (m, n), width = group[0].shape, self._group(group[0])
-        return m * (-(-n * self.options.bits[size - 1] // 8) + 2 * -(-n // width))
+        m, n = group[0].shape
+        return m * self.forms(n)[size - 1].row_bytes(n)
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
 
+        from winnow.feedback import batches, codes_of, metric_for
+        from winnow.grids import scaled
         from winnow.linalg import weighted_error
-        from winnow.rounding import in_float16, multiplied, packed, scales_of, searched_scales, steps_of
+        from winnow.rounding import multiplied, packed
 
-        (weight,), width = problem.weights.values(), self._group(problem.group[0])
+        (weight,), name = problem.weights.values(), group_name(problem.group)
         columns, rows = self.metric_of_error(problem)
-        diagonal = columns if columns.dim() == 1 else columns.diagonal()
+        metric = metric_for(columns, rows) if self.options.rounding == "feedback" else None
+        diagonal = columns if columns.dim() == 1 else columns.diagonal() if metric is None else metric.columns.diagonal()
         stored: dict[str, Tensor] = {}
         errors = [weighted_error(weight, columns, rows)]
-        for bits in self.options.bits:
-            if self.options.scales == "searched":
-                scales = searched_scales(weight, bits, width, diagonal)
-            else:
-                scales = in_float16(scales_of(weight, bits, width))
-            steps = steps_of(weight, scales, bits, width)
-            errors.append(weighted_error(weight - multiplied(steps, scales.double(), width), columns, rows))
-            stored |= {f"{bits}.steps": packed(steps, bits), f"{bits}.scale": scales.view(torch.int16)}
+        for forms in batches(self.forms(weight.shape[1]), weight.numel()):
+            made = [scaled(weight, form, self.options.scales, diagonal) for form in forms]
+            for form, (scales, zeros), codes in zip(forms, made, codes_of(weight, forms, made, metric, name), strict=True):
+                size = len(errors)
+                kept = multiplied(codes, scales.double(), form.group, zeros)
+                errors.append(weighted_error(weight - kept, columns, rows))
+                stored |= {f"{size}.steps": packed(codes - form.offset, form.bits), f"{size}.scale": scales.view(torch.int16)}
+                if form.grid == "asymmetric":
+                    stored[f"{size}.zero"] = packed(zeros - form.offset, form.bits)
         return Fit(stored, torch.stack(errors), errors[0].sqrt()[None])
 
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
@@ -88,25 +120,33 @@ class Rounded(Structure):
         from winnow.linalg import weighted_error
         from winnow.rounding import multiplied, unpacked
 
-        ((name, weight),), width = problem.weights.items(), self._group(problem.group[0])
+        ((name, weight),) = problem.weights.items()
         columns, rows = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
         errors = [weighted_error(weight, columns, rows)]
-        for bits in self.options.bits:
-            steps = unpacked(tensors[f"{bits}.steps"], weight.shape[1], bits).double()
-            scales = tensors[f"{bits}.scale"].view(torch.float16).double()
-            errors.append(weighted_error(weight - multiplied(steps, scales, width), columns, rows))
+        for size, form in enumerate(self.forms(weight.shape[1]), start=1):
+            steps = unpacked(tensors[f"{size}.steps"], weight.shape[1], form.bits).double()
+            scales, zeros = tensors[f"{size}.scale"].view(torch.float16).double(), None
+            if form.grid == "asymmetric":
+                zeros = unpacked(tensors[f"{size}.zero"], scales.shape[1], form.bits).double()
+            errors.append(weighted_error(weight - multiplied(steps, scales, form.group, zeros), columns, rows))
         return torch.stack(errors) / 2
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
 
-        (m, n), bits = group[0].shape, self.options.bits[size - 1]
-        layout = {"kind": self.kind(), "out": m, "in": n, "bits": bits, "group": self._group(group[0])}
-        own = {name: tensors[f"{bits}.{name}"] for name in ("steps", "scale")}
+        m, n = group[0].shape
+        form = self.forms(n)[size - 1]
+        layout = {"kind": self.kind(), "out": m, "in": n, "bits": form.bits, "group": form.group}
+        names = ["steps", "scale"]
+        if form.grid == "asymmetric":
+            layout["zeros"] = True
+            names.append("zero")
+        own = {name: tensors[f"{size}.{name}"] for name in names}
         return {group[0].module: Part(layout, {**own, "weight": torch.empty(0)})}
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from winnow.modules import RoundedLinear, has_bias
 
-        return RoundedLinear(layout["in"], layout["out"], layout["bits"], layout["group"], has_bias(dense))
+        shape = (layout["in"], layout["out"], layout["bits"], layout["group"])
+        return RoundedLinear(*shape, has_bias(dense), layout.get("zeros", False))
