@@ -1,5 +1,6 @@
 """The structure `rounded`: its grid, what is stored of it, bits as sizes, and what a cast, an export or a recovery leaves."""
 
+import hashlib
 import json
 from itertools import pairwise, product
 
@@ -20,9 +21,11 @@ from winnow.export import export_dense
 from winnow.grids import Form, scaled
 from winnow.io import MANIFEST, Bundle
 from winnow.loading import load_model
+from winnow.metrics import metric_of
 from winnow.modules import RoundedLinear
 from winnow.rounding import in_float16, multiplied, packed, scales_of, steps_of, unpacked
 from winnow.structures import structure_of
+from winnow.structures.base import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
 ALL = ["ffn", "attention"]
@@ -288,3 +291,89 @@ def test_training_integers_is_refused_and_norms_may_be_trained(saved_llama, tmp_
     for name in ("sequential", "refine", "distill"):  # an allocation of `mixed` may choose nothing else
         task, _ = run(files_of(saved_llama, tmp_path), checkpoint, KINDS[name])
         assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
+
+
+FORMER = {  # digests of layout, steps and scales, by size, as of the commit before there were other grids
+    ("weights", "largest", (8,)): ["91675a19d8dd"],
+    ("weights", "largest", (4,)): ["1fc623b055ae"],
+    ("two_sided", "searched", (3, 4, 5, 6, 8)): ["3917b3c4c8a2", "66656db4ae65", "96f0a9c26c54", "f1332a748ad6", "36ac24c800ff"],
+}
+
+
+@pytest.mark.parametrize("how", FORMER, ids=str)
+def test_what_former_options_store_is_what_it_was(how):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(maker, *shape):
+        return maker(*shape, generator=generator, dtype=torch.float64)
+
+    w = random(torch.randn, 24, 70) * random(torch.rand, 24, 1)
+    w[3] = 0
+    x = random(torch.randn, 70, 300) * random(torch.rand, 70, 1)
+    x[5] = 0
+    g = random(torch.randn, 24, 300)
+    matrix, (metric, scales, bits) = Matrix(0, "up_proj", "l.up_proj", "ffn_input", (24, 70), False, False), how
+    structure = structure_of({"kind": "rounded", "bits": [*bits], "scales": scales})
+    sites, outputs = ({matrix.name: {name: t @ t.T / 300}} for name, t in (("gram", x), ("gradient_gram", g)))
+    problem = Problem([matrix], {matrix.name: w}, sites, metric_of({"kind": metric}), outputs=outputs)
+    fit, found = structure.fit(problem, len(bits)), []
+    for size in range(1, len(fit.error)):
+        part = structure.stored([matrix], fit.tensors, size)["l.up_proj"]
+        digest = hashlib.sha256(repr(part.layout).encode())
+        for name in ("steps", "scale"):
+            digest.update(part.tensors[name].contiguous().numpy().tobytes())
+        found.append(digest.hexdigest()[:12])
+    assert found == FORMER[how]
+
+
+FORMS = {
+    "full": {"bits": [3], "group": 5, "grids": ["full"]},
+    "asymmetric": {"bits": [3], "group": 5, "grids": ["asymmetric"], "scales": "unbiased"},
+    "bytes": {"bits": [8], "group": None, "grids": ["asymmetric"]},
+    "several": {"bits": [2, 3, 8], "group": [5, 32, None], "grids": ["full", "asymmetric"], "rounding": "feedback"},
+}
+
+
+@pytest.mark.parametrize(("family", "form"), [("llama", "several"), ("llama", "full"), ("gpt2", "asymmetric"), ("gpt2", "bytes")])
+def test_every_form_is_stored_in_the_bytes_it_says(family, form, tmp_path):
+    """Files, reload and export; zero points are stored where the grid has them, and make it format 2."""
+    pico(family).save_pretrained(tmp_path / "dense")
+    options = FORMS[form]
+    structure, size = structure_of({"kind": "rounded", **options}), {"several": 7}.get(form, 1)
+    folder = build(tmp_path / "dense", tmp_path / "work", ALL, 0.6, "rounded", metric="gram", **options)
+    stored = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    total = 0
+    for module, layout in config["layers"].items():
+        own = structure.forms(layout["in"])[size - 1]
+        tensors = [stored[f"{module}.{name}"] for name in ("steps", "scale", *(["zero"] if "zeros" in layout else []))]
+        assert sum(t.nbytes for t in tensors) == layout["out"] * own.row_bytes(layout["in"])
+        assert ("zeros" in layout) == (own.grid == "asymmetric")
+        total += sum(t.nbytes for t in tensors) + stored.get(f"{module}.bias", torch.empty(0)).nbytes
+    assert json.loads((folder / MANIFEST).read_text())["stored_bytes"] == total
+    zeros = any("zeros" in layout for layout in config["layers"].values())
+    assert config["format_version"] == (2 if zeros else 1)
+    assert f"checkpoint format {config['format_version']}" in (folder / "README.md").read_text()
+    loaded = load_model(folder, "float32", "cpu")
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load_model(tmp_path / "again", "float32", "cpu")), logits(loaded))
+    export_dense(folder, tmp_path / "export", {})
+    torch.testing.assert_close(logits(load_model(tmp_path / "export", "float32", "cpu")), logits(loaded), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grids": ["full", "full"]}, "grids.*name each once"),
+        ({"group": [32, None, 32]}, "group.*name each once"),
+        ({"group": []}, "group.*a list names one at least"),
+        ({"group": 2}, "group.*groups are of 4 inputs or more, or null"),
+        ({"group": [32, 2]}, "group.*groups are of 4 inputs or more, or null"),
+        ({"grids": ["round"]}, "grids.*'symmetric', 'full' or 'asymmetric'"),
+    ],
+)
+def test_forms_that_are_none_are_refused(options, message):
+    content = default()
+    content["methods"]["mine"] = {"structure": {"kind": "rounded", **options}, "metric": {"kind": "weights"}}
+    with pytest.raises(InputError, match=message):
+        load(content)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Bits = Annotated[int, Field(ge=2, le=8)]
-Inputs = Annotated[int, Field(ge=4)] | None
 Grid = Literal["symmetric", "full", "asymmetric"]
 
 
@@ -36,8 +35,8 @@ class Rounded(Structure):
     class Options(StructureOptions):
         kind: Literal["rounded"]
         bits: list[Bits] = Field([8], min_length=1, description="of a number, 2 to 8, in ascending order: of every size")
-        group: Inputs | Annotated[list[Inputs], Field(min_length=1)] = Field(
-            32, description="inputs of a row that share a scale, or several such numbers; null: the whole row"
+        group: int | list[int | None] | None = Field(
+            32, description="inputs of a row that share a scale, 4 or more, or several such numbers; null: the whole row"
         )
         grids: list[Grid] = Field(
             ["symmetric"],
@@ -61,6 +60,14 @@ class Rounded(Structure):
             if bits != sorted(set(bits)):
                 raise ValueError(f"bits are sizes, from few to many and each once: {sorted(set(bits))}")
             return bits
+
+        @field_validator("group")
+        @classmethod
+        def _wide(cls, group: Any) -> Any:
+            groups = group if isinstance(group, list) else [group]
+            if not groups or any(width is not None and width < 4 for width in groups):
+                raise ValueError("groups are of 4 inputs or more, or null, the whole row; a list names one at least")
+            return group
 
         @field_validator("group", "grids")
         @classmethod
