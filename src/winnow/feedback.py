@@ -11,7 +11,7 @@ Several grids of one matrix are rounded at once: S grids in the first axis of `s
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,7 @@ from winnow.grids import Form
 log = logging.getLogger(__name__)
 BLOCK = 128  # columns (and rows) that are rounded one by one before a matrix product takes their errors to all others
 DAMPING = 0.01  # added to the diagonals of C and F, as a share of their means
-SWEEPS, PARTS = 4, 2  # of the descent in the two-sided metric
-NUMBERS = 1 << 24  # of all grids that are rounded at once
+PARTS = 2  # of a column in the descent
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,6 @@ def metric_for(columns: Tensor, rows: Tensor | None) -> Weighing | None:
     return Weighing(damped(columns if columns.dim() == 2 else columns.diag()), None if full is None else damped(full))
 
 
-def batches(forms: list[Form], numbers: int) -> Iterator[list[Form]]:
-    """Forms of a matrix of so many numbers, as many at a time as are rounded at once."""
-    step = max(1, NUMBERS // numbers)
-    for begin in range(0, len(forms), step):
-        yield forms[begin : begin + step]
-
-
 def grids_of(forms: Sequence[Form], made: Sequence[tuple[Tensor, Tensor]], columns: int) -> Grids:
     """The grids of forms with their scales and zero points (m, groups), for every number of a row."""
     parts = [
@@ -88,12 +80,12 @@ def grids_of(forms: Sequence[Form], made: Sequence[tuple[Tensor, Tensor]], colum
 
 
 def codes_of(
-    weight: Tensor, forms: Sequence[Form], made: Sequence[tuple[Tensor, Tensor]], metric: Weighing | None, name: str
+    weight: Tensor, forms: Sequence[Form], made: Sequence[tuple[Tensor, Tensor]], metric: Weighing | None, sweeps: int, name: str
 ) -> Tensor:
     """(forms, m, n): codes of a matrix for every form with its scales and zero points, to nearest without a metric.
 
-    Columns, and rows, go by descending energy in the metric, as with GPTQ's `act_order` and `static_groups`. The metric's error
-    to nearest and after every step is logged.
+    Columns, and rows, go by descending energy in the metric, as with GPTQ's `act_order` and `static_groups`; with both sides
+    there are `sweeps` of descent. The metric's error after every step is logged.
     """
     grids = grids_of(forms, made, weight.shape[1])
     if metric is None:
@@ -114,7 +106,7 @@ def codes_of(
         fed = grids.values(both_feedback(weight, grids, rows, columns)) - weight
         errors.append(objective(fed, rows, columns))
         change = torch.where((errors[1] < errors[0])[:, None, None], fed, change)
-        for _ in range(SWEEPS):
+        for _ in range(sweeps):
             change = descend(weight, grids, rows, columns, change)
         errors.append(objective(change, rows, columns))
         codes = grids.nearest(weight + change)

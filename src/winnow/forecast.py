@@ -24,6 +24,7 @@ from winnow.errors import InputError
 from winnow.evaluations import Accuracy, Classification, Latency, Perplexity
 from winnow.grid import Cell
 from winnow.io import read_json
+from winnow.metrics import METRICS
 from winnow.models import BYTES, model_files, tensor_bytes
 from winnow.plan import Plan
 from winnow.recoveries import Finetune, Sequential, Trained
@@ -40,7 +41,6 @@ SIZE = 190  # bytes of a size of a fit (what it stores, what it loses), of all m
 TABLE, ROW = 50 * MB, 600  # bytes of the table of channels: of the library that writes it, and of a row in all its copies
 START = 5.0  # seconds until such a process computes
 WRITTEN = 0.15 * GB  # bytes a second of what a job writes, with reading, checking and cutting what that is made of; of `compress`
-EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
 ROWS = 10_000  # of a task, where its files do not tell
 CHECKED, PRODUCT, STREAMED = 1 << 22, 1 << 22, 1 << 21  # numbers at a time: of weights, of sums of statistics, of logits by block
 LOGITS = 1 << 24  # numbers that the loss holds in float64 at a time, several copies
@@ -187,15 +187,17 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
     sizes_of: dict[str, int] = {}  # {method: sizes of all groups, up to break-even}
     fitted, clusterings = sum(m.shape[0] * m.shape[1] for m in shape.matrices), set()
     for of, method in methods:
-        group = plan.structure(plan.labels["methods"][method]).groups(shape.matrices)
+        label = plan.labels["methods"][method]
+        structure, metric = plan.structure(label), plan.preset("methods", label).metric
+        group = structure.groups(shape.matrices)
         sides = [(sum(m.shape[0] for m in g), max(m.shape[1] for m in g)) for g in group]
         groups_of[method] = max(m * n for m, n in sides)
         sizes_of[method] = sum(m * n // (m + n) for m, n in sides)
-        fitting = 8 * max((4 * m * n + 3 * n * n + 3 * min(m, n) ** 2) for m, n in sides)
-        operations = 1.0 * sum(2 * m * n * n + EIGEN * min(m, n) ** 3 for m, n in sides)
-        add("factorize", plan.config.models[name].shards, fitting, 4 * fitted, operations)
+        needs = METRICS[metric.kind].needs if metric else ()
+        memory, operations, cached = zip(*(structure.work(g, needs) for g in group), strict=True)
+        add("factorize", plan.config.models[name].shards, max(memory), sum(cached), sum(operations))
         add("measure_spectra", 1, 4 * max(m * n for m, n in sides), 1e6, 0)
-        if cluster := plan.clustering_label(plan.labels["methods"][method]):
+        if cluster := plan.clustering_label(label):
             clusterings.add((of, cluster))
         if (of, method) in predicted:
             held = 8 * max(2 * m * n + 2 * (m * m + n * n) for m, n in sides)

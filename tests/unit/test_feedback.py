@@ -58,7 +58,7 @@ def test_codes_are_those_of_gptq(n, group, samples):
         gram[5] = gram[:, 5] = 0
     forms = [Form(bits, grid, min(group, n)) for bits, grid in product((2, 3, 4, 8), GRIDS)]
     made = [scaled(w, form, "largest", torch.ones(n, dtype=w.dtype)) for form in forms]
-    codes = codes_of(w, forms, made, metric_for(gram, None), "it")
+    codes = codes_of(w, forms, made, metric_for(gram, None), 0, "it")
     for form, (scales, zeros), found in zip(forms, made, codes, strict=True):
         wide = [part.double().repeat_interleave(form.group, 1)[:, :n].numpy() for part in (scales, zeros)]
         assert np.array_equal(found.numpy(), gptq(w.numpy(), gram.numpy(), form.codes, *wide)), form
@@ -128,7 +128,7 @@ def test_it_is_mostly_the_best_of_all_codes_of_tiny_matrices():
         made = [scaled(w, form, "largest", torch.ones(3, dtype=w.dtype))]
         grids = grids_of([form], made, 3)
         best = best_of_all(w, grids, metric.rows, metric.columns, *form.codes)
-        for name, codes in (("nearest", grids.nearest(w)), ("both", codes_of(w, [form], made, metric, "it"))):
+        for name, codes in (("nearest", grids.nearest(w)), ("both", codes_of(w, [form], made, metric, 4, "it"))):
             found = float(objective(grids.values(codes) - w, metric.rows, metric.columns))
             assert found >= best * (1 - 1e-9)
             hits[name] += found <= best * (1 + 1e-9)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 METHOD = "winnow"  # `quant_method` of the checkpoints that hold these structures
+EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
 FORMATS = (1, 2)  # of such checkpoints, which this version reads; it writes the first that is enough, see `format_of`
 
 
@@ -206,6 +207,13 @@ class Structure(ABC):
     def metric_of_error(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         """(C, R) that `Fit.error` is measured in, for the objective `metric`."""
         return problem.columns(), problem.rows()
+
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+        """(bytes of memory, operations, bytes of the file) of a fit of the group in a metric with such needs, for forecasts."""
+        m, n = sum(matrix.shape[0] for matrix in group), max(matrix.shape[1] for matrix in group)
+        memory = 8.0 * (4 * m * n + 3 * n * n + 3 * min(m, n) ** 2)
+        cached = 4.0 * sum(matrix.shape[0] * matrix.shape[1] for matrix in group)
+        return memory, 2.0 * m * n * n + EIGEN * min(m, n) ** 3, cached
 
     @abstractmethod
     def fit(self, problem: Problem, largest: int) -> Fit:

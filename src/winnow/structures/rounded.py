@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from winnow.architectures import Matrix, group_name
-from winnow.grids import Form, forms_of
+from winnow.grids import FEW_BITS, Form, forms_of
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
+SWEEPS, NUMBERS = 4, 1 << 24  # of the descent on both sides; numbers of all forms that are rounded at once
 Bits = Annotated[int, Field(ge=2, le=8)]
 Grid = Literal["symmetric", "full", "asymmetric"]
 
@@ -96,10 +95,23 @@ class Rounded(Structure):
         m, n = group[0].shape
         return m * self.forms(n)[size - 1].row_bytes(n)
 
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+        """Codes of all forms, of which some are rounded at once; searched scales, errors, and feedback in a full metric."""
+        m, n = group[0].shape
+        forms, both = self.forms(n), "gradient_gram" in needs
+        at_once = m * n * min(len(forms), max(1, NUMBERS // (m * n)))
+        each = 10 * len(FEW_BITS) * m * n + 2 * m * n * (n + (m if both else 0))
+        metric = 0
+        if self.options.rounding == "feedback" and "gram" in needs:
+            metric = n**3 + (m**3 if both else 0)
+            each += m * n * n if not both else m * n * (m + n) + SWEEPS * m * n * (5 * m + 4 * n)
+        cached = m * sum(form.row_bytes(n) for form in forms)
+        return 8.0 * (10 * at_once + 4 * n * n + 4 * m * m), 1.0 * metric + len(forms) * each, 1.0 * cached
+
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
 
-        from winnow.feedback import batches, codes_of, metric_for
+        from winnow.feedback import codes_of, metric_for
         from winnow.grids import scaled
         from winnow.linalg import weighted_error
         from winnow.rounding import multiplied, packed
@@ -110,9 +122,12 @@ class Rounded(Structure):
         diagonal = columns if columns.dim() == 1 else columns.diagonal() if metric is None else metric.columns.diagonal()
         stored: dict[str, Tensor] = {}
         errors = [weighted_error(weight, columns, rows)]
-        for forms in batches(self.forms(weight.shape[1]), weight.numel()):
+        every, at_once = self.forms(weight.shape[1]), max(1, NUMBERS // weight.numel())
+        for forms in (every[begin : begin + at_once] for begin in range(0, len(every), at_once)):
             made = [scaled(weight, form, self.options.scales, diagonal) for form in forms]
-            for form, (scales, zeros), codes in zip(forms, made, codes_of(weight, forms, made, metric, name), strict=True):
+            for form, (scales, zeros), codes in zip(
+                forms, made, codes_of(weight, forms, made, metric, SWEEPS, name), strict=True
+            ):
                 size = len(errors)
                 kept = multiplied(codes, scales.double(), form.group, zeros)
                 errors.append(weighted_error(weight - kept, columns, rows))
