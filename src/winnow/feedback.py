@@ -224,37 +224,37 @@ def descend(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor, change:
     Every column is gone through in PARTS, each of every PARTS-th row. Its numbers move to their best codes all at once, or the
     best of them alone, whichever lowers the objective more.
     """
-    _, m, n = change.shape
     change = change.permute(1, 0, 2).clone(memory_format=torch.contiguous_format)  # (m, S, n)
-    product = change @ columns
-    low, high = grids.low, grids.high
-    for begin in range(0, n, BLOCK):
-        end = min(begin + BLOCK, n)
-        inside = product[:, :, begin:end].permute(2, 0, 1).contiguous()  # (columns, m, S)
-        moved = torch.zeros_like(inside)
+    product, low, high = change @ columns, grids.low, grids.high
+    parts = [slice(part, None, PARTS) for part in range(min(PARTS, len(weight)))]
+    for begin in range(0, columns.shape[1], BLOCK):
+        end = min(begin + BLOCK, columns.shape[1])
+        inside = product[:, :, begin:end].permute(2, 0, 1)
+        slopes = rows @ inside  # (columns, m, S): half the gradient, of columns to come up to date with all moves
         scales, zeros = (part[:, :, begin:end].permute(2, 1, 0).contiguous() for part in (grids.scales, grids.zeros))
-        now = change[:, :, begin:end].permute(2, 0, 1).contiguous()
-        for j in range(begin, end):
-            k, curvature = j - begin, columns[j, j]
-            slopes = rows @ inside[k]  # (m, S)
-            for part in range(min(PARTS, m)):
-                own = slice(part, None, PARTS)
-                block, slope, before = rows[own, own], slopes[own], now[k][own]
-                heights = (block.diagonal() * curvature)[:, None]
-                dense, scale, zero = weight[own, j, None], scales[k][own], zeros[k][own]
-                step = (_codes(dense + before - slope / heights, scale, zero, low, high) - zero) * scale - dense - before
-                gain = -(2 * slope + heights * step) * step
-                step = torch.where(gain > 0, step, 0)
-                joint = -(2 * slope * step).sum(0) - curvature * (step * (block @ step)).sum(0)
+        start = change[:, :, begin:end].permute(2, 0, 1).contiguous()
+        now = start.clone()
+        for k, j in enumerate(range(begin, end)):
+            heights, before = rows.diagonal() * columns[j, j], slopes[k].clone()
+            for own in parts:
+                point, slope, height = weight[own, j, None] + now[k][own], slopes[k][own], heights[own][:, None]
+                scale, zero = scales[k][own], zeros[k][own]
+                step = (_codes(point - slope / height, scale, zero, low, high) - zero) * scale - point
+                gain = -(2 * slope + height * step) * step
+                step = step.where(gain > 0, 0)
+                moved = step.any(1).nonzero()[:, 0]
+                if not len(moved):
+                    continue
+                bent = columns[j, j] * (rows[own][moved].T @ step[moved])  # (m, S): what all moves do to the slopes
+                joint = -(step * (2 * slope + bent[own])).sum(0)
                 best, where = gain.max(0)
                 alone = torch.zeros_like(step).scatter_(0, where[None], step.gather(0, where[None]))
-                step = torch.where(joint > best, step, alone)
-                now[k][own] += step
-                moved[k][own] += step
-                slopes.addmm_(rows[:, own], step, alpha=float(curvature))
-            inside[k + 1 :] += columns[j, j + 1 : end, None, None] * moved[k]
-        delta = moved.permute(1, 2, 0)
+                single = columns[j, j] * rows[own][where].T * alone.gather(0, where[None])
+                together = joint > best
+                now[k][own] += step.where(together, alone)
+                slopes[k] += bent.where(together, single)
+            turned = (slopes[k] - before) / columns[j, j]  # F times the column's moves
+            slopes[k + 1 :] += columns[j, j + 1 : end, None, None] * turned
+        product += (now - start).permute(1, 2, 0) @ columns[begin:end]
         change[:, :, begin:end] = now.permute(1, 2, 0)
-        product[:, :, end:] += delta @ columns[begin:end, end:]
-        product[:, :, :begin] += delta @ columns[begin:end, :begin]
     return change.permute(1, 0, 2)

@@ -47,7 +47,7 @@ def test_no_shipped_study_calibrates_on_what_it_measures(path):
 
 
 def test_every_preset_stands_beside_the_peers():
-    studies = [yaml.safe_load((ROOT / f"config/studies/{name}.yaml").read_text()) for name in ("frontier", "presets")]
+    studies = [yaml.safe_load((ROOT / f"config/studies/{name}.yaml").read_text()) for name in ("frontier", "presets", "rounding")]
     measured = [method for study in studies for e in study["experiments"].values() for method in e["methods"]]
     assert set(measured) == set(presets.methods()) - {"mixed"}  # which needs an allocation, and is `winnow_factored` then
 

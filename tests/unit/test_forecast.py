@@ -181,3 +181,19 @@ def test_words():
     assert jobs_of("Nothing to be done") == {}
     assert (size(1.5e9), size(2e6)) == ("1.5 GB", "2.0 MB")
     assert (duration(12), duration(600), duration(7200)) == ("12 s", "10 min", "2.0 h")
+
+
+def test_rounding_costs_what_its_metric_and_its_forms_do():
+    """Codes are stored in the bytes of their forms; feedback takes more than rounding to nearest, and on both sides the most."""
+    found = {}
+    for method in ("rounded_nearest", "rounded_gram", "rounded_two_sided"):
+        plan, shape = plan_of(lambda c, only=method: c["experiments"]["demo"].update(methods=[only])), shape_of(DEMO)
+        found[method] = {work.stage: work for work in forecast(plan, {"demo": shape})}["factorize"]
+    codes = sum(m.shape[0] * (m.shape[1] * 35 // 8 + 7 * 2 * -(-m.shape[1] // group))
+                for m in shape.matrices for group in {min(128, m.shape[1]), m.shape[1]})  # fmt: skip
+    assert all(work.disk == codes for work in found.values())
+    operations = [work.operations for work in found.values()]
+    assert operations == sorted(operations)
+    assert len(set(operations)) == 3
+    memory = [work.memory for work in found.values()]
+    assert max(memory) < 2e9
