@@ -3,8 +3,8 @@
     python tests/benchmarks/rounding.py [--widths 512 1024 2048] [--bits 3] [--threads 1] [--cpu-time] [--device cpu]
 
 A random matrix with inputs and gradients whose spectra are like i^-1, rounded in groups of 128: to nearest, in the Gram metric
-(GPTQ), and on both sides (with the descent), for all `--bits` at once. Printed for every width: seconds, what is left of the error
-to nearest in the metric, and how the seconds grew. All is float64.
+(GPTQ), and on both sides (with the descent), for all `--bits` at once. Printed for every width: seconds, what is left of
+the error to nearest in the metric, and how the seconds grew. All is float64.
 """
 
 import argparse
