@@ -486,3 +486,14 @@ def test_the_studies_are_valid_and_members_are_fitted_once():
             text = plan.config.texts[plan.config.evaluations[cell.evaluation].text]
             kept = [file.endswith("evaluation.jsonl") for file in text.files]
             assert kept == [name == "frontier"], "choices are made on validation text, what is reported is of test text"
+
+
+def test_the_study_of_rounding_fits_every_form_once():
+    config = copy.deepcopy(default())
+    study = yaml.safe_load((ROOT / "config" / "studies" / "rounding.yaml").read_text())
+    for section, presets in study.items():
+        config[section] |= presets
+    plan = Plan(load(config), ROOT)
+    assert plan.members["rounded_two_sided"] == ["rounded_two_sided.rounded"]
+    assert plan.members["winnow_rounded"] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin", "rounded_two_sided.rounded"]
+    assert len({cell.budget for cell in plan.cells if cell.method == "winnow_rounded"}) == 5
