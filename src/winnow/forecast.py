@@ -194,8 +194,9 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
         groups_of[method] = max(m * n for m, n in sides)
         sizes_of[method] = sum(m * n // (m + n) for m, n in sides)
         needs = METRICS[metric.kind].needs if metric else ()
-        memory, operations, cached = zip(*(structure.work(g, needs) for g in group), strict=True)
-        add("factorize", plan.config.models[name].shards, max(memory), sum(cached), sum(operations))
+        works_of = [structure.work(g, needs) for g in group]
+        sums = (sum(own[part] for own in works_of) for part in (2, 1))
+        add("factorize", plan.config.models[name].shards, max(own[0] for own in works_of), *sums)
         add("measure_spectra", 1, 4 * max(m * n for m, n in sides), 1e6, 0)
         if cluster := plan.clustering_label(label):
             clusterings.add((of, cluster))
