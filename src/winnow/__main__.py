@@ -134,22 +134,13 @@ def checkout() -> Path:
 
 def plan_of(files: list[Path], replace: bool) -> Plan:
     """The plan of a configuration as Snakemake merges it: the default file, then `files`, key by key."""
-    import yaml
-
     from winnow.config import load
+    from winnow.config_sources import merged, sources
     from winnow.plan import Plan
 
-    def merge(into: dict, other: dict) -> dict:
-        for key, value in other.items():
-            into[key] = merge(into[key], value) if isinstance(value, dict) and isinstance(into.get(key), dict) else value
-        return into
-
     root = checkout()
-    given = [*([] if replace else [root / DEFAULT]), *files]
-    merged: dict = {}
-    for file in given:
-        merge(merged, yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    return Plan(load(merged, [str(file) for file in given]), root)
+    parts = sources([] if replace else [root / DEFAULT], files)
+    return Plan(load(merged(parts), parts), root)
 
 
 def hand_on(command: str, checkpoint: Path, directory: Path, dtype: str) -> None:

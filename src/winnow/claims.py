@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from winnow.errors import InputError
 from winnow.fields import Strict
+from winnow.strict import read_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,9 +84,8 @@ class Answer:
 def read_claims(path: Path | str) -> list[Claim]:
     """The claims of a file. Raises InputError, with the claim and the key, for one that is not whole or stands twice."""
     try:
-        with open(path, encoding="utf-8") as stream:
-            claims = TypeAdapter(list[Claim]).validate_python(yaml.safe_load(stream))
-    except (ValidationError, yaml.YAMLError) as error:
+        claims = TypeAdapter(list[Claim]).validate_python(read_yaml(Path(path).read_text(encoding="utf-8"), str(path)))
+    except ValidationError as error:
         raise InputError(f"{path}: {error}") from error
     names = [claim.id for claim in claims]
     if twice := sorted({name for name in names if names.count(name) > 1}):

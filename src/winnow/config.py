@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import typing
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -12,7 +11,8 @@ from winnow.allocations import AnyAllocation
 from winnow.allocations.uniform import Uniform
 from winnow.architectures import GRADIENTS, ROLES, TARGETS, Target, disjoint
 from winnow.config_checks import check_allocations, check_exports, check_targets, check_training
-from winnow.config_errors import as_written, file_of, keys_at, nearest
+from winnow.config_errors import Located, described, nearest
+from winnow.config_sources import Source, source_of
 from winnow.errors import InputError
 from winnow.evaluations import AnyEvaluation, Classification, Perplexity
 from winnow.fields import Name, Ranks, Shares, Strict
@@ -20,6 +20,7 @@ from winnow.metrics import METRICS, AnyMetric
 from winnow.recoveries import AnyRecovery, NoRecovery
 from winnow.structures import STRUCTURES, AnyStructure, structure_of
 from winnow.structures.mixed import Mixed
+from winnow.text_formats import resolved
 from winnow.tuning import Tuning
 
 UNIFORM = Uniform.Options(kind="uniform")
@@ -61,13 +62,20 @@ class Text(Strict):
         None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub data set; required with `dataset`"
     )
     format: Literal["raw", "lines", "jsonl", "parquet"] = Field(
-        "raw", description="raw: a file is one row; lines: a line is a row with its newline, blank lines are empty rows"
+        "raw",
+        description="when absent, jsonl or parquet if the files' names end so; raw: a file is one row; lines: a line is a row "
+        "with its newline, blank lines are empty rows (WikiText as the hub has it)",
     )
     column: str = Field("text", description="column of jsonl, parquet or hub rows")
     separator: str | None = Field(None, description="cuts raw files into rows; it is removed")
     start: int = Field(0, ge=0, description="first row used")
     stop: int | None = Field(None, ge=1, description="row after the last one used; all when absent")
     join: str = Field("\n\n", description="put between rows to make one text")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_format(cls, content: Any) -> Any:
+        return resolved(content)
 
     @model_validator(mode="after")
     def _one_source(self) -> Text:
@@ -257,13 +265,13 @@ class Config(Strict):
     @model_validator(mode="after")
     def _references(self) -> Config:
         if "dense" in self.methods:
-            raise ValueError("methods.dense: the name is taken by the uncompressed model, which is always evaluated")
+            raise Located(("methods", "dense"), "the name is taken by the uncompressed model, which is always evaluated")
         if "none" in self.recoveries and self.recoveries["none"].kind != "none":
-            raise ValueError("recoveries.none: the name says that nothing is done; rename the preset")
+            raise Located(("recoveries", "none"), "the name says that nothing is done; rename the preset")
         for section in ("calibrations", "evaluations"):
             for name, preset in getattr(self, section).items():
                 if isinstance(preset, Calibration | Perplexity) and preset.text is not None:
-                    _known(f"{section}.{name}.text", preset.text, self.texts)
+                    _known((section, name, "text"), preset.text, self.texts)
         for name in self.recoveries:
             self._check_steps(name)
         for where, task in self.tasks_named().items():
@@ -271,10 +279,11 @@ class Config(Strict):
         for name, experiment in self.experiments.items():
             for section in (s for s in Experiment.model_fields if not s.startswith(("controls", "export"))):
                 for given in getattr(experiment, section):
-                    _known(f"experiments.{name}.{section}", given, getattr(self, section))
+                    _known(("experiments", name, section), given, getattr(self, section))
             for method in experiment.methods if experiment.export == "dense" else []:
                 if reason := structure_of(self.methods[method].structure.model_dump()).not_dense():
-                    raise ValueError(f"experiments.{name}.export: {method!r} cannot be written as a dense model: {reason}")
+                    message = f"{method!r} cannot be written as a dense model: {reason}"
+                    raise Located(("experiments", name, "export"), message, ("methods", method))
             check_training(self, name, experiment)
             check_exports(self, name, experiment)
             check_allocations(self, name, experiment)
@@ -285,14 +294,22 @@ class Config(Strict):
                     if not isinstance(evaluation, Perplexity):
                         continue
                     if text is None:
-                        raise ValueError(
-                            f"experiments.{name}: calibration {c!r} is of the rows of a task, which are not compared with the "
-                            f"text of evaluation {e!r}; calibrate on a text"
+                        raise Located(
+                            ("experiments", name),
+                            f"calibration {c!r} is of the rows of a task, which are not compared with the text of evaluation "
+                            f"{e!r}; calibrate on a text",
+                            ("calibrations", c),
+                            ("evaluations", e),
                         )
                     if self.texts[text] == self.texts[evaluation.text]:
-                        raise ValueError(
-                            f"experiments.{name}: calibration {c!r} and evaluation {e!r} read the same text; "
-                            "calibrate on a text that is not evaluated"
+                        raise Located(
+                            ("experiments", name),
+                            f"calibration {c!r} and evaluation {e!r} read the same text; calibrate on a text that is not "
+                            "evaluated",
+                            ("calibrations", c),
+                            ("evaluations", e),
+                            ("texts", text),
+                            ("texts", evaluation.text),
                         )
         return self
 
@@ -301,23 +318,25 @@ class Config(Strict):
         after = self.recoveries[recovery].after
         return [*(self.steps(after) if after else []), recovery]
 
-    def tasks_named(self) -> dict[str, str]:
-        """{key of the configuration: the task that it names}, of models, calibrations and recoveries."""
-        found = {f"models.{n}.finetune.task": m.finetune.task for n, m in self.models.items() if m.finetune}
+    def tasks_named(self) -> dict[tuple[str, ...], str]:
+        """{place in the configuration: the task that it names}, of models, calibrations and recoveries."""
+        found: dict[tuple[str, ...], str]
+        found = {("models", n, "finetune", "task"): m.finetune.task for n, m in self.models.items() if m.finetune}
         for section in ("calibrations", "recoveries"):
             for name, preset in getattr(self, section).items():
                 if task := getattr(preset, "task", None):
-                    found[f"{section}.{name}.task"] = task
+                    found[section, name, "task"] = task
         return found
 
     def _check_steps(self, name: str) -> None:
         """Raise ValueError for a recovery whose `after` names none, or that would come after itself."""
         seen, step = [name], self.recoveries[name].after
         while step is not None:
-            where = f"recoveries.{seen[-1]}.after"
+            where = ("recoveries", seen[-1], "after")
             _known(where, step, {n: r for n, r in self.recoveries.items() if r.kind != "none"})
             if step in seen:
-                raise ValueError(f"{where}: {step!r} would go on from itself; leave `after` out of one of them")
+                message = f"{step!r} would go on from itself; leave `after` out of one of them"
+                raise Located(where, message, *(("recoveries", one) for one in seen))
             seen.append(step)
             step = self.recoveries[step].after
 
@@ -328,28 +347,16 @@ def random_control(method: Method) -> Method | None:
     return None if control is None else Method(paper=None, structure=control, metric=method.metric, allocation=method.allocation)
 
 
-def _known(where: str, name: str, presets: dict[str, Any]) -> None:
+def _known(where: tuple[str, ...], name: str, presets: dict[str, Any]) -> None:
     if name not in presets:
-        raise ValueError(f"{where}: there is no {name!r}{nearest(name, presets)}")
+        raise Located(where, f"there is no {name!r}{nearest(name, presets)}")
 
 
-def load(config: dict[str, Any], files: typing.Sequence[str | Path] = ()) -> Config:
-    """Validate a merged configuration. Raises InputError, one line: file, key, what is wrong, nearest valid key."""
+def load(config: dict[str, Any], parts: Sequence[Source] = ()) -> Config:
+    """Validate a configuration merged of `parts`. Raises InputError, one line: file, key, what is wrong, nearest valid key."""
     try:
         return Config.model_validate(config)
     except ValidationError as error:
-        errors = error.errors()  # a key with a typo is missing under its right name as well
-        detail = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-        path = [str(part) for part in detail["loc"]]
-        message = detail["msg"].removeprefix("Value error, ")
-        if detail["type"] == "extra_forbidden":
-            message = f"unknown key{nearest(path[-1], keys_at(path[:-1], Config))}"
-        elif detail["type"] == "union_tag_invalid":
-            context = detail["ctx"]
-            valid = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
-            message = f"there is no kind {context['tag']!r}{nearest(context['tag'], valid)}"
-        elif detail["type"] == "union_tag_not_found":
-            message = "`kind` is missing"
-        keys = as_written(path, config)
-        where = file_of(keys, files)
-        raise InputError(": ".join(filter(None, [where, ".".join(keys), message]))) from error
+        places, message = described(error, config, Config)
+        where = source_of(places, parts)
+        raise InputError(": ".join(filter(None, [where, ".".join(places[0]), message]))) from error

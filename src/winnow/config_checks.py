@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from winnow.allocations import allocation_of
 from winnow.architectures import TARGETS, Matrix
+from winnow.config_errors import Located
 from winnow.evaluations import Classification
 from winnow.recoveries import Sequential, Trained
 from winnow.structures import structure_of
@@ -17,44 +18,56 @@ if TYPE_CHECKING:
 
 
 def check_targets(config: Config, name: str, experiment: Experiment) -> None:
-    """Raise ValueError for a budget's target of which the structure of a method stores no matrix, as far as roles tell: which of
+    """Raise Located for a budget's target of which the structure of a method stores no matrix, as far as roles tell: which of
     them a model has, and what is fitted together, is seen when the model is there."""
     for method, b in itertools.product(experiment.methods, experiment.budgets):
         structure = structure_of(config.methods[method].structure.model_dump())
         for target in config.budgets[b].targets:
             alone = [Matrix(0, role, role, role, (1, 1), False, False) for role in TARGETS.get(target, (target,))]
             if not any(structure.fits([m]) for m in alone):
-                raise ValueError(
-                    f"experiments.{name}: {structure.kind()} ({method}) does not apply to {target!r}, a target of budget {b!r}; "
-                    "give the method an experiment with budgets that leave it out"
+                raise Located(
+                    ("experiments", name),
+                    f"{structure.kind()} ({method}) does not apply to {target!r}, a target of budget {b!r}; give the method an "
+                    "experiment with budgets that leave it out",
+                    ("methods", method),
+                    ("budgets", b),
                 )
 
 
 def check_allocations(config: Config, name: str, experiment: Experiment) -> None:
-    """Raise ValueError for a method and a budget that do not go together."""
+    """Raise Located for a method and a budget that do not go together."""
     for method, b in itertools.product(experiment.methods, experiment.budgets):
         allocation = allocation_of(config.budgets[b].spread_by(config.methods[method]).allocation.model_dump())
         structure = structure_of(config.methods[method].structure.model_dump())
-        members = structure.alternatives().values()
+        members, both = structure.alternatives().values(), (("methods", method), ("budgets", b))
         if len(members) > 1 and not (allocation.chooses and allocation.predicts()):
-            raise ValueError(
-                f"experiments.{name}: {structure.kind()} ({method}) chooses between structures by predicted loss, which "
-                f"budget {b!r} does not; give it `keep_bytes`, and it or the method `allocation: {{kind: ilp}}`"
+            raise Located(
+                ("experiments", name),
+                f"{structure.kind()} ({method}) chooses between structures by predicted loss, which budget {b!r} does not; give "
+                "it `keep_bytes`, and it or the method `allocation: {kind: ilp}`",
+                *both,
             )
         if allocation.predicts() and not all(member.predicts for member in members):
-            raise ValueError(
-                f"experiments.{name}: budget {b!r} reads predicted losses, which {structure.kind()} ({method}) does not "
-                "have; choose another `objective` or allocation for it"
+            raise Located(
+                ("experiments", name),
+                f"budget {b!r} reads predicted losses, which {structure.kind()} ({method}) does not have; choose another "
+                "`objective` or allocation for it",
+                *both,
             )
         if allocation.learns and not isinstance(structure, LowRank):
-            raise ValueError(
-                f"experiments.{name}: budget {b!r} learns where to cut a product of two factors, which {structure.kind()} "
-                f"({method}) is not; choose another allocation for it, or low_rank or gauge_fixed"
+            raise Located(
+                ("experiments", name),
+                f"budget {b!r} learns where to cut a product of two factors, which {structure.kind()} ({method}) is not; choose "
+                "another allocation for it, or low_rank or gauge_fixed",
+                *both,
             )
         for c in (c for c in experiment.calibrations if config.calibrations[c].task and allocation.learns):
-            raise ValueError(
-                f"experiments.{name}: budget {b!r} learns from whole windows of a text, calibration {c!r} is of the rows of "
-                "a task; calibrate on a text, or choose another allocation"
+            raise Located(
+                ("experiments", name),
+                f"budget {b!r} learns from whole windows of a text, calibration {c!r} is of the rows of a task; calibrate on a "
+                "text, or choose another allocation",
+                *both,
+                ("calibrations", c),
             )
 
 
@@ -71,33 +84,46 @@ def check_exports(config: Config, name: str, experiment: Experiment) -> None:
 
 
 def check_training(config: Config, name: str, experiment: Experiment) -> None:
-    """Raise ValueError for a recovery that has nothing to train, and where something learns the train rows of another task
+    """Raise Located for a recovery that has nothing to train, and where something learns the train rows of another task
     than the one that is scored: only those of one task are compared with its test rows."""
     recoveries = [step for r in experiment.recoveries for step in config.steps(r)]
     for method, r in itertools.product(experiment.methods, recoveries):
         recovery, structure = config.recoveries[r], structure_of(config.methods[method].structure.model_dump())
         if isinstance(recovery, Trained) and not recovery.norms and (reason := structure.untrainable()):
-            raise ValueError(
-                f"experiments.{name}: recovery {r!r} has nothing to train in method {method!r}: {reason}; give the recovery "
-                "`norms: true`, or leave one of them out"
+            raise Located(
+                ("experiments", name),
+                f"recovery {r!r} has nothing to train in method {method!r}: {reason}; give the recovery `norms: true`, or leave "
+                "one of them out",
+                ("methods", method),
+                ("recoveries", r),
             )
         if isinstance(recovery, Sequential) and not structure.refits():
-            raise ValueError(
-                f"experiments.{name}: recovery {r!r} fits plain factors of low rank anew (as of low_rank, gauge_fixed, "
-                f"basis_sharing), and method {method!r} stores none; use `refine`, or leave one of them out"
+            raise Located(
+                ("experiments", name),
+                f"recovery {r!r} fits plain factors of low rank anew (as of low_rank, gauge_fixed, basis_sharing), and method "
+                f"{method!r} stores none; use `refine`, or leave one of them out",
+                ("methods", method),
+                ("recoveries", r),
             )
-    used = [f"models.{n}.finetune.task" for n in experiment.models]
-    used += [f"calibrations.{n}.task" for n in experiment.calibrations] + [f"recoveries.{n}.task" for n in recoveries]
+    used: list[tuple[str, ...]] = [("models", n, "finetune", "task") for n in experiment.models]
+    used += [("calibrations", n, "task") for n in experiment.calibrations] + [("recoveries", n, "task") for n in recoveries]
     for c in (c for c in experiment.calibrations if config.calibrations[c].task):
         for r in (r for r in recoveries if isinstance(config.recoveries[r], Trained | Sequential)):
-            raise ValueError(
-                f"experiments.{name}: recovery {r!r} works on whole windows of a text, calibration {c!r} is of the rows of "
-                "a task; calibrate on a text, or recover by `finetune`"
+            raise Located(
+                ("experiments", name),
+                f"recovery {r!r} works on whole windows of a text, calibration {c!r} is of the rows of a task; calibrate on a "
+                "text, or recover by `finetune`",
+                ("recoveries", r),
+                ("calibrations", c),
             )
     named, tasks = config.tasks_named(), {n: e for n, e in config.evaluations.items() if isinstance(e, Classification)}
     for where, e in ((w, e) for w in used if w in named for e in experiment.evaluations if e in tasks):
         if tasks[e].training() != tasks[named[where]].training():
-            raise ValueError(
-                f"experiments.{name}: {where} learns other train rows than those of evaluation {e!r}, which alone are "
-                "compared with its test rows; name the same `train`, columns and labels"
+            raise Located(
+                ("experiments", name),
+                f"{'.'.join(where)} learns other train rows than those of evaluation {e!r}, which alone are compared with its "
+                "test rows; name the same `train`, columns and labels",
+                (where[0], where[1]),
+                ("evaluations", e),
+                ("evaluations", named[where]),
             )

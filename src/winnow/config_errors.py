@@ -4,15 +4,55 @@ from __future__ import annotations
 
 import difflib
 import typing
-from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from winnow.evaluations import PLAIN
-from winnow.fields import EACH, ONE
+from winnow.fields import EACH, LONGEST, ONE
 from winnow.structures import AnyStructure
+
+KEY = "[key]"  # how pydantic says that an error is about a key, not about what it leads to
+
+
+class Located(ValueError):
+    """A mistake that several presets make together: what is wrong at `place`, and all presets that have part in it."""
+
+    def __init__(self, place: tuple[str, ...], message: str, *others: tuple[str, str]):
+        super().__init__(message)
+        self.places = [place, *others]
+
+
+def described(error: ValidationError, config: dict[str, Any], model: Any) -> tuple[list[list[str]], str]:
+    """(places, message) of the first mistake in a configuration: the keys that lead to it, then those of other presets that have
+    part in it; and what is wrong, with the nearest valid name."""
+    errors = error.errors()  # a key with a typo is missing under its right name as well
+    detail = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    path = [str(part) for part in detail["loc"]]
+    message, context, given = detail["msg"].removeprefix("Value error, "), detail.get("ctx", {}), detail["input"]
+    if path[-1:] == [KEY]:
+        return [path[:-1]], _of_name(detail["type"], given)
+    if detail["type"] == "extra_forbidden":
+        message = f"unknown key{nearest(path[-1], keys_at(path[:-1], model))}"
+    elif detail["type"] == "union_tag_invalid":
+        valid = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
+        message = f"there is no kind {context['tag']!r}{nearest(context['tag'], valid)}"
+    elif detail["type"] == "union_tag_not_found":
+        message = "`kind` is missing"
+    elif detail["type"] == "string_type" and not isinstance(given, dict | list):
+        message = f"{message}, not {given!r}: quote it"
+    if isinstance(located := context.get("error"), Located):
+        return [list(place) for place in located.places], message
+    return [as_written(path, config)], message
+
+
+def _of_name(kind: str, name: Any) -> str:
+    """What is wrong with the name of a preset."""
+    if kind == "string_type":
+        return "a name is a text: quote it"
+    if kind == "string_too_long":
+        return f"a name has at most {LONGEST} letters, since files are called by it, and this one has {len(name)}"
+    return "a name is of letters, digits, `_`, `.` and `-`, and begins with a letter or a digit"
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
@@ -61,17 +101,3 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _kind(model: type[BaseModel]) -> str | None:
     """The one value that a model's `kind` can have."""
     return typing.get_args(model.model_fields["kind"].annotation)[0] if "kind" in model.model_fields else None
-
-
-def file_of(keys: list[str], files: typing.Sequence[str | Path]) -> str:
-    """The last configuration file that holds the key, or the longest beginning of it."""
-    best, depth = "", 0
-    for file in files:
-        content, found = yaml.safe_load(Path(file).read_text(encoding="utf-8")), 0
-        for key in keys:
-            if not isinstance(content, dict) or key not in content:
-                break
-            content, found = content[key], found + 1
-        if found >= max(depth, 1):
-            best, depth = str(file), found
-    return best or (str(files[-1]) if files else "")

@@ -39,6 +39,15 @@ ALLOCATED = [
     + "; learned.json",
     "beside allocation.json has the loss, the bytes and the dense matrices at every look at the held-out windows.",
 ]
+TEXTS = [
+    "The format of files that end in `.jsonl` (or `.ndjson`) and `.parquet` need not be said, and another one is refused; so are",
+    "packed files, and `.csv` and the like. A file of any other name is plain text, `raw`, unless the configuration says more;",
+    "one whose lines are JSON objects is refused until it does.",
+    "",
+    "Protocols score the rows joined by `join`, so the rows count. Perplexities that papers have of WikiText are of its lines as",
+    "rows, as the hub's data set has them (`Salesforce/wikitext`, `wikitext-2-raw-v1`). Its own files (`wiki.test.raw`) need",
+    "`format: lines` for that: as one row each they have fewer newlines, and another perplexity.",
+]
 
 
 def default() -> dict[str, Any]:
@@ -138,6 +147,7 @@ def readme() -> str:
             lines += ["", f"`finetune` (fine-tune, compress, and with the recovery of that name fine-tune again): {about}"]
             lines += ["", *_key_rows(Tuning)]
             lines += ["", *_families()]
+        lines += {"texts": ["", *TEXTS]}.get(name, [])
         if name == "budgets":
             lines += ["", "Allocations:", "", *_kind_rows(ALLOCATIONS, "reference"), "", *ALLOCATED]
         if name == "methods":

@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from winnow.architectures import Target
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+# Letters of a preset's name. A file's name has 255 bytes at most, and one that is called by a preset holds more: what is
+# derived of it (`.random.neuron_slice`), a digest, and while it is written `.` and `.safetensors.partial-` with a number.
+LONGEST = 150
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=LONGEST)]
 
 
 class Strict(BaseModel):

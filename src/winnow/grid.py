@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import product
-from pathlib import Path
+from os.path import isfile  # unlike Path's, it takes names that no file can have
 from typing import Any
 
 from winnow.allocations import allocation_of
@@ -28,6 +28,7 @@ from winnow.recoveries import Recovery
 from winnow.structures import structure_of
 from winnow.structures.base import Structure
 from winnow.task_files import files_of
+from winnow.text_formats import has_objects
 
 EXECUTION = {"shards", "load"}  # options that say how a job runs; they are in no label
 UNNAMED = EXECUTION | {"paper"}  # what else changes no number
@@ -147,18 +148,25 @@ class Grid:
         return [cell for cell in self.cells if cell.kind == kind]
 
     def check_sources(self) -> None:
-        """Raise InputError for a local model, text or file of a task that an experiment uses and that is not there."""
+        """Raise InputError for a local model, text or file of a task that an experiment uses and that is not there, and for rows
+        of JSON that would be read as plain text."""
         for name in dict.fromkeys(cell.model for cell in self.cells):
             self.local_model_files(self.labels["models"][name])
         for name in dict.fromkeys(text for cell in self.cells for text in self.texts_of(cell)):
-            for file in self.config.texts[name].files:
-                if not Path(file).is_file():
+            text = self.config.texts[name]
+            for file in text.files:
+                if not isfile(file):
                     raise InputError(f"texts.{name}.files: {file}: there is no such file")
+                if (text.format == "lines" or "format" not in text.model_fields_set) and has_objects(file):
+                    raise InputError(
+                        f"texts.{name}: {file}: its lines are JSON objects; say `format: jsonl` to read a column of them, or "
+                        "`format: raw` if braces and keys are part of the text"
+                    )
         for name in dict.fromkeys(cell.evaluation for cell in self.cells_of("accuracy")):
             self.task_files(self.labels["evaluations"][name])
         for name in dict.fromkeys(name for cell in self.cells for name in self.tasks_of(cell)):
             for file in [*self.task(name).train, *self.task(name).test]:
-                if not Path(file).is_file():
+                if not isfile(file):
                     raise InputError(f"evaluations.{name}: {file}: there is no such file")
 
     def texts_of(self, cell: Cell) -> list[str]:

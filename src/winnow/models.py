@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import cache
+from os.path import isdir  # unlike Path's, it takes names that no folder can have
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ WANTED = ["model*.safetensors", *DESCRIBING]  # of a hub repository
 def model_files(directory: Path | str) -> list[Path]:
     """The files of a model directory that a result can depend on. Raises InputError if it holds no usable weights."""
     directory = Path(directory)
-    if not directory.is_dir():
+    if not isdir(directory):
         raise InputError(f"{directory}: there is no such model directory; check `source`, or give a `revision` for a hub id")
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: no config.json; a model directory in Hugging Face layout is needed")

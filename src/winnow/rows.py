@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError, first_line
-from winnow.texts import MOST_SHARED
+from winnow.strict import read_json
+from winnow.texts import MOST_SHARED, broken, json_rows, load_hub
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,9 +72,14 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
         return pq.read_table(path).to_pylist()
     with open(path, encoding="utf-8", newline="") as stream:
         if path.suffix == ".csv":
-            return list(csv.DictReader(stream, strict=True))
+            table = list(csv.DictReader(stream, strict=True))
+            if (long := next((i for i, row in enumerate(table) if None in row), None)) is not None:
+                raise ValueError(f"row {long} has more fields than the header; a text with a comma in it stands in quotes")
+            return table
         content = stream.read()
-    rows = json.loads(content) if path.suffix == ".json" else [json.loads(line) for line in content.split("\n") if line.strip()]
+    if path.suffix == ".jsonl":
+        return json_rows(content)
+    rows = read_json(content)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("a list of objects is needed")
     return rows
@@ -82,19 +87,10 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
 
 def _hub_rows(spec: dict[str, Any]) -> tuple[dict[str, list[dict[str, Any]]], list[str] | None]:
     """The rows of both splits, and the names of the classes where the data set has them."""
-    from datasets import load_dataset
-
     found: dict[str, list[dict[str, Any]]] = {}
     names = None
     for split in SPLITS:
-        where = spec[f"{split}_split"]
-        try:
-            data = load_dataset(spec["dataset"], spec["subset"], split=where, revision=spec["revision"])
-        except (ConnectionError, FileNotFoundError, ValueError) as error:
-            raise InputError(
-                f"{spec['dataset']}, {where}: neither cached nor to be downloaded ({first_line(error)}); "
-                "run `snakemake prefetch` where there is a network"
-            ) from error
+        data = load_hub(spec["dataset"], spec["subset"], spec[f"{split}_split"], spec["revision"])
         found[split] = data.to_list()
         names = getattr(data.features.get(spec["label"]), "names", None) or names
     return found, names
@@ -123,6 +119,8 @@ def _table(split: str, rows: list[dict[str, Any]], spec: dict[str, Any], classes
         for name, column in zip(names, spec["columns"], strict=True):
             if not isinstance(row[column], str) or not row[column].strip():
                 raise InputError(f"{split}, row {i}: no text in column {column!r}, but {row[column]!r}")
+            if what := broken(row[column]):
+                raise InputError(f"{split}, row {i}: column {column!r} holds {what}; mend the text")
             columns[name].append(row[column])
         value = row[spec["label"]]
         number = classes.index(value) if value in classes and not isinstance(value, bool) else _number(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
+from os.path import isdir, isfile  # unlike Path's, they take names that no file can have
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from winnow.errors import InputError, first_line
 from winnow.evaluations import Accuracy
+from winnow.strict import read_yaml
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,9 +34,10 @@ def is_group(path: Path) -> bool:
 
 
 def _read(path: Path) -> Any:
+    """A definition. Raises InputError, with the line, for what is none and for a key that stands twice."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return read_yaml(path.read_text(encoding="utf-8"), str(path), _Loader)
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a task definition: {first_line(error)}") from error
 
 
@@ -51,7 +54,7 @@ def files_of(name: str, preset: Accuracy) -> list[str]:
     definitions = [Path(task) for task in preset.tasks if is_file(task)]
     if preset.include_path:
         folder = Path(preset.include_path)
-        if not folder.is_dir():
+        if not isdir(folder):
             raise InputError(f"evaluations.{name}.include_path: {folder}: there is no such folder")
         inside = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _hidden(p.relative_to(folder))]
         found.update(dict.fromkeys(map(str, inside)))
@@ -59,7 +62,7 @@ def files_of(name: str, preset: Accuracy) -> list[str]:
     for path in definitions:
         found.update(dict.fromkeys(_of_definition(name, path)))
     for file in found:
-        if not Path(file).is_file():
+        if not isfile(file):
             raise InputError(f"evaluations.{name}: {file}: there is no such file")
     return list(found)
 
@@ -70,7 +73,7 @@ def _hidden(path: Path) -> bool:
 
 def _of_definition(name: str, path: Path) -> Iterator[str]:
     yield str(path)
-    if not path.is_file():
+    if not isfile(path):
         raise InputError(f"evaluations.{name}: {path}: there is no such file")
     content = _read(path)
     for value in _texts(content):

@@ -220,6 +220,26 @@ def test_every_file_of_a_definition_is_an_input(world):
             names(**options)
 
 
+def test_definitions_that_cannot_be_read_are_named(tmp_path):
+    def refused(text: str) -> str:
+        (tmp_path / "own.yaml").write_text(text)
+        with pytest.raises(InputError) as caught:
+            files_of("e", Accuracy(kind="accuracy", tasks=[str(tmp_path / "own.yaml")]))
+        assert "\n" not in str(caught.value)
+        return str(caught.value).removeprefix(f"{tmp_path}/")
+
+    assert refused("task: one\noutput_type: multiple_choice\ntask: two\n") == (
+        "own.yaml, line 3: task stands in line 1 already; keep one of them"
+    )
+    assert refused("metadata: {version: 1, version: 2}\n").startswith(
+        "own.yaml, line 1: metadata.version stands in line 1 already"
+    )
+    assert refused("task: [one\n").startswith("own.yaml, line 2: not YAML: ")
+    assert refused("task: " + "[" * 2000) == "own.yaml: nested too deep to be read"
+    with pytest.raises(InputError, match=r"evaluations\.e.*n{260}\.yaml: there is no such file"):
+        files_of("e", Accuracy(kind="accuracy", tasks=["n" * 260 + ".yaml"]))
+
+
 def test_hellaswag_reads_local_rows_of_both_forms_with_the_prompt_of_lm_eval(world, tmp_path):
     both = tmp_path / "parts.jsonl"
     row = {"activity_label": "Roof", "ctx_a": "A man sits.", "ctx_b": "he", "endings": [" falls [x] off."] * 4, "label": "2"}

@@ -122,6 +122,38 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, train_rows, test_rows, 
         read_task(spec(tmp_path, train_rows, test_rows, **options))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"sentence": "a \\udc00", "label": 0}\n',
+            r"train, row 0: column 'sentence' holds \\udc00, half of a pair of surrogates, which is no character; mend the text",
+        ),
+        (
+            "a.jsonl",
+            '{"sentence": "a", "label": 0}\n{"sentence": ' + "[" * 10**5 + "]" * 10**5 + "}\n",
+            r"train: .*a\.jsonl: not readable as jsonl rows \(line 2: nested too deep to be read\)",
+        ),
+        ("a.json", "[" * 10**5, r"a\.json: not readable as json rows \(nested too deep to be read\)"),
+        ("a.json", '[{"sentence": "a", "label": 0, "label": 1}]', r"a\.json: .*\('label' stands twice in one object\)"),
+        ("a.jsonl", "\n3\n", r"a\.jsonl: not readable as jsonl rows \(line 2: an object is needed, not int\)"),
+        (
+            "a.csv",
+            "sentence,label\na,0\none, two,1\n",
+            r"a\.csv: .*\(row 1 has more fields than the header; a text with a comma in it",
+        ),
+    ],
+    ids=["half a pair", "deep jsonl", "deep json", "twice", "no object", "commas"],
+)
+def test_files_that_hold_no_rows_are_refused_with_the_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    task = {**spec(tmp_path, TRAIN, TEST), "train": [str(tmp_path / name)]}
+    with pytest.raises(InputError, match=message) as caught:
+        read_task(task)
+    assert "\n" not in str(caught.value)
+
+
 def test_shared_rows_are_dropped_from_training_where_that_is_asked_for(tmp_path):
     shared = labelled(("x", 0), ("C  D", 1))
     tables, facts = read_task(spec(tmp_path, TRAIN, shared, shared_rows="drop"))

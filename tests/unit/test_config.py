@@ -9,6 +9,7 @@ from tests.conftest import ROOT
 from winnow import presets
 from winnow.config import load
 from winnow.config_files import default, generate
+from winnow.config_sources import sources
 from winnow.errors import InputError
 from winnow.plan import Plan
 from winnow.texts import check_overlap, read_rows
@@ -52,11 +53,11 @@ def test_every_preset_stands_beside_the_peers():
     assert set(measured) == set(presets.methods()) - {"mixed"}  # which needs an allocation, and is `winnow_factored` then
 
 
-def refused(change, files=()):
+def refused(change, parts=()):
     config = copy.deepcopy(default())
     change(config)
     with pytest.raises(InputError) as caught:
-        load(config, files)
+        load(config, parts)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -205,4 +206,4 @@ def test_the_file_that_holds_the_key_is_named(tmp_path):
     def change(config):
         config["budgets"]["mine"] = {"keep_byts": 0.5}
 
-    assert refused(change, [one, two]).startswith(f"{one}: budgets.mine.keep_byts: unknown key")
+    assert refused(change, sources([], [one, two])).startswith(f"{one}: budgets.mine.keep_byts: unknown key")

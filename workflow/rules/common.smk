@@ -17,6 +17,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 from winnow import studies
 from winnow.config import load
+from winnow.config_sources import sources
 from winnow.errors import InputError
 from winnow.plan import Plan
 from winnow.provenance import MEMORY
@@ -33,7 +34,15 @@ PRUNE = str(config.pop("prune", False)).lower() == "true"
 MEMORY_GB, DISK_GB = (config.pop(key, None) for key in ("memory_gb", "disk_gb"))
 try:
     check_place(ROOT)
-    PLAN = Plan(load(config, [str(f) for f in workflow.configfiles]), ROOT, MEMORY)
+    GIVEN = workflow.config_settings  # `configfiles` of the workflow are these first, then its own
+    OWN = workflow.configfiles[len(GIVEN.configfiles) :]
+    PARTS = sources(
+        [] if GIVEN.replace_workflow_config else OWN,
+        GIVEN.configfiles,
+        GIVEN.config,
+        sys.argv,
+    )
+    PLAN = Plan(load(config, PARTS), ROOT, MEMORY)
     PLAN.check_sources()
 except InputError as error:
     print(f"winnow: {error}", file=sys.stderr)
