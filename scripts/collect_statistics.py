@@ -1,11 +1,13 @@
 """Rule `collect_statistics`: per layer a file of `{site}.{statistic}` tensors, and a table with a row per channel."""
 
+import logging
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from winnow.architectures import moments_file
+from winnow.few_tokens import few_tokens
 from winnow.io import read_tensors, write_manifest, write_parquet, write_tensors
 from winnow.loading import load_model
 from winnow.models import ModelFiles
@@ -34,14 +36,18 @@ if __name__ == "__main__":
             tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
             write_tensors(folder / moments_file(layer), tensors, job.provenance)
             del sites, tensors  # before the next layer's are made
-    channels = []
+    channels, sites = [], []
     for layer in layers:
         for site in dict.fromkeys(m.site for m in files.matrices if m.layer == layer):
             names = {f"{site}.{key}": key for key in (*CHANNELS, "count")}
             values = {names[name]: v for name, v in read_tensors(folder / moments_file(layer), names=names)[0].items()}
             readers = (files.stored(m) for m in files.matrices if (m.layer, m.site) == (layer, site))
+            sites.append((site, len(values["mean"]), int(values["count"])))
             channels.append(channel_rows(layer, site, values, readers))
     write_parquet(snakemake.output.channels, channel_table(channels), job.provenance)
-    write_manifest(folder, {"tokens": int((windows >= 0).sum())}, job.provenance)
+    few = few_tokens(sites, len(windows))
+    for line in few:
+        logging.warning(line)
+    write_manifest(folder, {"tokens": int((windows >= 0).sum()), "few_tokens": few}, job.provenance)
     resume.clear()
     clear_left(moments)

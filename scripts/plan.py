@@ -9,6 +9,7 @@ import yaml
 
 from winnow.config import load
 from winnow.errors import InputError
+from winnow.few_tokens import planned
 from winnow.forecast import GB, arithmetic_rate, forecast, machine, misfit, shape_of
 from winnow.plan import Plan
 from winnow.preview import cells_table, duration, jobs_of, show, size, works_table
@@ -42,6 +43,8 @@ if __name__ == "__main__":
     memory, disk = (float(given) * GB if given else found for given, found in zip(spec["limits"], here, strict=True))
     print(f"{len(plan.cells)} cells, {sum(to_run.values())} jobs to run, about {duration(seconds)} one after another")
     print(f"memory for a job: {size(memory)}; free disk: {size(disk)}")
+    for line in planned(plan, shapes):
+        print(line)
     if absent:
         print(f"not forecast, since not downloaded yet (`snakemake prefetch`): {', '.join(absent)}")
     if reason := misfit(works, to_run, memory, disk):

@@ -9,5 +9,6 @@ if __name__ == "__main__":
     figures = {name: read_markup(snakemake.input[name]) for name in ("frontier", "ranking", "spectra")}
     results = [read_json(path) for path in snakemake.input.results]
     overlaps = [read_json(path) for path in snakemake.input.overlaps]
+    moments = [read_json(path) for path in snakemake.input.moments]
     summary, spread = read_parquet(snakemake.input.summary), read_parquet(snakemake.input.spread)
-    write_markup(snakemake.output[0], render(summary, spread, figures, results, overlaps), job.provenance)
+    write_markup(snakemake.output[0], render(summary, spread, figures, results, overlaps, moments), job.provenance)

@@ -17,6 +17,7 @@ from winnow.architectures import ARCHITECTURES
 from winnow.config import Config, Method, load
 from winnow.errors import InputError
 from winnow.evaluations import EVALUATIONS
+from winnow.few_tokens import ENOUGH
 from winnow.metrics import METRICS
 from winnow.recoveries import RECOVERIES
 from winnow.structures import STRUCTURES
@@ -30,7 +31,8 @@ ALLOCATED = [
     "All meet `keep_bytes` within 0.5 % of the dense bytes and never exceed it; a matrix that stays dense counts with its dense",
     "bytes, and allocation.json lists it with size null. The predicted loss of a size is 1/2 tr(F D C D^T) nats per token: D is",
     "the change of the matrix, C the second moment of its input (with one token more than was seen, at what channels typically",
-    "reach at most, so that nothing unseen goes for free), F that of the loss's gradient in its output. It takes one",
+    "reach at most, so that nothing unseen goes for free), F that of the loss's gradient in its output; both as expected on",
+    f"other text, where there are fewer than {ENOUGH} calibration tokens per channel. It takes one",
     "backward pass over the calibration windows, which budgets with other objectives do not ask for; structures that have it: "
     + ", ".join(f"`{kind}`" for kind, cls in STRUCTURES.items() if cls.predicts)
     + ". `learned` sizes",
@@ -47,6 +49,12 @@ TEXTS = [
     "Protocols score the rows joined by `join`, so the rows count. Perplexities that papers have of WikiText are of its lines as",
     "rows, as the hub's data set has them (`Salesforce/wikitext`, `wikitext-2-raw-v1`). Its own files (`wiki.test.raw`) need",
     "`format: lines` for that: as one row each they have fewer newlines, and another perplexity.",
+]
+CALIBRATED = [
+    f"With fewer than {ENOUGH} tokens per channel of a matrix's input, what is fitted to the second moment loses more on other",
+    "text than on these tokens, and much more where they are fewer than the channels. `snakemake plan`, the log of the job",
+    "`collect_statistics` and the report say at which inputs, and how many windows would do; predicted losses are then those",
+    "expected on other text.",
 ]
 
 
@@ -147,7 +155,7 @@ def readme() -> str:
             lines += ["", f"`finetune` (fine-tune, compress, and with the recovery of that name fine-tune again): {about}"]
             lines += ["", *_key_rows(Tuning)]
             lines += ["", *_families()]
-        lines += {"texts": ["", *TEXTS]}.get(name, [])
+        lines += {"texts": ["", *TEXTS], "calibrations": ["", *CALIBRATED]}.get(name, [])
         if name == "budgets":
             lines += ["", "Allocations:", "", *_kind_rows(ALLOCATIONS, "reference"), "", *ALLOCATED]
         if name == "methods":

@@ -22,6 +22,7 @@ from winnow.config import Budget
 from winnow.config_json import check_source
 from winnow.errors import InputError
 from winnow.evaluations import Accuracy, Classification, Latency, Perplexity
+from winnow.few_tokens import too_few
 from winnow.grid import Cell
 from winnow.io import read_json
 from winnow.metrics import METRICS
@@ -202,7 +203,10 @@ def _of_model(plan: Plan, name: str, shape: Shape, cells: list[Cell], batch_toke
             clusterings.add((of, cluster))
         if (of, method) in predicted:
             held = 8 * max(2 * m * n + 2 * (m * m + n * n) for m, n in sides)
-            add("predict_losses", 1, held, 1e6, 1.0 * sum(4 * m * n * (m + n) for m, n in sides))
+            tokens = plan.config.calibrations[of].windows * plan.config.calibrations[of].length
+            few = [n + shape.width for _, n in sides if too_few(n, tokens)]  # of an FFN, its input and its hidden units together
+            predicting = 1.0 * sum(4 * m * n * (m + n) for m, n in sides) + EIGEN * sum(n**3 for n in few)
+            add("predict_losses", 1, held + 8 * 5 * max(few, default=0) ** 2, 1e6, predicting)
     square = 8 * max(3 * m.shape[0] * m.shape[1] + 2 * m.shape[1] ** 2 for m in shape.matrices)
     add("assign_clusters", len(clusterings), square, 1e5, 0)
     for of, method, budget in checkpoints:

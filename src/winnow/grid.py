@@ -303,6 +303,14 @@ class Grid:
         found = {"gradients" if need in GRADIENTS else "moments" for need in needs}
         return found | ({"clusters"} if structure.clustering() else set())
 
+    def reads_moments(self, cell: Cell) -> bool:
+        """Whether second moments of inputs are in a cell: in its factors, or in the losses that its bytes are spread by."""
+        if cell.method is None:
+            return False
+        members = (self.labels["methods"][member] for member in self.members[cell.method])
+        predicts = self.allocation(self.labels["budgets"][str(cell.budget)]).predicts()
+        return predicts or any("moments" in self.needs(member) for member in members)
+
     @cache  # noqa: B019
     def structure(self, method_label: str) -> Structure:
         return structure_of(self.preset("methods", method_label).structure.model_dump())

@@ -7,6 +7,9 @@ of the gradient in the FFN's output. Changes of several matrices are taken to ad
 
 What no calibration token shows would cost nothing: hidden units that never fired could go for free, and some fire on other text.
 So one token more is counted, of which nothing is known, see `unseen`.
+
+By the tokens that it was made on, a fit loses less than on others. Where tokens are few for the channels of an input or an output
+(`winnow.few_tokens`), C and F are therefore what `winnow.shrinkage` expects of other text; elsewhere they are as they were seen.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from winnow.errors import InputError
 from winnow.io import Bundle
 from winnow.layer_statistics import Layers, Statistics
 from winnow.models import ModelFiles
+from winnow.shrinkage import expected, expected_jointly
 from winnow.structures.base import Problem, Structure
 
 log = logging.getLogger(__name__)
@@ -44,15 +48,18 @@ def predict(
             continue
         inputs.keep(group)
         outputs.keep(group)
+        sites = {m.name: inputs.of(m, m.site, [need for need in needs if reads(m, need)]) for m in group}
+        tokens = {name: int(site["count"]) for name, site in sites.items()}
+        gradients_of = {m.name: outputs.of(m, m.role, ["gradient_gram"])["gradient_gram"] for m in structure.judged(group)}
         try:
             problem = Problem(
                 group,
                 {m.name: files.weight(m, device) for m in group},
-                {m.name: unseen(inputs.of(m, m.site, [need for need in needs if reads(m, need)])) for m in group},
+                {name: unseen(site) for name, site in on_other_text(sites).items()},
                 None,
                 inputs.precision,
                 {m.name: files.tensor(f"{m.module}.bias").double().to(device) for m in group if m.bias},
-                {m.name: outputs.of(m, m.role, ["gradient_gram"]) for m in structure.judged(group)},
+                {name: {"gradient_gram": expected(moment, tokens[name])} for name, moment in gradients_of.items()},
             )
         except FloatingPointError as error:
             raise InputError(f"{group[0].module}: {error}") from error
@@ -60,6 +67,15 @@ def predict(
         predicted = structure.predicted(problem, fit)[: len(fit["numbers"])].cpu()
         log.info("%s: %.3g nats per token at size 0, %.3g at the largest", name, float(predicted[0]), float(predicted[-1]))
         yield name, predicted
+
+
+def on_other_text(sites: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Statistics of the inputs of a group by matrix, with the second moments that are expected of other text."""
+    *inner, last = sites
+    if "cross" not in sites[last]:
+        return {name: site | {"gram": expected(site["gram"], int(site["count"]))} for name, site in sites.items()}
+    x, h = expected_jointly(sites[inner[-1]], sites[last], int(sites[last]["count"]))
+    return dict.fromkeys(inner, x) | {last: h}
 
 
 def unseen(site: dict[str, Tensor]) -> dict[str, Tensor]:

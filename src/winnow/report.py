@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ def render(
     figures: dict[str, str],
     results: list[dict[str, Any]],
     overlaps: list[dict[str, Any]],
+    moments: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The page. `figures` are SVG texts, `results` the evaluations behind the summary's rows, in its order."""
+    """The page. `figures` are SVG texts, `results` the evaluations behind the summary's rows, in its order, and `moments` the
+    manifests of the statistics that cells are made from."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
     groups = []
     for (model, evaluation), rows in summary.groupby(["model", "evaluation"], sort=False):
@@ -48,7 +51,9 @@ def render(
         found: list[dict[str, Any]] = cells.to_dict("records")  # type: ignore[assignment]
         seeds += _marked(found, next(row for row in found if row["method"] == row["best"]))
     inline = {name: _inline(name, svg) for name, svg in figures.items()}
-    return template.render(groups=groups, several=several, seeds=seeds, figures=inline, overlaps=overlaps)
+    few = [(*(one["provenance"]["wildcards"][key] for key in ("model", "calibration")), one["few_tokens"]) for one in moments]
+    tables = {"groups": groups, "seeds": seeds, "overlaps": overlaps, "few": [row for row in few if row[-1]]}
+    return template.render(**tables, several=several, figures=inline)
 
 
 def render_study(study: Study, conclusion: Conclusion, verdicts: pd.DataFrame, evidence: Evidence, folder: Path) -> str:

@@ -38,16 +38,16 @@ IDS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_se
 
 
 @cache
-def statistics(source: Path, work: Path) -> tuple[Bundle, Bundle]:
-    """Moments and gradients of a model on random tokens, as the scripts write them."""
+def statistics(source: Path, work: Path, windows: int = 8) -> tuple[Bundle, Bundle]:
+    """Moments and gradients of a model on windows of 32 random tokens, as the scripts write them."""
     write_json(work / "model.json", describe(source))
     files, model = ModelFiles(work / "model.json"), load_model(source, "float32", "cpu")
-    windows = torch.randint(0, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1))
-    for layer, sites in collect(model, files.matrices, windows, 4, torch.float64):
+    ids = torch.randint(0, VOCABULARY, (windows, 32), generator=torch.Generator().manual_seed(1))
+    for layer, sites in collect(model, files.matrices, ids, 4, torch.float64):
         tensors = {f"{site}.{key}": value for site, values in sites.items() for key, value in values.items()}
         write_tensors(work / "moments" / moments_file(layer), tensors)
     headless = files.manifest["class"] == "BertModel"
-    for layer, roles in () if headless else collect_gradients(model, files.matrices, windows, 4, torch.float64, "model", 0):
+    for layer, roles in () if headless else collect_gradients(model, files.matrices, ids, 4, torch.float64, "model", 0):
         tensors = {f"{role}.{key}": value for role, values in roles.items() for key, value in values.items()}
         write_tensors(work / "gradients" / moments_file(layer), tensors)
     for name in ("moments", "gradients"):

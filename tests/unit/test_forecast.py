@@ -109,6 +109,20 @@ def test_learning_holds_the_factors_and_takes_its_steps():
     assert "collect_gradients" in works(start="ilp")
 
 
+def test_few_tokens_take_eigenproblems_to_predict():
+    def works(windows):
+        def change(c):
+            c["calibrations"]["demo"]["windows"] = windows
+            c["experiments"]["demo"].update(methods=["whitened_ilp"])
+
+        return {w.stage: w for w in forecast(plan_of(change), {"demo": shape_of(DEMO)})}
+
+    enough, few = works(22)["predict_losses"], works(21)["predict_losses"]  # of 256 tokens, for 352 hidden units
+    assert few.memory - enough.memory == 8 * 5 * (352 + 128) ** 2
+    assert few.operations - enough.operations == 6 * 25 * (352 + 128) ** 3
+    assert works(128)["predict_losses"] == enough
+
+
 def test_numbers_at_a_time_are_those_of_the_stages():
     from winnow import forecast as f
     from winnow import perplexity, retrieve, statistics

@@ -174,7 +174,7 @@ def test_predictions_of_ffns_are_in_the_order_of_what_is_measured(demo, kind):
 def predicted_llama(saved_llama, tmp_path_factory):
     """(files, structure, groups with predictions, bundle of factors) of a random model."""
     work = tmp_path_factory.mktemp("predicted")
-    moments, gradients = statistics(saved_llama, work / "statistics")
+    moments, gradients = statistics(saved_llama, work / "statistics", windows=48)  # enough tokens for its 96 hidden units
     files, structure = ModelFiles(work / "statistics" / "model.json"), structure_of({"kind": "low_rank"})
     rows = []
     for name, fit, numbers in fit_groups(files, moments, gradients, {}, structure, metric_of({"kind": "gram"}), "1-of-1", "cpu"):
@@ -226,7 +226,7 @@ def test_hidden_units_that_never_fired_do_not_go_for_free(tmp_path, correction):
         if hasattr(module, "fc1"):
             module.fc1.bias.data[:10] = -1000.0
     model.save_pretrained(tmp_path / "model")
-    moments, gradients = statistics(tmp_path / "model", tmp_path / "statistics")
+    moments, gradients = statistics(tmp_path / "model", tmp_path / "statistics", windows=32)
     files = ModelFiles(tmp_path / "statistics" / "model.json")
     structure = structure_of({"kind": "neuron_slice", "criterion": "loss", "correction": correction})
     for name, fit, numbers in fit_groups(files, moments, gradients, {}, structure, None, "1-of-1", "cpu"):

@@ -313,7 +313,16 @@ def test_the_report_shows_several_seeds():
     page = render(table, means.assign(seeds=2, delta_nll_seed_se=0.0123), figures, results, [])
     assert "Spread over calibration seeds" in page
     assert "± 0.0123" in page
-    assert "Spread" not in render(table, means, figures, results, [])
+    plain = render(table, means, figures, results, [])
+    assert "Spread" not in plain
+    assert "Few calibration tokens" not in plain
+    manifests = [
+        {"provenance": {"wildcards": {"model": "m-1", "calibration": name}}, "few_tokens": lines}
+        for name, lines in (("few-1", ["ffn_input: 9 < 16"]), ("ample-1", []))
+    ]
+    page = render(table, means, figures, results, [], manifests)
+    assert "<li>m-1, few-1: ffn_input: 9 &lt; 16.</li>" in page
+    assert "ample-1" not in page
 
 
 def test_effective_ranks_by_hand():

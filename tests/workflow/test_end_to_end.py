@@ -108,6 +108,20 @@ def test_the_run_ends_with_table_figures_and_report(finished):
     assert "Report: results/report.html" in finished.output
 
 
+FEW = "ffn_hidden: 256 calibration tokens for 96 channels, whose second moment is a rough estimate, so that fits lose more on "
+FEW += "other text than on this; 48 windows would do in the place of 8 (16 tokens per channel)"
+
+
+def test_too_few_calibration_tokens_are_told_of_in_log_and_report(finished):
+    results = finished.folder / "results"
+    (log,) = (results / "logs" / "collect_statistics").rglob("*.log")
+    assert FEW in log.read_text()
+    (label,) = (path.name for path in results.glob("pico-*/few-*"))
+    report = (results / "report.html").read_text()
+    assert f"{label}: {FEW}.</li>" in report
+    assert "attention_input, attention_output, ffn_input: 256 calibration tokens for 64 channels" in report
+
+
 def test_artefacts_carry_their_provenance(finished):
     results = finished.folder / "results"
     for path in [
@@ -167,6 +181,7 @@ def test_the_plan_is_printed_before_any_job_and_refuses_what_cannot_fit(finished
     done = workspace.run("plan")
     assert done.returncode == 0, done.stderr
     assert "5 cells, 27 jobs to run" in done.stdout
+    assert f"pico, calibration few: {FEW}\n" in done.stdout
     assert not list(workspace.folder.glob("results/pico-*")), "nothing was computed"
     (line,) = {row for row in workspace.run("plan", "--config", "memory_gb=0.1").stderr.splitlines() if row.startswith("winnow")}
     assert "GB of memory, there are 0.1 GB" in line

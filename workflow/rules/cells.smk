@@ -61,6 +61,14 @@ def table_of(kind):
     return [f"results/tables/{kind}.csv"] if PLAN.cells_of(kind) else []
 
 
+def moments_of_cells():
+    """Statistics that the cells of the report are made from."""
+    cells = [cell for cell in PLAN.cells_of("perplexity") if PLAN.reads_moments(cell)]
+    return of_cells(
+        "results/{model}/{calibration}/statistics/moments/manifest.json", cells=cells
+    )
+
+
 def clusters_of_cells():
     found = {}
     for path in of_cells("results/{model}/{calibration}/{method}"):

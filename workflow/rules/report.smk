@@ -58,6 +58,7 @@ rule report:
         spectra="results/figures/effective_rank.svg",
         results=rules.perplexity.input,
         overlaps=overlaps_of_cells(),
+        moments=moments_of_cells(),
     output:
         "results/report.html",
     log:
