@@ -48,7 +48,8 @@ TEXTS = [
     "",
     "Protocols score the rows joined by `join`, so the rows count. Perplexities that papers have of WikiText are of its lines as",
     "rows, as the hub's data set has them (`Salesforce/wikitext`, `wikitext-2-raw-v1`). Its own files (`wiki.test.raw`) need",
-    "`format: lines` for that: as one row each they have fewer newlines, and another perplexity.",
+    "`format: lines` for that, as one row each they have fewer newlines and another perplexity; so a file of that name needs a",
+    "`format`, and a WikiText file of another name the right one.",
 ]
 CALIBRATED = [
     f"With fewer than {ENOUGH} tokens per channel of a matrix's input, what is fitted to the second moment loses more on other",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.errors import InputError, first_line
-from winnow.strict import read_json, read_yaml
+from winnow.strict import check_yaml, read_json, read_yaml
 
 ARGUMENTS = ("--config", "-C")
 Place = Sequence[str]  # the keys that lead to something
@@ -69,8 +69,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
         if key in given:
             raise InputError(f"--config: {key} stands twice; keep one of them")
         given.add(key)
-        if value.strip().startswith(("{", "[")):
-            read_yaml(value, f"--config {key}")
+        check_yaml(value, f"--config {key}")
 
 
 def merged(parts: Iterable[Source]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -32,6 +33,13 @@ def read_yaml(text: str, where: str, loader: type = yaml.SafeLoader, names: bool
         raise InputError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or first_line(error)}") from error
     except RecursionError as error:
         raise InputError(f"{where}: {DEEP}") from error
+
+
+def check_yaml(text: str, where: str) -> None:
+    """Raise InputError for a key that stands twice; what is no YAML is left to its reader."""
+    with suppress(yaml.YAMLError, RecursionError):
+        if node := yaml.SafeLoader(text).get_single_node():
+            _check_keys(node, [], set(), where, names=False)
 
 
 def _check_keys(node: yaml.Node, path: list[str], seen: set[int], where: str, names: bool) -> None:

@@ -71,8 +71,10 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
-def _of_definition(name: str, path: Path) -> Iterator[str]:
+def _of_definition(name: str, path: Path, includes: tuple[Path, ...] = ()) -> Iterator[str]:
     yield str(path)
+    if path.resolve() in includes:
+        raise InputError(f"evaluations.{name}: {path}: includes itself")
     if not isfile(path):
         raise InputError(f"evaluations.{name}: {path}: there is no such file")
     content = _read(path)
@@ -85,7 +87,7 @@ def _of_definition(name: str, path: Path) -> Iterator[str]:
         return
     included = content.get("include", [])
     for other in [included] if isinstance(included, str) else included:
-        yield from _of_definition(name, path.parent / other)
+        yield from _of_definition(name, path.parent / other, (*includes, path.resolve()))
     for pattern in _texts((content.get("dataset_kwargs") or {}).get("data_files")):
         yield from sorted(glob.glob(pattern, recursive=True))  # a name on the hub matches nothing
 

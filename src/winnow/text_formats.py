@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
 TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".arrow", ".feather")
+WIKITEXT = re.compile(r"wiki\.(train|valid|test)\.(raw|tokens)")
 LOOKED_AT = 3  # lines that tell whether a file of plain text is one of objects
 LONGEST = 1 << 20  # characters of such a line
 
@@ -34,6 +36,8 @@ def _by_ending(file: str, given: str | None) -> str:
         raise ValueError(f"{file}: tables are read from parquet or jsonl; write its column of text as one of these")
     if ending == ".json" and given != "jsonl":
         raise ValueError(f"{file}: if it has an object per line, say `format: jsonl`; if it is one list, write it so")
+    if given is None and WIKITEXT.fullmatch(Path(file).name):
+        raise ValueError(f"{file}: say `format: lines` for rows as papers have them of WikiText, or `raw` for one row")
     form = FORMATS.get(ending)
     if form and given and form != given:
         raise ValueError(f"{file}: `format: {given}` is not what its name ends in; leave `format` out, or rename the file")

@@ -235,6 +235,7 @@ def test_definitions_that_cannot_be_read_are_named(tmp_path):
         "own.yaml, line 1: metadata.version stands in line 1 already"
     )
     assert refused("task: [one\n").startswith("own.yaml, line 2: not YAML: ")
+    assert refused("include: own.yaml\n").endswith("own.yaml: includes itself")
     assert refused("task: " + "[" * 2000) == "own.yaml: nested too deep to be read"
     with pytest.raises(InputError, match=r"evaluations\.e.*n{260}\.yaml: there is no such file"):
         files_of("e", Accuracy(kind="accuracy", tasks=["n" * 260 + ".yaml"]))

@@ -147,7 +147,17 @@ def test_arguments_are_as_strict():
     from winnow.config_sources import check_arguments, sources
 
     check_arguments(
-        ["snakemake", "-n", "--config", "memory_gb=3", "budgets={x: {rank: 3}}", "--cores", "2", "--config=prune=true"]
+        [
+            "snakemake",
+            "-n",
+            "--config",
+            "memory_gb=3",
+            "budgets={x: {rank: 3}}",
+            "note={a, [",
+            "--cores",
+            "2",
+            "--config=prune=true",
+        ]
     )
     for arguments, line in (
         (["--config", "prune=true", "prune=false"], "--config: prune stands twice; keep one of them"),

@@ -60,6 +60,10 @@ CONTRADICTIONS = [
     ({"files": ["x.txt", "y.jsonl"], "format": "lines"}, "y.jsonl: `format: lines` is not what its name ends in"),
     ({"files": ["x.json"]}, "x.json: if it has an object per line, say `format: jsonl`; if it is one list, write it so"),
     ({"files": ["x.json"], "format": "lines"}, "x.json: if it has an object per line, say `format: jsonl`"),
+    (
+        {"files": ["a/wiki.test.raw"]},
+        "a/wiki.test.raw: say `format: lines` for rows as papers have them of WikiText, or `raw` for",
+    ),
     ({"files": ["x.jsonl.gz"]}, "x.jsonl.gz: packed files are not read; unpack it"),
     ({"files": ["x.jsonl.gz"], "format": "jsonl"}, "x.jsonl.gz: packed files are not read; unpack it"),
     ({"files": ["x.CSV"]}, "x.CSV: tables are read from parquet or jsonl; write its column of text as one of these"),
@@ -95,6 +99,7 @@ def test_a_format_that_is_seen_is_in_the_label_as_if_it_had_been_said():
     assert labels(files=["x.jsonl"]) == labels(files=["x.jsonl"], format="jsonl")
     assert labels(files=["x.txt"]) == labels(files=["x.txt"], format="raw")
     assert labels(files=["x.txt"]) != labels(files=["x.txt"], format="lines")
+    assert labels(files=["wiki.test.raw"], format="lines") != labels(files=["wiki.test.raw"], format="raw")
     found = plan_of().labels["texts"]  # of results that people have
     assert list(found.values()) == ["demo_calibration-a3d11f", "demo_evaluation-2487b0"]
 
