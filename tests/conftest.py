@@ -1,6 +1,8 @@
 """Small random models, made here; no network."""
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's library
@@ -69,12 +71,23 @@ def pico(name: str, seed: int = 0):
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox", "bert")  # one of every form, for tests of every structure
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Callable[[str], Path]:
+    """From a name in `TINY` to a directory with that random model, the same for all tests: none may write into it."""
+
+    @cache
+    def folder_of(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("models") / f"some {name} folder"
+        pico(name).save_pretrained(folder)
+        return folder
+
+    return folder_of
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
-def saved_model(request, tmp_path_factory) -> Path:
+def saved_model(request, saved) -> Path:
     """A directory with a random model of each family in turn."""
-    folder = tmp_path_factory.mktemp("models") / f"some {request.param} folder"
-    pico(request.param).save_pretrained(folder)
-    return folder
+    return saved(request.param)
 
 
 @pytest.fixture(scope="session")

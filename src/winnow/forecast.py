@@ -29,6 +29,7 @@ from winnow.metrics import METRICS
 from winnow.models import BYTES, model_files, tensor_bytes
 from winnow.plan import Plan
 from winnow.recoveries import Finetune, Sequential, Trained
+from winnow.structures.base import EIGEN
 from winnow.tensor_files import read_header
 from winnow.tuning import Tuning
 

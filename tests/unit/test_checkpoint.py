@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import winnow.checkpoint
-from tests.conftest import VOCABULARY
+from tests.conftest import FAMILIES, VOCABULARY
 from tests.unit.worlds import FITTED, LOSSY, small
 from winnow.allocation import allocate, chosen_groups, experts_left_dense, summarize
 from winnow.architectures import moments_file
@@ -98,10 +98,16 @@ def targets_of(kind: str) -> list[str]:
     return ["ffn"] if STRUCTURES[kind].bias_name is None else ["ffn", "attention"]
 
 
+@cache
+def built(source: Path, kind: str) -> Path:
+    """A checkpoint of every kind of structure, made once for all tests that only read it."""
+    return build(source, source.parent / f"{source.name} {kind}", targets_of(kind), 0.6, kind)
+
+
 @pytest.fixture(scope="module", params=FITTED)
-def checkpoint(request, saved_model, tmp_path_factory) -> Path:
+def checkpoint(request, saved_model) -> Path:
     """Every structure on every family."""
-    return build(saved_model, tmp_path_factory.mktemp("work"), targets_of(request.param), 0.6, request.param)
+    return built(saved_model, request.param)
 
 
 @pytest.fixture
@@ -124,9 +130,9 @@ def test_bytes_in_the_file_are_the_bytes_reported(checkpoint, saved_model):
     assert manifest["model_stored_bytes"] - manifest["stored_bytes"] == describe(saved_model)["bytes"] - manifest["dense_bytes"]
 
 
-def test_a_new_process_gives_the_same_bits(saved_model, tmp_path):
-    """Every structure of a family in one process that knows nothing but `import winnow`, and has no peft."""
-    folders = [build(saved_model, tmp_path / kind, targets_of(kind), 0.6, kind) for kind in FITTED]
+def test_a_new_process_gives_the_same_bits(saved, tmp_path):
+    """Every structure of every family in one process that knows nothing but `import winnow`, and has no peft."""
+    folders = [built(saved(family), kind) for family in FAMILIES for kind in FITTED]
     code = (
         "import sys; sys.modules['peft'] = None\n"
         "import torch, winnow; from safetensors.torch import save_file; from transformers import AutoModelForCausalLM\n"
@@ -137,7 +143,7 @@ def test_a_new_process_gives_the_same_bits(saved_model, tmp_path):
     out = tmp_path / "out.safetensors"
     subprocess.run([sys.executable, "-c", code, str(out), *map(str, folders)], check=True)
     there = load_file(out)
-    assert len(there) == len(FITTED)
+    assert len(there) == len(FAMILIES) * len(FITTED)
     for folder in folders:
         assert torch.equal(there[str(folder)], logits(load_model(folder, "float32", "cpu")))
 
@@ -251,9 +257,9 @@ def test_formats_from_elsewhere_say_what_to_install(llama_checkpoint, tmp_path, 
         AutoModelForCausalLM.from_pretrained(edited(llama_checkpoint, tmp_path, change))
 
 
-def test_transformers_without_winnow_refuses_too(saved_model, tmp_path):
+def test_transformers_without_winnow_refuses_too(saved):
     """No layer of random numbers behind a warning: an empty or smaller `weight` in every form makes plain transformers stop."""
-    folders = [build(saved_model, tmp_path / kind, targets_of(kind), 0.6, kind) for kind in FITTED]
+    folders = [built(saved(family), kind) for family in FAMILIES for kind in FITTED]
     code = (
         "import sys; from transformers import AutoModelForCausalLM\n"
         "for path in sys.argv[1:]:\n"

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -53,29 +54,25 @@ def elsewhere(folders: list[Path], out: Path) -> dict[str, torch.Tensor]:
     return load_file(out)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_exports_of_every_structure_load_without_winnow(family, tmp_path):
-    source = tmp_path / "source"
-    pico(family).save_pretrained(source)
-    dense = load_file(source / "model.safetensors")
-    uncompressed, expected = logits(load_model(source, "float32", "cpu")), {}
-    for kind, options in WRITABLE:
-        checkpoint = build(source, tmp_path / kind, targets_of(kind), 0.6, kind, **options)
-        export_dense(checkpoint, tmp_path / f"{kind} dense", {})
-        expected[str(tmp_path / f"{kind} dense")] = logits(load_model(checkpoint, "float32", "cpu"))
-        written = load_file(tmp_path / f"{kind} dense" / "model.safetensors")
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in written.items()}
+def test_exports_of_every_structure_load_without_winnow(saved, tmp_path):
+    expected, uncompressed = {}, {}
+    for family, (kind, options) in product(["llama", "gpt2"], WRITABLE):
+        source, out = saved(family), tmp_path / family / f"{kind} dense"
+        dense = load_file(source / "model.safetensors")
+        checkpoint = build(source, tmp_path / family / kind, targets_of(kind), 0.6, kind, **options)
+        export_dense(checkpoint, out, {})
+        expected[str(out)] = logits(load_model(checkpoint, "float32", "cpu"))
+        uncompressed[str(out)] = logits(load_model(source, "float32", "cpu"))
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in load_file(out / "model.safetensors").items()}
         assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in dense.items()}, "tied ones once, biases too"
-        config = json.loads((tmp_path / f"{kind} dense" / "config.json").read_text())
-        assert "quantization_config" not in config
-        assert Bundle(tmp_path / f"{kind} dense" / "manifest.json").manifest["model_stored_bytes"] == sum(
-            tensor.nbytes for tensor in dense.values()
-        )
+        assert "quantization_config" not in json.loads((out / "config.json").read_text())
+        stored = Bundle(out / "manifest.json").manifest["model_stored_bytes"]
+        assert stored == sum(tensor.nbytes for tensor in dense.values())
     found = elsewhere([Path(path) for path in expected], tmp_path / "logits.safetensors")
-    assert len(found) == len(WRITABLE)
+    assert len(found) == 2 * len(WRITABLE)
     for path, there in found.items():
         torch.testing.assert_close(there, expected[path], atol=1e-5, rtol=0, msg=lambda m, path=path: f"{path}: {m}")
-        assert float((there - uncompressed).abs().max()) > 1e-3, "compressed, not the source"
+        assert float((there - uncompressed[path]).abs().max()) > 1e-3, "compressed, not the source"
 
 
 @pytest.mark.parametrize("kind", REFUSED)

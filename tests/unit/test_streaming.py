@@ -103,7 +103,7 @@ def test_losses_are_those_of_a_model_in_memory(dense, name, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", FITTED)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "gpt_neox"))])
 def test_compressed_models_stream_too(dense, name, kind, tmp_path):
     """Also those that share tensors between blocks; against the dense model, which is streamed beside it."""
     checkpoint = build(dense(name), tmp_path / "work", targets_of(kind), 0.6, kind)

@@ -42,7 +42,7 @@ def own_error(structure, world, problem, tensors, model) -> float:
     group = problem.group
     if structure.objective == "ffn_output":
         layer = group[0].layer
-        return float((world.ffn(model, layer) - world.ffn(world.dense(), layer)).square().sum(1).mean())
+        return float((world.ffn(model, layer) - world.ffn(world.dense([layer]), layer)).square().sum(1).mean())
     error, order = 0.0, tensors["order"].long() if structure.bias_name is None else None
     for m in group:
         weight, rows = world.weights[m.name], problem.rows([m])
@@ -71,7 +71,7 @@ def restricted(metric, order):
 @given(width=st.integers(6, 12), hidden=st.integers(5, 16), seed=st.integers(0, 10**6), bias=st.booleans())
 def test_identities(spec, metric_kind, width, hidden, seed, bias):
     structure, world = structure_of(spec), World(metric_kind, width, hidden, seed, bias=bias)
-    for group in structure.groups(world.matrices):
+    for group in world.groups(structure):
         problem = world.problem(structure, group)
         limit = structure.limit(group)
         fit = structure.fit(problem, limit)
@@ -104,7 +104,7 @@ def test_groups_hold_a_matrix_once_and_same_input_gives_same_bytes(spec):
     structure, world = structure_of(spec), World("gram" if STRUCTURES[spec["kind"]].objective == "metric" else None, 8, 12, 3)
     names = [m.name for group in structure.groups(world.matrices) for m in group]
     assert len(names) == len(set(names))
-    for group in structure.groups(world.matrices):
+    for group in world.groups(structure):
         fits = [structure.fit(world.problem(structure, group), 3) for _ in range(2)]
         for name, tensor in fits[0].tensors.items():
             assert torch.equal(tensor, fits[1].tensors[name])
@@ -142,7 +142,7 @@ ORDERED = [(s, m) for s, m in PAIRS if "random" not in s.values() and "group" no
 def test_the_order_of_channels_changes_nothing(spec, metric_kind):
     """T10: neurons of an FFN, and inputs of a matrix, may come in any order."""
     structure, world = structure_of(spec), World(metric_kind, 9, 14, 4)
-    for group in structure.groups(world.matrices):
+    for group in world.groups(structure):
         if structure.optimised_at_size and metric_kind == "weights":
             continue  # what is chained cannot turn inputs alone; tests/unit/test_coupled.py turns both
         problem = world.problem(structure, group)
@@ -205,7 +205,7 @@ def broken(world: World, how: str) -> World:
 def test_bad_statistics_end_in_a_right_answer_or_a_named_error(spec, metric_kind, how):
     structure, world = structure_of(spec), broken(World(metric_kind, 8, 12, 11), how)
     refusals: list[str] = []
-    for group in structure.groups(world.matrices):
+    for group in world.groups(structure):
         try:
             problem = world.problem(structure, group)
             fit = structure.fit(problem, structure.limit(group))

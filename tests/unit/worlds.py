@@ -1,5 +1,8 @@
 """Small random layers for the suite of structures: weights, inputs, gradients, and the modules that structures replace."""
 
+from collections.abc import Collection
+from unittest.mock import patch
+
 import torch
 from torch import nn
 
@@ -73,20 +76,24 @@ class World:
                 if bias:
                     self.biases[matrix.name] = normal(shapes[role][0])
                 self.gradients[matrix.name] = normal(shapes[role][0], tokens) * normal(shapes[role][0], 1)
-            model, x = self.dense(), self.inputs[layer, "ffn_input"].T
+            model, x = self.dense([layer]), self.inputs[layer, "ffn_input"].T
             with torch.no_grad():
                 parts = [model.get_submodule(f"layers.{layer}.{role}")(x) for role in ("gate_proj", "up_proj")]
                 self.inputs[layer, "ffn_hidden"] = (nn.functional.silu(parts[0]) * parts[1]).T
 
-    def dense(self) -> nn.Module:
-        """The modules as a model has them, `layers.{layer}.{role}` and `.act`."""
+    def groups(self, structure) -> list[list[Matrix]]:
+        """Those of a structure that hold a matrix of the first layer: the second layer's own are of the same kinds again."""
+        return [group for group in structure.groups(self.matrices) if any(m.layer == 0 for m in group)]
+
+    def dense(self, layers: Collection[int] = (0, 1)) -> nn.Module:
+        """The modules of some layers as a model has them, `layers.{layer}.{role}` and `.act`."""
         model = nn.Module()
-        model.layers = nn.ModuleList()
-        for layer in sorted({m.layer for m in self.matrices}):
-            model.layers.append(nn.Module())
+        model.layers = nn.ModuleList([nn.Module(), nn.Module()])
+        for layer in sorted({m.layer for m in self.matrices} & {*layers}):
             model.layers[layer].act = nn.SiLU()
             for m in (m for m in self.matrices if m.layer == layer):
-                linear = nn.Linear(m.shape[1], m.shape[0], bias=m.bias).double()
+                with patch.object(nn.Linear, "reset_parameters", lambda _: None):  # which takes longest, and is written over
+                    linear = nn.Linear(m.shape[1], m.shape[0], bias=m.bias, dtype=torch.float64)
                 linear.weight.data.copy_(self.weights[m.name])
                 if m.bias:
                     linear.bias.data.copy_(self.biases[m.name])
@@ -129,7 +136,7 @@ class World:
 
     def compressed(self, structure, group, tensors, size) -> tuple[nn.Module, int]:
         """(model with the group's modules replaced and loaded, numbers stored). Shared tensors are in place."""
-        parts, model = structure.stored(group, tensors, size), self.dense()
+        parts, model = structure.stored(group, tensors, size), self.dense({m.layer for m in group})
         replaced = {name: part for name, part in parts.items()}
         for name, part in replaced.items():
             parent, _, child = name.rpartition(".")
