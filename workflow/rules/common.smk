@@ -34,7 +34,9 @@ PRUNE = str(config.pop("prune", False)).lower() == "true"
 MEMORY_GB, DISK_GB = (config.pop(key, None) for key in ("memory_gb", "disk_gb"))
 try:
     check_place(ROOT)
-    GIVEN = workflow.config_settings  # `configfiles` of the workflow are these first, then its own
+    GIVEN = (
+        workflow.config_settings
+    )  # `configfiles` of the workflow are these first, then its own
     OWN = workflow.configfiles[len(GIVEN.configfiles) :]
     PARTS = sources(
         [] if GIVEN.replace_workflow_config else OWN,
