@@ -84,8 +84,8 @@ _checks: list[Callable[[], None]] = []
 
 
 def before_sealing(check: Callable[[], None]) -> None:
-    """Have this process call `check` before it seals anything; what it raises leaves the artefact unwritten."""
-    _checks.append(check)
+    """Have this process, which runs one job, call `check` before it seals anything; what it raises leaves nothing written."""
+    _checks[:] = [check]
 
 
 def _seal(path: Path) -> None:

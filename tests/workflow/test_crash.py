@@ -115,7 +115,8 @@ def test_an_interrupted_run_keeps_what_its_last_job_finished(tmp_path):
     """SIGINT to the run alone: it waits for the job, which seals its results, but does not record that it ended."""
     here = place(tmp_path / "here")
     script = here.code / "scripts" / "collect_statistics.py"
-    script.write_text(script.read_text() + "    import time\n\n    time.sleep(4)\n")
+    script.write_text(script.read_text() + "    import time\n\n    while not Path('go').exists():\n        time.sleep(0.1)\n")
+    assert "from pathlib import Path" in script.read_text()
     everything = here.planned()
     process = started(here)
     made = {}
@@ -124,6 +125,8 @@ def test_an_interrupted_run_keeps_what_its_last_job_finished(tmp_path):
         found = {path.name: path for path in here.folder.glob("results/*/*/statistics/**/*") if path.is_file()}
         made = {name: path for name, path in found.items() if name in ("manifest.json", "channels.parquet")}
     process.send_signal(signal.SIGINT)
+    time.sleep(3)  # until the run knows of it; its job goes on
+    (here.folder / "go").touch()
     process.wait()
     assert len(made) == 2, "the job wrote all it had to"
     incomplete = here.folder / ".snakemake" / "incomplete"

@@ -20,6 +20,7 @@ from tests.workflow.test_rerun_truth import METHODS
 from winnow.architectures import ROLES
 from winnow.errors import InputError
 from winnow.explain import provenance_of
+from winnow.io import before_sealing
 from winnow.resume import SECONDS
 
 pytestmark = pytest.mark.workflow
@@ -118,6 +119,7 @@ def run_job(made: str, tmp_path: Path) -> Path:
         params=provenance["params"],
         resources=SimpleNamespace(batch_tokens=4096, stream=0, get=lambda name: None),
         threads=1,
+        scriptdir=str(ROOT / "scripts"),
     )
     script = {"evaluate_dense": "evaluate_perplexity"}.get(rule, rule)
     handlers, hook = logging.getLogger().handlers[:], sys.excepthook
@@ -126,6 +128,7 @@ def run_job(made: str, tmp_path: Path) -> Path:
     finally:
         sys.excepthook = hook
         logging.getLogger().handlers[:] = handlers
+        before_sealing(lambda: None)
     return out
 
 
