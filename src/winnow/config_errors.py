@@ -31,8 +31,8 @@ def described(error: ValidationError, config: dict[str, Any], model: Any) -> tup
     path = [str(part) for part in detail["loc"]]
     message, context, given = detail["msg"].removeprefix("Value error, "), detail.get("ctx", {}), detail["input"]
     if path[-1:] == [KEY]:
-        return [path[:-1]], _of_name(detail["type"], given)
-    if detail["type"] == "extra_forbidden":
+        path, message = path[:-1], _of_name(detail["type"], given) or message
+    elif detail["type"] == "extra_forbidden":
         message = f"unknown key{nearest(path[-1], keys_at(path[:-1], model))}"
     elif detail["type"] == "union_tag_invalid":
         valid = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
@@ -46,13 +46,15 @@ def described(error: ValidationError, config: dict[str, Any], model: Any) -> tup
     return [as_written(path, config)], message
 
 
-def _of_name(kind: str, name: Any) -> str:
-    """What is wrong with the name of a preset."""
+def _of_name(kind: str, name: Any) -> str | None:
+    """What is wrong with the name of a preset; None for a key that is none."""
     if kind == "string_type":
         return "a name is a text: quote it"
     if kind == "string_too_long":
         return f"a name has at most {LONGEST} letters, since files are called by it, and this one has {len(name)}"
-    return "a name is of letters, digits, `_`, `.` and `-`, and begins with a letter or a digit"
+    if kind == "string_pattern_mismatch":
+        return "a name is of letters, digits, `_`, `.` and `-`, and begins with a letter or a digit"
+    return None
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:

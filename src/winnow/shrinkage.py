@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from winnow.few_tokens import too_few
-from winnow.linalg import EPSILON, eigh
+from winnow.linalg import EPSILON, eigh, finite
 
 COUNTED = 0.5
 ROWS = 512  # of a matrix with a number for every pair of eigenvalues that are made at a time
@@ -32,7 +32,7 @@ def expected(moment: Tensor, tokens: int, share: float = COUNTED) -> Tensor:
 
 def _shrunk(moment: Tensor, tokens: int, share: float) -> Tensor:
     active = (moment.diagonal() > 0).nonzero().flatten()
-    if not len(active):
+    if not len(active) or not finite(moment):  # who gets it says whose it is
         return moment
     values, vectors = eigh(moment[active][:, active])
     found = torch.zeros_like(moment)

@@ -188,6 +188,12 @@ MISTAKES = [
         "experiments.demo: cluster (clusters_activation) does not apply to 'q_proj', a target of budget 'attention'; give",
     ),
     (lambda c: c["models"].update({"a/b": {"source": "x"}}), "models.a/b"),
+    (lambda c: c["models"].update({"a/b": {"source": "x"}}), "models.a/b: a name is of letters, digits, `_`, `.` and `-`, and"),
+    (lambda c: c["budgets"].update({2024: {"rank": 3}}), "budgets.2024: a name is a text: quote it"),
+    (
+        lambda c: c["methods"]["svd"].update(structure={"kind": "by_target", "parts": {"fnn": {"kind": "low_rank"}}}),
+        "methods.svd.structure.parts.fnn: Input should be 'ffn', ",
+    ),
     (lambda c: c["experiments"]["demo"].update(methods=[]), "experiments.demo.methods: List should have at least 1 item"),
     (lambda c: c.pop("models"), "models: Field required"),
 ]
