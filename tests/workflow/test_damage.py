@@ -93,7 +93,7 @@ class Files(list):
 
 
 class Drawing(Files):
-    """Input of `figures` and `report`, whose spectra are a list and a figure."""
+    """Input of `figures` and `report`, whose spectra are a list and a figure, and statistics a list."""
 
     def __getitem__(self, key):
         return super().__getitem__("effective_rank" if key == "spectra" else key)
@@ -101,6 +101,8 @@ class Drawing(Files):
     def get(self, name: str, default=None):
         if name == "spectra":
             return [path for path in self if path.endswith("spectra.parquet")]
+        if name == "moments":
+            return [path for path in self if "/moments/" in path]
         if name == "results":
             return [path for path in self if re.search(r"/(none-\w+|dense)/", path)]
         return super().get(name, default)
@@ -178,6 +180,7 @@ CASES = [
     ("results/tables/summary.parquet", "results/figures/frontier.svg"),
     ("results/figures/frontier.svg", "results/report.html"),
     ("results/texts/overlap/*/*.json", "results/report.html"),
+    (f"{C}/statistics/moments/manifest.json", "results/report.html"),
 ]
 
 
