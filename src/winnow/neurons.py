@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from winnow.linalg import regularized
+from winnow.linalg import regularized, square_root
 from winnow.structures.base import Problem
 
 Criterion = Literal["activation", "activation_x_row", "weight_norm", "leverage", "output", "loss", "random", "lowest"]
@@ -60,24 +60,34 @@ def by_gain(weight: Tensor, gram: Tensor, rows: Tensor | None) -> Tensor:
     tr(R D C D^T) of the best prediction of W h from those taken, D being what the prediction lacks of W.
 
     `weight` W (d, f), `gram` C = E[h h^T] (f, f), `rows` R (d, d), or None for I. In exact arithmetic this is a Cholesky
-    factorisation of C with pivots by gain: of what is left, S of C and W S = T of the outputs, neuron j gains T_j^T R T_j / S_jj.
-    Neurons that those taken determine, to rounding, come last, by position. It takes f steps of f^2 operations (d^2 f with R).
+    factorisation of C with pivots by gain: of what is left, S of C and T = R^{1/2} W S of the outputs, neuron j gains
+    T_j^T T_j / S_jj. Neurons that those taken determine, to rounding, come last, by position.
+
+    A step forms the pivot's row of S from the factor so far and takes its part out of T, both of the neurons that are left:
+    f^3 / 3 + 4 d f^2 operations in all, with R 2 d^2 f and an eigendecomposition of (d, d) besides.
     """
-    left, targets = gram.clone(), weight @ gram
-    floor = len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().mean()
-    free = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    rounding = len(gram) * torch.finfo(gram.dtype).eps
+    floor = rounding * gram.diagonal().mean()
+    root = weight if rows is None else square_root(rows) @ weight
+    targets, left = gram @ root.T, gram.diagonal().clone()  # (f, d), a row per neuron; S_jj
+    factor, open_ = torch.zeros_like(gram), torch.arange(len(gram), device=gram.device)  # (open, taken so far and room); neurons
     order: list[int] = []
-    while True:
-        open_ = free & (left.diagonal() > floor)
-        if not open_.any():
-            return torch.tensor([*order, *free.nonzero().flatten().tolist()], device=gram.device)
-        gained = ((targets if rows is None else rows @ targets) * targets).sum(0) / left.diagonal()
-        best = int(torch.where(open_, gained, -torch.inf).argmax())
-        order.append(best)
-        free[best] = False
-        share = left[best] / left[best, best]
-        targets = targets - torch.outer(targets[:, best], share)
-        left = left - torch.outer(left[:, best], share)
+    while len(open_):
+        free = torch.ones(len(open_), dtype=torch.bool, device=gram.device)
+        for taken in range(len(order), len(order) + -(-len(open_) // 8)):  # then rows of those taken are dropped
+            gained = torch.linalg.vector_norm(targets, dim=1).square() / left
+            gained = gained.where(free & (left > floor), -torch.inf)
+            best = int((gained >= gained.max() * (1 - rounding)).int().argmax())  # the first of those that are equal, to rounding
+            if gained[best] == -torch.inf:
+                return torch.tensor([*order, *open_[free].tolist()], device=gram.device)
+            row = gram[open_[best], open_] - factor[:, :taken] @ factor[best, :taken]
+            targets.addr_(row / left[best], targets[best].clone(), alpha=-1)
+            factor[:, taken] = row / left[best].sqrt()
+            left -= factor[:, taken].square()
+            order.append(int(open_[best]))
+            free[best] = False
+        targets, left, factor, open_ = targets[free], left[free], factor[free], open_[free]
+    return torch.tensor(order, device=gram.device)
 
 
 def permuted(problem: Problem, order: Tensor) -> dict[str, Tensor]:
