@@ -163,11 +163,8 @@ def test_changing_one_budget_plans_its_cells_only(finished):
     cells = {"compress": 2, "evaluate_perplexity": 2}
     aggregation = {"cards": 1, "tables": 1, "figures": 1, "report": 1, "all": 1}
     assert finished.planned() == Counter({**cells, **aggregation})
-    assert finished.run().returncode == 0
-    assert finished.planned() == Counter()
     finished.config["budgets"]["ffn-0.5"]["keep_bytes"] = 0.5
-    assert finished.planned() == Counter(aggregation)
-    assert finished.run().returncode == 0
+    assert finished.planned() == Counter()
 
 
 def test_touched_files_plan_nothing(finished):
@@ -178,12 +175,11 @@ def test_touched_files_plan_nothing(finished):
 
 
 def test_the_plan_is_printed_before_any_job_and_refuses_what_cannot_fit(finished, workspace):
-    done = workspace.run("plan")
-    assert done.returncode == 0, done.stderr
+    done = workspace.run("plan", "--config", "memory_gb=0.1")
     assert "5 cells, 27 jobs to run" in done.stdout
     assert f"pico, calibration few: {FEW}\n" in done.stdout
     assert not list(workspace.folder.glob("results/pico-*")), "nothing was computed"
-    (line,) = {row for row in workspace.run("plan", "--config", "memory_gb=0.1").stderr.splitlines() if row.startswith("winnow")}
+    (line,) = {row for row in done.stderr.splitlines() if row.startswith("winnow")}
     assert "GB of memory, there are 0.1 GB" in line
     done = finished.run("plan", "--config", "memory_gb=0.1")
     assert done.returncode == 0, "all is cached, so nothing needs memory"
@@ -221,8 +217,9 @@ def refused(workspace: Workspace, *arguments: str) -> str:
 
 def test_bad_input_that_is_seen_before_any_job(workspace):
     workspace.config["budgets"]["ffn-0.5"]["keep_byts"] = 0.4
-    assert "budgets.ffn-0.5.keep_byts: unknown key; did you mean 'keep_bytes'?" in refused(workspace)
-    assert str(workspace.folder / "config.yaml") in refused(workspace)
+    line = refused(workspace)
+    assert "budgets.ffn-0.5.keep_byts: unknown key; did you mean 'keep_bytes'?" in line
+    assert str(workspace.folder / "config.yaml") in line
     workspace.config = configuration(workspace.folder)
     workspace.config["models"]["pico"]["source"] = "nowhere"
     assert "nowhere: there is no such model directory" in refused(workspace)
@@ -237,6 +234,17 @@ def test_bad_input_that_a_job_finds(workspace):
     workspace.config["evaluations"]["short"]["windows"] = 10**6
     assert "but 1000000 are needed" in refused(workspace, "tokens")
     workspace.config = configuration(workspace.folder)
+    weights = workspace.folder / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    line = refused(workspace, "--until=retrieve_model")
+    assert "model.layers.1.mlp.down_proj.weight holds 1 values that are not finite" in line
+
+
+@pytest.mark.slow
+def test_bad_input_that_later_jobs_find(workspace):
+    """The tests of texts, tokens and allocation have the same lines."""
     workspace.config["calibrations"]["few"]["windows"] = 10**6
     assert "but 1000000 are asked for" in refused(workspace, "--until=tokenize")
     workspace.config = configuration(workspace.folder)
@@ -246,8 +254,3 @@ def test_bad_input_that_a_job_finds(workspace):
     workspace.config = configuration(workspace.folder)
     workspace.config["budgets"]["ffn-0.5"] = {"targets": ["ffn"], "rank": 60}
     assert "its break-even rank is 38" in refused(workspace, "--until=compress")
-    weights = workspace.folder / "model" / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    assert "model.layers.1.mlp.down_proj.weight holds 1 values that are not finite" in refused(workspace)
