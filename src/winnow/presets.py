@@ -7,6 +7,7 @@ from typing import Any
 DEMO = ["svd", "weight_norm", "asvd", "whitened"]  # those of the default experiment; config/studies/ runs the others
 PAPER_7, PAPER_8 = "HyperTensor Paper VII", "HyperTensor Paper VIII"
 FFSPLIT, SVD_LLM, GRC = "FFSplit, arXiv 2401.04044", "SVD-LLM, arXiv 2403.07378", "GRC, HyperTensor Paper I"
+SVD_LLM_V2 = "SVD-LLM V2, arXiv 2503.12340"
 COUPLING = "cross-layer subspace coupling, arXiv 2605.30836"
 RTN = "round to nearest, as in GPTQ, arXiv 2210.17323"
 WEIGHTS, GRAM = {"kind": "weights"}, {"kind": "gram"}
@@ -18,7 +19,8 @@ GPTQ = "GPTQ, arXiv 2210.17323"
 PEER = {"kind": "rounded", "group": 128, "grids": ["asymmetric"]}
 FORMS = {"kind": "rounded", "bits": [2, 3, 4, 5, 6, 7, 8], "group": [128, None], "grids": ["full"], "scales": "unbiased"}
 FED_BACK = FORMS | {"rounding": "feedback"}
-PER_TYPE, ILP = {"kind": "per_type"}, {"kind": "ilp"}
+PER_TYPE: dict[str, Any] = {"kind": "per_type"}
+ILP = {"kind": "ilp"}
 # name: (paper, structure with its options, metric with its options or None where the structure minimises the output's error[,
 # allocation with its options, where the recipe has its own])
 _PRESETS: dict[str, tuple[Any, ...]] = {
@@ -63,7 +65,8 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
     "kfac_gauge_fixed": ("none known", {"kind": "gauge_fixed"}, {"kind": "two_sided"}),
     "neurons_by_loss": ("MoDeGPT, arXiv 2408.09632, by predicted loss", {"kind": "neuron_slice", "criterion": "loss"}, None),
     "modegpt_mlp": ("MoDeGPT, arXiv 2408.09632", {"kind": "neuron_slice"}, None),
-    "svd_llm_v2": ("SVD-LLM V2, arXiv 2503.12340", LOW_RANK, GRAM, PER_TYPE),
+    "svd_llm_v2": (SVD_LLM_V2, LOW_RANK, GRAM, PER_TYPE),
+    "svd_llm_v2_steep": (SVD_LLM_V2 + ", shares that differ more", LOW_RANK, GRAM, PER_TYPE | {"smallest": 0.5}),
     "whitened_learned": ("ARA-style, arXiv 2510.19389", LOW_RANK, GRAM, {"kind": "learned"}),
     "whitened_ilp": ("sizes by integer programme", LOW_RANK, GRAM, ILP),
     "winnow": (

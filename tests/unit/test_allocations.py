@@ -213,6 +213,32 @@ def test_types_keep_their_share_and_lossy_matrices_more():
         assert lossy.bytes(sizes[lossy.name]) / lossy.dense > spare.bytes(sizes[spare.name]) / spare.dense
 
 
+def per_type(norms, keep, **options):
+    """Ranks of q matrices (100, 100), of at most 49, whose errors at the uniform rank have these norms; steps gain alike."""
+    groups = []
+    for i, norm in enumerate(norms):
+        matrix = Matrix(i, "q_proj", f"layers.{i}.x", "site", (100, 100), False, False)
+        error = [norm**2 * (1 + (50 * keep - size) / 100) for size in range(50)]
+        groups.append(Group(matrix.name, [matrix], LOW_RANK, 1, 0, 10000, [200 * k for k in range(50)], error))
+    return list(allocate(groups, budget(keep_bytes=keep, allocation={"kind": "per_type", **options})).sizes.values())
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-9, 1e12])
+def test_shares_of_a_type_are_as_one_over_the_logarithm_of_the_loss_in_no_unit(unit):
+    """Logarithms of 8 and 16: shares removed are 2 to 1, 0.4 and 0.2 where all give up 0.3; of 2 and 10, 0.5 and 0.1."""
+    assert per_type([unit, unit * np.exp(8)], 0.7) == [30, 40]
+    assert per_type([unit, unit * np.exp(8)], 0.7, smallest=2) == [25, 45]
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-13, 1e-3])
+def test_a_matrix_that_loses_next_to_nothing_keeps_half_of_the_uniform_share_and_the_others_no_less(norm):
+    """As q and o of SmolLM2's first layer, which were left with rank 1, and lost all."""
+    for keep in (0.8, 0.6, 0.4):
+        spare, *others = per_type([norm, 1.0, 1.0, 1.0, 1.0], keep)
+        assert spare >= 50 * keep / 2
+        assert min(others) >= 50 * keep
+
+
 def test_what_is_not_predicted_is_named():
     groups = random_groups(0, 5)
     groups[2] = Group(**{**vars(groups[2]), "predicted": None})

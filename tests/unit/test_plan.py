@@ -404,7 +404,8 @@ def test_a_method_spreads_the_budgets_that_do_not_say_how():
         | {"method": names["svd_llm_v2"], "budget": label},
     )
     assert spec["names"]["budget"] == "ffn-0.8"
-    assert spec["presets"]["budget"]["allocation"] == {"kind": "per_type"}
+    assert spec["presets"]["budget"]["allocation"] == {"kind": "per_type", "smallest": 8.0}
+    assert spec["allocation"]["version"] == 2, "checkpoints of the first version are compressed anew"
     other = plan_of(lambda c: (change(c), c["methods"]["svd_llm_v2"].update(allocation={"kind": "energy"})))
     assert other.result(next(c for c in other.cells if c.method == "svd_llm_v2")) != plan.result(cell)
 
