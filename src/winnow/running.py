@@ -8,6 +8,7 @@ they are imported, and compared with the fingerprints when a result is sealed.
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,14 @@ def check_place(root: Path) -> None:
             f"the workflow is in {root}, but Python imports {PACKAGE} from {found}: results would be recorded with code that did "
             f"not make them. Run in an environment without that package, or with PYTHONPATH={expected.parent}"
         )
+
+
+def keep_to(root: Path) -> None:
+    """Have all Python processes that are started from this one import the package of the checkout `root`, whatever winnow is
+    installed. Raises InputError if this process does not."""
+    check_place(root)
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(root / "src"), *filter(None, others)]))
 
 
 def check_code(params: dict[str, Any]) -> None:

@@ -6,14 +6,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(workflow.basedir)
-# The package of this checkout, here and in all processes that are started from here, whatever winnow is installed.
-SOURCES = str(ROOT / "src")
-sys.path.insert(0, SOURCES)
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    dict.fromkeys(
-        filter(None, [SOURCES, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    )
-)
+sys.path.insert(0, str(ROOT / "src"))
 
 from winnow import studies
 from winnow.config import load
@@ -21,7 +14,7 @@ from winnow.config_sources import sources
 from winnow.errors import InputError
 from winnow.plan import Plan
 from winnow.provenance import MEMORY
-from winnow.running import check_place
+from winnow.running import keep_to
 
 # For all jobs: Arrow's own allocator reserves a GiB at its first table, which a limit on the data of a process counts.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
@@ -33,7 +26,7 @@ ALL_CORES = (
 PRUNE = str(config.pop("prune", False)).lower() == "true"
 MEMORY_GB, DISK_GB = (config.pop(key, None) for key in ("memory_gb", "disk_gb"))
 try:
-    check_place(ROOT)
+    keep_to(ROOT)
     GIVEN = (
         workflow.config_settings
     )  # `configfiles` of the workflow are these first, then its own
