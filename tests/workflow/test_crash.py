@@ -118,14 +118,17 @@ def test_an_interrupted_run_keeps_what_its_last_job_finished(tmp_path):
     script.write_text(script.read_text() + "    import time\n\n    while not Path('go').exists():\n        time.sleep(0.1)\n")
     assert "from pathlib import Path" in script.read_text()
     everything = here.planned()
-    process = started(here)
+    said = here.folder.parent / "said.txt"
+    with open(said, "w") as stream:
+        process = subprocess.Popen(**here.command(), stdout=stream, stderr=stream, start_new_session=True)
     made = {}
     while len(made) < 2 and process.poll() is None:
         time.sleep(0.1)
         found = {path.name: path for path in here.folder.glob("results/*/*/statistics/**/*") if path.is_file()}
         made = {name: path for name, path in found.items() if name in ("manifest.json", "channels.parquet")}
     process.send_signal(signal.SIGINT)
-    time.sleep(3)  # until the run knows of it; its job goes on
+    while "Terminating processes on user request" not in said.read_text() and process.poll() is None:
+        time.sleep(0.1)  # the job goes on
     (here.folder / "go").touch()
     process.wait()
     assert len(made) == 2, "the job wrote all it had to"
