@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -144,7 +145,8 @@ def write_mine(checkout: Path) -> None:
         shutil.copyfile(ROOT / "resources" / "models" / "demo" / name, model / name)
     for name, part in (("train", "train"), ("test", "evaluation")):
         rows = (ROOT / "resources" / "texts" / "demo" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
-        (checkout / f"{name}.txt").write_text("\n".join(json.loads(row)["text"] for row in rows), encoding="utf-8")
+        (file,) = yaml.safe_load(mine)["texts"][name]["files"]
+        (checkout / file).write_text("\n".join(json.loads(row)["text"] for row in rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
