@@ -210,7 +210,7 @@ def test_the_wheel_alone_loads_exports_and_shares_the_checkpoint(installed, tmp_
     compressed, one = installed.bare.load(checkpoint, "import winnow")
     print("with winnow alone:", compressed)
     assert compressed["absent"] == ["snakemake", "accelerate"]
-    (code,) = blocks("import winnow")
+    (code,) = (block for block in blocks("import winnow") if "results/<model>" in block)
     installed.bare.run(
         "python", "-c", code.replace("results/<model>/<calibration>/<method>/<budget>/checkpoint", str(checkpoint))
     )
