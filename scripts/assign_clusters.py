@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from winnow.clusters import Clustering, assign_all
-from winnow.io import Bundle, write_parquet
-from winnow.models import ModelFiles
-from winnow.runtime import start_job
+from winnow.calibration.clusters import Clustering, assign_all
+from winnow.io.artifacts import Bundle, write_parquet
+from winnow.jobs.start import start_job
+from winnow.models.files import ModelFiles
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -1,9 +1,9 @@
 """Rule `cards`: the README of every checkpoint with its numbers, to be handed on with it."""
 
-from winnow.card import Measured, card
-from winnow.io import Bundle, read_json, write_json, write_text
-from winnow.runtime import start_job
-from winnow.share import recipe_of
+from winnow.checkpoint.card import Measured, card
+from winnow.checkpoint.share import recipe_of
+from winnow.io.artifacts import Bundle, read_json, write_json, write_text
+from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)

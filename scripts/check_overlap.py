@@ -1,9 +1,9 @@
 """Rules `check_overlap` and `check_rows`: the job fails if a calibration text shares passages with what is evaluated."""
 
-from winnow.io import read_parquet, write_json
-from winnow.rows import check_rows, texts_of
-from winnow.runtime import start_job
-from winnow.texts import check_overlap
+from winnow.data.rows import check_rows, texts_of
+from winnow.data.texts import check_overlap
+from winnow.io.artifacts import read_parquet, write_json
+from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from winnow.architectures import moments_file
-from winnow.gradients import collect_gradients
-from winnow.io import read_tensors, write_manifest, write_tensors
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.resume import Resume
-from winnow.runtime import start_job
+from winnow.calibration.gradients import collect_gradients
+from winnow.checkpoint.loading import load_model
+from winnow.io.artifacts import read_tensors, write_manifest, write_tensors
+from winnow.io.resume import Resume
+from winnow.jobs.start import start_job
+from winnow.models.architectures import moments_file
+from winnow.models.files import ModelFiles
 
 if __name__ == "__main__":
     job = start_job(snakemake)

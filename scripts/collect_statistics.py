@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from winnow.architectures import moments_file
-from winnow.few_tokens import few_tokens
-from winnow.io import read_tensors, write_manifest, write_parquet, write_tensors
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.resume import Resume, own_files
-from winnow.runtime import start_job
-from winnow.statistics import CHANNELS, channel_rows, channel_table, collect, collect_by_block
-from winnow.streaming import Streamed, clear_left
+from winnow.calibration.few_tokens import few_tokens
+from winnow.calibration.statistics import CHANNELS, channel_rows, channel_table, collect, collect_by_block
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.streaming import Streamed, clear_left
+from winnow.io.artifacts import read_tensors, write_manifest, write_parquet, write_tensors
+from winnow.io.resume import Resume, own_files
+from winnow.jobs.start import start_job
+from winnow.models.architectures import moments_file
+from winnow.models.files import ModelFiles
 
 if __name__ == "__main__":
     job = start_job(snakemake)

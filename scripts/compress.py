@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from winnow.allocation import allocate, chosen_groups, experts_left_dense, learned_choice, summarize
-from winnow.checkpoint import compressed, recipe_of, write_checkpoint
-from winnow.io import atomic, write_json
-from winnow.members import factors_of, table_of
-from winnow.models import ModelFiles
-from winnow.runtime import start_job
-from winnow.structures import structure_of
+from winnow.allocation.groups import allocate, chosen_groups, experts_left_dense, learned_choice, summarize
+from winnow.checkpoint.writer import compressed, recipe_of, write_checkpoint
+from winnow.factors.members import factors_of, table_of
+from winnow.io.artifacts import atomic, write_json
+from winnow.jobs.start import start_job
+from winnow.models.files import ModelFiles
+from winnow.structures.base import STRUCTURES
 
 if __name__ == "__main__":
     job = start_job(snakemake)
     presets = job.spec["presets"]
     files = ModelFiles(snakemake.input.model)
-    structure = structure_of(presets["method"]["structure"])
+    structure = STRUCTURES.build(presets["method"]["structure"])
     given = snakemake.input
     chosen = (files, structure, presets["budget"]["targets"], table_of(structure, given.spectra))
     groups = chosen_groups(*chosen, table_of(structure, given.predicted) if given.get("predicted") else None)

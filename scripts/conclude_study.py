@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from winnow.claims import judge, read_claims_of
-from winnow.classification_table import classification_table
-from winnow.figures import save
-from winnow.io import read_json, write_manifest, write_text
-from winnow.report import render_study
-from winnow.runtime import start_job
-from winnow.studies import study_of
-from winnow.studies.base import Evidence
-from winnow.tables import summary
+from winnow.evaluation.classification_table import classification_table
+from winnow.io.artifacts import read_json, write_manifest, write_text
+from winnow.jobs.start import start_job
+from winnow.reporting.figures import save
+from winnow.reporting.html import render_study
+from winnow.reporting.tables import summary
+from winnow.studies.base import Evidence, study_of
+from winnow.studies.claims import judge, read_claims_of
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from winnow.demo import build
-from winnow.io import atomic
-from winnow.runtime import start_job
+from winnow.io.artifacts import atomic
+from winnow.jobs.start import start_job
+from winnow.training.demo import build
 
 if __name__ == "__main__":
     job = start_job(snakemake)

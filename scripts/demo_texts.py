@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from winnow.demo import collect_documents, split_documents
-from winnow.io import write_text
-from winnow.runtime import start_job
+from winnow.io.artifacts import write_text
+from winnow.jobs.start import start_job
+from winnow.training.demo import collect_documents, split_documents
 
 if __name__ == "__main__":
     start_job(snakemake)

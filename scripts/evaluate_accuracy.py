@@ -1,12 +1,12 @@
 """Rules `evaluate_accuracy` and `evaluate_accuracy_dense`: scores on tasks, per document, beside the dense model's."""
 
-from winnow.accuracy import against, score
-from winnow.io import Bundle, read_json, write_json
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.runtime import start_job
-from winnow.tasks import check_documents, load_tasks, stay_offline
-from winnow.tokens import load_tokenizer
+from winnow.checkpoint.loading import load_model
+from winnow.data.tasks import check_documents, load_tasks, stay_offline
+from winnow.data.tokens import load_tokenizer
+from winnow.evaluation.accuracy import against, score
+from winnow.io.artifacts import Bundle, read_json, write_json
+from winnow.jobs.start import start_job
+from winnow.models.files import ModelFiles
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -1,13 +1,13 @@
 """Rules `evaluate_classification` and `evaluate_classification_dense`: classes of the test rows, beside the dense model's."""
 
-from winnow.classification import scores
-from winnow.examples import encode_rows
-from winnow.io import Bundle, read_json, read_parquet, write_json
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.predictions import outputs_of_classes, predict
-from winnow.runtime import start_job
-from winnow.tokens import check_length, load_tokenizer
+from winnow.checkpoint.loading import load_model
+from winnow.data.examples import encode_rows
+from winnow.data.tokens import check_length, load_tokenizer
+from winnow.evaluation.classification import scores
+from winnow.evaluation.predictions import outputs_of_classes, predict
+from winnow.io.artifacts import Bundle, read_json, read_parquet, write_json
+from winnow.jobs.start import start_job
+from winnow.models.files import ModelFiles
 
 if __name__ == "__main__":
     job = start_job(snakemake)

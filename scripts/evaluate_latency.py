@@ -1,10 +1,10 @@
 """Rules `evaluate_latency` and `evaluate_latency_dense`: times in turns with the dense model, memory, FLOPs and bytes read."""
 
-from winnow.io import Bundle, write_json
-from winnow.latency import evaluate
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.runtime import start_job
+from winnow.checkpoint.loading import load_model
+from winnow.evaluation.latency import evaluate
+from winnow.io.artifacts import Bundle, write_json
+from winnow.jobs.start import start_job
+from winnow.models.files import ModelFiles
 
 if __name__ == "__main__":
     job = start_job(snakemake)

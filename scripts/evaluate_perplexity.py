@@ -1,12 +1,12 @@
 """Rules `evaluate_perplexity` and `evaluate_dense`: loss per window, sums and means, beside the dense model's."""
 
-from winnow.io import Bundle, read_json, read_tensors, write_json
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.perplexity import evaluate, evaluate_by_block, summarize
-from winnow.resume import Resume
-from winnow.runtime import start_job
-from winnow.streaming import NAMES, Streamed, clear_left
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.streaming import NAMES, Streamed, clear_left
+from winnow.evaluation.perplexity import evaluate, evaluate_by_block, summarize
+from winnow.io.artifacts import Bundle, read_json, read_tensors, write_json
+from winnow.io.resume import Resume
+from winnow.jobs.start import start_job
+from winnow.models.files import ModelFiles
 
 if __name__ == "__main__":
     job = start_job(snakemake)

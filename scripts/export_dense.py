@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from winnow.export import export_dense
-from winnow.io import atomic
-from winnow.runtime import start_job
+from winnow.checkpoint.export import export_dense
+from winnow.io.artifacts import atomic
+from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import torch
 
-from winnow.factors import fit_groups, labels_by_matrix, left_dense, storable
-from winnow.io import Bundle, read_parquet, write_manifest, write_tensors
-from winnow.metrics import metric_of
-from winnow.models import ModelFiles
-from winnow.resume import own_files
-from winnow.runtime import start_job
-from winnow.structures import structure_of
+from winnow.factors.fit import fit_groups, labels_by_matrix, left_dense, storable
+from winnow.io.artifacts import Bundle, read_parquet, write_manifest, write_tensors
+from winnow.io.resume import own_files
+from winnow.jobs.start import start_job
+from winnow.metrics.base import METRICS
+from winnow.models.files import ModelFiles
+from winnow.structures.base import STRUCTURES
 
 if __name__ == "__main__":
     job = start_job(snakemake)
     method = job.spec["method"]
-    structure, metric = structure_of(method["structure"]), metric_of(method["metric"]) if method["metric"] else None
+    structure, metric = STRUCTURES.build(method["structure"]), METRICS.build(method["metric"]) if method["metric"] else None
     given, files = snakemake.input, ModelFiles(snakemake.input.model)
     moments, gradients = (Bundle(given[name]) if given.get(name) else None for name in ("moments", "gradients"))
     labels = labels_by_matrix(read_parquet(given.clusters)) if given.get("clusters") else {}

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from winnow.figures import effective_rank, frontier, ranking, save
-from winnow.io import read_parquet
-from winnow.runtime import start_job
+from winnow.io.artifacts import read_parquet
+from winnow.jobs.start import start_job
+from winnow.reporting.figures import effective_rank, frontier, ranking, save
 
 if __name__ == "__main__":
     job = start_job(snakemake)

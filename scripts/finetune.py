@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from winnow.examples import encode_rows
-from winnow.finetune import load_base, train, verified, write_tuned
-from winnow.io import atomic, read_json, read_parquet, write_manifest
-from winnow.resume import Resume
-from winnow.runtime import start_job
-from winnow.tokens import load_tokenizer
-from winnow.tuning import Tuning
+from winnow.data.examples import encode_rows
+from winnow.data.tokens import load_tokenizer
+from winnow.io.artifacts import atomic, read_json, read_parquet, write_manifest
+from winnow.io.resume import Resume
+from winnow.jobs.start import start_job
+from winnow.training.finetune import load_base, train, verified, write_tuned
+from winnow.training.options import Tuning
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from winnow.io import Bundle, write_parquet
-from winnow.runtime import start_job
-from winnow.spectra import spectrum_row
+from winnow.factors.spectra import spectrum_row
+from winnow.io.artifacts import Bundle, write_parquet
+from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -1,10 +1,9 @@
 """Rule `measure_study`: what a study measures on a model's weights and statistics."""
 
-from winnow.io import Bundle, read_tensors, write_json
-from winnow.models import ModelFiles
-from winnow.runtime import start_job
-from winnow.studies import study_of
-from winnow.studies.base import Given
+from winnow.io.artifacts import Bundle, read_tensors, write_json
+from winnow.jobs.start import start_job
+from winnow.models.files import ModelFiles
+from winnow.studies.base import Given, study_of
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import yaml
 
-from winnow.config import load
+from winnow.calibration.few_tokens import planned
 from winnow.errors import InputError
-from winnow.few_tokens import planned
-from winnow.forecast import GB, arithmetic_rate, forecast, machine, misfit, shape_of
-from winnow.plan import Plan
-from winnow.preview import cells_table, duration, jobs_of, show, size, works_table
-from winnow.runtime import start_job
+from winnow.jobs.start import start_job
+from winnow.planning.config import load
+from winnow.planning.forecast import GB, arithmetic_rate, forecast, machine, misfit, shape_of
+from winnow.planning.plan import Plan
+from winnow.planning.preview import cells_table, duration, jobs_of, show, size, works_table
 
 if __name__ == "__main__":
     job = start_job(snakemake)

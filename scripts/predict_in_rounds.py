@@ -2,20 +2,20 @@
 
 import torch
 
-from winnow.allocation import chosen_groups
-from winnow.io import read_tensors, write_json, write_parquet
-from winnow.members import factors_of
-from winnow.members import table_of as read_tables
-from winnow.models import ModelFiles
-from winnow.prediction import table_of
-from winnow.rounds import Setting, predict_in_rounds
-from winnow.runtime import start_job
-from winnow.structures import structure_of
+from winnow.allocation.groups import chosen_groups
+from winnow.allocation.rounds import Setting, predict_in_rounds
+from winnow.factors.members import factors_of
+from winnow.factors.members import table_of as read_tables
+from winnow.factors.predict import table_of
+from winnow.io.artifacts import read_tensors, write_json, write_parquet
+from winnow.jobs.start import start_job
+from winnow.models.files import ModelFiles
+from winnow.structures.base import STRUCTURES
 
 if __name__ == "__main__":
     job = start_job(snakemake)
     spec, given = job.spec, snakemake.input
-    files, structure = ModelFiles(given.model), structure_of(spec["structure"])
+    files, structure = ModelFiles(given.model), STRUCTURES.build(spec["structure"])
     factors, _ = factors_of(structure, given.factors)
     tables = (read_tables(structure, paths) for paths in (given.spectra, given.predicted))
     groups = chosen_groups(files, structure, spec["budget"]["targets"], *tables)

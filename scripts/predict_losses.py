@@ -2,17 +2,17 @@
 
 import logging
 
-from winnow.io import Bundle, write_parquet
-from winnow.models import ModelFiles
-from winnow.prediction import predict, table_of
-from winnow.runtime import start_job
-from winnow.structures import structure_of
+from winnow.factors.predict import predict, table_of
+from winnow.io.artifacts import Bundle, write_parquet
+from winnow.jobs.start import start_job
+from winnow.models.files import ModelFiles
+from winnow.structures.base import STRUCTURES
 
 if __name__ == "__main__":
     job = start_job(snakemake)
     given = snakemake.input
     factors = {name: bundle for bundle in map(Bundle, given.factors) for name in bundle.manifest["groups"]}
-    moments, options = Bundle(given.moments), (factors, structure_of(job.spec["structure"]), job.device)
+    moments, options = Bundle(given.moments), (factors, STRUCTURES.build(job.spec["structure"]), job.device)
     for line in moments.manifest["few_tokens"]:
         logging.warning(line)
     found = predict(ModelFiles(given.model), moments, Bundle(given.gradients), *options)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from winnow.prune import remove, unreached
-from winnow.runtime import start_job
+from winnow.jobs.start import start_job
+from winnow.planning.prune import remove, unreached
 
 if __name__ == "__main__":
     job = start_job(snakemake)

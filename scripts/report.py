@@ -1,8 +1,8 @@
 """Rule `report`: one HTML file with tables, figures, and how each number was made."""
 
-from winnow.io import read_json, read_markup, read_parquet, write_markup
-from winnow.report import render
-from winnow.runtime import start_job
+from winnow.io.artifacts import read_json, read_markup, read_parquet, write_markup
+from winnow.jobs.start import start_job
+from winnow.reporting.html import render
 
 if __name__ == "__main__":
     job = start_job(snakemake)

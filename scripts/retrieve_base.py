@@ -1,8 +1,8 @@
 """Rule `retrieve_base`: where the model that is tuned lies, and the digests of its files."""
 
-from winnow.io import write_json
-from winnow.retrieve import fetch, files_of
-from winnow.runtime import start_job
+from winnow.io.artifacts import write_json
+from winnow.jobs.start import start_job
+from winnow.models.retrieve import fetch, files_of
 
 if __name__ == "__main__":
     job = start_job(snakemake)

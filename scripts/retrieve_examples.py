@@ -1,8 +1,8 @@
 """Rule `retrieve_examples`: the rows of a classification task, numbered classes, train apart from test; may need the network."""
 
-from winnow.io import write_json, write_parquet
-from winnow.rows import SPLITS, read_task
-from winnow.runtime import start_job
+from winnow.data.rows import SPLITS, read_task
+from winnow.io.artifacts import write_json, write_parquet
+from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -1,8 +1,8 @@
 """Rule `retrieve_model`: the manifest of a model: digests of its files, and every tensor by its canonical name."""
 
-from winnow.io import Bundle, write_json
-from winnow.retrieve import describe, fetch
-from winnow.runtime import start_job
+from winnow.io.artifacts import Bundle, write_json
+from winnow.jobs.start import start_job
+from winnow.models.retrieve import describe, fetch
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -1,8 +1,8 @@
 """Rule `retrieve_tasks`: tasks of lm-eval that can be run, with the digest of their documents; needs the network for hub data."""
 
-from winnow.io import write_json
-from winnow.runtime import start_job
-from winnow.tasks import documents_of, load_tasks
+from winnow.data.tasks import documents_of, load_tasks
+from winnow.io.artifacts import write_json
+from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)

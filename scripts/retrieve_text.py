@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from winnow.io import write_parquet
-from winnow.runtime import start_job
-from winnow.texts import read_rows
+from winnow.data.texts import read_rows
+from winnow.io.artifacts import write_parquet
+from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -1,8 +1,8 @@
 """Rule `tables`: the summary, one row per evaluated cell, dense rows included; and the spread over calibration seeds."""
 
-from winnow.io import read_json, write_parquet, write_text
-from winnow.runtime import start_job
-from winnow.tables import spread, summary
+from winnow.io.artifacts import read_json, write_parquet, write_text
+from winnow.jobs.start import start_job
+from winnow.reporting.tables import spread, summary
 
 if __name__ == "__main__":
     job = start_job(snakemake)

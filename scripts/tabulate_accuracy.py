@@ -1,8 +1,8 @@
 """Rule `tabulate_accuracy`: one row per evaluated cell, task and measure, dense rows included."""
 
-from winnow.accuracy_table import accuracy_table
-from winnow.io import read_json, write_parquet, write_text
-from winnow.runtime import start_job
+from winnow.evaluation.accuracy_table import accuracy_table
+from winnow.io.artifacts import read_json, write_parquet, write_text
+from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -1,8 +1,8 @@
 """Rule `tabulate_classification`: one row per evaluated cell and measure, dense rows included."""
 
-from winnow.classification_table import classification_table
-from winnow.io import read_json, write_parquet, write_text
-from winnow.runtime import start_job
+from winnow.evaluation.classification_table import classification_table
+from winnow.io.artifacts import read_json, write_parquet, write_text
+from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)

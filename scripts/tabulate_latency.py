@@ -1,8 +1,8 @@
 """Rule `tabulate_latency`: one row per cell, phase, batch size and prompt."""
 
-from winnow.io import read_json, write_parquet, write_text
-from winnow.latency_table import latency_table
-from winnow.runtime import start_job
+from winnow.evaluation.latency_table import latency_table
+from winnow.io.artifacts import read_json, write_parquet, write_text
+from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -2,11 +2,19 @@
 
 import torch
 
-from winnow.io import read_json, read_parquet, write_tensors
-from winnow.models import ModelFiles
-from winnow.runtime import start_job
-from winnow.texts import text_digest
-from winnow.tokens import PROTOCOLS, calibration_windows, check_causal, check_length, encode, evaluation_windows, load_tokenizer
+from winnow.data.texts import text_digest
+from winnow.data.tokens import (
+    PROTOCOLS,
+    calibration_windows,
+    check_causal,
+    check_length,
+    encode,
+    evaluation_windows,
+    load_tokenizer,
+)
+from winnow.io.artifacts import read_json, read_parquet, write_tensors
+from winnow.jobs.start import start_job
+from winnow.models.files import ModelFiles
 
 if __name__ == "__main__":
     job = start_job(snakemake)

@@ -2,12 +2,12 @@
 
 import torch
 
-from winnow.classes import read_config
-from winnow.examples import encode_rows, takes_types
-from winnow.io import read_parquet, write_tensors
-from winnow.models import ModelFiles
-from winnow.runtime import start_job
-from winnow.tokens import PAD, check_length, load_tokenizer
+from winnow.data.examples import encode_rows, takes_types
+from winnow.data.tokens import PAD, check_length, load_tokenizer
+from winnow.io.artifacts import read_parquet, write_tensors
+from winnow.jobs.start import start_job
+from winnow.models.classes import read_config
+from winnow.models.files import ModelFiles
 
 if __name__ == "__main__":
     job = start_job(snakemake)

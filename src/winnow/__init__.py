@@ -9,5 +9,5 @@ from wrapt import register_post_import_hook
 
 # When transformers' registry of quantizers is imported, and not before: planning a workflow imports this package too, and
 # must not pay for transformers and torch.
-register_post_import_hook(lambda _: import_module("winnow.hf"), "transformers.quantizers.auto")
-register_post_import_hook(lambda _: import_module("winnow.lora"), "peft")
+register_post_import_hook(lambda _: import_module("winnow.checkpoint.hf"), "transformers.quantizers.auto")
+register_post_import_hook(lambda _: import_module("winnow.checkpoint.lora"), "peft")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from winnow.errors import InputError, absent, missing
 
 if TYPE_CHECKING:
-    from winnow.plan import Plan
+    from winnow.planning.plan import Plan
 
 DEFAULT = Path("config/config.yaml")  # in the checkout
 
@@ -69,7 +69,7 @@ def show_spread(results: Path, rows: list[dict[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from winnow.spread import standing
+    from winnow.evaluation.spread import standing
 
     table = Table(title=str(results / "tables" / "spread.csv"), title_justify="left")
     names = ("model", "calibration", "evaluation", "recovery", "budget", "method")
@@ -115,7 +115,7 @@ def show(results: Path) -> None:
 
 def latency(results: Path) -> None:
     """Print the latency table, a line per row. Raises InputError if there is none."""
-    from winnow.latency_table import lines
+    from winnow.evaluation.latency_table import lines
 
     path = results / "tables" / "latency.csv"
     if not path.is_file():
@@ -134,9 +134,9 @@ def checkout() -> Path:
 
 def plan_of(files: list[Path], replace: bool) -> Plan:
     """The plan of a configuration as Snakemake merges it: the default file, then `files`, key by key."""
-    from winnow.config import load
-    from winnow.config_sources import merged, sources
-    from winnow.plan import Plan
+    from winnow.planning.config import load
+    from winnow.planning.config_sources import merged, sources
+    from winnow.planning.plan import Plan
 
     root = checkout()
     parts = sources([] if replace else [root / DEFAULT], files)
@@ -145,9 +145,9 @@ def plan_of(files: list[Path], replace: bool) -> Plan:
 
 def hand_on(command: str, checkpoint: Path, directory: Path, dtype: str) -> None:
     """Write `directory` from a checkpoint, dense and in `dtype` (`export`) or as it is (`share`), with its measured numbers."""
-    from winnow.export import export_dense
-    from winnow.io import atomic
-    from winnow.share import measured_beside, share
+    from winnow.checkpoint.export import export_dense
+    from winnow.checkpoint.share import measured_beside, share
+    from winnow.io.artifacts import atomic
 
     if directory.exists():
         raise InputError(f"{directory}: is there already; give a new directory")
@@ -196,7 +196,7 @@ def main() -> None:
     commands.add_parser(
         "lm-eval", help="the command line of lm-eval, whose --model hf then reads checkpoints too", add_help=False
     )
-    command = commands.add_parser("config", help="write the files that are generated from winnow/config.py, or check them")
+    command = commands.add_parser("config", help="write the files that are generated from the typed configuration, or check them")
     command.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of step")
     arguments, options = parser.parse_known_args()
     if options and arguments.command != "lm-eval":
@@ -207,14 +207,14 @@ def main() -> None:
         elif arguments.command == "show":
             (markdown if arguments.markdown else latency if arguments.latency else show)(arguments.results)
         elif arguments.command == "explain":
-            from winnow.explain import explain
+            from winnow.planning.explain import explain
 
             for line in explain(arguments.artefact, plan_of(arguments.configfile, arguments.replace_workflow_config)):
                 print(line)
         elif arguments.command in ("export", "share"):
             hand_on(arguments.command, arguments.checkpoint, arguments.directory, getattr(arguments, "dtype", "original"))
         else:
-            from winnow.config_files import generate
+            from winnow.planning.config_files import generate
 
             generate(Path.cwd(), check=arguments.check)
     except InputError as error:

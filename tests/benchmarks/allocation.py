@@ -18,19 +18,18 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from winnow.allocation import Group, allocate
-from winnow.gradients import collect_gradients
-from winnow.io import write_json
-from winnow.loading import load_model
-from winnow.metrics import metric_of
-from winnow.models import ModelFiles, tensor_bytes
-from winnow.prediction import unseen
-from winnow.retrieve import describe
-from winnow.statistics import collect
-from winnow.structures import structure_of
-from winnow.structures.base import Problem
-from winnow.texts import read_rows
-from winnow.tokens import calibration_windows, encode, evaluation_windows, load_tokenizer
+from winnow.allocation.groups import Group, allocate
+from winnow.calibration.gradients import collect_gradients
+from winnow.calibration.statistics import collect
+from winnow.checkpoint.loading import load_model
+from winnow.data.texts import read_rows
+from winnow.data.tokens import calibration_windows, encode, evaluation_windows, load_tokenizer
+from winnow.factors.predict import unseen
+from winnow.io.artifacts import write_json
+from winnow.metrics.base import METRICS
+from winnow.models.files import ModelFiles, tensor_bytes
+from winnow.models.retrieve import describe
+from winnow.structures.base import STRUCTURES, Problem
 
 DEMO = Path(__file__).resolve().parents[2] / "resources"
 KEEPS = (0.9, 0.8, 0.6, 0.4)
@@ -72,12 +71,12 @@ class Bench:
             self._fit(metric)
 
     def _fit(self, metric: str) -> None:
-        structure = structure_of({"kind": "low_rank"})
+        structure = STRUCTURES.build({"kind": "low_rank"})
         self.groups[metric], self.factors[metric] = [], {}
         for m in self.files.matrices:
             site, output = self.moments[m.layer][m.site], self.gradients[m.layer][m.role]
             problem = Problem(
-                [m], {m.name: self.files.weight(m)}, {m.name: site}, metric_of({"kind": metric}), outputs={m.name: output}
+                [m], {m.name: self.files.weight(m)}, {m.name: site}, METRICS.build({"kind": metric}), outputs={m.name: output}
             )
             fit = structure.fit(problem, structure.largest([m]))
             predicted = structure.predicted(replace(problem, sites={m.name: unseen(site)}), fit.tensors).tolist()

@@ -16,11 +16,10 @@ import time
 
 import torch
 
-from winnow.architectures import Matrix
-from winnow.metrics import metric_of
-from winnow.products import gram_of
-from winnow.structures import structure_of
-from winnow.structures.base import Problem
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import Matrix
+from winnow.numerics.products import gram_of
+from winnow.structures.base import STRUCTURES, Problem
 
 CLOCK = [time.perf_counter]
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -66,7 +65,7 @@ def recipe(weight: torch.Tensor, gram: torch.Tensor, ranks: list[int]) -> list[t
 
 
 def ours(matrix: Matrix, weight: torch.Tensor, gram: torch.Tensor, ranks: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    structure, metric = structure_of({"kind": "low_rank"}), metric_of({"kind": "gram"})
+    structure, metric = STRUCTURES.build({"kind": "low_rank"}), METRICS.build({"kind": "gram"})
     sites = {matrix.name: {"gram": gram.double()}}
     problem = Problem([matrix], {matrix.name: weight.double()}, sites, metric, torch.finfo(torch.float32).eps)
     fit = structure.fit(problem, structure.largest([matrix]))

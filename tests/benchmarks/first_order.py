@@ -14,10 +14,10 @@ from statistics import fmean, stdev
 
 import torch
 
-from winnow.architectures import blocks_of
-from winnow.io import read_tensors
-from winnow.loading import load_model
-from winnow.perplexity import evaluate
+from winnow.checkpoint.loading import load_model
+from winnow.evaluation.perplexity import evaluate
+from winnow.io.artifacts import read_tensors
+from winnow.models.architectures import blocks_of
 
 SHARES = (0.05, 0.25, 0.5, 1.0)
 

@@ -26,14 +26,13 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaModel
 
-from winnow.architectures import Matrix, matrices_of
-from winnow.host import on_host
-from winnow.loading import load_model
-from winnow.metrics import metric_of
-from winnow.statistics import collect, collect_by_block
-from winnow.streaming import Streamed
-from winnow.structures import structure_of
-from winnow.structures.base import Fit, Problem
+from winnow.calibration.statistics import collect, collect_by_block
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.streaming import Streamed
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import Matrix, matrices_of
+from winnow.numerics.host import on_host
+from winnow.structures.base import STRUCTURES, Fit, Problem
 
 ROOT = Path(__file__).parents[2]
 LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -118,7 +117,7 @@ def factors_floor(matrices: list[Matrix], rate: dict[torch.dtype, float]) -> flo
 
 def fits(model: LlamaModel, matrices: list[Matrix], sites: dict[str, dict[str, torch.Tensor]], device: str) -> dict[str, Fit]:
     """The fit of every matrix in the Gram metric, for every rank."""
-    structure, metric, found = structure_of({"kind": "low_rank"}), metric_of({"kind": "gram"}), {}
+    structure, metric, found = STRUCTURES.build({"kind": "low_rank"}), METRICS.build({"kind": "gram"}), {}
     for matrix in matrices:
         weight = model.get_submodule(matrix.module).weight.double()
         gram = {"gram": sites[matrix.site]["gram"].to(device).double()}
@@ -207,10 +206,10 @@ def streamed(given: argparse.Namespace, config: dict[str, int]) -> None:
 
 
 def forecasts(given: argparse.Namespace, stages: dict[str, Stage] | None) -> None:
-    """What 8B and 70B take: memory and disk by `winnow.forecast`, seconds by the floor at assumed rates."""
-    from winnow.config import load
-    from winnow.forecast import EIGEN, START, WRITTEN, Shape, forecast
-    from winnow.plan import Plan
+    """What 8B and 70B take: memory and disk by `winnow.planning.forecast`, seconds by the floor at assumed rates."""
+    from winnow.planning.config import load
+    from winnow.planning.forecast import EIGEN, START, WRITTEN, Shape, forecast
+    from winnow.planning.plan import Plan
 
     rate = {torch.bfloat16: given.bfloat16, torch.float32: given.float32, torch.float64: given.float64}
     rates = ", ".join(f"{str(t).removeprefix('torch.')} {r:.1e}" for t, r in rate.items())

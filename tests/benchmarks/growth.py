@@ -22,9 +22,9 @@ from functools import partial
 import torch
 
 from tests.unit.worlds import FITTED, VARIANTS, World, small
-from winnow.linalg import eigh
-from winnow.neurons import by_gain
-from winnow.structures import structure_of
+from winnow.numerics.linalg import eigh
+from winnow.numerics.neurons import by_gain
+from winnow.structures.base import STRUCTURES
 
 CUBIC, MARGIN = 3.0, 0.5
 
@@ -66,7 +66,7 @@ def structures(widths: list[int]) -> dict[str, list[float]]:
 
 def whole(world: World, spec: dict) -> None:
     """Everything that a structure does with the groups of a world."""
-    structure = structure_of(spec)
+    structure = STRUCTURES.build(spec)
     for group in structure.groups(world.matrices):
         problem = world.problem(structure, group)
         if structure.objective != "metric":

@@ -1,4 +1,4 @@
-"""How fast every form is beside the dense one at equal bytes, and what the fused paths of winnow/modules.py save.
+"""How fast every form is beside the dense one at equal bytes, and what the fused paths of winnow/numerics/modules.py save.
 
     python tests/benchmarks/latency.py [--keeps 0.8 0.5] [--tokens 1 8 32 512] [--repeats 31] [--threads 1] [--dtype float32]
 
@@ -18,10 +18,10 @@ from unittest import mock
 import torch
 from torch import nn
 
-from winnow import modules
-from winnow.architectures import SITES, Matrix
-from winnow.latency import calls_of, clock_of, interleaved, ratios, timed, verdict, weight_bytes
-from winnow.structures import structure_of
+from winnow.evaluation.latency import calls_of, clock_of, interleaved, ratios, timed, verdict, weight_bytes
+from winnow.models.architectures import SITES, Matrix
+from winnow.numerics import modules
+from winnow.structures.base import STRUCTURES
 
 BLOCKS = {"Llama-3.2-1B FFN": (2048, 8192), "demo FFN": (128, 352)}
 FORMS = {
@@ -74,7 +74,7 @@ def compressed(spec: dict, d: int, f: int, keep: float) -> Block:
     """The block in a form that stores at most `keep` of its bytes: the largest size that does, in every group."""
     shapes = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
     matrices = [Matrix(0, role, role, SITES[role], shape, False, False, "act_fn") for role, shape in shapes.items()]
-    structure, block, parts, state = structure_of(spec), Block(d, f), {}, {}
+    structure, block, parts, state = STRUCTURES.build(spec), Block(d, f), {}, {}
     for group in structure.groups(matrices):
         allowed = keep * sum(m.shape[0] * m.shape[1] for m in group)
         known = fitted(structure, group, 1)  # cluster sizes, which its numbers depend on

@@ -51,8 +51,8 @@ def snakemake(folder: Path, *arguments: str, cores: int = 2, program: tuple[str,
 
 def fingerprints() -> float:
     """Seconds for the digests of the code of every stage, as a run reads them again."""
-    from winnow.plan import STAGES
-    from winnow.provenance import CodeTracker
+    from winnow.planning.fingerprints import CodeTracker
+    from winnow.planning.plan import STAGES
 
     with tempfile.TemporaryDirectory() as memory:
         for _ in range(2):

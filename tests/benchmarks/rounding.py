@@ -12,9 +12,9 @@ import time
 
 import torch
 
-from winnow.feedback import codes_of, grids_of, metric_for, objective
-from winnow.grids import Form, scaled
-from winnow.linalg import eigh
+from winnow.numerics.feedback import codes_of, grids_of, metric_for, objective
+from winnow.numerics.grids import Form, scaled
+from winnow.numerics.linalg import eigh
 
 SWEEPS = 4  # as the structure has
 

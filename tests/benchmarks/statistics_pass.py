@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from winnow.architectures import Matrix, matrices_of
-from winnow.loading import load_model
-from winnow.statistics import collect
+from winnow.calibration.statistics import collect
+from winnow.checkpoint.loading import load_model
+from winnow.models.architectures import Matrix, matrices_of
 
 CLOCK = [time.perf_counter]
 DEMO = Path(__file__).parents[2] / "resources/models/demo"

@@ -51,7 +51,7 @@ def write_model(folder: Path, layers: int, width: int, hidden: int, vocabulary: 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from winnow.weights import write_weights
+    from winnow.models.weights import write_weights
 
     config = LlamaConfig(
         hidden_size=width,
@@ -135,9 +135,9 @@ def peaks(folder: Path) -> dict[str, int]:
 
 def forecasts(config: dict, manifest: Path) -> dict[str, float]:
     """{rule: bytes} as `snakemake plan` prints them."""
-    from winnow.config import load
-    from winnow.forecast import forecast, shape_of
-    from winnow.plan import Plan
+    from winnow.planning.config import load
+    from winnow.planning.forecast import forecast, shape_of
+    from winnow.planning.plan import Plan
 
     shape = shape_of(Path(config["models"]["large"]["source"]), manifest)
     return {work.stage: work.memory for work in forecast(Plan(load(config), ROOT), {"large": shape})}

@@ -61,10 +61,10 @@ def groups() -> dict[str, int]:
 
 
 def main() -> None:
-    from winnow.config import load
-    from winnow.forecast import arithmetic_rate, forecast, shape_of
-    from winnow.plan import Plan
-    from winnow.preview import jobs_of
+    from winnow.planning.config import load
+    from winnow.planning.forecast import arithmetic_rate, forecast, shape_of
+    from winnow.planning.plan import Plan
+    from winnow.planning.preview import jobs_of
 
     parser = argparse.ArgumentParser(description=__doc__)
     for name, kind, value in (("cells", int, 1000), ("rate", float, None), ("start", float, 4.0), ("member", float, 1.2)):

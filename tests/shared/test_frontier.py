@@ -7,7 +7,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.shared.test_references import experiments, pytestmark, run
-from winnow.config_files import default
+from winnow.planning.config_files import default
 
 __all__ = ["pytestmark"]
 LONG = "whitened_learned"  # takes a minute for every budget, seed and model

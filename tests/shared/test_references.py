@@ -10,16 +10,16 @@ import torch
 import yaml
 
 from tests.conftest import ROOT, SHARED
-from winnow import presets
-from winnow.config import Text
-from winnow.config_files import default
-from winnow.evaluations import Perplexity
-from winnow.io import read_json
-from winnow.loading import load_model
-from winnow.perplexity import evaluate, summarize
-from winnow.structures import STRUCTURES
-from winnow.texts import read_rows
-from winnow.tokens import encode, evaluation_windows, load_tokenizer
+from winnow.checkpoint.loading import load_model
+from winnow.data.texts import read_rows
+from winnow.data.tokens import encode, evaluation_windows, load_tokenizer
+from winnow.evaluation.kinds.perplexity import Perplexity
+from winnow.evaluation.perplexity import evaluate, summarize
+from winnow.io.artifacts import read_json
+from winnow.planning import presets
+from winnow.planning.config import Text
+from winnow.planning.config_files import default
+from winnow.structures.base import STRUCTURES
 
 pytestmark = [
     pytest.mark.shared,
@@ -65,7 +65,7 @@ def experiments() -> dict:
     base = default()
     wt2 = ["wt2-llama", "wt2-gpt2", "wt2-opt", "wt2-neox"]
     stories = {**STORIES, "separator": "<|endoftext|>", "join": "<|endoftext|>"}
-    plain = Perplexity(text="x", protocol="plain", length=256, windows=400).model_dump(exclude={"text"})
+    plain = Perplexity.Options(text="x", protocol="plain", length=256, windows=400).model_dump(exclude={"text"})
     common = {"methods": presets.DEMO, "budgets": ["ffn-0.8", "ffn-0.4", "all-0.8", "all-0.4"]}
     few = {"windows": 128, "length": 256, "special_tokens": False}
     return {

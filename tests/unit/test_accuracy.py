@@ -20,14 +20,14 @@ from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import build
 from tests.unit.test_tokens import words
 from winnow.__main__ import main
-from winnow.accuracy import Harness, against, score
-from winnow.accuracy_table import COLUMNS, accuracy_table
+from winnow.checkpoint.loading import load_model
+from winnow.data.task_files import files_of
+from winnow.data.tasks import check_documents, documents_of, load_tasks, stay_offline
+from winnow.data.tokens import load_tokenizer
 from winnow.errors import InputError
-from winnow.evaluations import Accuracy
-from winnow.loading import load_model
-from winnow.task_files import files_of
-from winnow.tasks import check_documents, documents_of, load_tasks, stay_offline
-from winnow.tokens import load_tokenizer
+from winnow.evaluation.accuracy import Harness, against, score
+from winnow.evaluation.accuracy_table import COLUMNS, accuracy_table
+from winnow.evaluation.kinds.accuracy import Accuracy
 
 DEMO = ROOT / "resources" / "models" / "demo"
 ENDINGS = ["returns a list of strings.", "is a purple giraffe.", "raises ValueError if the file is closed.", "swims home"]
@@ -74,7 +74,7 @@ def turned(i: int) -> list[str]:
 
 
 def spec(**options) -> dict:
-    return Accuracy(kind="accuracy", **options).model_dump()
+    return Accuracy.Options(kind="accuracy", **options).model_dump()
 
 
 def scores_of(model, world, batch=4, **options):
@@ -204,7 +204,7 @@ def test_requests_that_the_tokenizer_does_not_know_stop_the_job(world, tmp_path)
 
 def test_every_file_of_a_definition_is_an_input(world):
     def names(**options):
-        return {os.path.basename(p) for p in files_of("e", Accuracy(kind="accuracy", **options))}
+        return {os.path.basename(p) for p in files_of("e", Accuracy.Options(kind="accuracy", **options))}
 
     everything = {"calls.yaml", "shared.yaml", "asks.py", "rows.jsonl"}
     assert names(tasks=[str(world / "calls.yaml")]) == everything
@@ -224,7 +224,7 @@ def test_definitions_that_cannot_be_read_are_named(tmp_path):
     def refused(text: str) -> str:
         (tmp_path / "own.yaml").write_text(text)
         with pytest.raises(InputError) as caught:
-            files_of("e", Accuracy(kind="accuracy", tasks=[str(tmp_path / "own.yaml")]))
+            files_of("e", Accuracy.Options(kind="accuracy", tasks=[str(tmp_path / "own.yaml")]))
         assert "\n" not in str(caught.value)
         return str(caught.value).removeprefix(f"{tmp_path}/")
 
@@ -238,7 +238,7 @@ def test_definitions_that_cannot_be_read_are_named(tmp_path):
     assert refused("include: own.yaml\n").endswith("own.yaml: includes itself")
     assert refused("task: " + "[" * 2000) == "own.yaml: nested too deep to be read"
     with pytest.raises(InputError, match=r"evaluations\.e.*n{260}\.yaml: there is no such file"):
-        files_of("e", Accuracy(kind="accuracy", tasks=["n" * 260 + ".yaml"]))
+        files_of("e", Accuracy.Options(kind="accuracy", tasks=["n" * 260 + ".yaml"]))
 
 
 def test_hellaswag_reads_local_rows_of_both_forms_with_the_prompt_of_lm_eval(world, tmp_path):

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from winnow.allocation import TOLERANCE, Group, allocate, chosen_groups, summarize
-from winnow.architectures import Matrix, group_name
+from winnow.allocation.groups import TOLERANCE, Group, allocate, chosen_groups, summarize
 from winnow.errors import InputError
-from winnow.io import write_json
-from winnow.models import ModelFiles
-from winnow.retrieve import describe
-from winnow.structures import structure_of
+from winnow.io.artifacts import write_json
+from winnow.models.architectures import Matrix, group_name
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
+from winnow.structures.base import STRUCTURES
 
-LOW_RANK = structure_of({"kind": "low_rank"})
+LOW_RANK = STRUCTURES.build({"kind": "low_rank"})
 
 
 def group(index, shape, bias=False, unit=2):
@@ -75,7 +75,7 @@ def test_ranks_by_target():
     groups = [Group(m.name, [m], LOW_RANK, 2, 0, 8192, list(range(0, 4096, 128)), [1.0] * 32) for m in group]
     assert allocate(groups, budget(rank={"qkv": 7, "o_proj": 9})).sizes == {"000.q_proj": 7, "000.o_proj": 9}
     assert allocate(groups, budget(rank_fraction={"qkv": 0.25, "o_proj": 0.125})).sizes == {"000.q_proj": 16, "000.o_proj": 8}
-    both = Group("both", group, structure_of({"kind": "shared_basis"}), 2, 0, 8192, list(range(0, 4096, 128)), [1.0] * 32)
+    both = Group("both", group, STRUCTURES.build({"kind": "shared_basis"}), 2, 0, 8192, list(range(0, 4096, 128)), [1.0] * 32)
     with pytest.raises(InputError, match="shared_basis fits q_proj, o_proj together; give them the same rank"):
         allocate([both], budget(rank={"qkv": 7, "o_proj": 9}))
 
@@ -93,7 +93,7 @@ def test_bytes_that_the_form_cannot_meet_are_refused(keep):
 
 
 def test_a_form_that_never_saves_is_refused():
-    bypass = structure_of({"kind": "bypass", "kept": 16})
+    bypass = STRUCTURES.build({"kind": "bypass", "kept": 16})
     matrix = Matrix(0, "up_proj", "layers.0.up_proj", "ffn_input", (32, 32), False, False)
     with pytest.raises(InputError, match=r"bypass of layers\.0\.up_proj \(32 x 32\) stores more than dense at every size"):
         uniform([Group(matrix.name, [matrix], bypass, 2, 0, 2048, [1024], [1.0])], 0.8)
@@ -110,7 +110,7 @@ def test_summary_adds_up():
 
 def test_a_form_that_does_not_apply_is_refused_by_the_matrix(saved_llama, tmp_path):
     write_json(tmp_path / "model.json", describe(saved_llama))
-    files, slices = ModelFiles(tmp_path / "model.json"), structure_of({"kind": "neuron_slice"})
+    files, slices = ModelFiles(tmp_path / "model.json"), STRUCTURES.build({"kind": "neuron_slice"})
     names = [group_name(g) for g in slices.groups(files.matrices)]
     spectra = pd.DataFrame({"group": names, "numbers": [[0, 1]] * len(names), "error": [[1.0, 0.0]] * len(names)})
     with pytest.raises(InputError, match=r"neuron_slice does not apply to q_proj \(model\.layers\.0\.self_attn\.q_proj\)"):

@@ -11,16 +11,15 @@ from hypothesis import strategies as st
 
 from tests.conftest import ROOT
 from tests.unit.test_allocation import LOW_RANK, budget
-from winnow.allocation import TOLERANCE, Group, allocate, summarize
-from winnow.allocations import ALLOCATIONS, allocation_of
-from winnow.allocations.base import stored_bytes
-from winnow.allocations.ilp import options_of
-from winnow.architectures import Matrix
-from winnow.checkpoint import recipe_of
-from winnow.config import load
-from winnow.config_files import default
+from winnow.allocation.base import ALLOCATIONS, stored_bytes
+from winnow.allocation.groups import TOLERANCE, Group, allocate, summarize
+from winnow.allocation.kinds.ilp import options_of
+from winnow.checkpoint.writer import recipe_of
 from winnow.errors import InputError
-from winnow.plan import Plan
+from winnow.models.architectures import Matrix
+from winnow.planning.config import load
+from winnow.planning.config_files import default
+from winnow.planning.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
 EVERY = [{"kind": kind} for kind in ALLOCATIONS] + [
@@ -85,7 +84,7 @@ def test_the_integer_programme_is_the_best_of_all_allocations_on_small_cases(see
     totals = sum(np.meshgrid(*(t.bytes for t in tables), indexing="ij"))
     losses = sum(np.meshgrid(*(t.losses for t in tables), indexing="ij"))
     best = best_of(losses, totals, allowed, sum(g.dense for g in groups))
-    ilp = allocation_of({"kind": "ilp", "sizes": 64, "gap": 0.0})
+    ilp = ALLOCATIONS.build({"kind": "ilp", "sizes": 64, "gap": 0.0})
     choice = ilp.allocate(groups, allowed / sum(g.dense for g in groups))
     assert stored_bytes(groups, choice.sizes) <= allowed
     assert loss(groups, choice.sizes) == pytest.approx(best, rel=1e-6)
@@ -98,7 +97,7 @@ def test_the_bound_is_that_of_the_linear_relaxation():
     from scipy.optimize import linprog
 
     groups = random_groups(3, 12)
-    facts = allocation_of({"kind": "ilp"}).allocate(groups, 0.6).facts
+    facts = ALLOCATIONS.build({"kind": "ilp"}).allocate(groups, 0.6).facts
     tables = [options_of(g, g.predicted, True) for g in groups]
     counts = [len(t.sizes) for t in tables]
     one_each = np.zeros((len(groups), sum(counts)))
@@ -155,7 +154,7 @@ def test_greedy_takes_the_largest_singular_values():
         matrix = Matrix(i, "up_proj", f"layers.{i}.x", "site", (100, 100), False, False)
         error = np.append(squares[::-1].cumsum()[::-1], 0.0).tolist()
         groups.append(Group(matrix.name, [matrix], LOW_RANK, 1, 0, 10000, [200 * k for k in range(5)], error))
-    greedy = allocation_of({"kind": "greedy", "leave_dense": False})
+    greedy = ALLOCATIONS.build({"kind": "greedy", "leave_dense": False})
     assert greedy.allocate(groups, 1000 / 20000).sizes == {"000.up_proj": 2, "001.up_proj": 3}
 
 

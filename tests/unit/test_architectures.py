@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY, pico
 from tests.unit.test_checkpoint import IDS, build, statistics, targets_of
-from winnow.classes import is_causal
+from winnow.calibration.statistics import collect
+from winnow.checkpoint.loading import load_model
+from winnow.data.tokens import check_causal
 from winnow.errors import InputError
-from winnow.io import write_json
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.retrieve import describe
-from winnow.statistics import collect
-from winnow.tokens import check_causal
+from winnow.io.artifacts import write_json
+from winnow.models.classes import is_causal
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
 
 FFN = ("split", "split_affine", "neuron_slice", "affine_block")
 TARGETS = ["ffn", "attention"]

@@ -15,23 +15,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import winnow.checkpoint
+import winnow.checkpoint.writer
 from tests.conftest import FAMILIES, VOCABULARY
 from tests.unit.worlds import FITTED, LOSSY, small
-from winnow.allocation import allocate, chosen_groups, experts_left_dense, summarize
-from winnow.architectures import moments_file
-from winnow.checkpoint import compress, compressed, recipe_of, write_checkpoint
-from winnow.clusters import assign_all
+from winnow.allocation.groups import allocate, chosen_groups, experts_left_dense, summarize
+from winnow.calibration.clusters import assign_all
+from winnow.calibration.gradients import collect_gradients
+from winnow.calibration.statistics import collect
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.writer import compress, compressed, recipe_of, write_checkpoint
 from winnow.errors import InputError
-from winnow.factors import fit_groups, labels_by_matrix, left_dense, storable
-from winnow.gradients import collect_gradients
-from winnow.io import Bundle, write_json, write_manifest, write_tensors
-from winnow.loading import load_model
-from winnow.metrics import metric_of
-from winnow.models import ModelFiles
-from winnow.retrieve import describe
-from winnow.statistics import collect
-from winnow.structures import STRUCTURES, structure_of
+from winnow.factors.fit import fit_groups, labels_by_matrix, left_dense, storable
+from winnow.io.artifacts import Bundle, write_json, write_manifest, write_tensors
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import moments_file
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
+from winnow.structures.base import STRUCTURES
 
 METHOD = {"structure": {"kind": "low_rank"}, "metric": {"kind": "weights"}}
 IDS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -62,10 +62,10 @@ def build(
     """All stages from a model directory to a checkpoint, as the scripts run them; without `keep`, at full size."""
     moments, gradients = statistics(source, source.parent / f"{source.name} statistics")
     files = ModelFiles(source.parent / f"{source.name} statistics" / "model.json")
-    structure = structure_of({**small(kind), **options})
+    structure = STRUCTURES.build({**small(kind), **options})
     if keep is None:
         structure.largest = structure.limit
-    used = metric_of({"kind": metric}) if structure.objective == "metric" else None
+    used = METRICS.build({"kind": metric}) if structure.objective == "metric" else None
     clustering, labels, rows = structure.clustering(), {}, []
     if clustering:
         labels = labels_by_matrix(pd.concat(pd.DataFrame(part) for part in assign_all(files, moments, clustering)))
@@ -272,7 +272,7 @@ def test_transformers_without_winnow_refuses_too(saved):
 
 
 def test_sharded_checkpoints_load(saved_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(winnow.checkpoint, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(winnow.checkpoint.writer, "SHARD_BYTES", 50_000)
     folder = build(saved_llama, tmp_path, ["ffn"], 0.6)
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
     whole = tmp_path / "whole"
@@ -286,7 +286,7 @@ def test_sharded_checkpoints_load(saved_llama, tmp_path, monkeypatch):
 def test_numbers_that_do_not_fit_the_stored_dtype_name_the_module(saved_llama, tmp_path):
     write_json(tmp_path / "model.json", describe(saved_llama))
     files = ModelFiles(tmp_path / "model.json")
-    structure = structure_of(METHOD["structure"])
+    structure = STRUCTURES.build(METHOD["structure"])
     name = "001.up_proj"
     huge = {"left": torch.full((96, 4), float("inf")), "right": torch.ones(4, 64)}
     write_tensors(tmp_path / "factors" / f"{name}.safetensors", huge)

@@ -15,28 +15,28 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoe
 
 from tests.conftest import ROOT, pico
 from tests.unit.reviews import rows, write_bert, write_rows
-from winnow.architectures import matrices_of
-from winnow.classification import scores
-from winnow.classification_table import COLUMNS, classification_table
-from winnow.config import load
+from winnow.calibration.statistics import collect
+from winnow.checkpoint.loading import load_model
+from winnow.data.examples import encode_rows, padding_of, takes_types
+from winnow.data.rows import check_rows, read_task, shared_rows
+from winnow.data.tokens import PAD, load_tokenizer
 from winnow.errors import InputError
-from winnow.evaluations import Classification
-from winnow.examples import encode_rows, padding_of, takes_types
-from winnow.finetune import _rows_of_step, load_base, train, write_tuned
-from winnow.loading import load_model
-from winnow.plan import Plan
-from winnow.predictions import outputs_of_classes, predict
-from winnow.resume import Resume
-from winnow.rows import check_rows, read_task, shared_rows
-from winnow.statistics import collect
-from winnow.tokens import PAD, load_tokenizer
-from winnow.tuning import Tuning
+from winnow.evaluation.classification import scores
+from winnow.evaluation.classification_table import COLUMNS, classification_table
+from winnow.evaluation.kinds.classification import Classification
+from winnow.evaluation.predictions import outputs_of_classes, predict
+from winnow.io.resume import Resume
+from winnow.models.architectures import matrices_of
+from winnow.planning.config import load
+from winnow.planning.plan import Plan
+from winnow.training.finetune import _rows_of_step, load_base, train, write_tuned
+from winnow.training.options import Tuning
 
 
 def spec(folder, train_rows, test_rows, **options):
     """The resolved rows of a task whose files are written below `folder`."""
     files = {name: [write_rows(folder / f"{name}.jsonl", part)] for name, part in (("train", train_rows), ("test", test_rows))}
-    return Classification(**{"kind": "classification", "columns": ["sentence"], **files, **options}).rows()
+    return Classification.Options(**{"kind": "classification", "columns": ["sentence"], **files, **options}).rows()
 
 
 def labelled(*pairs):
@@ -59,7 +59,7 @@ def test_all_formats_give_the_same_rows(tmp_path):
             writer.writerows(part)
     for ending in ("json", "parquet", "csv"):
         files = {name: [str(tmp_path / f"{name}.{ending}")] for name in ("train", "test")}
-        found, other = read_task(Classification(kind="classification", columns=["sentence"], **files).rows())
+        found, other = read_task(Classification.Options(kind="classification", columns=["sentence"], **files).rows())
         assert other == facts, ending
         for split in found:
             pd.testing.assert_frame_equal(found[split], want[split])
@@ -90,7 +90,7 @@ def test_a_hub_data_set_is_read_by_its_splits_and_names_its_classes(tmp_path, mo
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     hub = {"dataset": "nyu-mll/glue", "subset": "sst2", "revision": "b" * 40}
-    tables, facts = read_task(Classification(kind="classification", columns=["sentence"], **hub).rows())
+    tables, facts = read_task(Classification.Options(kind="classification", columns=["sentence"], **hub).rows())
     assert asked == [("nyu-mll/glue", "sst2", s, "b" * 40) for s in ("train", "validation")]
     assert facts["labels"] == ["neg", "pos"]
     assert tables["test"]["label"].tolist() == [1, 0]
@@ -98,7 +98,7 @@ def test_a_hub_data_set_is_read_by_its_splits_and_names_its_classes(tmp_path, mo
     with pytest.raises(
         InputError, match=r"nyu-mll/glue, train: neither cached nor to be downloaded .no route.; run `snakemake pref"
     ):
-        read_task(Classification(kind="classification", columns=["sentence"], **hub).rows())
+        read_task(Classification.Options(kind="classification", columns=["sentence"], **hub).rows())
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_task_is_learned_and_the_directory_is_the_model(tuned):
 
 def test_training_that_was_cut_off_goes_on_to_the_same_bits(bert, tmp_path, monkeypatch):
     monkeypatch.setenv("WINNOW_SAVE_SECONDS", "0")
-    monkeypatch.setattr("winnow.resume.SHARE", 0)
+    monkeypatch.setattr("winnow.io.resume.SHARE", 0)
     tokenizer = load_tokenizer(bert)
     examples, options = encode_rows(tokenizer, table(40), 24), Tuning(task="t", steps=6, batch=8, rate=1e-3)
 

@@ -4,13 +4,13 @@ import pandas as pd
 import pytest
 import torch
 
-from winnow.architectures import Matrix
-from winnow.clusters import Clustering, assign, assign_all, rows_of
+from winnow.calibration.clusters import Clustering, assign, assign_all, rows_of
 from winnow.errors import InputError
-from winnow.factors import labels_by_matrix
-from winnow.io import Bundle, write_json, write_manifest, write_tensors
-from winnow.models import ModelFiles
-from winnow.retrieve import describe
+from winnow.factors.fit import labels_by_matrix
+from winnow.io.artifacts import Bundle, write_json, write_manifest, write_tensors
+from winnow.models.architectures import Matrix
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
 
 UP = Matrix(0, "up_proj", "layers.0.up_proj", "ffn_input", (6, 24), False, False)
 DOWN = Matrix(0, "down_proj", "layers.0.down_proj", "ffn_hidden", (24, 6), False, False)

@@ -6,13 +6,13 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from winnow import presets
-from winnow.config import load
-from winnow.config_files import default, generate
-from winnow.config_sources import sources
+from winnow.data.texts import check_overlap, read_rows
 from winnow.errors import InputError
-from winnow.plan import Plan
-from winnow.texts import check_overlap, read_rows
+from winnow.planning import presets
+from winnow.planning.config import load
+from winnow.planning.config_files import default, generate
+from winnow.planning.config_sources import sources
+from winnow.planning.plan import Plan
 
 
 def test_generated_files_are_in_step():

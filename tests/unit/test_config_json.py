@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import build
+from winnow.checkpoint.export import Checkpoint, export_dense
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.streaming import Streamed
+from winnow.data.tokens import load_tokenizer
 from winnow.errors import InputError
-from winnow.export import Checkpoint, export_dense
-from winnow.finetune import load_base
-from winnow.forecast import shape_of
-from winnow.loading import load_model
-from winnow.retrieve import describe, files_of
-from winnow.streaming import Streamed
-from winnow.tokens import load_tokenizer
+from winnow.models.retrieve import describe, files_of
+from winnow.planning.forecast import shape_of
+from winnow.training.finetune import load_base
 
 DEMO = ROOT / "resources" / "models" / "demo"
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
@@ -163,7 +163,7 @@ def test_other_keys_that_change_what_is_computed(saved_llama, tmp_path, keys, me
 
 
 def test_keys_that_change_nothing_are_let_be(saved_llama, tmp_path):
-    """As src/winnow/config_json.py says of them: the same logits by every way of loading."""
+    """As src/winnow/models/config_json.py says of them: the same logits by every way of loading."""
     ids = torch.arange(16)[None]
     keys = {"attention_dropout": 0.5, "gradient_checkpointing": True, "use_cache": False, "output_hidden_states": True}
     keys |= {"dtype": "float16", "auto_map": {"AutoModel": "mine.Model"}, "base_model_tp_plan": {"layers.*": "colwise"}}

@@ -48,7 +48,7 @@ def test_a_merge_is_no_second_key(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_files_of_the_checkout_are_read_as_before(path):
-    from winnow.config_sources import read_source
+    from winnow.planning.config_sources import read_source
 
     assert read_source(path).content == yaml.safe_load(path.read_text())
 
@@ -134,8 +134,8 @@ def test_files_that_hold_no_configuration(tmp_path):
 
 
 def test_a_mistake_in_an_argument_is_not_that_of_a_file(tmp_path):
-    from winnow.config import load
-    from winnow.config_sources import merged, sources
+    from winnow.planning.config import load
+    from winnow.planning.config_sources import merged, sources
 
     (tmp_path / "mine.yaml").write_text(f"budgets: {{x: {BUDGET}}}\n")
     parts = sources([ROOT / "config" / "config.yaml"], [tmp_path / "mine.yaml"], {"budgets": {"x": {"keep_bytes": "2"}}})
@@ -144,7 +144,7 @@ def test_a_mistake_in_an_argument_is_not_that_of_a_file(tmp_path):
 
 
 def test_arguments_are_as_strict():
-    from winnow.config_sources import check_arguments, sources
+    from winnow.planning.config_sources import check_arguments, sources
 
     check_arguments(
         [

@@ -12,20 +12,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import VOCABULARY
-from winnow.allocation import allocate, chosen_groups, summarize
-from winnow.architectures import Matrix
-from winnow.checkpoint import compressed, recipe_of, write_checkpoint
-from winnow.config import Method
-from winnow.coupling import Coupling, anchors_of, descend, leading, numbering, solve
-from winnow.factors import fit_groups, storable
-from winnow.io import Bundle, write_json, write_manifest, write_tensors
-from winnow.linalg import leading_directions
-from winnow.loading import load_model
-from winnow.metrics import metric_of
-from winnow.models import ModelFiles
-from winnow.retrieve import describe
-from winnow.structures import structure_of
-from winnow.structures.base import Problem
+from winnow.allocation.groups import allocate, chosen_groups, summarize
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.writer import compressed, recipe_of, write_checkpoint
+from winnow.factors.fit import fit_groups, storable
+from winnow.io.artifacts import Bundle, write_json, write_manifest, write_tensors
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import Matrix
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
+from winnow.numerics.coupling import Coupling, anchors_of, descend, leading, numbering, solve
+from winnow.numerics.linalg import leading_directions
+from winnow.planning.config import Method
+from winnow.structures.base import STRUCTURES, Problem
 
 LAYERS, SIZE = 4, 4
 TYINGS = ("free", "grouped", "tied")
@@ -49,11 +48,11 @@ def family(shape=(12, 12), metric="weights", seed=0, rank=None) -> Problem:
             x = randn(shape[1], rank, seed=7) @ x[:rank]
         gram = x @ x.T / x.shape[1]
         sites[m.name] = {"gram": gram, "rms": gram.diagonal().sqrt()}
-    return Problem(group, weights, sites, metric_of({"kind": metric}))
+    return Problem(group, weights, sites, METRICS.build({"kind": metric}))
 
 
 def coupled(**options):
-    return structure_of({"kind": "coupled", **options})
+    return STRUCTURES.build({"kind": "coupled", **options})
 
 
 def fitted(structure, problem):
@@ -151,7 +150,7 @@ def test_infinite_strength_gives_the_anchors_at_the_rate_of_one_over_lambda(tyin
     problem = family()
     structure = coupled(anchor_strength=float("inf"), **options)
     assert structure.options.model_dump(mode="json")["anchor_strength"] == "inf"
-    assert structure_of(json.loads(json.dumps(structure.options.model_dump(mode="json")))).options == structure.options
+    assert STRUCTURES.build(json.loads(json.dumps(structure.options.model_dump(mode="json")))).options == structure.options
     fit = fitted(structure, problem)
     _, expected = anchors(structure, fit)
     _, found, report = solved(structure, fit)
@@ -334,7 +333,7 @@ def test_one_tied_side_is_basis_sharing_of_all_layers(shape, metric):
     best = leading_directions(stacked, problem.columns())
     limit = min(shape)
     torch.testing.assert_close(fit.error, best.error[: limit + 1], atol=1e-7 * float(best.error[0]), rtol=1e-6)
-    shared = structure_of({"kind": "basis_sharing", "layers": LAYERS, "roles": ["o_proj"]})
+    shared = STRUCTURES.build({"kind": "basis_sharing", "layers": LAYERS, "roles": ["o_proj"]})
     assert shared.groups(problem.group) == structure.groups(problem.group)
     for size in (1, SIZE):
         maps, numbers = rebuild(structure, problem.group, fit.tensors, size)
@@ -358,9 +357,9 @@ def test_numbers_of_shared_sections(tying, sections, sides):
 def test_the_descent_runs_once_for_a_size_and_is_logged(monkeypatch, caplog):
     structure, problem, calls = coupled(), family(), []
     assert structure.optimised_at_size
-    assert structure_of({"kind": "low_rank"}).report(problem.group[:1], {}, SIZE) is None
+    assert STRUCTURES.build({"kind": "low_rank"}).report(problem.group[:1], {}, SIZE) is None
     fit = fitted(structure, problem)
-    monkeypatch.setattr("winnow.coupling.solve", lambda *args: calls.append(args) or solve(*args))
+    monkeypatch.setattr("winnow.numerics.coupling.solve", lambda *args: calls.append(args) or solve(*args))
     with caplog.at_level("INFO"):
         structure.stored(problem.group, fit.tensors, SIZE)
     structure.report(problem.group, fit.tensors, SIZE)
@@ -390,7 +389,7 @@ def test_what_cannot_be_is_refused():
         Method.model_validate({"structure": {"kind": "coupled"}, "metric": {"kind": "two_sided"}})
     zero = {m.name: {"gram": torch.zeros(12, 12, dtype=torch.float64)} for m in problem.group}
     with pytest.raises(FloatingPointError, match=r"the inputs' metric of 000\.o_proj"):
-        fitted(coupled(), Problem(problem.group, problem.weights, zero, metric_of({"kind": "gram"})))
+        fitted(coupled(), Problem(problem.group, problem.weights, zero, METRICS.build({"kind": "gram"})))
 
 
 IDS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -399,7 +398,7 @@ IDS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_se
 def build(source: Path, work: Path, options: dict) -> tuple[Path, dict]:
     """All stages from a model directory to a checkpoint in the metric `weights`: ({directory}, dense weights by name)."""
     write_json(work / "model.json", describe(source))
-    files, structure, metric = ModelFiles(work / "model.json"), coupled(**options), metric_of({"kind": "weights"})
+    files, structure, metric = ModelFiles(work / "model.json"), coupled(**options), METRICS.build({"kind": "weights"})
     rows = []
     for name, fit, numbers in fit_groups(files, None, None, {}, structure, metric, "1-of-1", "cpu"):
         write_tensors(work / "factors" / f"{name}.safetensors", storable(structure, fit))

@@ -10,9 +10,9 @@ import torch
 from tests.conftest import ROOT
 from tests.unit.test_plan import plan_of, wildcards_of
 from winnow.errors import InputError
-from winnow.explain import differences, explain, provenance_of
-from winnow.io import file_digest, write_json, write_manifest, write_parquet, write_tensors
-from winnow.prune import remove, unreached
+from winnow.io.artifacts import file_digest, write_json, write_manifest, write_parquet, write_tensors
+from winnow.planning.explain import differences, explain, provenance_of
+from winnow.planning.prune import remove, unreached
 
 
 def provenance(plan, stage, inputs=()):
@@ -55,7 +55,7 @@ def test_changed_code_versions_and_params_are_named(tmp_path):
     path = tmp_path / "src" / "winnow" / "allocation.py"
     path.write_text(path.read_text().replace("TOLERANCE = 0.005", "TOLERANCE = 0.006"))
     (line,) = differences(then, plan_of(root=tmp_path))
-    assert line.startswith("code: winnow.allocation ")
+    assert line.startswith("code: winnow.allocation.groups ")
     then["params"]["versions"]["pandas"] = "0.1"
     then["params"]["spec"]["presets"]["budget"]["keep_bytes"] = 0.5
     found = differences(then, plan)

@@ -15,18 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import winnow.export
+import winnow.checkpoint.export
 from tests.conftest import pico
 from tests.unit.test_checkpoint import IDS, build, logits, statistics, targets_of
 from tests.unit.worlds import FITTED
 from winnow.__main__ import main
-from winnow.card import Exported, Measured, card
+from winnow.checkpoint.card import Exported, Measured, card
+from winnow.checkpoint.export import Checkpoint, affine_of, export_dense
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.share import measured_beside, share
 from winnow.errors import InputError
-from winnow.export import Checkpoint, affine_of, export_dense
-from winnow.io import Bundle, file_digest, write_json, write_manifest
-from winnow.loading import load_model
-from winnow.share import measured_beside, share
-from winnow.structures import structure_of
+from winnow.io.artifacts import Bundle, file_digest, write_json, write_manifest
+from winnow.structures.base import STRUCTURES
 
 REFUSED = ("affine_block", "split_affine")
 WRITABLE = [(kind, {}) for kind in FITTED if kind not in REFUSED] + [("split_affine", {"light": "dropped"})]
@@ -80,7 +80,7 @@ def test_what_is_no_dense_model_is_refused_by_name(saved_llama, tmp_path, kind):
     checkpoint = build(saved_llama, tmp_path, ["ffn"], 0.6, kind)
     with pytest.raises(InputError, match=rf"model\.layers\.0\.mlp\.act_fn: {kind} replaces the FFN's activation"):
         export_dense(checkpoint, tmp_path / "dense", {})
-    assert structure_of({"kind": kind}).not_dense()
+    assert STRUCTURES.build({"kind": kind}).not_dense()
 
 
 def test_left_out_neurons_come_back_as_zeros_and_kept_ones_as_they_are(saved_llama, tmp_path):
@@ -174,7 +174,7 @@ def test_a_checkpoint_saved_again_and_one_in_shards_export_alike(saved_llama, tm
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not (tmp_path / "dense again" / "README.md").exists(), "its recipe is not known any more"
-    monkeypatch.setattr(winnow.export, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(winnow.checkpoint.export, "SHARD_BYTES", 50_000)
     export_dense(checkpoint, tmp_path / "sharded", {})
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
     sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded").eval()
@@ -229,7 +229,7 @@ SIDES = (("gate_proj", "out"), ("up_proj", "out"), ("down_proj", "in"))
 
 
 def test_a_map_is_found_by_unit_vectors_in_pieces_and_a_curve_is_refused(monkeypatch):
-    monkeypatch.setattr(winnow.export, "COLUMNS", 3)
+    monkeypatch.setattr(winnow.checkpoint.export, "COLUMNS", 3)
     linear = nn.Linear(7, 4).double()
     matrix, offset = affine_of(linear, 4, 7)
     torch.testing.assert_close(matrix, linear.weight.detach(), atol=1e-14, rtol=0)

@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.worlds import World
-from winnow import feedback
-from winnow.architectures import Matrix
-from winnow.feedback import both_feedback, codes_of, damped, descend, grids_of, metric_for, objective
-from winnow.grids import Form, forms_of, scaled
-from winnow.metrics import metric_of
-from winnow.rounding import multiplied
-from winnow.structures import structure_of
-from winnow.structures.base import Problem
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import Matrix
+from winnow.numerics import feedback
+from winnow.numerics.feedback import both_feedback, codes_of, damped, descend, grids_of, metric_for, objective
+from winnow.numerics.grids import Form, forms_of, scaled
+from winnow.numerics.rounding import multiplied
+from winnow.structures.base import STRUCTURES, Problem
 
 GRIDS = ["symmetric", "full", "asymmetric"]
 
@@ -143,7 +142,7 @@ def test_the_metric_decides(kind):
     """Diagonal metrics round to nearest; a full one loses less in it than nearest does, and the two-sided less than GPTQ does."""
     world = World(kind, 24, 40, seed=1)
     spec = {"kind": "rounded", "bits": [2, 3, 4], "group": 8, "grids": ["full"]}
-    plain, fed = structure_of(spec), structure_of({**spec, "rounding": "feedback"})
+    plain, fed = STRUCTURES.build(spec), STRUCTURES.build({**spec, "rounding": "feedback"})
     for matrix in world.matrices[:6]:
         problem = world.problem(plain, [matrix])
         one, other = plain.fit(problem, 3), fed.fit(problem, 3)
@@ -153,7 +152,7 @@ def test_the_metric_decides(kind):
             assert torch.equal(one.error, other.error)
             assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
         if kind == "two_sided":
-            gram = Problem([matrix], problem.weights, problem.sites, metric_of({"kind": "gram"}))
+            gram = Problem([matrix], problem.weights, problem.sites, METRICS.build({"kind": "gram"}))
             codes = fed.fit(gram, 3).tensors
             losses = [fed.predicted(problem, tensors)[1:] for tensors in (codes, other.tensors)]
             assert (losses[1] < losses[0]).all()
@@ -223,6 +222,6 @@ def test_sizes_are_all_forms_by_their_bytes():
         (3, "asymmetric", 32, 38 + 8 + 2),
     ]
     matrix = Matrix(0, "up_proj", "layers.0.up_proj", "ffn_input", (64, 100), False, False)
-    structure = structure_of({"kind": "rounded", "bits": [2, 3], "group": [32, 128, None], "grids": ["full", "asymmetric"]})
+    structure = STRUCTURES.build({"kind": "rounded", "bits": [2, 3], "group": [32, 128, None], "grids": ["full", "asymmetric"]})
     assert structure.limit([matrix]) == 8
     assert [structure.index_bytes([matrix], size) for size in range(1, 9)] == [64 * form.row_bytes(100) for form in forms]

@@ -5,9 +5,9 @@ import torch
 
 from tests.conftest import ROOT
 from tests.unit.test_plan import plan_of
-from winnow.few_tokens import few_tokens, planned
-from winnow.forecast import shape_of
-from winnow.shrinkage import eigenvalues, expected, expected_jointly
+from winnow.calibration.few_tokens import few_tokens, planned
+from winnow.factors.shrinkage import eigenvalues, expected, expected_jointly
+from winnow.planning.forecast import shape_of
 
 DEMO = ROOT / "resources" / "models" / "demo"
 HIDDEN = (

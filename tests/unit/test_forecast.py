@@ -8,11 +8,11 @@ import pytest
 from tests.conftest import ROOT
 from tests.unit.test_plan import plan_of
 from winnow.errors import InputError
-from winnow.forecast import GB, ROW, SIZE, Work, forecast, machine, measured_seconds, misfit, shape_of
-from winnow.io import write_json
-from winnow.preview import duration, jobs_of, size
-from winnow.retrieve import describe
-from winnow.tensor_files import read_header
+from winnow.io.artifacts import write_json
+from winnow.io.tensors import read_header
+from winnow.models.retrieve import describe
+from winnow.planning.forecast import GB, ROW, SIZE, Work, forecast, machine, measured_seconds, misfit, shape_of
+from winnow.planning.preview import duration, jobs_of, size
 
 DEMO = ROOT / "resources" / "models" / "demo"
 DRY_RUN = """Job stats:
@@ -124,8 +124,10 @@ def test_few_tokens_take_eigenproblems_to_predict():
 
 
 def test_numbers_at_a_time_are_those_of_the_stages():
-    from winnow import forecast as f
-    from winnow import perplexity, retrieve, statistics
+    from winnow.calibration import statistics
+    from winnow.evaluation import perplexity
+    from winnow.models.files import retrieve
+    from winnow.planning import forecast as f
 
     assert (f.CHECKED, f.PRODUCT, f.STREAMED) == (retrieve.CHUNK, statistics.PRODUCT, perplexity.STREAMED)
     assert perplexity.CHUNK == f.LOGITS

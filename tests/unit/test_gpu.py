@@ -11,18 +11,17 @@ from tests.unit.test_recovery import KINDS, TRAINED, compressed, losses
 from tests.unit.test_recovery import WINDOWS as TRAINING
 from tests.unit.test_structures import PAIRS, named
 from tests.unit.worlds import World
-from winnow.gradients import collect_gradients
-from winnow.io import write_json
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.perplexity import evaluate, evaluate_by_block
-from winnow.recovered import task_of
-from winnow.recoveries import options_of
-from winnow.recovery import recovery_of
-from winnow.retrieve import describe
-from winnow.statistics import collect, collect_by_block
-from winnow.streaming import NAMES, Streamed
-from winnow.structures import structure_of
+from winnow.calibration.gradients import collect_gradients
+from winnow.calibration.statistics import collect, collect_by_block
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.streaming import NAMES, Streamed
+from winnow.evaluation.perplexity import evaluate, evaluate_by_block
+from winnow.io.artifacts import write_json
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
+from winnow.recovery.base import recovery_of
+from winnow.recovery.recover import task_of
+from winnow.structures.base import STRUCTURES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 DEVICES = ("cpu", "cuda")
@@ -83,7 +82,7 @@ def test_streamed_on_the_gpu_is_in_memory_on_the_cpu(files, tmp_path):
 @pytest.mark.parametrize(("spec", "metric_kind"), PAIRS, ids=named)
 def test_fits_and_predictions(spec, metric_kind):
     """Errors at every size; factors may differ where directions are as good as each other."""
-    structure, world = structure_of(spec), World(metric_kind, 8, 12, 3)
+    structure, world = STRUCTURES.build(spec), World(metric_kind, 8, 12, 3)
     for group in structure.groups(world.matrices):
         problem = world.problem(structure, group)
         moved = {name: on_the_gpu(getattr(problem, name)) for name in ("weights", "biases", "sites", "outputs")}
@@ -126,8 +125,8 @@ def test_recoveries(kind):
     files, checkpoint = compressed("llama")
     reports = []
     for device in DEVICES:
-        task = task_of(files, checkpoint, TRAINING, options_of(KINDS[kind]), True, device)
-        reports.append(losses(recovery_of(KINDS[kind]["kind"])(task)))
+        task = task_of(files, checkpoint, TRAINING, recovery_of(KINDS[kind]).options, True, device)
+        reports.append(losses(recovery_of(KINDS[kind]).recover(task)))
     for (start, _), (own, best) in zip(*reports, strict=True):
         assert best < own
         if kind in TRAINED:

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.conftest import VOCABULARY, pico
-from winnow.gradients import collect_gradients, sampled
-from winnow.io import write_json
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.retrieve import describe
+from winnow.calibration.gradients import collect_gradients, sampled
+from winnow.checkpoint.loading import load_model
+from winnow.io.artifacts import write_json
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
 
 WINDOWS = torch.randint(0, VOCABULARY, (5, 9), generator=torch.Generator().manual_seed(0))
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import pico
 from tests.unit.test_checkpoint import build
+from winnow.checkpoint.loading import load_model
+from winnow.data.tokens import load_tokenizer
 from winnow.errors import InputError
-from winnow.loading import load_model
-from winnow.retrieve import describe
-from winnow.tokens import load_tokenizer
+from winnow.models.retrieve import describe
 
 MATRIX = "model.layers.1.mlp.down_proj"
 HUGE = 10**12
@@ -271,8 +271,8 @@ from pathlib import Path
 import torch, transformers
 import winnow
 from winnow.errors import InputError
-from winnow.loading import load_model
-from winnow.retrieve import describe
+from winnow.checkpoint.loading import load_model
+from winnow.models.retrieve import describe
 torch.set_num_threads(1)
 good, *folders = json.loads(sys.stdin.read())
 describe(Path(good["dense"])), load_model(good["low_rank"], "float32", "cpu")  # what loading takes is taken before

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from tests.unit.worlds import World, matrix_of, small
-from winnow.linalg import leading_directions
-from winnow.metrics import METRICS, metric_of
-from winnow.neurons import order_of
-from winnow.structures import structure_of
-from winnow.structures.base import Problem
+from winnow.metrics.base import METRICS
+from winnow.numerics.linalg import leading_directions
+from winnow.numerics.neurons import order_of
+from winnow.structures.base import STRUCTURES, Problem
 
 
 def most(group) -> int:
@@ -27,7 +26,7 @@ def approximations(world, structure, group, fit, size):
 def test_basis_sharing_of_one_layer_is_low_rank(metric_kind):
     """T11: a group of one layer shares with nobody."""
     world = World(metric_kind, 10, 14, 6)
-    alone, low_rank = structure_of({"kind": "basis_sharing", "layers": 1}), structure_of({"kind": "low_rank"})
+    alone, low_rank = STRUCTURES.build({"kind": "basis_sharing", "layers": 1}), STRUCTURES.build({"kind": "low_rank"})
     for one, other in zip(alone.groups(world.matrices), low_rank.groups(world.matrices), strict=True):
         assert one == other
         a, b = (s.fit(world.problem(s, one), 5) for s in (alone, low_rank))
@@ -38,7 +37,7 @@ def test_basis_sharing_of_one_layer_is_low_rank(metric_kind):
 
 def test_shared_basis_is_the_svd_of_the_stacked_matrix_and_its_power_is_a_no_op():
     """T7, and GRC: the basis is spanned by the leading eigenvectors of K = sum W^T W, and of any power of K."""
-    world, structure = World("weights", 12, 20, 7), structure_of({"kind": "shared_basis"})
+    world, structure = World("weights", 12, 20, 7), STRUCTURES.build({"kind": "shared_basis"})
     group = next(g for g in structure.groups(world.matrices) if g[0].role == "gate_proj")
     assert [m.role for m in group] == ["gate_proj", "up_proj"]
     stacked = torch.cat([world.weights[m.name] for m in group])
@@ -54,7 +53,7 @@ def test_shared_basis_is_the_svd_of_the_stacked_matrix_and_its_power_is_a_no_op(
 
 def test_principal_components_of_the_inputs_lose_at_least_the_optimum():
     world = World("gram", 10, 16, 8)
-    best, pca = structure_of({"kind": "shared_basis"}), structure_of({"kind": "shared_basis", "basis": "inputs"})
+    best, pca = STRUCTURES.build({"kind": "shared_basis"}), STRUCTURES.build({"kind": "shared_basis", "basis": "inputs"})
     for group in pca.groups(world.matrices):
         problem = world.problem(pca, group)
         one, other = best.fit(problem, most(group)), pca.fit(problem, most(group))
@@ -70,7 +69,7 @@ def test_principal_components_of_the_inputs_lose_at_least_the_optimum():
 def test_sharing_helps_where_layers_agree_and_costs_where_they_do_not():
     """Basis Sharing's own measurement has both signs; the objective must have them too."""
     world = World("weights", 12, 18, 9)
-    sharing = structure_of({"kind": "basis_sharing", "layers": 2})
+    sharing = STRUCTURES.build({"kind": "basis_sharing", "layers": 2})
     group = next(g for g in sharing.groups(world.matrices) if g[0].role == "up_proj" and len(g) == 2)
     same = Problem(group, dict.fromkeys(world.weights, world.weights[group[0].name]), {}, world.metric)
     alone = leading_directions(world.weights[group[0].name], torch.ones(12, dtype=torch.float64)).error
@@ -80,8 +79,8 @@ def test_sharing_helps_where_layers_agree_and_costs_where_they_do_not():
 @pytest.mark.parametrize("metric_kind", METRICS)
 def test_bypass_in_one_metric_is_a_larger_rank(metric_kind):
     """T6: top r directions kept, then rank k of what is left, is rank r + k."""
-    world, low_rank = World(metric_kind, 14, 20, 10), structure_of({"kind": "low_rank"})
-    bypass = structure_of({"kind": "bypass", "kept": 3})
+    world, low_rank = World(metric_kind, 14, 20, 10), STRUCTURES.build({"kind": "low_rank"})
+    bypass = STRUCTURES.build({"kind": "bypass", "kept": 3})
     for group in bypass.groups(world.matrices):
         if min(group[0].shape) < 10:
             continue
@@ -97,7 +96,7 @@ def test_bypass_around_another_structure_and_metric():
     """Kept directions in the weights, a shared basis in the Gram metric for the rest: every part is stored and summed."""
     world = World("weights", 12, 18, 11)
     remainder = {"remainder": {"kind": "shared_basis"}, "remainder_metric": {"kind": "gram"}}
-    bypass = structure_of({"kind": "bypass", "kept": 2, **remainder})
+    bypass = STRUCTURES.build({"kind": "bypass", "kept": 2, **remainder})
     assert bypass.needs() == ("gram",)
     gram_world = World("gram", 12, 18, 11)
     for group in bypass.groups(world.matrices):
@@ -112,7 +111,7 @@ def test_bypass_around_another_structure_and_metric():
 @pytest.mark.parametrize("metric_kind", METRICS)
 def test_gauge_fixed_is_low_rank_in_fewer_numbers(metric_kind):
     world = World(metric_kind, 12, 18, 12)
-    fixed, plain = structure_of({"kind": "gauge_fixed"}), structure_of({"kind": "low_rank"})
+    fixed, plain = STRUCTURES.build({"kind": "gauge_fixed"}), STRUCTURES.build({"kind": "low_rank"})
     for group in fixed.groups(world.matrices):
         a, b = (s.fit(world.problem(s, group), most(group)) for s in (fixed, plain))
         for k in (1, 3, most(group) - 1):
@@ -125,8 +124,8 @@ def test_gauge_fixed_is_low_rank_in_fewer_numbers(metric_kind):
 @pytest.mark.parametrize("axis", ["columns", "rows"])
 def test_one_cluster_is_low_rank(metric_kind, axis):
     """T11: clusters of one."""
-    world, low_rank = World(metric_kind, 9, 14, 13), structure_of({"kind": "low_rank"})
-    alone = structure_of({"kind": "cluster", "clusters": 1, "axis": axis})
+    world, low_rank = World(metric_kind, 9, 14, 13), STRUCTURES.build({"kind": "low_rank"})
+    alone = STRUCTURES.build({"kind": "cluster", "clusters": 1, "axis": axis})
     for group in alone.groups(world.matrices):
         a, b = (s.fit(world.problem(s, group), most(group)) for s in (alone, low_rank))
         for size in (1, 3):
@@ -141,7 +140,7 @@ def test_one_cluster_is_low_rank(metric_kind, axis):
 def test_clusters_never_beat_one_svd_of_the_same_total_rank(by, axis):
     """F1: the blocks side by side are one map whose rank is at most the sum of theirs."""
     world = World("weights", 12, 20, 14)
-    clusters = structure_of({"kind": "cluster", "clusters": 3, "axis": axis, "by": by})
+    clusters = STRUCTURES.build({"kind": "cluster", "clusters": 3, "axis": axis, "by": by})
     for group in clusters.groups(world.matrices):
         fit = clusters.fit(world.problem(clusters, group), clusters.limit(group))
         best = leading_directions(world.weights[group[0].name], torch.ones(group[0].shape[1], dtype=torch.float64)).error
@@ -155,7 +154,7 @@ def test_clusters_by_activation_are_those_of_the_neurons():
     """Rows of gate and up and columns of down are the same neurons, so clusters by their activation are the same."""
     world = World("weights", 8, 24, 15)
     for by in ("activation", "co_activation"):
-        structure = structure_of({"kind": "cluster", "clusters": 3, "axis": "neurons", "by": by})
+        structure = STRUCTURES.build({"kind": "cluster", "clusters": 3, "axis": "neurons", "by": by})
         groups = [g for g in structure.groups(world.matrices) if g[0].layer == 0]
         assert {g[0].role for g in groups} == {"gate_proj", "up_proj", "down_proj", "o_proj"}
         labels = {g[0].role: world.problem(structure, g).labels[g[0].name] for g in groups}
@@ -165,7 +164,7 @@ def test_clusters_by_activation_are_those_of_the_neurons():
 
 def test_published_tiers_store_what_the_paper_script_does():
     """down_proj of SmolLM2 at k_frac 0.5: 32 exact, 225 exact, 526 of rank 220, 753 of rank 148: 587,164 numbers."""
-    tiers = structure_of({"kind": "tiers"})
+    tiers = STRUCTURES.build({"kind": "tiers"})
     matrix = replace(World("weights", 4, 6, 0).matrices[-1], shape=(576, 1536))
     sizes = [32, 225, 526, 753]
     assert tiers.ranks(sizes, 768) == [32, 368, 220, 147]  # int(736 * 0.2) = 147, where the reference rounds to 148
@@ -177,8 +176,8 @@ def test_published_tiers_store_what_the_paper_script_does():
 @pytest.mark.parametrize("metric_kind", METRICS)
 def test_split_at_its_corners_is_low_rank_and_dense(metric_kind):
     """T11: no heavy neuron gives low rank in every matrix, heavy neurons alone give the FFN itself."""
-    world, low_rank = World(metric_kind, 9, 14, 16), structure_of({"kind": "low_rank"})
-    light, heavy = (structure_of({"kind": "split", "exact": share, "criterion": "activation"}) for share in (0, 1))
+    world, low_rank = World(metric_kind, 9, 14, 16), STRUCTURES.build({"kind": "low_rank"})
+    light, heavy = (STRUCTURES.build({"kind": "split", "exact": share, "criterion": "activation"}) for share in (0, 1))
     for group in light.groups(world.matrices):
         fit = light.fit(world.problem(light, group), 5)
         parts = [low_rank.fit(world.problem(low_rank, [m]), 5) for m in group]
@@ -192,7 +191,7 @@ def test_neurons_contribute_what_they_are_scored_by():
     """Without neuron j the output changes by exactly h_j W_down[:, j]; the contributions add up to the output without bias;
     and the score `activation_x_row` is the root mean square of a contribution."""
     world = World(None, 7, 11, 17)
-    group = structure_of({"kind": "split"}).groups(world.matrices)[0]
+    group = STRUCTURES.build({"kind": "split"}).groups(world.matrices)[0]
     down = world.weights["000.down_proj"]
     hidden = world.inputs[0, "ffn_hidden"]
     dense, total = world.ffn(world.dense(), 0), torch.zeros(200, 7, dtype=torch.float64)
@@ -205,13 +204,13 @@ def test_neurons_contribute_what_they_are_scored_by():
         total += contribution
         sizes.append(contribution.square().sum(1).mean().sqrt())
     torch.testing.assert_close(total, dense - world.biases["000.down_proj"])
-    problem = world.problem(structure_of({"kind": "split", "criterion": "activation_x_row"}), group)
+    problem = world.problem(STRUCTURES.build({"kind": "split", "criterion": "activation_x_row"}), group)
     assert torch.equal(order_of(problem, "activation_x_row", 0), torch.stack(sizes).argsort(descending=True))
 
 
 @pytest.mark.parametrize("criterion", ["activation", "activation_x_row", "weight_norm", "leverage", "lowest"])
 def test_scores_do_not_depend_on_the_order_of_tokens(criterion):
-    structure = structure_of({"kind": "split", "criterion": criterion})
+    structure = STRUCTURES.build({"kind": "split", "criterion": criterion})
     world = World("weights", 8, 12, 18)
     group = structure.groups(world.matrices)[0]
     plain = order_of(world.problem(structure, group), criterion, 0)
@@ -225,7 +224,7 @@ def test_neurons_are_taken_by_what_each_gains(criterion):
     """Every next one is the best of all that are left, by least squares on the tokens; what is no news comes last."""
     world = World(None, 5, 9, 23)
     world.inputs[0, "ffn_hidden"][4] = 2 * world.inputs[0, "ffn_hidden"][1] - world.inputs[0, "ffn_hidden"][7]
-    structure = structure_of({"kind": "neuron_slice", "criterion": criterion})
+    structure = STRUCTURES.build({"kind": "neuron_slice", "criterion": criterion})
     group = structure.groups(world.matrices)[0]
     problem, down = world.problem(structure, group), group[-1]
     order = order_of(problem, criterion, 0).tolist()
@@ -250,7 +249,7 @@ def test_affine_maps_are_least_squares():
     world = World(None, 6, 10, 19, tokens=300)
     x = world.inputs[0, "ffn_input"].T
     design = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
-    block = structure_of({"kind": "affine_block", "ridge": 1e-14})
+    block = STRUCTURES.build({"kind": "affine_block", "ridge": 1e-14})
     group = block.groups(world.matrices)[0]
     fit = block.fit(world.problem(block, group), block.limit(group))
     model, _ = world.compressed(block, group, fit.tensors, block.limit(group))
@@ -264,7 +263,7 @@ def test_affine_maps_are_least_squares():
         centred = best - best.mean(0)
         _, _, vh = torch.linalg.svd(centred, full_matrices=False)
         torch.testing.assert_close(prediction - best.mean(0), centred @ vh[:size].T @ vh[:size], atol=1e-6, rtol=1e-6)
-    split = structure_of({"kind": "split_affine", "ridge": 1e-14})
+    split = STRUCTURES.build({"kind": "split_affine", "ridge": 1e-14})
     fit = split.fit(world.problem(split, group), 10)
     order = fit.tensors["order"] if "order" in fit.tensors else order_of(world.problem(split, group), "activation_x_row", 0)
     light = order[4:]
@@ -284,7 +283,7 @@ def test_a_linear_ffn_is_replaced_exactly(monkeypatch):
         x, block = world.inputs[layer, "ffn_input"].T, world.dense().layers[layer]
         with torch.no_grad():
             world.inputs[layer, "ffn_hidden"] = (block.gate_proj(x) * block.up_proj(x)).T
-    structure = structure_of({"kind": "affine_block"})
+    structure = STRUCTURES.build({"kind": "affine_block"})
     for group in structure.groups(world.matrices):
         fit = structure.fit(world.problem(structure, group), structure.limit(group))
         model, _ = world.compressed(structure, group, fit.tensors, structure.limit(group))
@@ -295,7 +294,7 @@ def test_a_linear_ffn_is_replaced_exactly(monkeypatch):
 
 def test_sliced_neurons_are_corrected_by_least_squares():
     world = World(None, 7, 12, 21)
-    structure = structure_of({"kind": "neuron_slice"})
+    structure = STRUCTURES.build({"kind": "neuron_slice"})
     for group in structure.groups(world.matrices):
         layer, down = group[0].layer, world.weights[group[-1].name]
         problem = world.problem(structure, group)
@@ -311,11 +310,11 @@ def test_sliced_neurons_are_corrected_by_least_squares():
 def test_by_target_is_each_structure_on_its_own_matrices():
     world = World("gram", 10, 16, 5)
     parts = {"attention": {"kind": "shared_basis"}, "ffn": {"kind": "gauge_fixed"}}
-    structure = structure_of({"kind": "by_target", "parts": parts})
+    structure = STRUCTURES.build({"kind": "by_target", "parts": parts})
     groups = structure.groups(world.matrices)
     assert {m.name for group in groups for m in group} == {m.name for m in world.matrices}
     for group in groups:
-        own = structure_of(parts["ffn" if group[0].role in ("gate_proj", "up_proj", "down_proj") else "attention"])
+        own = STRUCTURES.build(parts["ffn" if group[0].role in ("gate_proj", "up_proj", "down_proj") else "attention"])
         assert own.groups(group) == [group]
         models = [world.compressed(s, group, s.fit(world.problem(s, group), 4).tensors, 4) for s in (structure, own)]
         assert models[0][1] == models[1][1]
@@ -323,27 +322,27 @@ def test_by_target_is_each_structure_on_its_own_matrices():
             one, other = (matrix_of(model.get_submodule(m.module), m.shape[1]) for model, _ in models)
             assert torch.equal(one, other)
     clusters = {"qkv": {"kind": "low_rank"}, "ffn": {"kind": "cluster", "clusters": 2}}
-    control = structure_of({"kind": "by_target", "parts": clusters}).control()
+    control = STRUCTURES.build({"kind": "by_target", "parts": clusters}).control()
     assert [part["kind"] for part in control.model_dump()["parts"].values()] == ["low_rank", "cluster"]
     assert control.model_dump()["parts"]["ffn"]["by"] == "random"
-    assert structure_of(control.model_dump()).control() is None
+    assert STRUCTURES.build(control.model_dump()).control() is None
 
 
 def test_random_controls_differ_in_the_selection_only():
     for kind in ("cluster", "tiers", "split", "split_affine", "neuron_slice"):
-        structure = structure_of(small(kind))
+        structure = STRUCTURES.build(small(kind))
         control = structure.control()
         assert control is not None
         changed = {k for k, v in control.model_dump().items() if v != structure.options.model_dump()[k]}
         assert len(changed) == 1
         assert "random" in {control.model_dump()[k] for k in changed}
-        assert structure_of(control.model_dump()).control() is None
+        assert STRUCTURES.build(control.model_dump()).control() is None
 
 
 def test_own_metric_optimality_both_ways():
     """T9: each metric's fit wins in its own error and loses, or ties, in every other one's."""
     worlds = {kind: World(kind, 10, 16, 22) for kind in METRICS}
-    low_rank = structure_of({"kind": "low_rank"})
+    low_rank = STRUCTURES.build({"kind": "low_rank"})
     for group in low_rank.groups(worlds["weights"].matrices):
         problems = {kind: worlds[kind].problem(low_rank, group) for kind in METRICS}
         found = {kind: approximations(worlds[kind], low_rank, group, low_rank.fit(p, 3), 3) for kind, p in problems.items()}
@@ -378,5 +377,5 @@ def test_a_constant_factor_of_a_metric_changes_nothing():
 def test_ridge_moves_a_metric_towards_the_weights():
     x = torch.randn(6, 50, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     gram = x @ x.T
-    plain, ridged = (metric_of({"kind": "gram", "ridge": r}).columns(torch.ones(3, 6), {"gram": gram}) for r in (0.0, 0.5))
+    plain, ridged = (METRICS.build({"kind": "gram", "ridge": r}).columns(torch.ones(3, 6), {"gram": gram}) for r in (0.0, 0.5))
     torch.testing.assert_close(ridged - plain, 0.5 * gram.diagonal().mean() * torch.eye(6, dtype=torch.float64))

@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from winnow.claims import FAILS, HOLDS, UNTESTED, VERDICTS, Answer, Claim, judge
 from winnow.errors import InputError
-from winnow.figures import save
-from winnow.io import write_manifest, write_text
-from winnow.report import render_studies
+from winnow.io.artifacts import write_manifest, write_text
+from winnow.reporting.figures import save
+from winnow.reporting.html import render_studies
+from winnow.studies.claims import FAILS, HOLDS, UNTESTED, VERDICTS, Answer, Claim, judge
 
 DESCRIBED = {
-    name: {"title": f"Study {name}", "paper": f"paper <{name}>", "tables": ["numbers"], "figures": ["line"]}
+    name: {"title": f"Study {name}", "reference": f"paper <{name}>", "tables": ["numbers"], "figures": ["line"]}
     for name in ("one", "two")
 }
 
@@ -85,7 +85,7 @@ class Page(HTMLParser):
 
 
 def test_all_papers_on_one_page(tmp_path):
-    page = render_studies([folder_of(tmp_path, "one", -1.0), folder_of(tmp_path, "two", 1.0)], DESCRIBED)
+    page = render_studies([folder_of(tmp_path, "one", -1.0), folder_of(tmp_path, "two", 1.0)], DESCRIBED, VERDICTS)
     read = Page(page)
     assert not read.open
     assert len(read.ids) == len(set(read.ids)), "an id of one figure is of no other"
@@ -110,7 +110,7 @@ def test_all_papers_on_one_page(tmp_path):
 
 
 def test_a_study_that_found_no_model_has_no_rows(tmp_path):
-    read = Page(render_studies([folder_of(tmp_path, "one", 0.0, rows=False)], DESCRIBED))
+    read = Page(render_studies([folder_of(tmp_path, "one", 0.0, rows=False)], DESCRIBED, VERDICTS))
     assert "What must hold exactly" not in read.text
     assert "0 rows" in read.text
 
@@ -119,4 +119,4 @@ def test_a_changed_folder_is_refused(tmp_path):
     manifest = folder_of(tmp_path, "one", 1.0)
     (tmp_path / "one" / "numbers.csv").write_text("layer,loss\n3,0.5\n")
     with pytest.raises(InputError, match=r"numbers.csv: changed since it was written"):
-        render_studies([manifest], DESCRIBED)
+        render_studies([manifest], DESCRIBED, VERDICTS)

@@ -8,9 +8,9 @@ import torch
 
 from tests.conftest import VOCABULARY, pico
 from tests.unit.test_statistics import files_of
-from winnow import statistics
-from winnow.lanes import Lanes
-from winnow.statistics import collect
+from winnow.calibration import statistics
+from winnow.calibration.statistics import collect
+from winnow.calibration.threads import Lanes
 
 PARTS = 5
 

@@ -8,9 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import FAMILIES, pico
-from winnow import modules
 from winnow.errors import InputError
-from winnow.latency import (
+from winnow.evaluation.latency import (
     FASTER,
     SAME,
     SLOWER,
@@ -25,7 +24,8 @@ from winnow.latency import (
     verdict,
     weight_bytes,
 )
-from winnow.modules import RoundedLinear, reordered
+from winnow.numerics import modules
+from winnow.numerics.modules import RoundedLinear, reordered
 
 SPEC = {"batches": [1, 3], "prompts": [5], "decode": 2, "repeats": 6, "warm_up": 1}
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from tests.conftest import pico
-from winnow.latency import SLOWER, evaluate
-from winnow.latency_table import COLUMNS, latency_table, lines
+from winnow.evaluation.latency import SLOWER, evaluate
+from winnow.evaluation.latency_table import COLUMNS, latency_table, lines
 
 SPEC = {"batches": [1, 2], "prompts": [4, 6], "decode": 1, "repeats": 6, "warm_up": 1}
 NAMES = {"model": "m", "calibration": "c", "method": "svd", "structure": "low_rank", "metric": "weights", "budget": "half"}

@@ -9,12 +9,12 @@ import torch
 import transformers
 
 from tests.conftest import ROOT, TINY, pico
-from winnow import studies
-from winnow.architectures import matrices_of
-from winnow.claims import FAILS, HOLDS, UNDECIDED, UNTESTED, judge, read_claims
-from winnow.experts import unfuse
-from winnow.loading import load_model
+from winnow.checkpoint.loading import load_model
+from winnow.models.architectures import matrices_of
+from winnow.models.experts import unfuse
+from winnow.studies import base as studies
 from winnow.studies.base import Evidence, Given
+from winnow.studies.claims import FAILS, HOLDS, UNDECIDED, UNTESTED, judge, read_claims
 from winnow.studies.linearity.learned import (
     FRESH,
     RESIZED,

@@ -10,21 +10,19 @@ import torch
 from tests.conftest import pico
 from tests.unit.test_allocations import allocated, random_groups, refused
 from tests.unit.test_checkpoint import logits, statistics
-from winnow import learning, masks
-from winnow.allocation import TOLERANCE, allocate, chosen_groups, learned_choice, summarize
-from winnow.allocations import allocation_of
-from winnow.allocations.base import stored_bytes
-from winnow.checkpoint import compress
+from winnow.allocation.base import ALLOCATIONS, stored_bytes
+from winnow.allocation.groups import TOLERANCE, allocate, chosen_groups, learned_choice, learning, masks, summarize
+from winnow.allocation.learning import learn, put_masked
+from winnow.allocation.masks import Sizes
+from winnow.checkpoint.in_memory import put
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.writer import compress
 from winnow.errors import InputError
-from winnow.factors import fit_groups, storable
-from winnow.in_memory import put
-from winnow.io import Bundle, write_json, write_manifest, write_tensors
-from winnow.learning import learn, put_masked
-from winnow.loading import load_model
-from winnow.masks import Sizes
-from winnow.metrics import metric_of
-from winnow.models import ModelFiles
-from winnow.structures import structure_of
+from winnow.factors.fit import fit_groups, storable
+from winnow.io.artifacts import Bundle, write_json, write_manifest, write_tensors
+from winnow.metrics.base import METRICS
+from winnow.models.files import ModelFiles
+from winnow.structures.base import STRUCTURES
 
 WINDOWS = torch.randint(0, 1024, (16, 24), generator=torch.Generator().manual_seed(5))
 HALF = {"keep_bytes": 0.5, "allocation": {"kind": "uniform"}}
@@ -36,8 +34,8 @@ def fitted(work, model, kind="low_rank"):
     """(files, structure, groups, factors) of a model, in the error of its weights."""
     model.save_pretrained(work / "model")
     statistics(work / "model", work / "statistics")
-    files, structure, rows = ModelFiles(work / "statistics" / "model.json"), structure_of({"kind": kind}), []
-    metric = metric_of({"kind": "weights"})
+    files, structure, rows = ModelFiles(work / "statistics" / "model.json"), STRUCTURES.build({"kind": kind}), []
+    metric = METRICS.build({"kind": "weights"})
     for name, fit, numbers in fit_groups(files, None, None, {}, structure, metric, "1-of-1", "cpu"):
         write_tensors(work / "factors" / f"{name}.safetensors", storable(structure, fit) | {"numbers": torch.tensor(numbers)})
         rows.append({"group": name, "numbers": numbers, "error": fit.error.tolist()})
@@ -67,8 +65,8 @@ def planted(tmp_path_factory):
 
 def learned(found, keep, **options):
     files, _, groups, factors = found
-    budget = {"keep_bytes": keep, "allocation": allocation_of({**QUICK, **options}).options.model_dump()}
-    given = allocation_of(budget["allocation"]).options
+    budget = {"keep_bytes": keep, "allocation": ALLOCATIONS.build({**QUICK, **options}).options.model_dump()}
+    given = ALLOCATIONS.build(budget["allocation"]).options
     return learn(files, factors, groups, budget, given, WINDOWS, "float32", "cpu")
 
 
@@ -82,7 +80,7 @@ def sizes_of(groups, keep, seed=0):
 
 
 def gauge_fixed(groups):
-    structure = structure_of({"kind": "gauge_fixed"})
+    structure = STRUCTURES.build({"kind": "gauge_fixed"})
     whole = {g.name: range(structure.largest(g.matrices) + 1) for g in groups}
     numbers = {g.name: [structure.numbers(g.matrices, size, {}) for size in whole[g.name]] for g in groups}
     return [replace(g, structure=structure, numbers=numbers[g.name]) for g in groups]
@@ -265,14 +263,14 @@ def test_a_configuration_that_cannot_learn_is_refused_by_its_key():
     for method in ("ffsplit", "basis_sharing", "modegpt_mlp", "coupled", "bypass"):
         assert "budget 'x' learns where to cut a product of two factors, which " in refused(of_structure(method))
     assert "did you mean 'start'" in refused(lambda c: c["budgets"].update(x=allocated("learned", starts="ilp")))
-    assert allocation_of({"kind": "learned", "start": "ilp"}).predicts()
-    assert not allocation_of({"kind": "learned"}).predicts()
+    assert ALLOCATIONS.build({"kind": "learned", "start": "ilp"}).predicts()
+    assert not ALLOCATIONS.build({"kind": "learned"}).predicts()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
 def test_learning_can_go_on_from_the_integer_programme():
     groups = random_groups(2, 12)
-    one, other = (allocation_of({"kind": kind, **more}) for kind, more in (("learned", {"start": "ilp"}), ("ilp", {})))
+    one, other = (ALLOCATIONS.build({"kind": kind, **more}) for kind, more in (("learned", {"start": "ilp"}), ("ilp", {})))
     assert one.allocate(groups, 0.6).sizes == other.allocate(groups, 0.6).sizes
     sizes = Sizes(groups, start := other.allocate(groups, 0.6).sizes, 0.6 * sum(g.dense for g in groups))
     assert {name for name, size in sizes.rounded().items() if size is None} == {n for n, size in start.items() if size is None}

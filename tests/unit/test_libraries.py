@@ -16,11 +16,11 @@ from tests.conftest import ROOT
 from tests.unit.test_explain import provenance
 from tests.unit.test_plan import plan_of, wildcards_of
 from winnow import __main__ as command_line
-from winnow import provenance as sources
-from winnow.allocations import ALLOCATIONS
+from winnow.allocation.base import ALLOCATIONS
 from winnow.errors import InputError
-from winnow.explain import differences
-from winnow.plan import STAGES
+from winnow.planning import fingerprints as sources
+from winnow.planning.explain import differences
+from winnow.planning.plan import STAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "lm_eval": "lm-eval", "yaml": "pyyaml"}  # of modules with another name
@@ -104,7 +104,7 @@ def test_a_command_says_that_a_library_is_missing(monkeypatch, tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "latency.csv").touch()
     monkeypatch.setattr(sys, "argv", ["winnow", "show", str(tmp_path), "--latency"])
-    monkeypatch.delitem(sys.modules, "winnow.latency_table", raising=False)
+    monkeypatch.delitem(sys.modules, "winnow.evaluation.latency_table", raising=False)
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(SystemExit, match=re.escape(f"winnow: show: {LINE.format('pandas')}")):
         command_line.main()

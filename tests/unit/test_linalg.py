@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from winnow import linalg
-from winnow.linalg import finite, leading_directions, regularized, sandwich
+from winnow.numerics import linalg
+from winnow.numerics.linalg import finite, leading_directions, regularized, sandwich
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
 torch.set_default_dtype(torch.float32)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.conftest import pico
-from winnow.architectures import matrices_of
+from winnow.models.architectures import matrices_of
 from winnow.studies.linearity.recoverability import (
     Sums,
     affine_of,

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import IDS, build, logits, targets_of
 from tests.unit.worlds import FITTED
+from winnow.checkpoint.export import export_dense
 from winnow.errors import InputError
-from winnow.export import export_dense
-from winnow.modules import Constant
+from winnow.numerics.modules import Constant
 
 NAMES = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

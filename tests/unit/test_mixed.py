@@ -16,32 +16,31 @@ from tests.conftest import ROOT, pico
 from tests.unit.test_allocations import best_of
 from tests.unit.test_checkpoint import logits, statistics
 from tests.unit.test_recovery import KINDS, losses, run
-from winnow.allocation import TOLERANCE, Group, allocate, chosen_groups, experts_left_dense, summarize
-from winnow.allocations import allocation_of
-from winnow.allocations.base import dense_bytes, stored_bytes
-from winnow.allocations.blocks import places_of, ways_of
-from winnow.allocations.ilp import options_of
-from winnow.architectures import FFN_ROLES, SITES, Matrix
-from winnow.beside import put_beside
-from winnow.checkpoint import compress, compressed, recipe_of, write_checkpoint
-from winnow.config import Method, load
-from winnow.config_files import default
+from winnow.allocation.base import ALLOCATIONS, dense_bytes, stored_bytes
+from winnow.allocation.blocks import places_of, ways_of
+from winnow.allocation.groups import TOLERANCE, Group, allocate, chosen_groups, experts_left_dense, summarize
+from winnow.allocation.kinds.ilp import options_of
+from winnow.allocation.rounds import Setting, predict_in_rounds
+from winnow.calibration.gradients import collect_gradients
+from winnow.calibration.statistics import collect
+from winnow.checkpoint.export import export_dense
+from winnow.checkpoint.in_memory import put
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.writer import compress, compressed, recipe_of, write_checkpoint
 from winnow.errors import InputError
-from winnow.export import export_dense
-from winnow.factors import fit_groups, left_dense, storable
-from winnow.forecast import forecast, shape_of
-from winnow.gradients import collect_gradients
-from winnow.in_memory import put
-from winnow.io import MANIFEST, Bundle, write_manifest, write_tensors
-from winnow.loading import load_model
-from winnow.members import factors_of
-from winnow.metrics import metric_of
-from winnow.models import ModelFiles
-from winnow.plan import Plan
-from winnow.prediction import predict
-from winnow.rounds import Setting, predict_in_rounds
-from winnow.statistics import collect
-from winnow.structures import structure_of
+from winnow.factors.beside import put_beside
+from winnow.factors.fit import fit_groups, left_dense, storable
+from winnow.factors.members import factors_of
+from winnow.factors.predict import predict
+from winnow.io.artifacts import MANIFEST, Bundle, write_manifest, write_tensors
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import FFN_ROLES, SITES, Matrix
+from winnow.models.files import ModelFiles
+from winnow.planning.config import Method, load
+from winnow.planning.config_files import default
+from winnow.planning.forecast import forecast, shape_of
+from winnow.planning.plan import Plan
+from winnow.structures.base import STRUCTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
 MIXED = {"kind": "mixed"}
@@ -52,7 +51,7 @@ WINNOW = default()["methods"]["winnow"]["structure"]
 
 def random_groups(seed, ffns, others, most=4):
     """Groups of `ffns` FFNs of three matrices and of `others` matrices, each by every member that applies and dense."""
-    draws, structure = np.random.default_rng(seed), structure_of({"kind": "low_rank"})
+    draws, structure = np.random.default_rng(seed), STRUCTURES.build({"kind": "low_rank"})
     blocks = [[Matrix(i, role, f"{i}.{role}", SITES[role], (9, 9), False, False) for role in FFN_ROLES if role != "gate_up_proj"]
               for i in range(ffns)]  # fmt: skip
     blocks += [[Matrix(i, "q_proj", f"{i}.q_proj", "attention_input", (9, 9), False, False)] for i in range(others)]
@@ -103,12 +102,12 @@ def test_the_programme_is_the_best_of_all_choices_on_small_cases(seed):
     allowed = (0.3 + 0.05 * seed) * dense
     totals, losses = every_choice(groups)
     best = best_of(losses, totals, allowed, dense)
-    choice = allocation_of({**ILP, "gap": 0.0}).allocate(groups, allowed / dense)
+    choice = ALLOCATIONS.build({**ILP, "gap": 0.0}).allocate(groups, allowed / dense)
     assert stored_bytes(groups, choice.sizes) <= allowed
     assert loss(groups, choice.sizes) == pytest.approx(best, rel=1e-6)
     assert choice.facts["value"] == pytest.approx(best, rel=1e-6)
     assert choice.facts["bound"] <= best * (1 + 1e-9)
-    again = allocation_of({**ILP, "gap": 0.0}).allocate(list(reversed(groups)), allowed / dense)
+    again = ALLOCATIONS.build({**ILP, "gap": 0.0}).allocate(list(reversed(groups)), allowed / dense)
     assert again.sizes == choice.sizes
 
 
@@ -129,7 +128,7 @@ def test_every_matrix_is_stored_once_and_all_members_are_used():
         assert choice.facts["bound"] <= choice.facts["value"] * (1 + 1e-9)
         used |= {name.partition("@")[2] for name, size in choice.sizes.items() if size is not None}
         used |= {"dense" for size in choice.sizes.values() if size is None}
-        without = allocation_of({**ILP, "leave_dense": False}).allocate(groups, keep)
+        without = ALLOCATIONS.build({**ILP, "leave_dense": False}).allocate(groups, keep)
         assert None not in without.sizes.values()
         assert without.facts["value"] >= choice.facts["value"] * (1 - 1e-3)
     assert used == {"dense", *(end[1:] for end in MEMBERS)}
@@ -140,7 +139,7 @@ def test_the_bound_is_that_of_the_linear_relaxation():
     from scipy.optimize import linprog
 
     groups = sorted(random_groups(5, 6, 4, most=8), key=lambda g: g.name)
-    facts = allocation_of(ILP).allocate(groups, 0.6).facts
+    facts = ALLOCATIONS.build(ILP).allocate(groups, 0.6).facts
     tables = [options_of(g, g.predicted, True) for g in groups]
     at = places_of(groups)
     blocks = ways_of(list(at))
@@ -242,10 +241,10 @@ def fitted_of(family, spec, work):
     source = work / "model"
     pico(family).save_pretrained(source)
     moments, gradients = statistics(source, work / "statistics")
-    files, structure = ModelFiles(work / "statistics" / "model.json"), structure_of(spec)
+    files, structure = ModelFiles(work / "statistics" / "model.json"), STRUCTURES.build(spec)
     paths, tables = [], {"spectra": [], "predicted": []}
     for end, own in structure.alternatives().items():
-        metric, names = metric_of({"kind": "gram"}) if own.objective == "metric" else None, []
+        metric, names = METRICS.build({"kind": "gram"}) if own.objective == "metric" else None, []
         folder = work / "factors" / end
         for name, fit, numbers in fit_groups(files, moments, gradients, {}, own, metric, "1-of-1", "cpu"):
             write_tensors(folder / f"{name}.safetensors", storable(own, fit) | {"numbers": torch.tensor(numbers)})
@@ -275,19 +274,21 @@ def with_bits(request, tmp_path_factory):
 def test_experts_without_gradients_stay_dense_whatever_the_member(tmp_path):
     pico("mixtral").save_pretrained(tmp_path / "model")
     moments, gradients = statistics(tmp_path / "model", tmp_path / "statistics")
-    files, structure = ModelFiles(tmp_path / "statistics" / "model.json"), structure_of(MIXED)
+    files, structure = ModelFiles(tmp_path / "statistics" / "model.json"), STRUCTURES.build(MIXED)
     own = structure.alternatives()["@gauge_fixed"]
     rows = [
         {"group": f"{name}@gauge_fixed", "numbers": numbers, "error": fit.error.tolist()}
         for name, fit, numbers in fit_groups(
-            files, moments, gradients, {}, own, metric_of({"kind": "two_sided"}), "1-of-1", "cpu"
+            files, moments, gradients, {}, own, METRICS.build({"kind": "two_sided"}), "1-of-1", "cpu"
         )
     ]
     spectra, targets = pd.DataFrame(rows).set_index("group"), ["ffn", "attention"]
     groups = chosen_groups(files, structure, targets, spectra)
     assert {m.role for g in groups for m in g.matrices} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     left = experts_left_dense(files, structure, targets, spectra)
-    tokens = [left_dense(files, moments, one, metric_of({"kind": "two_sided"}), "1-of-1") for one in structure.members.values()]
+    tokens = [
+        left_dense(files, moments, one, METRICS.build({"kind": "two_sided"}), "1-of-1") for one in structure.members.values()
+    ]
     assert left == list(dict.fromkeys(name for found in tokens for name in found))
 
 

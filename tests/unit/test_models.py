@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import pico
-from winnow.architectures import select
+from winnow.checkpoint.loading import load_model
 from winnow.errors import InputError
-from winnow.io import write_json
-from winnow.loading import load_model
-from winnow.models import ModelFiles, model_files
-from winnow.retrieve import describe, fetch
+from winnow.io.artifacts import write_json
+from winnow.models.architectures import select
+from winnow.models.files import ModelFiles, model_files
+from winnow.models.retrieve import describe, fetch
 
 
 def copy_of(folder, tmp_path, change):
@@ -147,7 +147,7 @@ def test_weights_replaced_after_retrieval_are_refused(saved_llama, tmp_path):
 def test_unknown_family_and_unknown_target(saved_llama, tmp_path):
     facts = describe(saved_llama)
     write_json(tmp_path / "model.json", {**facts, "model_type": "unheard_of"})
-    with pytest.raises(InputError, match=r"'unheard_of' is not in src/winnow/architectures\.py"):
+    with pytest.raises(InputError, match=r"'unheard_of' is not in src/winnow/models/architectures\.py"):
         ModelFiles(tmp_path / "model.json")
     write_json(tmp_path / "model.json", facts)
     with pytest.raises(InputError, match="target 'qkv_proj' names no matrix"):

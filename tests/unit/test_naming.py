@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForPreTraining, R
 
 from tests.conftest import TINY, pico
 from tests.unit.test_checkpoint import IDS, build, logits
+from winnow.checkpoint.export import export_dense
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.streaming import Streamed
 from winnow.errors import InputError
-from winnow.export import export_dense
-from winnow.io import write_json
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.perplexity import evaluate, evaluate_by_block
-from winnow.retrieve import describe
-from winnow.streaming import Streamed
+from winnow.evaluation.perplexity import evaluate, evaluate_by_block
+from winnow.io.artifacts import write_json
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
 
 TIED = {"llama": "model.embed_tokens", "opt": "model.decoder.embed_tokens", "gpt2": "transformer.wte"}
 HEADS = {"bert_masked": ("bert.embeddings.word_embeddings", "cls.predictions.decoder")}

@@ -2,8 +2,8 @@
 
 from tests.unit.test_forecast import DEMO
 from tests.unit.test_plan import plan_of
-from winnow.forecast import forecast, shape_of
-from winnow.needs import MARGIN, RUNNER, Needs
+from winnow.planning.forecast import forecast, shape_of
+from winnow.planning.needs import MARGIN, RUNNER, Needs
 
 
 def test_memory_is_the_forecast_with_a_margin_and_doubles_at_a_retry():

@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.test_forecast import DEMO
 from tests.unit.test_plan import plan_of
-from winnow.forecast import forecast, shape_of
-from winnow.neurons import by_gain
+from winnow.numerics.neurons import by_gain
+from winnow.planning.forecast import forecast, shape_of
 
 
 def normal(seed, *shape):

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from winnow import outside, runtime
 from winnow.errors import InputError
-from winnow.outside import Digests
+from winnow.jobs import start as runtime
+from winnow.planning import outside
+from winnow.planning.outside import Digests
 
 PAST = 1_000_000_000
 
@@ -94,7 +95,7 @@ def test_a_job_reads_what_it_was_planned_for(tmp_path, monkeypatch):
 
 def test_a_download_has_digests_only_where_it_is_not_what_was_retrieved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from winnow.io import write_json
+    from winnow.io.artifacts import write_json
 
     grid = SimpleNamespace(tuned=lambda label: False, preset=lambda section, label: SimpleNamespace(local=lambda: False))
 

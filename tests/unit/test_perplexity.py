@@ -9,9 +9,9 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from tests.conftest import VOCABULARY, pico
-from winnow.perplexity import evaluate, summarize
-from winnow.spread import ratio
-from winnow.tokens import PAD
+from winnow.data.tokens import PAD
+from winnow.evaluation.perplexity import evaluate, summarize
+from winnow.evaluation.spread import ratio
 
 
 class Fixed(nn.Module):

@@ -7,12 +7,12 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.unit.test_structures import metrics_of
-from winnow.config import load
-from winnow.config_files import default
 from winnow.errors import InputError
-from winnow.plan import STAGES, Plan
-from winnow.provenance import CodeTracker
-from winnow.structures import STRUCTURES
+from winnow.planning.config import load
+from winnow.planning.config_files import default
+from winnow.planning.fingerprints import CodeTracker
+from winnow.planning.plan import STAGES, Plan
+from winnow.structures.base import STRUCTURES
 
 
 def plan_of(change=lambda c: None, root=ROOT, memory=None):
@@ -251,72 +251,81 @@ MODELS = {
 LOADERS = MODELS | {"export_dense"}
 NAMES = LOADERS | {"retrieve_model", "retrieve_base"}
 EDITS = [
-    ("src/winnow/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
-    ("src/winnow/linalg.py", '"""Directions that solve', '"""Other words that solve', set()),
-    ("src/winnow/linalg.py", "return (vectors * values", "return  (\n        vectors * values", set()),
-    ("src/winnow/linalg.py", "clamp(min=0).sqrt()) @", "clamp(min=1e-9).sqrt()) @", OF_METHODS | STUDY),
+    ("src/winnow/numerics/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
+    ("src/winnow/numerics/linalg.py", '"""Directions that solve', '"""Other words that solve', set()),
+    ("src/winnow/numerics/linalg.py", "return (vectors * values", "return  (\n        vectors * values", set()),
+    ("src/winnow/numerics/linalg.py", "clamp(min=0).sqrt()) @", "clamp(min=1e-9).sqrt()) @", OF_METHODS | STUDY),
     (
-        "src/winnow/statistics.py",
+        "src/winnow/calibration/statistics.py",
         "lower = (self.gram[part, :end] / n)",
         "lower = (self.gram[part, :end] / (n - 1))",
         {"collect_statistics", "predict_in_rounds"},
     ),
-    ("src/winnow/allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", ALLOCATING),
-    ("src/winnow/allocations/uniform.py", "max(1, step(g))", "max(2, step(g))", ALLOCATING),  # of the budget's own kind
-    ("src/winnow/allocations/greedy.py", "heapq.heapify(heap)", "heap.sort()", set()),  # of another one
-    ("src/winnow/masks.py", "SURE = 3.0", "SURE = 2.0", {"learn_sizes"}),
+    ("src/winnow/allocation/groups.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", ALLOCATING),
+    ("src/winnow/allocation/kinds/uniform.py", "max(1, step(g))", "max(2, step(g))", ALLOCATING),  # of the budget's own kind
+    ("src/winnow/allocation/kinds/greedy.py", "heapq.heapify(heap)", "heap.sort()", set()),  # of another one
+    ("src/winnow/allocation/masks.py", "SURE = 3.0", "SURE = 2.0", {"learn_sizes"}),
     ("src/winnow/recovery/training.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)", {"learn_sizes", "recover"}),
-    ("src/winnow/prediction.py", "[: len(fit", "[: 1 * len(fit", {"predict_losses", "predict_in_rounds"}),
-    ("src/winnow/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity", "predict_in_rounds"}),
+    ("src/winnow/factors/predict.py", "[: len(fit", "[: 1 * len(fit", {"predict_losses", "predict_in_rounds"}),
+    ("src/winnow/evaluation/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity", "predict_in_rounds"}),
     (
-        "src/winnow/spread.py",
+        "src/winnow/evaluation/spread.py",
         "n / (n - 1)",
         "n / n",
         {*EVALUATIONS, "predict_in_rounds", "tables", "report", "studies", "tabulate_classification", *STUDY},
     ),
-    ("src/winnow/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
+    ("src/winnow/checkpoint/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
     ("src/winnow/recovery/refine.py", "skipped = 0 if", "skipped = 2 if", {"recover"}),
     ("src/winnow/recovery/distill.py", "lora_dropout=0.0", "lora_dropout=0.1", set()),  # of another kind
-    ("src/winnow/recoveries.py", "lora_rank: int = Field(8", "lora_rank: int = Field(9", set()),
-    ("src/winnow/recoveries.py", "steps: int = Field(200", "steps: int = Field(100", {"recover"}),
-    ("src/winnow/card.py", "Needs winnow", "It needs winnow", {"compress", "predict_in_rounds", "export_dense", "cards"}),
-    ("src/winnow/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables", "conclude_study"}),
+    ("src/winnow/recovery/kinds/distill.py", "lora_rank: int = Field(8", "lora_rank: int = Field(9", set()),
+    ("src/winnow/recovery/base.py", "steps: int = Field(200", "steps: int = Field(100", {"recover"}),
     (
-        "src/winnow/tokens.py",
+        "src/winnow/checkpoint/card.py",
+        "Needs winnow",
+        "It needs winnow",
+        {"compress", "predict_in_rounds", "export_dense", "cards"},
+    ),
+    ("src/winnow/reporting/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables", "conclude_study"}),
+    (
+        "src/winnow/data/tokens.py",
         "PAD = -1",
         "PAD = -2",
         {"tokenize", "tokenize_rows", "finetune", "predict_in_rounds", *EVALUATIONS},
     ),
-    ("src/winnow/accuracy.py", "return found if", "return found and found if", {"evaluate_accuracy"}),
-    ("src/winnow/tasks.py", "not any(is_group", "all(not is_group", OF_TASKS),
-    ("src/winnow/accuracy_table.py", '"delta": 0.0', '"delta": 0.1', {"tabulate_accuracy", *OF_SCORES}),
-    ("src/winnow/rows.py", "row {bad}: there", "row {bad}, there", {"retrieve_examples", "check_overlap"}),
-    ("src/winnow/examples.py", "padding=False", "padding=True", {"tokenize_rows", "finetune", "evaluate_classification"}),
-    ("src/winnow/finetune.py", "EPS, BETAS = 1e-8", "EPS, BETAS = 1e-7", {"finetune"}),  # and of a recovery of that kind
-    ("src/winnow/tuning.py", "rate: float = Field(3e-5", "rate: float = Field(2e-5", {"finetune", "recover"}),
+    ("src/winnow/evaluation/accuracy.py", "return found if", "return found and found if", {"evaluate_accuracy"}),
+    ("src/winnow/data/tasks.py", "not any(is_group", "all(not is_group", OF_TASKS),
+    ("src/winnow/evaluation/accuracy_table.py", '"delta": 0.0', '"delta": 0.1', {"tabulate_accuracy", *OF_SCORES}),
+    ("src/winnow/data/rows.py", "row {bad}: there", "row {bad}, there", {"retrieve_examples", "check_overlap"}),
+    ("src/winnow/data/examples.py", "padding=False", "padding=True", {"tokenize_rows", "finetune", "evaluate_classification"}),
+    ("src/winnow/training/finetune.py", "EPS, BETAS = 1e-8", "EPS, BETAS = 1e-7", {"finetune"}),  # and of a recovery of that kind
+    ("src/winnow/training/options.py", "rate: float = Field(3e-5", "rate: float = Field(2e-5", {"finetune"}),
     (
-        "src/winnow/classification.py",
+        "src/winnow/evaluation/classification.py",
         "return 2 * right",
         "return 3 * right",
         {"evaluate_classification", *OF_SCORES},
     ),
-    ("src/winnow/latency.py", "SLOT = 0.01", "SLOT = 0.02", {"evaluate_latency"}),
-    ("src/winnow/latency_table.py", 'f"control_{key}"', 'f"dense_{key}"', {"tabulate_latency"}),
-    ("src/winnow/io.py", 'MANIFEST = "manifest.json"', 'MANIFEST = "content.json"', set(STAGES)),
-    ("src/winnow/metrics.py", "pow(2 * self", "pow(3 * self", {"factorize"}),  # of the method's own metric
-    ("src/winnow/metrics.py", 'return site["gram"]', 'return 2 * site["gram"]', set()),  # of another one
-    ("src/winnow/metrics.py", "class Gram(Metric):", "class Other(Metric):\n    pass\n\n\nclass Gram(Metric):", set()),
-    ("src/winnow/modules.py", "self.left(self.right(x))", "self.left(self.right(1 * x))", OF_METHODS),
+    ("src/winnow/evaluation/latency.py", "SLOT = 0.01", "SLOT = 0.02", {"evaluate_latency"}),
+    ("src/winnow/evaluation/latency_table.py", 'f"control_{key}"', 'f"dense_{key}"', {"tabulate_latency"}),
+    ("src/winnow/io/artifacts.py", 'MANIFEST = "manifest.json"', 'MANIFEST = "content.json"', set(STAGES)),
+    ("src/winnow/metrics/mean_abs.py", "pow(2 * self", "pow(3 * self", {"factorize"}),  # of the method's own metric
+    ("src/winnow/metrics/two_sided.py", 'return site["gram"]', 'return 2 * site["gram"]', set()),  # of another one
+    ("src/winnow/numerics/modules.py", "self.left(self.right(x))", "self.left(self.right(1 * x))", OF_METHODS),
     (
-        "src/winnow/hf.py",
+        "src/winnow/checkpoint/hf.py",
         "requires_calibration = True",
         "requires_calibration = False",
         LOADERS,
     ),
-    ("src/winnow/naming.py", "elif name in found", "elif name in set(found)", NAMES),
-    ("src/winnow/clusters.py", "n_init=5", "n_init=6", {"assign_clusters"}),
-    ("src/winnow/gradients.py", "(gram + gram.T) / 2", "(gram + gram.T) / 3", {"collect_gradients", "predict_in_rounds"}),
-    ("src/winnow/coupling.py", "import annotations", "import annotations\n\nx = 1", STUDY),  # of another structure
+    ("src/winnow/models/naming.py", "elif name in found", "elif name in set(found)", NAMES),
+    ("src/winnow/calibration/clusters.py", "n_init=5", "n_init=6", {"assign_clusters"}),
+    (
+        "src/winnow/calibration/gradients.py",
+        "(gram + gram.T) / 2",
+        "(gram + gram.T) / 3",
+        {"collect_gradients", "predict_in_rounds"},
+    ),
+    ("src/winnow/numerics/coupling.py", "import annotations", "import annotations\n\nx = 1", STUDY),  # of another structure
     ("scripts/factorize.py", "names.append(name)", "names.append(str(name))", {"factorize"}),
 ]
 
@@ -544,8 +553,11 @@ def test_a_study_is_scored_on_the_tasks_of_its_kind_that_are_configured():
 @pytest.mark.parametrize(
     ("entry", "line"),
     [
-        ("winnow.allocations.nonexistent", r"src: there is no module winnow\.allocations\.nonexistent, so its code cannot be"),
-        ("winnow.metrics_of_old:Gram", r"src: there is no module winnow\.metrics_of_old, so its code cannot be tracked"),
+        (
+            "winnow.allocation.kinds.nonexistent",
+            r"src: there is no module winnow\.allocation\.kinds\.nonexistent, so its code cannot be",
+        ),
+        ("winnow.metrics_of_old", r"src: there is no module winnow\.metrics_of_old, so its code cannot be tracked"),
         ("nonexistent.py", r"scripts/nonexistent\.py: there is no such script, so its code cannot be tracked"),
     ],
 )

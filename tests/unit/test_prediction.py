@@ -11,23 +11,22 @@ from scipy.stats import spearmanr
 from tests.conftest import ROOT, pico
 from tests.unit.test_checkpoint import logits, statistics
 from tests.unit.worlds import World, matrix_of
-from winnow.allocation import allocate, chosen_groups, summarize
-from winnow.architectures import group_name, matrices_of
-from winnow.checkpoint import compressed, recipe_of, write_checkpoint
-from winnow.factors import fit_groups, storable
-from winnow.gradients import collect_gradients
-from winnow.in_memory import put
-from winnow.io import Bundle, write_manifest, write_tensors
-from winnow.linalg import truncation_errors
-from winnow.loading import load_model
-from winnow.metrics import metric_of
-from winnow.models import ModelFiles
-from winnow.prediction import predict, unseen
-from winnow.rounds import Held, Setting, around, compressed_model, predict_in_rounds
-from winnow.statistics import collect
-from winnow.structures import STRUCTURES, structure_of
-from winnow.structures.base import Problem
-from winnow.tokens import encode, load_tokenizer
+from winnow.allocation.groups import allocate, chosen_groups, summarize
+from winnow.allocation.rounds import Held, Setting, around, compressed_model, predict_in_rounds
+from winnow.calibration.gradients import collect_gradients
+from winnow.calibration.statistics import collect
+from winnow.checkpoint.in_memory import put
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.writer import compressed, recipe_of, write_checkpoint
+from winnow.data.tokens import encode, load_tokenizer
+from winnow.factors.fit import fit_groups, storable
+from winnow.factors.predict import predict, unseen
+from winnow.io.artifacts import Bundle, write_manifest, write_tensors
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import group_name, matrices_of
+from winnow.models.files import ModelFiles
+from winnow.numerics.linalg import truncation_errors
+from winnow.structures.base import STRUCTURES, Problem
 
 PREDICTING = [kind for kind, cls in STRUCTURES.items() if cls.predicts]
 OF_MATRICES = [kind for kind in PREDICTING if STRUCTURES[kind].objective == "metric"]
@@ -54,7 +53,7 @@ def test_all_truncations_at_once_are_those_written_out(m, n, generator):
 @pytest.mark.parametrize("kind", OF_MATRICES)
 @pytest.mark.parametrize("metric", ["weights", "gram", "two_sided"])
 def test_a_prediction_is_that_of_the_matrix_that_is_stored(kind, metric):
-    world, structure = World(metric, 8, 14, seed=3), structure_of({"kind": kind})
+    world, structure = World(metric, 8, 14, seed=3), STRUCTURES.build({"kind": kind})
     for matrix in world.matrices[:6]:
         problem = world.problem(structure, [matrix])
         fit = structure.fit(problem, structure.largest([matrix]))
@@ -74,7 +73,7 @@ def test_a_prediction_is_that_of_the_matrix_that_is_stored(kind, metric):
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_prediction_of_an_ffn_is_that_of_the_change_of_its_output(spec, elsewhere):
     """At every size, also on other tokens than those of the fit (`elsewhere`), as in rounds."""
-    world, structure = World(None, 6, 14, seed=4), structure_of(spec)
+    world, structure = World(None, 6, 14, seed=4), STRUCTURES.build(spec)
     for group in structure.groups(world.matrices):
         layer, down = group[0].layer, group[-1]
         fit = structure.fit(world.problem(structure, group), structure.limit(group))
@@ -152,7 +151,7 @@ def test_predictions_are_in_the_order_of_what_is_measured(demo):
 def test_predictions_of_ffns_are_in_the_order_of_what_is_measured(demo, kind):
     """Every FFN of the demo model by itself, at a third and at nearly all of the sizes."""
     model, matrices, moments, gradients, ids = demo
-    dense, structure, predicted, measured = log_probabilities(model, ids), structure_of({"kind": kind}), [], []
+    dense, structure, predicted, measured = log_probabilities(model, ids), STRUCTURES.build({"kind": kind}), [], []
     for group in structure.groups(matrices):
         weights = {m.name: model.get_submodule(m.module).weight.detach().double() for m in group}
         sites = {m.name: moments[m.layer][m.site] for m in group}
@@ -175,9 +174,11 @@ def predicted_llama(saved_llama, tmp_path_factory):
     """(files, structure, groups with predictions, bundle of factors) of a random model."""
     work = tmp_path_factory.mktemp("predicted")
     moments, gradients = statistics(saved_llama, work / "statistics", windows=48)  # enough tokens for its 96 hidden units
-    files, structure = ModelFiles(work / "statistics" / "model.json"), structure_of({"kind": "low_rank"})
+    files, structure = ModelFiles(work / "statistics" / "model.json"), STRUCTURES.build({"kind": "low_rank"})
     rows = []
-    for name, fit, numbers in fit_groups(files, moments, gradients, {}, structure, metric_of({"kind": "gram"}), "1-of-1", "cpu"):
+    for name, fit, numbers in fit_groups(
+        files, moments, gradients, {}, structure, METRICS.build({"kind": "gram"}), "1-of-1", "cpu"
+    ):
         tensors = storable(structure, fit) | {"error": fit.error, "numbers": torch.tensor(numbers)}
         write_tensors(work / "factors" / f"{name}.safetensors", tensors)
         rows.append({"group": name, "numbers": numbers, "error": fit.error.tolist()})
@@ -228,7 +229,7 @@ def test_hidden_units_that_never_fired_do_not_go_for_free(tmp_path, correction):
     model.save_pretrained(tmp_path / "model")
     moments, gradients = statistics(tmp_path / "model", tmp_path / "statistics", windows=32)
     files = ModelFiles(tmp_path / "statistics" / "model.json")
-    structure = structure_of({"kind": "neuron_slice", "criterion": "loss", "correction": correction})
+    structure = STRUCTURES.build({"kind": "neuron_slice", "criterion": "loss", "correction": correction})
     for name, fit, numbers in fit_groups(files, moments, gradients, {}, structure, None, "1-of-1", "cpu"):
         tensors = storable(structure, fit) | {"numbers": torch.tensor(numbers)}
         write_tensors(tmp_path / "factors" / f"{name}.safetensors", tensors)

@@ -6,20 +6,19 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from winnow.architectures import group_name, moments_file
-from winnow.factors import storable
-from winnow.gradients import collect_gradients
-from winnow.io import write_json
-from winnow.loading import load_model
-from winnow.metrics import metric_of
-from winnow.models import ModelFiles
-from winnow.prediction import predict
-from winnow.retrieve import describe
-from winnow.rounds import Held
-from winnow.statistics import collect
-from winnow.structures import structure_of
-from winnow.structures.base import Problem
-from winnow.tokens import encode, load_tokenizer
+from winnow.allocation.rounds import Held
+from winnow.calibration.gradients import collect_gradients
+from winnow.calibration.statistics import collect
+from winnow.checkpoint.loading import load_model
+from winnow.data.tokens import encode, load_tokenizer
+from winnow.factors.fit import storable
+from winnow.factors.predict import predict
+from winnow.io.artifacts import write_json
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import group_name, moments_file
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
+from winnow.structures.base import STRUCTURES, Problem
 
 DEMO = ROOT / "resources" / "models" / "demo"
 
@@ -64,13 +63,13 @@ KINDS = [
 def test_a_predicted_loss_is_that_on_other_text(few, structure, metric):
     """Fitted to 352 tokens, a token per hidden unit, at half of the sizes: all FFNs, or all down matrices."""
     files, (moments, gradients), (other_moments, other_gradients) = few
-    own, fits = structure_of(structure), Fits()
+    own, fits = STRUCTURES.build(structure), Fits()
     groups = [g for g in own.groups(files.matrices) if g[-1].role == "down_proj"]
     for group in groups:
         sites = {m.name: statistics_of(moments, m.layer, m.site) for m in group}
         outputs = {m.name: statistics_of(gradients, m.layer, m.role) for m in group}
         weights = {m.name: files.weight(m) for m in group}
-        problem = Problem(group, weights, sites, metric_of(metric) if metric else None, outputs=outputs)
+        problem = Problem(group, weights, sites, METRICS.build(metric) if metric else None, outputs=outputs)
         fit = own.fit(problem, own.largest(group))
         fits.files[f"{group_name(group)}.safetensors"] = storable(own, fit) | {"numbers": torch.arange(len(fit.error))}
     names = {name.removesuffix(".safetensors"): fits for name in fits.files}

@@ -16,28 +16,28 @@ from safetensors.torch import load_file
 
 from tests.conftest import FAMILIES, ROOT, pico
 from tests.unit.test_checkpoint import build
-from winnow.architectures import matrices_of
-from winnow.config import load
-from winnow.config_files import default
+from winnow.allocation.rounds import Held
+from winnow.calibration.gradients import collect_gradients
+from winnow.checkpoint.hf import WinnowConfig
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.share import share
 from winnow.errors import InputError
-from winnow.gradients import collect_gradients
-from winnow.grid import Cell
-from winnow.hf import WinnowConfig
-from winnow.io import MANIFEST, Bundle, write_json
-from winnow.linalg import leading_directions
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.plan import Plan
-from winnow.recovered import task_of, write_recovered
-from winnow.recoveries import RECOVERIES, options_of
-from winnow.recovery import recovery_of, refine, sequential
+from winnow.io.artifacts import MANIFEST, Bundle, write_json
+from winnow.io.resume import SECONDS, Resume
+from winnow.jobs.start import Job
+from winnow.models.architectures import matrices_of
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
+from winnow.numerics.linalg import leading_directions
+from winnow.planning.config import load
+from winnow.planning.config_files import default
+from winnow.planning.grid import Cell
+from winnow.planning.plan import Plan
+from winnow.recovery import refine, sequential
+from winnow.recovery.base import RECOVERIES, recovery_of
 from winnow.recovery.blocks import Passage, outputs_of
+from winnow.recovery.recover import task_of, write_recovered
 from winnow.recovery.training import Progress, batches, rate_at
-from winnow.resume import SECONDS, Resume
-from winnow.retrieve import describe
-from winnow.rounds import Held
-from winnow.runtime import Job
-from winnow.share import share
 
 WINDOWS = torch.randint(0, 64, (60, 12), generator=torch.Generator().manual_seed(5))
 SHORT = {"steps": 12, "batch": 8, "every": 6, "rate": 1e-3}
@@ -64,10 +64,10 @@ def files_of(source, folder) -> ModelFiles:
 
 def run(files, checkpoint, options, resume=None, change=lambda task: None, windows=WINDOWS):
     """(task after its recovery, the report)"""
-    gradients = gradients_of(files.directory) if options_of(options).reads_gradients else None
-    task = task_of(files, checkpoint, windows, options_of(options), True, "cpu", resume, gradients)
+    gradients = gradients_of(files.directory) if recovery_of(options).options.reads_gradients else None
+    task = task_of(files, checkpoint, windows, recovery_of(options).options, True, "cpu", resume, gradients)
     change(task)
-    return task, recovery_of(options["kind"])(task)
+    return task, recovery_of(options).recover(task)
 
 
 @cache
@@ -140,7 +140,7 @@ def test_refinement_lowers_what_distillation_looks_at(llama):
             q, p = (m(input_ids=fresh).logits.double().log_softmax(-1) for m in (task.model, task.dense))
         return float((p.exp() * (p - q)).sum(-1).mean())
 
-    before = kl(task_of(files, checkpoint, WINDOWS, options_of(KINDS["refine"]), True, "cpu"))
+    before = kl(task_of(files, checkpoint, WINDOWS, recovery_of(KINDS["refine"]).options, True, "cpu"))
     refined, distilled = (kl(run(files, checkpoint, {**KINDS[n], "steps": 40})[0]) for n in ("refine", "distill"))
     assert refined < 0.95 * before
     assert distilled < 0.95 * before
@@ -170,7 +170,7 @@ def test_what_layers_share_stays_and_the_other_factor_is_the_best_one(saved_llam
     files = files_of(saved_llama, tmp_path)
     checkpoint = Bundle(build(saved_llama, tmp_path / "shared", ["ffn"], 0.6, "basis_sharing", metric="gram") / MANIFEST)
     before = run(files, checkpoint, {"kind": "refine", "steps": 1})[0].dense
-    start = task_of(files, checkpoint, WINDOWS, options_of(KINDS["sequential"]), True, "cpu").model
+    start = task_of(files, checkpoint, WINDOWS, recovery_of(KINDS["sequential"]).options, True, "cpu").model
     task, report = run(files, checkpoint, {**KINDS["sequential"], "objective": objective})
     assert any(best < at for at, best in losses(report))
     factors = [f"model.layers.{layer}.mlp.gate_proj" for layer in (0, 1)]
@@ -245,7 +245,7 @@ def test_nothing_gets_worse_where_training_does_not_help(llama, name):
     """A rate that ruins every state leaves the start, to the bit, and the report says so."""
     files, checkpoint = llama
     options = {**KINDS[name], "rate": 3.0, "steps": 4, "every": 1}
-    start = task_of(files, checkpoint, WINDOWS, options_of(options), True, "cpu").model.state_dict()
+    start = task_of(files, checkpoint, WINDOWS, recovery_of(options).options, True, "cpu").model.state_dict()
     task, report = run(files, checkpoint, options)
     after = task.model.state_dict()
     assert all(torch.equal(start[key], after[key]) for key in start)
@@ -373,7 +373,7 @@ def test_windows_and_rates_of_the_steps():
     for first in (0, 2, 4):
         assert len(set(rows[first] + rows[first + 1])) == 8, "no window twice before all have been seen"
     assert batches(10, 4, 3, seed=3) == rows[:3] != batches(10, 4, 3, seed=4)
-    options = options_of({"kind": "refine", "steps": 100, "warmup": 0.1, "rate": 1.0})
+    options = recovery_of({"kind": "refine", "steps": 100, "warmup": 0.1, "rate": 1.0}).options
     rates = [rate_at(step, options) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == rates[10] == 1
@@ -386,7 +386,7 @@ def test_windows_and_rates_of_the_steps():
 def test_a_block_that_is_nearly_right_is_moved_by_less_than_the_rate(llama, monkeypatch):
     """The first step of Adam moves numbers by the rate: the whole one where a block loses enough, less where it loses little."""
     files, checkpoint = llama
-    start = task_of(files, checkpoint, WINDOWS, options_of({"kind": "refine"}), True, "cpu").model.state_dict()
+    start = task_of(files, checkpoint, WINDOWS, recovery_of({"kind": "refine"}).options, True, "cpu").model.state_dict()
     exact = {"steps": 1, "warmup": 0.0, "every": 1, "rate": 1e-3, "patience": None}
     key = "model.layers.0.self_attn.q_proj.left.weight"
 
@@ -453,10 +453,10 @@ def test_an_edit_of_a_kind_reaches_its_own_recoveries_only():
     wildcards = {"model": labels["models"]["demo"], "method": labels["methods"]["svd"], "budget": labels["budgets"]["ffn-0.8"]}
     codes = {n: plan.fingerprint("recover", {**wildcards, "recovery": labels["recoveries"][n]}) for n in ("refine", "distill")}
     modules = {name: {line.split()[0] for line in code} for name, code in codes.items()}
-    assert {"winnow.recovery.refine", "winnow.recovery.training", "winnow.recoveries", "recover.py"} <= modules["refine"]
+    assert {"winnow.recovery.refine", "winnow.recovery.training", "winnow.recovery.options", "recover.py"} <= modules["refine"]
     assert "winnow.recovery.distill" in modules["distill"] - modules["refine"]
     assert "winnow.recovery.refine" not in modules["distill"]
-    options = [dict(line.split() for line in code)["winnow.recoveries"] for code in codes.values()]
+    options = [dict(line.split() for line in code)["winnow.recovery.options"] for code in codes.values()]
     assert options[0] != options[1], "of the options, too, only those of the kind count"
     others = {stage: plan.fingerprint(stage, wildcards) for stage in ("compress", "evaluate_perplexity")}
     assert not any("recover" in line for code in others.values() for line in code)
@@ -487,7 +487,7 @@ def test_options_are_checked_in_one_line():
         plan_of(lambda c: c["recoveries"].update(none={"kind": "refine"}))
     for kind, cls in RECOVERIES.items():
         options = cls(kind=kind, **({"task": "some"} if kind == "finetune" else {}))
-        assert options_of(options.model_dump()) == options, "what the plan resolves is what the job reads"
+        assert recovery_of(options.model_dump()).options == options, "what the plan resolves is what the job reads"
 
 
 def test_formats_do_not_change(llama, tmp_path):
@@ -528,7 +528,7 @@ def test_what_is_fitted_anew_is_the_least_squares_optimum(saved_llama, structure
     files = files_of(saved_llama, tmp_path)
     checkpoint = Bundle(build(saved_llama, tmp_path / "work", ["ffn", "attention"], 0.4, structure, metric="gram") / MANIFEST)
     options = {**KINDS["sequential"], "held_out": 0.02, "outputs": outputs}
-    start = task_of(files, checkpoint, WINDOWS, options_of(options), True, "cpu")
+    start = task_of(files, checkpoint, WINDOWS, recovery_of(options).options, True, "cpu")
     task, _ = run(files, checkpoint, options)
     seen: dict[str, list] = {}
     for model in (task.model, task.dense):
@@ -586,7 +586,7 @@ def test_biases_take_up_the_mean_of_the_errors(family, structure, options):
 
 def test_a_block_that_is_put_back_has_its_biases_back(monkeypatch):
     files, checkpoint = compressed("gpt2")
-    start = task_of(files, checkpoint, WINDOWS, options_of(KINDS["biases"]), True, "cpu").model.state_dict()
+    start = task_of(files, checkpoint, WINDOWS, recovery_of(KINDS["biases"]).options, True, "cpu").model.state_dict()
     wrong = lambda weight, *rest, **named: leading_directions(30 * weight, *rest, **named)  # noqa: E731
     monkeypatch.setattr("winnow.recovery.sequential.leading_directions", wrong)
     task, report = run(files, checkpoint, KINDS["biases"])
@@ -619,7 +619,7 @@ def test_the_ridge_is_of_the_inputs_that_vary():
 def test_a_model_whose_predictions_come_no_nearer_is_left_as_it_was(llama, monkeypatch):
     """By gradients, blocks are not judged by themselves; a wrong target ruins them, and all are put back, to the bit."""
     files, checkpoint = llama
-    start = task_of(files, checkpoint, WINDOWS, options_of(KINDS["weighted"]), True, "cpu").model.state_dict()
+    start = task_of(files, checkpoint, WINDOWS, recovery_of(KINDS["weighted"]).options, True, "cpu").model.state_dict()
     with monkeypatch.context() as patch:
         wrong = lambda weight, *rest, **named: leading_directions(30 * weight, *rest, **named)  # noqa: E731
         patch.setattr("winnow.recovery.sequential.leading_directions", wrong)
@@ -658,7 +658,7 @@ def test_small_inputs_count_beside_massive_ones(tmp_path):
 def test_what_hardly_occurs_in_the_calibration_text_is_not_blown_up(llama, monkeypatch):
     """An input that the compressed model has at a ten-thousandth of its size: by those tokens alone it would be multiplied by
     thousands, and a text that has it at its size be ruined."""
-    task = task_of(*llama, WINDOWS, options_of(KINDS["sequential"]), True, "cpu")
+    task = task_of(*llama, WINDOWS, recovery_of(KINDS["sequential"]).options, True, "cpu")
     key, rare = "model.layers.1.mlp.gate_proj", 3
     module, weight = task.model.get_submodule(key), task.dense.get_submodule(key).weight.double()
     dense, other = torch.randn(2, 200, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -680,7 +680,7 @@ def test_what_hardly_occurs_in_the_calibration_text_is_not_blown_up(llama, monke
 
 def test_small_inputs_are_fitted_beside_massive_ones(llama):
     """As in the test before the last, where the compressed model's inputs are others: by brute force."""
-    task = task_of(*llama, WINDOWS, options_of(KINDS["sequential"]), True, "cpu")
+    task = task_of(*llama, WINDOWS, recovery_of(KINDS["sequential"]).options, True, "cpu")
     key = "model.layers.1.mlp.gate_proj"
     module, weight = task.model.get_submodule(key), task.dense.get_submodule(key).weight.double()
     dense, other = torch.randn(2, 400, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -790,7 +790,7 @@ def test_a_chain_in_the_plan():
     )
     assert spec["recovery"]["after"]["after"]["kind"] == "sequential"
     assert "after" not in spec["recovery"]["after"]["after"]
-    assert options_of(spec["recovery"]).steps == 12
+    assert recovery_of(spec["recovery"]).options.steps == 12
     assert plan.config.steps("learned") == ["fitted", "refined", "learned"]
     moved = chained(lambda c: c["recoveries"]["fitted"].update(batch=4)).labels["recoveries"]
     assert {name for name in label if moved[name] != label[name]} == set(CHAIN), "what is downstream of a change, too"

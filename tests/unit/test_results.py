@@ -9,8 +9,9 @@ import torch
 
 from winnow.__main__ import markdown, show, with_error
 from winnow.errors import InputError
-from winnow.figures import LEGIBLE, effective_rank, frontier, ranking, save
-from winnow.io import (
+from winnow.evaluation.spread import paired
+from winnow.factors.spectra import effective_ranks, spectrum_row
+from winnow.io.artifacts import (
     Bundle,
     atomic,
     read_json,
@@ -23,10 +24,9 @@ from winnow.io import (
     write_parquet,
     write_tensors,
 )
-from winnow.report import render
-from winnow.spectra import effective_ranks, spectrum_row
-from winnow.spread import paired
-from winnow.tables import COLUMNS, SPREAD, spread, summary
+from winnow.reporting.figures import LEGIBLE, effective_rank, frontier, ranking, save
+from winnow.reporting.html import render
+from winnow.reporting.tables import COLUMNS, SPREAD, spread, summary
 
 CONTRACT = [
     "model",

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from tests.conftest import VOCABULARY, pico
-from winnow import statistics
-from winnow.gradients import collect_gradients
-from winnow.io import write_json, write_manifest, write_tensors
-from winnow.models import ModelFiles
-from winnow.perplexity import evaluate
-from winnow.resume import SECONDS, Resume, own_files
-from winnow.retrieve import describe
-from winnow.statistics import collect
+from winnow.calibration import statistics
+from winnow.calibration.gradients import collect_gradients
+from winnow.calibration.statistics import collect
+from winnow.evaluation.perplexity import evaluate
+from winnow.io.artifacts import write_json, write_manifest, write_tensors
+from winnow.io.resume import SECONDS, Resume, own_files
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
 
 KEY = {"rule": "some", "params": {"spec": {"a": 1}}, "inputs": {"b": "c"}, "wildcards": {}}
 WINDOWS = torch.randint(0, VOCABULARY, (7, 12), generator=torch.Generator().manual_seed(0))

@@ -12,20 +12,19 @@ from tests.conftest import pico
 from tests.unit.test_checkpoint import build, logits
 from tests.unit.test_recovery import KINDS, files_of, run
 from tests.unit.worlds import World
-from winnow.allocation import TOLERANCE, Group, allocate
-from winnow.architectures import Matrix
-from winnow.config import load
-from winnow.config_files import default
+from winnow.allocation.groups import TOLERANCE, Group, allocate
+from winnow.checkpoint.export import export_dense
+from winnow.checkpoint.loading import load_model
 from winnow.errors import InputError
-from winnow.export import export_dense
-from winnow.grids import Form, scaled
-from winnow.io import MANIFEST, Bundle
-from winnow.loading import load_model
-from winnow.metrics import metric_of
-from winnow.modules import RoundedLinear
-from winnow.rounding import in_float16, multiplied, packed, scales_of, steps_of, unpacked
-from winnow.structures import structure_of
-from winnow.structures.base import Problem
+from winnow.io.artifacts import MANIFEST, Bundle
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import Matrix
+from winnow.numerics.grids import Form, scaled
+from winnow.numerics.modules import RoundedLinear
+from winnow.numerics.rounding import in_float16, multiplied, packed, scales_of, steps_of, unpacked
+from winnow.planning.config import load
+from winnow.planning.config_files import default
+from winnow.structures.base import STRUCTURES, Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
 ALL = ["ffn", "attention"]
@@ -161,7 +160,7 @@ def group_of(structure, layer: int = 0, losses=(1.0, 0.1)) -> Group:
 
 
 def test_other_sizes_are_refused_in_one_line():
-    group = group_of(structure_of({"kind": "rounded"}))
+    group = group_of(STRUCTURES.build({"kind": "rounded"}))
     budget = {"keep_bytes": 0.5, "rank": None, "rank_fraction": None, "allocation": {"kind": "uniform"}}
     one = r"layers\.0\.up_proj \(64 x 96\) has one size, which `rank_fraction: 1` asks for"
     for keep in (0.2, 0.5):
@@ -177,7 +176,10 @@ EVERY = [2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_size_is_a_number_of_bits():
-    group, short = group_of(structure_of({"kind": "rounded", "bits": EVERY})), "layers\\.0\\.up_proj \\(64 x 96\\) has 7 sizes"
+    group, short = (
+        group_of(STRUCTURES.build({"kind": "rounded", "bits": EVERY})),
+        "layers\\.0\\.up_proj \\(64 x 96\\) has 7 sizes",
+    )
     assert [group.bytes(size) for size in range(1, 8)] == [64 * (12 * bits + 2 * 3) for bits in EVERY]
     budget = {"keep_bytes": None, "rank": None, "rank_fraction": None, "allocation": {"kind": "uniform"}}
     assert allocate([group], budget | {"rank": 3}).sizes == {group.name: 3}
@@ -192,7 +194,7 @@ def test_a_size_is_a_number_of_bits():
 @pytest.mark.parametrize("kind", ["ilp", "greedy"])
 def test_bits_are_spread_over_matrices_by_what_they_lose(kind):
     """`ilp` is the best of all choices; `greedy` gives no fewer bits to a matrix that loses more."""
-    structure, bits = structure_of({"kind": "rounded", "bits": [3, 4, 6]}), range(1, 4)
+    structure, bits = STRUCTURES.build({"kind": "rounded", "bits": [3, 4, 6]}), range(1, 4)
     groups = [group_of(structure, layer, [9.0 * scale, *(scale * 4.0**-b for b in (3, 4, 6))])
               for layer, scale in enumerate([1.0, 300.0, 0.02, 8.0])]  # fmt: skip
     keep = sum(g.bytes(2) for g in groups) / sum(g.dense for g in groups)
@@ -211,7 +213,7 @@ def test_bits_are_spread_over_matrices_by_what_they_lose(kind):
 def test_bytes_are_met_where_the_least_loss_would_leave_many():
     """Between 8 bits and dense there is nothing: then the best of all choices within the tolerance is taken."""
     losses = [1.0, *(4.0**-bits for bits in EVERY)]
-    groups = [group_of(structure_of({"kind": "rounded", "bits": EVERY}), layer, losses) for layer in range(4)]
+    groups = [group_of(STRUCTURES.build({"kind": "rounded", "bits": EVERY}), layer, losses) for layer in range(4)]
     total = sum(g.dense for g in groups)
     ways = [(sum(g.bytes(s) for g, s in zip(groups, c, strict=True)), sum(losses[s] if s else 0.0 for s in c))
             for c in product([None, *range(1, 8)], repeat=4)]  # fmt: skip
@@ -231,7 +233,7 @@ def test_bytes_are_met_where_the_least_loss_would_leave_many():
 @pytest.mark.parametrize("scales", ["largest", "searched"])
 def test_predicted_losses_are_those_written_out_for_all_bits(scales):
     world = World("gram", 10, 29, seed=3)
-    structure = structure_of({"kind": "rounded", "bits": EVERY, "group": 8, "scales": scales})
+    structure = STRUCTURES.build({"kind": "rounded", "bits": EVERY, "group": 8, "scales": scales})
     for matrix in world.matrices[:6]:
         problem = world.problem(structure, [matrix])
         fit = structure.fit(problem, len(EVERY))
@@ -313,9 +315,9 @@ def test_what_former_options_store_is_what_it_was(how):
     x[5] = 0
     g = random(torch.randn, 24, 300)
     matrix, (metric, scales, bits) = Matrix(0, "up_proj", "l.up_proj", "ffn_input", (24, 70), False, False), how
-    structure = structure_of({"kind": "rounded", "bits": [*bits], "scales": scales})
+    structure = STRUCTURES.build({"kind": "rounded", "bits": [*bits], "scales": scales})
     sites, outputs = ({matrix.name: {name: t @ t.T / 300}} for name, t in (("gram", x), ("gradient_gram", g)))
-    problem = Problem([matrix], {matrix.name: w}, sites, metric_of({"kind": metric}), outputs=outputs)
+    problem = Problem([matrix], {matrix.name: w}, sites, METRICS.build({"kind": metric}), outputs=outputs)
     fit, found = structure.fit(problem, len(bits)), []
     for size in range(1, len(fit.error)):
         part = structure.stored([matrix], fit.tensors, size)["l.up_proj"]
@@ -339,7 +341,7 @@ def test_every_form_is_stored_in_the_bytes_it_says(family, form, tmp_path):
     """Files, reload and export; zero points are stored where the grid has them, and make it format 2."""
     pico(family).save_pretrained(tmp_path / "dense")
     options = FORMS[form]
-    structure, size = structure_of({"kind": "rounded", **options}), {"several": 7}.get(form, 1)
+    structure, size = STRUCTURES.build({"kind": "rounded", **options}), {"several": 7}.get(form, 1)
     folder = build(tmp_path / "dense", tmp_path / "work", ALL, 0.6, "rounded", metric="gram", **options)
     stored = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]

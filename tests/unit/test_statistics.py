@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.conftest import VOCABULARY, pico
-from winnow import statistics
-from winnow.io import write_json
-from winnow.models import ModelFiles
-from winnow.products import gram_of
-from winnow.retrieve import describe
-from winnow.statistics import Moments, collect
+from winnow.calibration import statistics
+from winnow.calibration.statistics import Moments, collect
+from winnow.io.artifacts import write_json
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
+from winnow.numerics.products import gram_of
 
 
 def moments_of(x, *cuts):
@@ -64,7 +64,7 @@ def files_of(folder, tmp_path):
 
 def test_statistics_are_those_of_the_inputs(saved_model, tmp_path):
     """For every family: the Gram of each site is that of the inputs its matrices see, whatever the batch."""
-    from winnow.loading import load_model
+    from winnow.checkpoint.loading import load_model
 
     files = files_of(saved_model, tmp_path)
     model = load_model(saved_model, "float32", "cpu")
@@ -99,7 +99,7 @@ def test_the_model_runs_no_further_than_its_last_site(saved_llama, tmp_path):
 
 def test_cross_moments_and_the_first_token(saved_model, tmp_path):
     """For every family: E[h x^T] of hidden units and FFN inputs; and all statistics without each window's first token."""
-    from winnow.loading import load_model
+    from winnow.checkpoint.loading import load_model
 
     files, model = files_of(saved_model, tmp_path), load_model(saved_model, "float32", "cpu")
     windows = torch.randint(0, VOCABULARY, (6, 10), generator=torch.Generator().manual_seed(0))

@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import FAMILIES, TINY, VOCABULARY, pico
 from tests.unit.test_checkpoint import build, targets_of
 from tests.unit.worlds import FITTED
+from winnow.calibration.statistics import collect, collect_by_block
+from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.streaming import NAMES, Streamed, clear_left
 from winnow.errors import InputError
-from winnow.io import write_json
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.perplexity import evaluate, evaluate_by_block
-from winnow.retrieve import describe
-from winnow.statistics import collect, collect_by_block
-from winnow.streaming import NAMES, Streamed, clear_left
+from winnow.evaluation.perplexity import evaluate, evaluate_by_block
+from winnow.io.artifacts import write_json
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
 
 LENGTH, BATCH = 12, 2
 WINDOWS = torch.randint(0, VOCABULARY, (5, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -96,7 +96,7 @@ def losses(model: Path, reference: Path | None, tmp_path: Path, dtype: str = "fl
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_losses_are_those_of_a_model_in_memory(dense, name, tmp_path, monkeypatch):
-    monkeypatch.setattr("winnow.perplexity.STREAMED", 3 * VOCABULARY)  # three tokens at a time
+    monkeypatch.setattr("winnow.evaluation.perplexity.STREAMED", 3 * VOCABULARY)  # three tokens at a time
     found, expected = losses(dense(name), None, tmp_path)
     assert found["tokens"] == expected["tokens"]
     assert found["nll"] == pytest.approx(expected["nll"], rel=LAST)

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.worlds import FITTED, LOSSY, VARIANTS, World, matrix_of, small
-from winnow.architectures import GRADIENTS
-from winnow.metrics import METRICS
-from winnow.structures import STRUCTURES, structure_of
-from winnow.structures.base import Problem
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import GRADIENTS
+from winnow.structures.base import STRUCTURES, Problem
 
 SPECS = [*(small(kind) for kind in FITTED), *VARIANTS]
 
@@ -70,7 +69,7 @@ def restricted(metric, order):
 @settings(max_examples=4, deadline=None)
 @given(width=st.integers(6, 12), hidden=st.integers(5, 16), seed=st.integers(0, 10**6), bias=st.booleans())
 def test_identities(spec, metric_kind, width, hidden, seed, bias):
-    structure, world = structure_of(spec), World(metric_kind, width, hidden, seed, bias=bias)
+    structure, world = STRUCTURES.build(spec), World(metric_kind, width, hidden, seed, bias=bias)
     for group in world.groups(structure):
         problem = world.problem(structure, group)
         limit = structure.limit(group)
@@ -101,7 +100,7 @@ def test_identities(spec, metric_kind, width, hidden, seed, bias):
 
 @pytest.mark.parametrize("spec", SPECS, ids=named)
 def test_groups_hold_a_matrix_once_and_same_input_gives_same_bytes(spec):
-    structure, world = structure_of(spec), World("gram" if STRUCTURES[spec["kind"]].objective == "metric" else None, 8, 12, 3)
+    structure, world = STRUCTURES.build(spec), World("gram" if STRUCTURES[spec["kind"]].objective == "metric" else None, 8, 12, 3)
     names = [m.name for group in structure.groups(world.matrices) for m in group]
     assert len(names) == len(set(names))
     for group in world.groups(structure):
@@ -141,7 +140,7 @@ ORDERED = [(s, m) for s, m in PAIRS if "random" not in s.values() and "group" no
 @pytest.mark.parametrize(("spec", "metric_kind"), ORDERED, ids=named)
 def test_the_order_of_channels_changes_nothing(spec, metric_kind):
     """T10: neurons of an FFN, and inputs of a matrix, may come in any order."""
-    structure, world = structure_of(spec), World(metric_kind, 9, 14, 4)
+    structure, world = STRUCTURES.build(spec), World(metric_kind, 9, 14, 4)
     for group in world.groups(structure):
         if structure.optimised_at_size and metric_kind == "weights":
             continue  # what is chained cannot turn inputs alone; tests/unit/test_coupled.py turns both
@@ -164,7 +163,7 @@ def test_the_order_of_channels_changes_nothing(spec, metric_kind):
 @pytest.mark.parametrize("spec", [small(kind) for kind in FITTED], ids=named)
 @pytest.mark.parametrize(("width", "hidden"), [(8, 8), (32, 48), (6, 300)])
 def test_largest_is_the_break_even_size(spec, width, hidden):
-    structure, world = structure_of(spec), World("weights", width, hidden, 5, tokens=400)
+    structure, world = STRUCTURES.build(spec), World("weights", width, hidden, 5, tokens=400)
     if structure.clustering() or spec["kind"] == "tiers":
         pytest.skip("what these store depends on the data; the factors are cut where they are fitted")
     for group in structure.groups(world.matrices):
@@ -203,7 +202,7 @@ def broken(world: World, how: str) -> World:
 @pytest.mark.parametrize("how", ["rank-deficient", "constant channel", "scales of 1e8", "zero", "nan"])
 @pytest.mark.parametrize(("spec", "metric_kind"), PAIRS, ids=named)
 def test_bad_statistics_end_in_a_right_answer_or_a_named_error(spec, metric_kind, how):
-    structure, world = structure_of(spec), broken(World(metric_kind, 8, 12, 11), how)
+    structure, world = STRUCTURES.build(spec), broken(World(metric_kind, 8, 12, 11), how)
     refusals: list[str] = []
     for group in world.groups(structure):
         try:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from winnow import studies
-from winnow.architectures import Matrix, moments_file
-from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, Answer, Claim, judge, read_claims, verdict
-from winnow.config import Budget, Method
 from winnow.errors import InputError
-from winnow.recoveries import options_of
+from winnow.models.architectures import Matrix, moments_file
+from winnow.planning.config import Budget, Method
+from winnow.recovery.base import recovery_of
+from winnow.studies import base as studies
 from winnow.studies.base import Evidence, Given
+from winnow.studies.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, Answer, Claim, judge, read_claims, verdict
 
 CLAIMS = read_claims(ROOT / "resources" / "claims.yaml")
 WINDOWS = 8
@@ -79,7 +79,7 @@ def test_claims_twice_or_not_whole_are_refused(tmp_path):
         read_claims(path)
 
 
-@pytest.mark.parametrize("name", studies.names())
+@pytest.mark.parametrize("name", list(studies.STUDIES))
 def test_studies_have_valid_presets_and_claims(name):
     study = studies.study_of(name)
     for content in study.methods.values():
@@ -87,7 +87,7 @@ def test_studies_have_valid_presets_and_claims(name):
     for content in study.budgets.values():
         Budget.model_validate(content)
     for content in study.recoveries.values():
-        options_of(content)
+        recovery_of(content)
     assert len({*study.methods, *study.budgets, *study.recoveries}) == sum(
         map(len, (study.methods, study.budgets, study.recoveries))
     )
@@ -96,7 +96,7 @@ def test_studies_have_valid_presets_and_claims(name):
         assert budget in study.budgets
         assert recovery in {studies.NONE, *study.recoveries}
     assert any(c.study == name for c in CLAIMS)
-    assert {c.study for c in CLAIMS} <= set(studies.names())
+    assert {c.study for c in CLAIMS} <= set(list(studies.STUDIES))
 
 
 def randn(*shape, seed):

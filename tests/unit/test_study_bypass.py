@@ -13,14 +13,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import ROOT, pico
-from winnow import studies
-from winnow.architectures import FFN_ROLES, TARGETS, matrices_of, moments_file
-from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
-from winnow.io import write_json
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.retrieve import describe
-from winnow.structures import structure_of
+from winnow.checkpoint.loading import load_model
+from winnow.io.artifacts import write_json
+from winnow.models.architectures import FFN_ROLES, TARGETS, matrices_of, moments_file
+from winnow.models.files import ModelFiles
+from winnow.models.retrieve import describe
+from winnow.structures.base import STRUCTURES
+from winnow.studies import base as studies
 from winnow.studies.base import Evidence, Given
 from winnow.studies.bypass import figures as bypass_figures
 from winnow.studies.bypass import study as bypass_study
@@ -29,6 +28,7 @@ from winnow.studies.bypass.grc import basis, projected_error, sink_gain
 from winnow.studies.bypass.measures import identities, stored_bytes
 from winnow.studies.bypass.ranks import ends, hourglass, hourglasses, profile
 from winnow.studies.bypass.study import ROWS
+from winnow.studies.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
 from winnow.studies.trials import Trial
 
 STUDY = studies.study_of("bypass")
@@ -107,8 +107,8 @@ def moments_of(files: ModelFiles) -> SimpleNamespace:
 def test_formulas_count_what_structures_store(files):
     ranks = Ranks(0.25, 0.5, 1 / 16)
     parts = {"qkv": SHARED, "ffn": {"kind": "bypass", "kept_fraction": 1 / 16, "remainder": SHARED}}
-    forms = {"bypass": structure_of({"kind": "by_target", "parts": parts})}
-    forms["own"] = structure_of({"kind": "by_target", "parts": {"ffn": {**parts["ffn"], "remainder": LOW_RANK}}})
+    forms = {"bypass": STRUCTURES.build({"kind": "by_target", "parts": parts})}
+    forms["own"] = STRUCTURES.build({"kind": "by_target", "parts": {"ffn": {**parts["ffn"], "remainder": LOW_RANK}}})
     for form, structure in forms.items():
         expected = {"qkv": 0, "ffn": 0}
         for group in structure.groups(files.matrices):

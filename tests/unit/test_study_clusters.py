@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from tests.conftest import ROOT, pico
-from winnow import studies
-from winnow.architectures import Matrix
-from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
-from winnow.config import load
-from winnow.config_files import default
-from winnow.modules import LowRankLinear
-from winnow.plan import Plan
+from winnow.models.architectures import Matrix
+from winnow.numerics.modules import LowRankLinear
+from winnow.planning.config import load
+from winnow.planning.config_files import default
+from winnow.planning.plan import Plan
+from winnow.studies import base as studies
 from winnow.studies.base import Evidence
+from winnow.studies.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
 from winnow.studies.clusters.correlation import jackknife, spearman
 from winnow.studies.clusters.counts import counts, savings
 from winnow.studies.clusters.proxies import left_out, matrix_of, output_errors

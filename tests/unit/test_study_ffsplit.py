@@ -10,14 +10,14 @@ import torch
 
 from tests.conftest import ROOT, VOCABULARY, pico
 from tests.unit.test_checkpoint import statistics
-from winnow import studies
-from winnow.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
-from winnow.loading import load_model
-from winnow.models import ModelFiles
-from winnow.spread import paired
-from winnow.structures import structure_of
+from winnow.checkpoint.loading import load_model
+from winnow.evaluation.spread import paired
+from winnow.models.files import ModelFiles
+from winnow.structures.base import STRUCTURES
 from winnow.structures.split import Split
+from winnow.studies import base as studies
 from winnow.studies.base import Evidence, Given
+from winnow.studies.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
 from winnow.studies.ffsplit import study as ffsplit
 from winnow.studies.ffsplit.figures import drawn
 from winnow.studies.ffsplit.heavy import Ffn, concentration, count_of, ffns_of, zeroed
@@ -191,7 +191,7 @@ def test_rounding_takes_the_bits_that_it_says_and_with_many_loses_nothing(case):
 
 def test_sizes_of_bert_by_hand():
     """d = 768, f = 3072: a quarter of the neurons whole, the rest of rank 77 in both matrices; biases count on both sides."""
-    found = counted(published("BERT-base"), structure_of(ffsplit.split_of()["structure"]), 0.1)
+    found = counted(published("BERT-base"), STRUCTURES.build(ffsplit.split_of()["structure"]), 0.1)
     block = 4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 4 * 768
     saved = 12 * (2 * 768 * 3072 - 2 * (768 * 768 + 77 * (2304 + 768)))
     tables = (30522 + 512 + 2) * 768

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from winnow.errors import InputError
-from winnow.io import read_json, read_tensors, write_json, write_tensors
-from winnow.tensor_files import NAMES, Spool, TensorFile
-from winnow.weights import write_weights
+from winnow.io.artifacts import read_json, read_tensors, write_json, write_tensors
+from winnow.io.tensors import NAMES, Spool, TensorFile
+from winnow.models.weights import write_weights
 
 TENSORS = {
     "b.weight": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
@@ -44,7 +44,7 @@ def test_every_dtype_comes_back(name, tmp_path):
 
 
 def test_numbers_are_converted_part_by_part(tmp_path, monkeypatch):
-    monkeypatch.setattr("winnow.tensor_files.CHUNK", 7)
+    monkeypatch.setattr("winnow.io.tensors.CHUNK", 7)
     tensor = torch.randn(5, 9).bfloat16()
     save_file({"x": tensor, "none": torch.zeros(0, 3)}, tmp_path / "file")
     found = TensorFile(tmp_path / "file").read("x", torch.float32)
@@ -91,7 +91,7 @@ def test_a_seal_is_found_wherever_chunks_end(place, tmp_path, monkeypatch):
     write_json(tmp_path / "file", {"a": "x" * 500})
     mark = (tmp_path / "file").read_bytes().index(b"winnow-sha256:")
     for chunk in (mark + place, 100, 15):
-        monkeypatch.setattr("winnow.io.CHUNK", chunk)
+        monkeypatch.setattr("winnow.io.artifacts.CHUNK", chunk)
         assert read_json(tmp_path / "file") == {"a": "x" * 500}
         write_json(tmp_path / "again", {"a": "x" * 500})
         assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()

@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from tests.unit.test_plan import plan_of
-from winnow.config import Text
+from winnow.data.texts import check_overlap, read_rows
 from winnow.errors import InputError
-from winnow.texts import check_overlap, read_rows
+from winnow.planning.config import Text
 
 
 def spec(**given):

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from tests.conftest import ROOT, VOCABULARY, pico
+from winnow.data.examples import encode_rows, padding_of
+from winnow.data.tokens import PAD, PROTOCOLS, calibration_windows, check_length, encode, evaluation_windows, load_tokenizer
 from winnow.errors import InputError
-from winnow.examples import encode_rows, padding_of
-from winnow.tokens import PAD, PROTOCOLS, calibration_windows, check_length, encode, evaluation_windows, load_tokenizer
 
 DEMO = ROOT / "resources" / "models" / "demo"
 IDS = np.arange(100, 153, dtype=np.int32)  # 53 tokens

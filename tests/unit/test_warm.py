@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from winnow.warm import PRELOADED, run_script
+from winnow.jobs.fork import PRELOADED, run_script
 
 REPORT = """
 import json, os, sys, tempfile
@@ -27,7 +27,7 @@ json.dump(found, open("report.json", "w"))
 @pytest.fixture(scope="module")
 def forks():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "winnow.warm"])
+    context.set_forkserver_preload(["torch", "winnow.jobs.fork"])
     return context
 
 
@@ -81,7 +81,7 @@ def test_what_was_imported_before_is_not_collected(forks, tmp_path):
 def test_a_module_that_is_to_be_there_and_is_not_fails_the_job(tmp_path):
     context = multiprocessing.get_context("forkserver")  # whose server leaves out what it cannot import
     (tmp_path / "script.py").write_text("open('ran', 'w')")
-    given = (str(tmp_path / "script.py"), str(tmp_path), 1, dict(os.environ), ("json", "winnow.allocations.nonexistent"))
+    given = (str(tmp_path / "script.py"), str(tmp_path), 1, dict(os.environ), ("json", "winnow.allocation.kinds.nonexistent"))
     process = context.Process(target=run_script, args=given)
     process.start()
     process.join()

@@ -6,11 +6,10 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from winnow.architectures import SITES, Matrix, reads
-from winnow.clusters import assign, site_of
-from winnow.metrics import metric_of
-from winnow.structures import STRUCTURES
-from winnow.structures.base import Problem
+from winnow.calibration.clusters import assign, site_of
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import SITES, Matrix, reads
+from winnow.structures.base import STRUCTURES, Problem
 
 ROLES = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Kinds that are fitted themselves; the members of `mixed` are, see test_mixed.py.
@@ -62,7 +61,7 @@ class World:
         def normal(*shape):
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        self.metric = metric_of({"kind": metric_kind}) if metric_kind else None
+        self.metric = METRICS.build({"kind": metric_kind}) if metric_kind else None
         self.matrices, self.weights, self.inputs, self.biases, self.gradients = [], {}, {}, {}, {}
         for layer in (0, 1):
             scale = torch.logspace(-1, 1, width, dtype=torch.float64)[:, None]

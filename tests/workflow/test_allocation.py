@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.unit.test_checkpoint import logits
 from tests.workflow.test_end_to_end import Workspace
-from winnow.loading import load_model
+from winnow.checkpoint.loading import load_model
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 PREDICTING = ("collect_gradients", "predict_losses", "predict_in_rounds")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.workflow.test_rerun_truth import Place
-from winnow.io import read_json
-from winnow.resume import SECONDS
+from winnow.io.artifacts import read_json
+from winnow.io.resume import SECONDS
 
 pytestmark = pytest.mark.workflow
 KILLS = int(os.environ.get("WINNOW_KILLS", "3"))  # the long form: WINNOW_KILLS=50 pytest tests/workflow/test_crash.py

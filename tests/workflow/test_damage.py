@@ -17,11 +17,11 @@ import pytest
 from tests.conftest import ROOT, pico
 from tests.workflow.test_end_to_end import Workspace
 from tests.workflow.test_rerun_truth import METHODS
-from winnow.architectures import ROLES
 from winnow.errors import InputError
-from winnow.explain import provenance_of
-from winnow.io import before_sealing
-from winnow.resume import SECONDS
+from winnow.io.artifacts import before_sealing
+from winnow.io.resume import SECONDS
+from winnow.models.architectures import ROLES
+from winnow.planning.explain import provenance_of
 
 pytestmark = pytest.mark.workflow
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, pico
-from winnow.share import measured_beside, share
+from winnow.checkpoint.share import measured_beside, share
 
 pytestmark = pytest.mark.workflow
 DEMO = ROOT / "resources"

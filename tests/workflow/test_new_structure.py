@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from winnow.architectures import Matrix
+from winnow.models.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 
@@ -70,7 +70,7 @@ class Toy(Structure):
     def module(layout: dict[str, Any], dense: Any) -> Any:
         from torch import nn
 
-        from winnow.modules import Constant, SplitLinear, has_bias
+        from winnow.numerics.modules import Constant, SplitLinear, has_bias
 
         k, n, m = layout["rank"], layout["in"], layout["out"]
         return SplitLinear({"0": nn.Linear(k, m, bias=False), "1": Constant(m, 0.0)}, [k, n - k], True, m * has_bias(dense))

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from tests.workflow.test_end_to_end import Workspace
-from winnow.io import MANIFEST, Bundle
-from winnow.loading import load_model
+from winnow.checkpoint.loading import load_model
+from winnow.io.artifacts import MANIFEST, Bundle
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]  # two dozen jobs
 AGGREGATION = {"cards": 1, "tables": 1, "figures": 1, "report": 1, "all": 1}

@@ -158,28 +158,28 @@ ROWS = [
     ("touch of every file", touched, Counter()),
     (
         "the Gram",
-        code("statistics.py", "lower = (self.gram[part, :end] / n)", "lower = (self.gram[part, :end] / (n + 1))"),
+        code("calibration/statistics.py", "lower = (self.gram[part, :end] / n)", "lower = (self.gram[part, :end] / (n + 1))"),
         Counter(collect_statistics=1) + fits(2),
     ),
     (
         "the gradient's moments",
-        code("gradients.py", "gram + gram.T) / 2", "gram + gram.T) / 3"),
+        code("calibration/gradients.py", "gram + gram.T) / 2", "gram + gram.T) / 3"),
         Counter(collect_gradients=1) + fits(1),
     ),
-    ("the clustering", code("clusters.py", "n_init=5", "n_init=6"), Counter(assign_clusters=1) + fits(1)),
+    ("the clustering", code("calibration/clusters.py", "n_init=5", "n_init=6"), Counter(assign_clusters=1) + fits(1)),
     ("one structure", code("structures/cluster.py", "math.ceil(size", "math.ceil(1 * size"), fits(1)),
     ("another structure", code("structures/split.py", "round(self", "round(1 * self"), Counter()),
-    ("one metric", code("metrics.py", 'return _with_ridge(site["gram"]', 'return 1 * _with_ridge(site["gram"]'), fits(1)),
-    ("the allocation", code("allocation.py", "TOLERANCE = 0.005", "TOLERANCE = 0.006"), cells(4)),
+    ("one metric", code("metrics/gram.py", 'gram, ridge = site["gram"]', 'gram, ridge = 1 * site["gram"]'), fits(1)),
+    ("the allocation", code("allocation/groups.py", "TOLERANCE = 0.005", "TOLERANCE = 0.006"), cells(4)),
     (
         "the perplexity loop",
-        code("perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23"),
+        code("evaluation/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23"),
         Counter(evaluate_perplexity=4, evaluate_dense=1) + TAIL,
     ),
-    ("the table", code("tables.py", '"kl": 0.0', '"kl": 0.1'), TAIL - Counter(cards=1)),
+    ("the table", code("reporting/tables.py", '"kl": 0.0', '"kl": 0.1'), TAIL - Counter(cards=1)),
     ("the order of the table", lambda p: p.experiment(methods=list(METHODS)[::-1]), TAIL - Counter(cards=1)),
-    ("the report's template", code("templates/report.html.j2", "<h1>winnow", "<h1>Winnow"), Counter(report=1, all=1)),
-    ("the module that all import", code("io.py", 'CURE = "delete', 'CURE = "remove'), EVERYTHING),
+    ("the report's template", code("reporting/templates/report.html.j2", "<h1>winnow", "<h1>Winnow"), Counter(report=1, all=1)),
+    ("the module that all import", code("io/artifacts.py", 'CURE = "delete', 'CURE = "remove'), EVERYTHING),
     ("a new method", added, fits(1)),
     ("a method less", lambda p: p.experiment(methods=list(METHODS)[:3]), TAIL),
     ("a preset that no experiment uses", setting("budgets", "other", value={"rank": 3}), Counter()),
@@ -262,16 +262,20 @@ def test_results_without_snakemakes_record_are_judged_by_what_stands_in_them(res
     try:
         assert restored.planned() == Counter()
         restored.edit(
-            "src/winnow/statistics.py", "lower = (self.gram[part, :end] / n)", "lower = (self.gram[part, :end] / (n + 1))"
+            "src/winnow/calibration/statistics.py",
+            "lower = (self.gram[part, :end] / n)",
+            "lower = (self.gram[part, :end] / (n + 1))",
         )
         refused = restored.run("-n")
         assert refused.returncode == 1
         (line,) = [line for line in refused.stderr.splitlines() if line.startswith("winnow: ")]
-        assert re.search(r"pico-\w+/few-\w+/\S+: code: winnow\.statistics \w+ then, \w+ now, and Snakemake's own record", line)
+        assert re.search(r"pico-\w+/few-\w+/\S+: code: winnow\.calibration\.statistics \w+ then, \w+ now, and Snakemake's own record", line)
         assert restored.planned("--forceall") == EVERYTHING
         shutil.rmtree(restored.folder / "results" / "figures")
         restored.edit(
-            "src/winnow/statistics.py", "lower = (self.gram[part, :end] / (n + 1))", "lower = (self.gram[part, :end] / n)"
+            "src/winnow/calibration/statistics.py",
+            "lower = (self.gram[part, :end] / (n + 1))",
+            "lower = (self.gram[part, :end] / n)",
         )
         assert restored.planned() == Counter(figures=1, report=1, all=1), "what is missing is made"
     finally:

@@ -9,9 +9,10 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.workflow.test_rerun_truth import Place
-from winnow import io, running
 from winnow.errors import InputError
-from winnow.provenance import CodeTracker
+from winnow.io.artifacts import artifacts as io
+from winnow.jobs import code as running
+from winnow.planning.fingerprints import CodeTracker
 
 pytestmark = pytest.mark.workflow
 # Python runs this at the start of every interpreter: another winnow is imported before a job's script is.
@@ -81,7 +82,7 @@ def test_the_package_of_a_run_is_that_of_its_workflow(tmp_path, installed):
 def test_nothing_is_sealed_with_code_that_was_edited_after_the_plan(tmp_path, monkeypatch):
     monkeypatch.setattr(io, "_checks", [])
     monkeypatch.chdir(tmp_path)
-    params = {"code": list(CodeTracker(ROOT).fingerprint("retrieve_text.py", "winnow.metrics:Gram"))}
+    params = {"code": list(CodeTracker(ROOT).fingerprint("retrieve_text.py", "winnow.metrics.gram"))}
     running.check_scripts(ROOT / "scripts", params)
     io.before_sealing(lambda: running.check_code(params))
     io.write_json(tmp_path / "right.json", {})

@@ -68,11 +68,11 @@ class Drill:
 def test_a_job_that_needs_more_memory_than_it_asked_for_gets_twice_as_much(finished):
     drill = Drill(finished)
     needs = "RUNNER = {} * MB"  # what is asked for will be 1,000 MB too low
-    drill.cluster.edit("src/winnow/needs.py", needs.format(500), needs.format(-500))
+    drill.cluster.edit("src/winnow/planning/needs.py", needs.format(500), needs.format(-500))
     try:
         assert drill.cluster.start().wait(timeout=300) == 0, drill.cluster.said()[-3000:]
     finally:
-        drill.cluster.edit("src/winnow/needs.py", needs.format(-500), needs.format(500))
+        drill.cluster.edit("src/winnow/planning/needs.py", needs.format(-500), needs.format(500))
     *killed, last = drill.jobs()
     assert killed
     assert all(job["State"] in ("FAILED", "OUT_OF_MEMORY") for job in killed)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.benchmarks.streaming import MIB, OFF, configuration, forecasts, peaks, run, write_model
 from tests.workflow.test_end_to_end import Workspace
-from winnow.io import Bundle, read_json, read_parquet
+from winnow.io.artifacts import Bundle, read_json, read_parquet
 
 pytestmark = pytest.mark.workflow
 LAST = 1e-6

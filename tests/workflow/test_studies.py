@@ -6,8 +6,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.workflow.test_classification import Reviews
 from tests.workflow.test_end_to_end import Workspace
-from winnow import studies
-from winnow.claims import read_claims
+from winnow.studies import base as studies
+from winnow.studies.claims import read_claims
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
@@ -17,7 +17,7 @@ def place(studied) -> Workspace:
     return studied
 
 
-@pytest.mark.parametrize("name", studies.names())
+@pytest.mark.parametrize("name", list(studies.STUDIES))
 def test_studies_judge_every_claim_of_theirs(place, name):
     done = place.run(f"study_{name}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -36,7 +36,7 @@ def test_all_studies_on_one_page(place):
     done = place.run("studies")
     assert done.returncode == 0, done.stdout + done.stderr
     page = (place.folder / "results" / "studies" / "index.html").read_text()
-    assert all(f'<section id="{name}">' in page for name in studies.names())
+    assert all(f'<section id="{name}">' in page for name in list(studies.STUDIES))
     assert not place.planned("studies")
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT / "src"))
 
-from winnow import studies
-from winnow.config import load
-from winnow.config_sources import sources
+from winnow.planning.config import load
+from winnow.planning.config_sources import sources
 from winnow.errors import InputError
-from winnow.plan import Plan
-from winnow.provenance import MEMORY
-from winnow.running import keep_to
+from winnow.planning.plan import Plan
+from winnow.studies.base import STUDIES, study_of
+from winnow.planning.fingerprints import MEMORY
+from winnow.jobs.code import keep_to
 
 # For all jobs: Arrow's own allocator reserves a GiB at its first table, which a limit on the data of a process counts.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
@@ -113,7 +113,7 @@ def print_stopped():
     """One line for each job that a cluster stopped in this run; retries may have finished what it was to do."""
     logs = getattr(workflow.executor_settings, "logdir", None)
     if logs and Path(logs).is_dir():
-        from winnow.stopped import stopped
+        from winnow.jobs.slurm import stopped
 
         for line in stopped(Path(logs), BEGAN):
             print(f"winnow: {line}", file=sys.stderr)

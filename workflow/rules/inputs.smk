@@ -124,4 +124,4 @@ def read_by_study(wildcards):
             for own in PLAN.study_checkpoints(wildcards.study, wildcards.model)
         ],
     }
-    return {key: known[key] for key in studies.study_of(wildcards.study).reads}
+    return {key: known[key] for key in study_of(wildcards.study).reads}

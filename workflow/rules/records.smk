@@ -25,7 +25,7 @@ def refuse_unrecorded(has_metadata):
         outputs = [str(path) for path in job.output if os.path.exists(path)]
         if not outputs or record._filter_incomplete_keys(outputs):
             return known
-        from winnow.explain import difference  # rarely needed
+        from winnow.planning.explain import difference  # rarely needed
 
         today = params_of(job)
         if today["code"] and (change := difference(outputs, today)):
@@ -50,7 +50,7 @@ def keep_finished(incomplete):
         marked = await incomplete(record, job)
         if not marked or not job.params.get("code"):
             return marked
-        from winnow.explain import finished  # rarely needed
+        from winnow.planning.explain import finished  # rarely needed
 
         if not finished([str(path) for path in job.output], params_of(job)):
             return marked

@@ -1,6 +1,6 @@
 # What a job asks of a cluster. No rule stands here, and no number depends on it.
 
-from winnow.needs import Needs
+from winnow.planning.needs import Needs
 
 NEEDS = Needs(PLAN)
 

@@ -50,7 +50,7 @@ rule conclude_study:
         "../../scripts/conclude_study.py"
 
 
-for study in studies.names():
+for study in STUDIES:
 
     rule:
         name:

@@ -1,4 +1,4 @@
-# Scripts run in forks of one process that has imported what they use (src/winnow/warm.py), where a run has several jobs.
+# Scripts run in forks of one process that has imported what they use (src/winnow/jobs/fork.py), where a run has several jobs.
 # No rule stands here, and no number depends on it. WINNOW_WARM=0 runs every script in an interpreter of its own.
 
 import multiprocessing
@@ -15,7 +15,7 @@ from snakemake.benchmark import benchmarked
 from snakemake.script import PythonScript
 from snakemake.shell import shell
 
-from winnow.warm import GPUS, PRELOADED, THREADS, run_script
+from winnow.jobs.fork import GPUS, PRELOADED, THREADS, run_script
 
 # Multiprocessing sees to all its processes in each thread, and an exit code can be read once.
 FORKS = Lock()

@@ -1,18 +1,54 @@
-"""What every recovery is given, and which numbers it may train."""
+"""The interface of a recovery: its options, what it is given, and which numbers it may train.
+
+Files of `kinds` are read when a workflow is planned, so they import torch inside functions only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+from pydantic import Field
 
 from winnow.errors import InputError
-from winnow.resume import Resume
+from winnow.registry import Options, Plugin, Registry
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from winnow.io.resume import Resume
+
+
+class RecoveryOptions(Options):
+    """What is done after compression to win back quality."""
+
+    whole: ClassVar[bool] = False  # whether all numbers of the model are trained, not those of its compressed modules only
+    after: str | None = Field(None, description="another recovery by its name: this one goes on from the checkpoint that it made")
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether it reads the second moments of the loss's gradient in every output."""
+        return False
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """What it uses beside what every recovery does, and whose version can change what it makes."""
+        return ()
+
+
+class Trained(RecoveryOptions):
+    """A recovery that trains on the calibration windows, a share of which is held out and never trained on."""
+
+    steps: int = Field(200, ge=1, description="steps of Adam; tokens trained on are steps x batch x length of the calibration")
+    batch: int = Field(8, ge=1, description="windows per step")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the rate grows to its full height")
+    norms: bool = Field(False, description="also train the layers' other vectors: weights of norms, biases of dense matrices")
+    held_out: float = Field(0.125, gt=0, lt=1, description="share of the calibration windows that only choose the best state")
+    every: int = Field(20, ge=1, description="steps between two looks at the held-out windows")
+    seed: int = Field(0, ge=0, description="order of the windows, and start of LoRA")
 
 
 @dataclass
@@ -59,3 +95,21 @@ class Task:
             if name in self.dtypes and name.startswith(below) and (chosen or vector):
                 found.setdefault(id(parameter), (name, parameter))
         return dict(found.values())
+
+
+class Recovery(Plugin):
+    """A way to win back quality after compression, at the same bytes."""
+
+    Options: ClassVar[type[RecoveryOptions]]
+
+    @abstractmethod
+    def recover(self, task: Task) -> dict[str, Any]:
+        """Change the model of the task in place; returns a report, with the losses of the start and of the end."""
+
+
+RECOVERIES: Registry[Recovery] = Registry("winnow.recovery.kinds", Recovery)
+
+
+def recovery_of(spec: Mapping[str, Any]) -> Recovery:
+    """The recovery that a resolved preset ({kind, ...}) describes; without the one that it goes on from."""
+    return RECOVERIES.build({key: value for key, value in spec.items() if key != "after"})

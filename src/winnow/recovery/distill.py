@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from winnow.classes import is_causal
 from winnow.errors import InputError
+from winnow.io.resume import Resume
+from winnow.models.classes import is_causal
 from winnow.recovery.base import Task
 from winnow.recovery.divergence import divergence, mean_of_windows, predictions
 from winnow.recovery.training import Progress, Saver, batches, train
-from winnow.resume import Resume
 
 log = logging.getLogger(__name__)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from winnow.errors import InputError
-from winnow.recovery.base import Task
+
+if TYPE_CHECKING:
+    from winnow.recovery.base import Task
 
 
 def predictions(task: Task, ids: Tensor, instead: str) -> tuple[Tensor, Tensor]:

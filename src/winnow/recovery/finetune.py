@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from winnow.data.examples import encode_rows
+from winnow.data.tokens import load_tokenizer
 from winnow.errors import InputError
-from winnow.examples import encode_rows
-from winnow.finetune import train
-from winnow.io import read_json, read_parquet
-from winnow.predictions import outputs_of_classes
+from winnow.evaluation.predictions import outputs_of_classes
+from winnow.io.artifacts import read_json, read_parquet
 from winnow.recovery.base import Task
-from winnow.tokens import load_tokenizer
+from winnow.training.finetune import train
 
 
 def recover(task: Task) -> dict[str, Any]:

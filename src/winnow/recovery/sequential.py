@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from winnow.linalg import finite, leading_directions
-from winnow.modules import LowRankLinear, RowsLinear, SharedLinear
-from winnow.products import gram_of
+from winnow.numerics.linalg import finite, leading_directions
+from winnow.numerics.modules import LowRankLinear, RowsLinear, SharedLinear
+from winnow.numerics.products import gram_of
 from winnow.recovery.base import Task
 from winnow.recovery.blocks import Calls, Passage, Reached, outputs_of
 from winnow.recovery.divergence import divergence, mean_of_windows, predictions

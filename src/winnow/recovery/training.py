@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from winnow.recoveries import Trained
+    from winnow.recovery.base import Trained
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import Matrix
+from winnow.models.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, StructureOptions
 from winnow.structures.ffn import FfnStructure
 
@@ -46,8 +46,8 @@ class AffineBlock(FfnStructure):
     def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         import torch
 
-        from winnow.linalg import leading_directions
-        from winnow.neurons import affine_map
+        from winnow.numerics.linalg import leading_directions
+        from winnow.numerics.neurons import affine_map
 
         *inner, down = problem.group
         x, weight = problem.sites[inner[-1].name], problem.weights[down.name]
@@ -67,7 +67,7 @@ class AffineBlock(FfnStructure):
         """Of the residual of the map at every rank: W_down h - y - A_k (x - m), with m and y + b the means of the fit."""
         import torch
 
-        from winnow.linalg import residual_errors
+        from winnow.numerics.linalg import residual_errors
 
         *inner, down = problem.group
         x, h = problem.sites[inner[-1].name], problem.sites[down.name]
@@ -104,7 +104,7 @@ class AffineBlock(FfnStructure):
     def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from torch import nn
 
-        from winnow.modules import ConcatLinear, Constant
+        from winnow.numerics.modules import ConcatLinear, Constant
 
         d, width = layout["d"], layout["rank"] or layout["d"]
         if layout["part"] == "activation":

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import math
 import typing
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from winnow.architectures import Matrix, group_name
+from winnow.models.architectures import Matrix, group_name
+from winnow.registry import Options, Plugin, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from winnow.clusters import Clustering
-    from winnow.metrics import Metric
+    from winnow.calibration.clusters import Clustering
+    from winnow.metrics.base import Metric
 
 
-METHOD = "winnow"  # `quant_method` of the checkpoints that hold these structures
 EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
 FORMATS = (1, 2)  # of such checkpoints, which this version reads; it writes the first that is enough, see `format_of`
 
@@ -34,9 +32,8 @@ def format_of(layouts: Any) -> int:
     return 2 if layouts.get("zeros") is True else max(map(format_of, layouts.values()), default=1)
 
 
-class StructureOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: str
+class StructureOptions(Options):
+    pass
 
 
 if TYPE_CHECKING:
@@ -110,11 +107,9 @@ class Part:
     tensors: dict[str, Tensor]
 
 
-class Structure(ABC):
+class Structure(Plugin):
     """One way to store matrices. A size is the integer that a budget buys (for low rank: the rank)."""
 
-    version: ClassVar[int] = 1
-    reference: ClassVar[str]
     stores: ClassVar[str]  # for tables of methods: the stored tensors
     formula: ClassVar[str]  # and how many numbers they hold at size k
     # What `Fit.error` measures: the method's metric, or the FFN's output on the calibration tokens (then no metric is used).
@@ -126,13 +121,6 @@ class Structure(ABC):
     predicts: ClassVar[bool] = False  # whether it has `predicted`, which some allocations ask for
     in_float64: ClassVar[tuple[str, ...]] = ()  # fitted tensors that are cached in float64; the others in float32
     Options: ClassVar[type[StructureOptions]]
-
-    def __init__(self, options: StructureOptions):
-        self.options = options
-
-    @classmethod
-    def kind(cls) -> str:
-        return get_args(cls.Options.model_fields["kind"].annotation)[0]
 
     def bias_of(self, matrix: Matrix) -> str | None:
         """`bias_name`, for structures that store different matrices in different forms."""
@@ -224,8 +212,8 @@ class Structure(ABC):
         return group
 
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
-        """(sizes + 1,): predicted increase of the loss in nats per token at every size of a fit, see `winnow.prediction`. The
-        problem has the statistics of `needs`, `gram`, and `gradient_gram` of `judged`; they need not be those of the fit."""
+        """(sizes + 1,): predicted increase of the loss in nats per token at every size of a fit, see `winnow.factors.predict`.
+        The problem has the statistics of `needs`, `gram`, and `gradient_gram` of `judged`; they need not be those of the fit."""
         raise NotImplementedError(f"{self.kind()} predicts no loss")
 
     @abstractmethod
@@ -245,3 +233,6 @@ class Structure(ABC):
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
         """Make the module `name` use tensors that another module stores: {name of the tensor: name where it is stored}."""
         return {}
+
+
+STRUCTURES: Registry[Structure] = Registry("winnow.structures", Structure, nested="AnyStructure")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import ROLES, Matrix
+from winnow.models.architectures import ROLES, Matrix
 from winnow.structures.base import StructureOptions
 from winnow.structures.shared_basis import SharedBasis
 
@@ -45,6 +45,6 @@ class BasisSharing(SharedBasis):
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        from winnow.modules import LowRankLinear, has_bias
+        from winnow.numerics.modules import LowRankLinear, has_bias
 
         return LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))  # each layer has its own input

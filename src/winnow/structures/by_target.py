@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from winnow.architectures import Matrix, Target, disjoint, named_by
+from winnow.models.architectures import Matrix, Target, disjoint, named_by
 from winnow.structures.base import AnyStructure, Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from winnow.clusters import Clustering
+    from winnow.calibration.clusters import Clustering
 
 
 class ByTarget(Structure):
@@ -35,7 +35,7 @@ class ByTarget(Structure):
 
         @model_validator(mode="after")
         def _of_matrices(self) -> ByTarget.Options:
-            from winnow.structures import STRUCTURES, structure_of
+            from winnow.structures.base import STRUCTURES
 
             disjoint(self.parts)
             for part in self.parts.values():
@@ -43,7 +43,7 @@ class ByTarget(Structure):
                     raise ValueError(f"{part.kind} replaces a whole FFN, so it cannot be the structure of some matrices")
                 if STRUCTURES[part.kind].optimised_at_size:
                     raise ValueError(f"{part.kind} couples layers, so it cannot stand beside another structure")
-            clusterings = [structure_of(part.model_dump()).clustering() for part in self.parts.values()]
+            clusterings = [STRUCTURES.build(part.model_dump()).clustering() for part in self.parts.values()]
             if len({c.model_dump_json() for c in clusterings if c}) > 1:
                 raise ValueError("the parts cluster in different ways; one method has one assignment of clusters")
             return self
@@ -51,10 +51,10 @@ class ByTarget(Structure):
     options: Options
 
     def __init__(self, options: StructureOptions):
-        from winnow.structures import structure_of
+        from winnow.structures.base import STRUCTURES
 
         super().__init__(options)
-        self.parts = {target: structure_of(part.model_dump()) for target, part in self.options.parts.items()}
+        self.parts = {target: STRUCTURES.build(part.model_dump()) for target, part in self.options.parts.items()}
 
     def part(self, matrix: Matrix) -> Structure:
         """The structure of a matrix. KeyError if no target names it."""
@@ -115,12 +115,12 @@ class ByTarget(Structure):
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         """The module of the part whose layout it is: a checkpoint names that part's kind, never this one's."""
-        from winnow.structures import STRUCTURES
+        from winnow.structures.base import STRUCTURES
 
         return STRUCTURES[layout["kind"]].module(layout, dense)
 
     @staticmethod
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
-        from winnow.structures import STRUCTURES
+        from winnow.structures.base import STRUCTURES
 
         return STRUCTURES[layout["kind"]].share(model, name, layout)

@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from winnow.architectures import Matrix
-from winnow.metrics import AnyMetric, metric_of
+from winnow.metrics.base import METRICS, MetricOptions
+from winnow.models.architectures import Matrix
 from winnow.structures.base import AnyStructure, Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from winnow.clusters import Clustering
+    from winnow.calibration.clusters import Clustering
+
+if TYPE_CHECKING:
+    AnyMetric = MetricOptions
+else:
+    AnyMetric = METRICS.union
 
 
 class Bypass(Structure):
@@ -42,7 +47,7 @@ class Bypass(Structure):
 
         @model_validator(mode="after")
         def _of_matrices(self) -> Bypass.Options:
-            from winnow.structures import STRUCTURES
+            from winnow.structures.base import STRUCTURES
 
             if self.kept_fraction is not None and self.kept != type(self).model_fields["kept"].default:
                 raise ValueError("give either `kept` or `kept_fraction`")
@@ -56,12 +61,12 @@ class Bypass(Structure):
 
     @property
     def inner(self) -> Structure:
-        from winnow.structures import structure_of
+        from winnow.structures.base import STRUCTURES
 
-        return structure_of(self.options.remainder.model_dump())
+        return STRUCTURES.build(self.options.remainder.model_dump())
 
     def needs(self) -> tuple[str, ...]:
-        own = metric_of(self.options.remainder_metric.model_dump()).needs if self.options.remainder_metric else ()
+        own = METRICS.build(self.options.remainder_metric.model_dump()).needs if self.options.remainder_metric else ()
         return (*own, *self.inner.needs())
 
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
@@ -97,7 +102,7 @@ class Bypass(Structure):
         return min(max(1, round(share * min(matrix.shape))) if share else self.options.kept, *matrix.shape)
 
     def fit(self, problem: Problem, largest: int) -> Fit:
-        from winnow.linalg import leading_directions
+        from winnow.numerics.linalg import leading_directions
 
         kept: dict[str, Tensor] = {}
         rest: dict[str, Tensor] = {}
@@ -108,7 +113,7 @@ class Bypass(Structure):
             kept |= {f"{m.name}.kept.left": left, f"{m.name}.kept.right": right}
             rest[m.name] = weight - left @ right
         other = self.options.remainder_metric
-        metric = metric_of(other.model_dump()) if other else problem.metric
+        metric = METRICS.build(other.model_dump()) if other else problem.metric
         inner = self.inner.fit(replace(problem, weights=rest, metric=metric, metric_weights=problem.weights), largest)
         return Fit({**kept, **{f"rest.{name}": t for name, t in inner.tensors.items()}}, inner.error, inner.spectrum)
 
@@ -130,8 +135,8 @@ class Bypass(Structure):
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from torch import nn
 
-        from winnow.modules import LowRankLinear, SumLinear, has_bias
-        from winnow.structures import STRUCTURES
+        from winnow.numerics.modules import LowRankLinear, SumLinear, has_bias
+        from winnow.structures.base import STRUCTURES
 
         kept = LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))
         without_bias = nn.Linear(1, 1, bias=False)
@@ -139,7 +144,7 @@ class Bypass(Structure):
 
     @staticmethod
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
-        from winnow.structures import STRUCTURES
+        from winnow.structures.base import STRUCTURES
 
         return STRUCTURES[layout["rest"]["kind"]].share(model, f"{name}.rest", layout["rest"])
 

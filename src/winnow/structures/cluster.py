@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from winnow.architectures import Matrix
-from winnow.clusters import Clustering, site_of
+from winnow.calibration.clusters import Clustering, site_of
+from winnow.models.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Cluster(Structure):
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
 
-        from winnow.linalg import leading_directions
+        from winnow.numerics.linalg import leading_directions
 
         (weight,), (matrix,) = problem.weights.values(), problem.group
         labels = self.labels(problem).to(weight.device)
@@ -105,7 +105,7 @@ class Cluster(Structure):
         return Fit(tensors, error, torch.cat(spectra).sort(descending=True).values)
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
-        from winnow.modules import index_dtype
+        from winnow.numerics.modules import index_dtype
 
         (matrix,) = group
         blocks, order = self.blocks(matrix, tensors["sizes"].tolist(), size), tensors["order"].long()
@@ -125,7 +125,7 @@ class Cluster(Structure):
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from torch import nn
 
-        from winnow.modules import ConcatLinear, Constant, LowRankLinear, SplitLinear, has_bias
+        from winnow.numerics.modules import ConcatLinear, Constant, LowRankLinear, SplitLinear, has_bias
 
         parts: dict[str, nn.Module] = {}
         rows = layout["axis"] == "rows"

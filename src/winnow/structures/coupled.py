@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from winnow.architectures import Matrix, group_name
+from winnow.models.architectures import Matrix, group_name
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from winnow.coupling import Coupling, Sections
+    from winnow.numerics.coupling import Coupling, Sections
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Coupled(Structure):
 
     def _numbering(self, layers: int, chained: bool) -> tuple[list[int], list[int]]:
         """The sections of every layer's inputs and outputs; no outputs where only inputs are projected."""
-        from winnow.coupling import numbering
+        from winnow.numerics.coupling import numbering
 
         together = {"free": 1, "grouped": self.options.layers, "tied": layers + 1}[self.options.tying]
         inputs, outputs = numbering(layers, together, chained)
@@ -112,8 +112,8 @@ class Coupled(Structure):
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
 
-        from winnow.coupling import Coupling, roots, times
-        from winnow.linalg import leading_directions
+        from winnow.numerics.coupling import Coupling, roots, times
+        from winnow.numerics.linalg import leading_directions
 
         group, weights, tensors = problem.group, [problem.weights[m.name] for m in problem.group], {}
         inputs, outputs = self._numbering(len(group), self._chained(problem))
@@ -139,7 +139,7 @@ class Coupled(Structure):
 
     def _solved(self, tensors: dict[str, Tensor], size: int) -> tuple[Coupling, Sections, dict[str, Any]]:
         """The coupling, its sections at `size`, and the report."""
-        from winnow.coupling import Coupling, anchors_of, solve
+        from winnow.numerics.coupling import Coupling, anchors_of, solve
 
         if self._last is None or self._last[0] is not tensors or self._last[1] != size:
             options = self.options
@@ -156,7 +156,7 @@ class Coupled(Structure):
         return self._solved(tensors, size)[2]
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
-        from winnow.coupling import right_factor
+        from winnow.numerics.coupling import right_factor
 
         coupling, sections, report = self._solved(tensors, size)
         best, text = report["starts"][report["winner"]], "%s, size %d: error %.6f (%.6f by anchors), %d sweeps from the %s start"
@@ -185,7 +185,7 @@ class Coupled(Structure):
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        from winnow.modules import LowRankLinear, TwoSidedLinear, has_bias
+        from winnow.numerics.modules import LowRankLinear, TwoSidedLinear, has_bias
 
         cls = TwoSidedLinear if layout["sides"] == "two" else LowRankLinear
         return cls(layout["in"], layout["out"], layout["rank"], has_bias(dense))

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from winnow.architectures import Matrix, ffn_groups
+from winnow.models.architectures import Matrix, ffn_groups
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class FfnStructure(Structure):
 
     @classmethod
     def module(cls, layout: dict[str, Any], dense: nn.Module) -> nn.Module:  # type: ignore[override]
-        from winnow.modules import ConcatLinear
+        from winnow.numerics.modules import ConcatLinear
 
         if "fused" in layout:
             return ConcatLinear({half: cls.part_module(part, dense) for half, part in layout["fused"].items()})

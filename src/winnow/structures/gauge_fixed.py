@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from winnow.architectures import Matrix
+from winnow.models.architectures import Matrix
 from winnow.structures.base import Part, StructureOptions
 from winnow.structures.low_rank import LowRank
 
@@ -33,7 +33,7 @@ class GaugeFixed(LowRank):
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
 
-        from winnow.linalg import pivot_rows
+        from winnow.numerics.linalg import pivot_rows
 
         left, right = tensors["left"][:, :size].double(), tensors["right"][:size].double()
         rows = pivot_rows(left)
@@ -48,6 +48,6 @@ class GaugeFixed(LowRank):
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        from winnow.modules import RowsLinear, has_bias
+        from winnow.numerics.modules import RowsLinear, has_bias
 
         return RowsLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))

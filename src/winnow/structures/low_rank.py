@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from winnow.architectures import Matrix
+from winnow.models.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class LowRank(Structure):
         return size * sum(group[0].shape)
 
     def fit(self, problem: Problem, largest: int) -> Fit:
-        from winnow.linalg import leading_directions
+        from winnow.numerics.linalg import leading_directions
 
         (weight,) = problem.weights.values()
         found = leading_directions(weight, problem.columns(), problem.precision, problem.rows(), largest)
@@ -39,7 +39,7 @@ class LowRank(Structure):
         return Fit(factors, found.error[: largest + 1], found.spectrum)
 
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
-        from winnow.linalg import truncation_errors
+        from winnow.numerics.linalg import truncation_errors
 
         ((name, weight),) = problem.weights.items()
         moments = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
@@ -53,6 +53,6 @@ class LowRank(Structure):
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        from winnow.modules import LowRankLinear, has_bias
+        from winnow.numerics.modules import LowRankLinear, has_bias
 
         return LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pydantic import Field, model_validator
 
-from winnow.architectures import Matrix
+from winnow.models.architectures import Matrix
 from winnow.structures.base import AnyStructure, Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Mixed(Structure):
 
         @model_validator(mode="after")
         def _comparable(self) -> Mixed.Options:
-            from winnow.structures import STRUCTURES
+            from winnow.structures.base import STRUCTURES
 
             kinds = [member.kind for member in self.members]
             for kind in kinds:
@@ -53,10 +53,10 @@ class Mixed(Structure):
     options: Options
 
     def __init__(self, options: StructureOptions):
-        from winnow.structures import structure_of
+        from winnow.structures.base import STRUCTURES
 
         super().__init__(options)
-        self.members = {f"@{member.kind}": structure_of(member.model_dump()) for member in self.options.members}
+        self.members = {f"@{member.kind}": STRUCTURES.build(member.model_dump()) for member in self.options.members}
 
     def alternatives(self) -> dict[str, Structure]:
         return self.members

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import Matrix
+from winnow.models.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, StructureOptions
 from winnow.structures.ffn import FfnStructure
 
@@ -32,7 +32,7 @@ class NeuronSlice(FfnStructure):
         criterion: Literal["leverage", "output", "loss", "activation", "activation_x_row", "weight_norm", "random"] = Field(
             "leverage",
             description="what makes a neuron important: `output` and `loss` take them one by one, by what each gains of the "
-            "corrected output, or of the predicted loss (needs a backward pass); see winnow/neurons.py for the others",
+            "corrected output, or of the predicted loss (needs a backward pass); see winnow/numerics/neurons.py for the others",
         )
         correction: Literal["nystrom", "none"] = Field("nystrom", description="whether down makes up for the dropped neurons")
         ridge: float = Field(1e-4, gt=0, le=1, description="of the leverage scores, as a share of the mean second moment")
@@ -41,7 +41,7 @@ class NeuronSlice(FfnStructure):
     options: Options
 
     def needs(self) -> tuple[str, ...]:
-        from winnow.neurons import statistics_of
+        from winnow.numerics.neurons import statistics_of
 
         return tuple(dict.fromkeys(("gram", *statistics_of(self.options.criterion))))
 
@@ -60,8 +60,8 @@ class NeuronSlice(FfnStructure):
     def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         import torch
 
-        from winnow.linalg import regularized
-        from winnow.neurons import left_out, order_of, permuted
+        from winnow.numerics.linalg import regularized
+        from winnow.numerics.neurons import left_out, order_of, permuted
 
         down = problem.group[-1]
         order = order_of(problem, self.options.criterion, self.options.seed, self.options.ridge)
@@ -84,7 +84,7 @@ class NeuronSlice(FfnStructure):
         first k columns times the hidden units, or, of C = L L^T, W_down L without them times L^{-1} h."""
         import torch
 
-        from winnow.neurons import left_out
+        from winnow.numerics.neurons import left_out
 
         down, order = problem.group[-1], tensors["order"]
         gram = problem.sites[down.name]["gram"][order][:, order]
@@ -117,6 +117,6 @@ class NeuronSlice(FfnStructure):
     def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from torch import nn
 
-        from winnow.modules import has_bias
+        from winnow.numerics.modules import has_bias
 
         return nn.Linear(layout["in"], layout["out"], has_bias(dense))

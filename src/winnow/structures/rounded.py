@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from winnow.architectures import Matrix, group_name
-from winnow.grids import FEW_BITS, Form, forms_of
+from winnow.models.architectures import Matrix, group_name
+from winnow.numerics.grids import FEW_BITS, Form, forms_of
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
@@ -111,10 +111,10 @@ class Rounded(Structure):
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
 
-        from winnow.feedback import codes_of, metric_for
-        from winnow.grids import scaled
-        from winnow.linalg import weighted_error
-        from winnow.rounding import multiplied, packed
+        from winnow.numerics.feedback import codes_of, metric_for
+        from winnow.numerics.grids import scaled
+        from winnow.numerics.linalg import weighted_error
+        from winnow.numerics.rounding import multiplied, packed
 
         (weight,), name = problem.weights.values(), group_name(problem.group)
         columns, rows = self.metric_of_error(problem)
@@ -139,8 +139,8 @@ class Rounded(Structure):
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
         import torch
 
-        from winnow.linalg import weighted_error
-        from winnow.rounding import multiplied, unpacked
+        from winnow.numerics.linalg import weighted_error
+        from winnow.numerics.rounding import multiplied, unpacked
 
         ((name, weight),) = problem.weights.items()
         columns, rows = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
@@ -168,7 +168,7 @@ class Rounded(Structure):
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        from winnow.modules import RoundedLinear, has_bias
+        from winnow.numerics.modules import RoundedLinear, has_bias
 
         shape = (layout["in"], layout["out"], layout["bits"], layout["group"])
         return RoundedLinear(*shape, has_bias(dense), layout.get("zeros", False))

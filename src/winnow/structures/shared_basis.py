@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import Matrix
+from winnow.models.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class SharedBasis(Structure):
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
 
-        from winnow.linalg import leading_directions, principal_components
+        from winnow.numerics.linalg import leading_directions, principal_components
 
         stacked = torch.cat([problem.weights[m.name] for m in problem.group])
         columns = problem.columns()
@@ -68,13 +68,13 @@ class SharedBasis(Structure):
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        from winnow.modules import LowRankLinear, has_bias
+        from winnow.numerics.modules import LowRankLinear, has_bias
 
         return LowRankLinear(layout["in"], layout["out"], layout["rank"], has_bias(dense), shared=True)
 
     @staticmethod
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
-        from winnow.modules import SharedLinear
+        from winnow.numerics.modules import SharedLinear
 
         if "basis_of" not in layout:
             return {}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import Matrix
+from winnow.models.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, StructureOptions
 from winnow.structures.ffn import FfnStructure
 
@@ -27,14 +27,14 @@ class Split(FfnStructure):
         kind: Literal["split"]
         exact: float = Field(0.25, ge=0, le=1, description="share of the neurons that is kept as it is")
         criterion: Literal["activation", "activation_x_row", "weight_norm", "leverage", "random", "lowest"] = Field(
-            "activation", description="what makes a neuron heavy; see winnow/neurons.py"
+            "activation", description="what makes a neuron heavy; see winnow/numerics/neurons.py"
         )
         seed: int = Field(0, ge=0, description="of the random criterion")
 
     options: Options
 
     def needs(self) -> tuple[str, ...]:
-        from winnow.neurons import statistics_of
+        from winnow.numerics.neurons import statistics_of
 
         return statistics_of(self.options.criterion)
 
@@ -53,8 +53,8 @@ class Split(FfnStructure):
     def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         import torch
 
-        from winnow.linalg import leading_directions
-        from winnow.neurons import order_of, permuted
+        from winnow.numerics.linalg import leading_directions
+        from winnow.numerics.neurons import order_of, permuted
 
         heavy = self._heavy(problem.group)
         order = order_of(problem, self.options.criterion, self.options.seed)
@@ -101,7 +101,7 @@ class Split(FfnStructure):
     def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from torch import nn
 
-        from winnow.modules import ConcatLinear, LowRankLinear, SplitLinear, has_bias
+        from winnow.numerics.modules import ConcatLinear, LowRankLinear, SplitLinear, has_bias
 
         d, exact, light, bias = layout["d"], layout["exact"], layout["light"], has_bias(dense)
         parts: dict[str, nn.Module] = {}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.architectures import Matrix
+from winnow.models.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, StructureOptions
 from winnow.structures.ffn import FfnStructure
 
@@ -27,7 +27,7 @@ class SplitAffine(FfnStructure):
         kind: Literal["split_affine"]
         light: Literal["affine", "dropped"] = Field("affine", description="what stands for the light neurons")
         criterion: Literal["activation", "activation_x_row", "weight_norm", "leverage", "random", "lowest"] = Field(
-            "activation_x_row", description="what makes a neuron heavy; see winnow/neurons.py"
+            "activation_x_row", description="what makes a neuron heavy; see winnow/numerics/neurons.py"
         )
         seed: int = Field(0, ge=0, description="of the random criterion")
         ridge: float = Field(1e-8, gt=0, le=1, description="relative ridge of the regression; raised where it is singular")
@@ -35,7 +35,7 @@ class SplitAffine(FfnStructure):
     options: Options
 
     def needs(self) -> tuple[str, ...]:
-        from winnow.neurons import statistics_of
+        from winnow.numerics.neurons import statistics_of
 
         affine = ("gram", "mean", "cross") if self.options.light == "affine" else ("gram",)
         return tuple(dict.fromkeys((*affine, *statistics_of(self.options.criterion))))
@@ -50,7 +50,7 @@ class SplitAffine(FfnStructure):
         return len(group) * size * d + (d * d if affine else 0) + biases
 
     def fit_ffn(self, problem: Problem, largest: int) -> Fit:
-        from winnow.neurons import affine_map, left_out, order_of, permuted
+        from winnow.numerics.neurons import affine_map, left_out, order_of, permuted
 
         down = problem.group[-1]
         order = order_of(problem, self.options.criterion, self.options.seed)
@@ -90,7 +90,7 @@ class SplitAffine(FfnStructure):
     def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from torch import nn
 
-        from winnow.modules import ConcatLinear, Constant, PartialActivation, SplitLinear, has_bias
+        from winnow.numerics.modules import ConcatLinear, Constant, PartialActivation, SplitLinear, has_bias
 
         d, exact, affine = layout["d"], layout["exact"], layout["affine"]
         if layout["part"] == "activation":

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from winnow.architectures import Matrix
-from winnow.clusters import Clustering
+from winnow.calibration.clusters import Clustering
+from winnow.models.architectures import Matrix
 from winnow.structures.base import Problem, StructureOptions
 from winnow.structures.cluster import Cluster
 

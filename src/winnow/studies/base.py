@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from winnow.registry import Options, Plugin, Registry
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from winnow.claims import Answer
-    from winnow.io import Bundle
-    from winnow.models import ModelFiles
+    from winnow.io.artifacts import Bundle
+    from winnow.models.files import ModelFiles
+    from winnow.studies.claims import Answer
 
 
 NONE = "none"  # the recovery of a cell that names none
@@ -29,7 +31,7 @@ def key_of(cell: Sequence[str]) -> tuple[str, str, str]:
 def speed(row: dict[str, Any], unit: float = 1.0) -> Answer:
     """What a row of `winnow.studies.trials.timed` says of the speed, in times as fast as dense by `unit` (100: in %); its
     interval of 95 % is taken for two standard errors to each side."""
-    from winnow.claims import Answer
+    from winnow.studies.claims import Answer
 
     return Answer(unit / row["ratio"], unit * (1 / row["ratio_low"] - 1 / row["ratio_high"]) / 4)
 
@@ -74,7 +76,7 @@ class Evidence:
 
     def above(self, model: str, one: Sequence[str], other: Sequence[str]) -> tuple[float, float]:
         """(nats per token of cell `one` above cell `other`, standard error), paired by window; cells as for `windows`."""
-        from winnow.spread import paired
+        from winnow.evaluation.spread import paired
 
         return paired(self.windows(model, one), self.windows(model, other))
 
@@ -89,11 +91,11 @@ class Conclusion:
     identities: pd.DataFrame = field(repr=False)
 
 
-class Study(ABC):
+class Study(Plugin):
     """The experiments of one paper."""
 
     title: ClassVar[str]
-    paper: ClassVar[str]
+    reference: ClassVar[str]  # the paper
     methods: ClassVar[dict[str, dict[str, Any]]] = {}  # presets of its own, beside those of the same content in the config
     budgets: ClassVar[dict[str, dict[str, Any]]] = {}
     recoveries: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -107,6 +109,12 @@ class Study(ABC):
     # of moments, windows, evaluation, checkpoints: what `measure` is given beside the model
     reads: ClassVar[tuple[str, ...]] = ()
 
+    Options = Options
+
+    @classmethod
+    def kind(cls) -> str:
+        return cls.__module__.split(".")[-2]  # a study has no options, and is named by its folder
+
     @abstractmethod
     def measure(self, given: Given) -> dict[str, Any]:
         """Numbers of one model from its weights, statistics and windows, as builtin types."""
@@ -114,3 +122,11 @@ class Study(ABC):
     @abstractmethod
     def conclude(self, evidence: Evidence) -> Conclusion:
         """Tables, figures and answers. Imports no torch."""
+
+
+STUDIES: Registry[Study] = Registry("winnow.studies", Study, inside="study")
+
+
+def study_of(name: str) -> Study:
+    """The study of a name; its folder alone is imported, so that no study depends on another's code."""
+    return STUDIES.build({"kind": name})

@@ -12,20 +12,20 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from winnow.allocation import Group, chosen_groups
-from winnow.allocations import allocation_of
-from winnow.architectures import group_name, select
-from winnow.checkpoint import compress
-from winnow.factors import fit_groups, storable
-from winnow.in_memory import put
-from winnow.metrics import metric_of
-from winnow.structures import structure_of
+from winnow.allocation.base import ALLOCATIONS
+from winnow.allocation.groups import Group, chosen_groups
+from winnow.checkpoint.in_memory import put
+from winnow.checkpoint.writer import compress
+from winnow.factors.fit import fit_groups, storable
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import group_name, select
+from winnow.structures.base import STRUCTURES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from winnow.io import Bundle
-    from winnow.models import ModelFiles
+    from winnow.io.artifacts import Bundle
+    from winnow.models.files import ModelFiles
 
 
 class Factors:
@@ -53,8 +53,8 @@ class Trial:
     ) -> Trial:
         """Fit a method ({structure, metric}, as in a preset) to what a budget's `targets` name, and to nothing else. Raises
         InputError, naming the matrix, if that fails."""
-        structure = structure_of(method["structure"])
-        metric = metric_of(method["metric"]) if method.get("metric") else None
+        structure = STRUCTURES.build(method["structure"])
+        metric = METRICS.build(method["metric"]) if method.get("metric") else None
         factors, rows = {}, {}
         chosen = {m.name for m in select(files.matrices, list(targets))}
         others = [group_name(g) for g in structure.groups(files.matrices) if not any(m.name in chosen for m in g)]
@@ -71,7 +71,7 @@ class Trial:
 
     def of_bytes(self, keep: float) -> dict[str, int | None]:
         """{group: size} that store at most a share of the dense bytes, spread evenly."""
-        return allocation_of({"kind": "uniform"}).allocate(self.groups, keep).sizes
+        return ALLOCATIONS.build({"kind": "uniform"}).allocate(self.groups, keep).sizes
 
     def kept(self, sizes: dict[str, int | None]) -> float:
         """Stored over dense bytes of the targets."""
@@ -86,8 +86,8 @@ class Trial:
 
 
 def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[float]]:
-    """`nll` and `tokens` per window (see `winnow.perplexity.evaluate`), about 4,096 tokens at a time."""
-    from winnow.perplexity import evaluate
+    """`nll` and `tokens` per window (see `winnow.evaluation.perplexity.evaluate`), about 4,096 tokens at a time."""
+    from winnow.evaluation.perplexity import evaluate
 
     with torch.no_grad():
         return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
@@ -96,10 +96,11 @@ def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[f
 def timed(
     dense: PreTrainedModel, forms: Mapping[str, PreTrainedModel], spec: dict[str, Any], device: str
 ) -> list[dict[str, Any]]:
-    """Times of every form over the dense model's, in turns with it, by the `spec` of `winnow.latency.evaluate` (prompts no longer
-    than the model's positions allow): a row per form, phase, batch and prompt with the median `ratio` and its interval of 95 %,
-    the quartiles of dense against dense (`control_*`), the verdict, products and bytes read over dense's, and the machine."""
-    from winnow.latency import evaluate
+    """Times of every form over the dense model's, in turns with it, by the `spec` of `winnow.evaluation.latency.evaluate`
+    (prompts no longer than the model's positions allow): a row per form, phase, batch and prompt with the median `ratio` and its
+    interval of 95 %, the quartiles of dense against dense (`control_*`), the verdict,
+    products and bytes read over dense's, and the machine."""
+    from winnow.evaluation.latency import evaluate
 
     held = getattr(dense.config.get_text_config(), "max_position_embeddings", None)
     prompts = [min(length, held - spec["decode"] - 1) if held else length for length in spec["prompts"]]

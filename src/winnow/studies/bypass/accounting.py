@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from winnow.architectures import TARGETS, Matrix
+from winnow.models.architectures import TARGETS, Matrix
 
 LLAMA_8B = {  # config.json of meta-llama/Llama-3.1-8B
     "vocab_size": 128256,

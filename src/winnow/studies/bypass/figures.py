@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from winnow.architectures import ROLES
-from winnow.figures import COLOURS, axes_grid, line_style, shared_legend, span
+from winnow.models.architectures import ROLES
+from winnow.reporting.figures import COLOURS, axes_grid, line_style, shared_legend, span
 from winnow.studies.bypass.ranks import DEFINITIONS, METRICS
 
 if TYPE_CHECKING:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from winnow.architectures import TARGETS, Matrix, moments_file
-from winnow.metrics import Gram, Weights
-from winnow.models import tensor_bytes
-from winnow.spectra import effective_ranks
+from winnow.factors.spectra import effective_ranks
+from winnow.metrics.gram import Gram
+from winnow.metrics.weights import Weights
+from winnow.models.architectures import TARGETS, Matrix, moments_file
+from winnow.models.files import tensor_bytes
 from winnow.structures.base import Problem, Structure
 from winnow.structures.bypass import Bypass
 from winnow.structures.low_rank import LowRank
@@ -17,8 +18,8 @@ from winnow.studies.bypass.grc import basis, projected_error, sink_gain
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from winnow.io import Bundle
-    from winnow.models import ModelFiles
+    from winnow.io.artifacts import Bundle
+    from winnow.models.files import ModelFiles
 
 
 def stored_bytes(files: ModelFiles, ranks: Ranks) -> int | None:

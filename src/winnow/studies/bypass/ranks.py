@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from winnow.architectures import moments_file
-from winnow.spectra import effective_ranks
+from winnow.factors.spectra import effective_ranks
+from winnow.models.architectures import moments_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from winnow.io import Bundle
-    from winnow.models import ModelFiles
+    from winnow.io.artifacts import Bundle
+    from winnow.models.files import ModelFiles
 
 DEFINITIONS = {
     "k95": "directions with 95 % of the energy",  # HyperTensor Paper I
@@ -54,7 +54,7 @@ def _values(weight: Tensor, gram: Tensor) -> Tensor:
     """Singular values of W C^{1/2}, largest first."""
     import torch
 
-    from winnow.linalg import square_root
+    from winnow.numerics.linalg import square_root
 
     return torch.linalg.svdvals(weight @ square_root(gram))
 

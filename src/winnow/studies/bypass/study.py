@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from winnow.claims import Answer
 from winnow.studies.base import Conclusion, Evidence, Given, Study, speed
 from winnow.studies.bypass.accounting import Ranks
+from winnow.studies.claims import Answer
 
 KEPT = 256 / 4096  # directions kept apart, as a share of the width
 LLAMA = "Llama-3.1-8B"  # by its config alone
@@ -75,7 +75,7 @@ ALONE = [(method, budget) for method in ("svd", "whitened") for budget in ("down
 
 class BypassStudy(Study):
     title = "FFN SVD and PCA with residual bypass, on top of GRC attention"
-    paper = "HyperTensor Papers I (GRC) and VIII (FFN compression and residual bypass)"
+    reference = "HyperTensor Papers I (GRC) and VIII (FFN compression and residual bypass)"
     methods = {
         "svd": {"structure": LOW_RANK, "metric": WEIGHTS},
         "whitened": {"structure": LOW_RANK, "metric": GRAM},
@@ -115,7 +115,7 @@ class BypassStudy(Study):
     def measure(self, given: Given) -> dict[str, Any]:
         """Effective ranks and their profiles, what is stored under every way to count, GRC's own numbers, its times
         beside dense, identities."""
-        from winnow.architectures import FFN_ROLES, TARGETS
+        from winnow.models.architectures import FFN_ROLES, TARGETS
         from winnow.studies.bypass.accounting import dense, parameters, removed
         from winnow.studies.bypass.measures import grc_numbers, identities, stored_bytes
         from winnow.studies.bypass.ranks import hourglasses, profile
@@ -173,7 +173,7 @@ class BypassStudy(Study):
 
 def _latency(given: Given) -> list[dict[str, Any]]:
     """Times of the cell of row 1, GRC at k = d / 4, beside dense."""
-    from winnow.loading import load_model
+    from winnow.checkpoint.loading import load_model
     from winnow.studies.trials import Trial, timed
 
     model = load_model(given.files.verify(), given.dtype, given.device).requires_grad_(False)
@@ -185,7 +185,7 @@ def _latency(given: Given) -> list[dict[str, Any]]:
 
 def _of_llama(table: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Answer]], list[dict[str, Any]]]:
     """Answers and identities that follow from the paper's own figures and from the config of its model; adds to `table`."""
-    from winnow.architectures import TARGETS, matrices_of
+    from winnow.models.architectures import TARGETS, matrices_of
     from winnow.studies.bypass.accounting import LLAMA_8B, dense, llama_tensors, parameters, reachable, removed
 
     tensors = llama_tensors(LLAMA_8B)
@@ -277,7 +277,7 @@ def _of_cells(evidence: Evidence, model: str) -> dict[str, Answer]:
 
 def _ratio(evidence: Evidence, model: str, one: tuple[str, str], other: tuple[str, str]) -> tuple[float, float]:
     """(loss above dense of one cell over that of another, its standard error), window by window."""
-    from winnow.spread import ratio
+    from winnow.evaluation.spread import ratio
 
     nll = [
         evidence.results[evidence.cell(model, *cell)["result"]]["per_window"]["nll"] for cell in (("dense", "dense"), one, other)
@@ -297,7 +297,11 @@ def _rows(evidence: Evidence, model: str) -> list[dict[str, Any]]:
             own = {"model": model, "row": name, "form": form, "k_attention": ranks.attention, "k_ffn": ranks.ffn, "r": ranks.kept}
             own |= {key: row[key] for key in ("keep_bytes", "delta_nll", "delta_nll_se", "perplexity")}
             own |= {"removed_%": gone}
-            paper = {"paper_delta_nll": math.log(perplexity / BASE), "paper_perplexity": perplexity, "paper_removed_%": removed}
+            paper = {
+                "paper_delta_nll": math.log(perplexity / BASE),
+                "paper_perplexity": perplexity,
+                "paper_removed_%": removed,
+            }
             found.append(own | (paper if (method, budget) == cell else dict.fromkeys(paper, math.nan)))
     return found
 
@@ -310,6 +314,3 @@ def _cell(evidence: Evidence, model: str, cell: tuple[str, str]) -> dict[str, An
 
 def _counts(model: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [{"model": model, "row": name, "claimed": ROWS[name].removed, **row} for name, rows in found.items() for row in rows]
-
-
-STUDY = BypassStudy()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from winnow.claims import Answer
-from winnow.spread import paired, ratio
+from winnow.evaluation.spread import paired, ratio
+from winnow.studies.claims import Answer
 from winnow.studies.clusters.correlation import jackknife, mean_error, spearman
 from winnow.studies.clusters.counts import PUBLISHED, counts, savings
 

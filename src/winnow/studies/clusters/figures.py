@@ -26,7 +26,7 @@ MEASURES = {
 
 def reconstruction_figure(table: pd.DataFrame, published: pd.DataFrame) -> Any:
     """Gain of clusters over one SVD by three rules; a panel per model and number of clusters."""
-    from winnow.figures import axes_grid, line_style, shared_legend
+    from winnow.reporting.figures import axes_grid, line_style, shared_legend
 
     models, counts = (list(dict.fromkeys(table[key])) if len(table) else [] for key in ("model", "clusters"))
     figure, axes = axes_grid(max(1, len(models) * len(counts)), 4.2, 3.0)
@@ -61,7 +61,7 @@ def reconstruction_figure(table: pd.DataFrame, published: pd.DataFrame) -> Any:
 
 def correlation_figure(errors: pd.DataFrame, budgets: Sequence[str]) -> Any:
     """Loss against every error measure; a panel per model and measure, a marker per budget."""
-    from winnow.figures import axes_grid, line_style, shared_legend
+    from winnow.reporting.figures import axes_grid, line_style, shared_legend
     from winnow.studies.clusters.correlation import spearman
 
     models = list(dict.fromkeys(errors["model"])) if len(errors) else []
@@ -88,7 +88,7 @@ def correlation_figure(errors: pd.DataFrame, budgets: Sequence[str]) -> Any:
 
 def massive_figure(massive: pd.DataFrame) -> Any:
     """Columns of down that stand out, and how well a score ranks columns that are left out; two panels per model."""
-    from winnow.figures import axes_grid, line_style, shared_legend
+    from winnow.reporting.figures import axes_grid, line_style, shared_legend
 
     models = list(dict.fromkeys(massive["model"])) if len(massive) else []
     figure, axes = axes_grid(max(1, 2 * len(models)))
@@ -111,7 +111,7 @@ def massive_figure(massive: pd.DataFrame) -> Any:
 
 def distillation_figure(table: pd.DataFrame) -> Any:
     """Loss above dense before and after LoRA from every start, beside the dense model after the same LoRA; a panel per model."""
-    from winnow.figures import axes_grid, line_style
+    from winnow.reporting.figures import axes_grid, line_style
 
     models = list(dict.fromkeys(table["model"]))
     figure, axes = axes_grid(len(models), 5.6, 3.0)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from winnow.architectures import Matrix, moments_file
+from winnow.models.architectures import Matrix, moments_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from winnow.io import Bundle
-    from winnow.models import ModelFiles
+    from winnow.io.artifacts import Bundle
+    from winnow.models.files import ModelFiles
 
 
 def matrix_of(module: nn.Module, inputs: int) -> Tensor:

@@ -13,8 +13,8 @@ from winnow.studies.clusters.figures import correlation_figure, distillation_fig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from winnow.architectures import Matrix
-    from winnow.claims import Answer
+    from winnow.models.architectures import Matrix
+    from winnow.studies.claims import Answer
 
 COUNTS, FRACTIONS = (2, 4, 8), (0.25, 0.5, 0.75)
 WAYS = ("norm", "cosine", "activation", "random")
@@ -31,7 +31,7 @@ STARTS = ("svd", "tiers_weight_norm", "tiers_activation", "asvd", "whitened")
 
 class ClustersStudy(Study):
     title = "Per-cluster column SVD, activation weighting and LoRA"
-    paper = "HyperTensor Paper VII"
+    reference = "HyperTensor Paper VII"
     methods = {
         "svd": {"structure": LOW_RANK, "metric": WEIGHTS},
         "weight_norm": {"structure": LOW_RANK, "metric": {"kind": "weight_norm"}},
@@ -69,7 +69,7 @@ class ClustersStudy(Study):
 
     def measure(self, given: Given) -> dict[str, Any]:
         """Errors of clusters against one SVD, columns that stand out, errors of the study's checkpoints, training of LoRA."""
-        from winnow.architectures import ffn_groups, moments_file
+        from winnow.models.architectures import ffn_groups, moments_file
 
         files, moments, windows = given.files, given.moments, given.windows
         assert moments is not None
@@ -103,8 +103,8 @@ class ClustersStudy(Study):
         """What takes the model itself: errors of every checkpoint, and of single columns of down left out."""
         import torch
 
-        from winnow.architectures import blocks_of
-        from winnow.loading import load_model
+        from winnow.checkpoint.loading import load_model
+        from winnow.models.architectures import blocks_of
         from winnow.studies.clusters.correlation import spearman
         from winnow.studies.clusters.proxies import left_out, matrix_errors, output_errors
         from winnow.studies.clusters.reconstruction import outlying
@@ -169,7 +169,7 @@ class ClustersStudy(Study):
 
 def _cut(matrix: Matrix, weight: Tensor, site: dict[str, Tensor]) -> dict[str, Any]:
     """The singular values of a matrix and of its clusters by every way and count; `random` several times."""
-    from winnow.clusters import Clustering, assign
+    from winnow.calibration.clusters import Clustering, assign
     from winnow.studies.clusters.reconstruction import blocks_of
 
     clustered = {}
@@ -239,9 +239,8 @@ def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> di
     """Residuals, relative to the squared norm, of what must hold exactly; the first is a bound: its excess, at most 0."""
     import torch
 
-    from winnow.metrics import metric_of
-    from winnow.structures import structure_of
-    from winnow.structures.base import Problem
+    from winnow.metrics.base import METRICS
+    from winnow.structures.base import STRUCTURES, Problem
     from winnow.studies.clusters.reconstruction import blocks_of, gains
 
     excess = [
@@ -250,9 +249,9 @@ def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> di
         for blocks in each["clustered"].values()
         if (found := gains(blocks, each["one"], max(1, int(share * min(each["shape"])))))
     ]
-    structure = structure_of({"kind": "cluster", "clusters": 1})
+    structure = STRUCTURES.build({"kind": "cluster", "clusters": 1})
     labels = torch.zeros(weight.shape[1], dtype=torch.int64)
-    problem = Problem([matrix], {matrix.name: weight}, {}, metric_of(WEIGHTS), labels={matrix.name: labels})
+    problem = Problem([matrix], {matrix.name: weight}, {}, METRICS.build(WEIGHTS), labels={matrix.name: labels})
     k = max(1, min(weight.shape) // 4)
     one = float(structure.fit(problem, k).error[k] / weight.square().sum())
     order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -264,6 +263,3 @@ def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> di
         "one cluster is the truncated SVD": abs(one - blocks_of(weight).lost([float(k)])),
         "the order of the columns changes nothing": abs(lost[0] - lost[1]),
     }
-
-
-STUDY = ClustersStudy()

@@ -1,5 +1,1 @@
 """Cross-layer subspace coupling."""
-
-from winnow.studies.coupling.study import STUDY
-
-__all__ = ["STUDY"]

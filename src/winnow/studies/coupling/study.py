@@ -6,14 +6,14 @@ import math
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from winnow.claims import Answer
 from winnow.studies.base import Conclusion, Evidence, Given, Study
+from winnow.studies.claims import Answer
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from winnow.coupling import Coupling, Sections
+    from winnow.numerics.coupling import Coupling, Sections
 
 SHARE = 0.25  # d / D of the paper
 SWEEPS = 60  # most updates of every section
@@ -28,7 +28,7 @@ NAMES |= {"basis_sharing": "Basis Sharing", "coupled_anchored": "coupled, lambda
 
 class CouplingStudy(Study):
     title = "Cross-layer subspace coupling"
-    paper = "arXiv 2605.30836"
+    reference = "arXiv 2605.30836"
     methods = {
         "svd": {"structure": LOW_RANK, "metric": WEIGHTS},
         "whitened": {"structure": LOW_RANK, "metric": GRAM},
@@ -56,9 +56,9 @@ class CouplingStudy(Study):
         """Energies over lambda and tying of the o_proj of all layers, errors of other forms on the same scale, identities."""
         import torch
 
-        from winnow.architectures import moments_file
-        from winnow.coupling import Coupling, numbering, solve
-        from winnow.linalg import square_root
+        from winnow.models.architectures import moments_file
+        from winnow.numerics.coupling import Coupling, numbering, solve
+        from winnow.numerics.linalg import square_root
 
         files, moments = given.files, given.moments
         assert moments is not None
@@ -174,7 +174,7 @@ def _hellaswag(evidence: Evidence) -> dict[str, dict[str, Answer]]:
     document, by model and evaluation."""
     import numpy as np
 
-    from winnow.spread import ratio
+    from winnow.evaluation.spread import ratio
 
     right: dict[str, dict[tuple[str, str], Any]] = {}
     for row in evidence.scored:
@@ -193,7 +193,7 @@ def _hellaswag(evidence: Evidence) -> dict[str, dict[str, Answer]]:
 
 
 def _anchors(coupling: Coupling, lefts: Tensor) -> Sections:
-    from winnow.coupling import anchors_of
+    from winnow.numerics.coupling import anchors_of
 
     return anchors_of(coupling, lefts, "both")
 
@@ -216,7 +216,7 @@ def _shared(weights: Tensor, grams: list[Tensor], k: int) -> Tensor:
     shared right singular vectors, and back."""
     import torch
 
-    from winnow.linalg import square_root
+    from winnow.numerics.linalg import square_root
 
     found = []
     for start in range(0, len(weights), 2):
@@ -247,7 +247,7 @@ def _identities(coupling: Coupling, sections: Sections, anchors: Sections, bound
 
 
 def _sweep_figure(sweep: pd.DataFrame, measured: dict[str, dict[str, Any]]) -> Any:
-    from winnow.figures import axes_grid, line_style
+    from winnow.reporting.figures import axes_grid, line_style
 
     models = list(sweep["model"].unique()) if len(sweep) else []
     figure, axes = axes_grid(max(1, len(models)))
@@ -267,7 +267,7 @@ def _sweep_figure(sweep: pd.DataFrame, measured: dict[str, dict[str, Any]]) -> A
 
 
 def _loss_figure(loss: pd.DataFrame) -> Any:
-    from winnow.figures import axes_grid, line_style, span
+    from winnow.reporting.figures import axes_grid, line_style, span
 
     cells = list(loss.groupby(["model", "budget"], sort=False))
     figure, axes = axes_grid(len(cells), 4.2, 2.2)
@@ -283,10 +283,7 @@ def _loss_figure(loss: pd.DataFrame) -> Any:
 
 
 def _labelled(figure: Any, axes: list[Any]) -> Any:
-    from winnow.figures import shared_legend
+    from winnow.reporting.figures import shared_legend
 
     shared_legend(figure, axes)
     return figure
-
-
-STUDY = CouplingStudy()

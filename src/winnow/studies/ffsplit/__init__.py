@@ -1,5 +1,1 @@
 """Heavy hitters and a split FFN."""
-
-from winnow.studies.ffsplit.study import STUDY
-
-__all__ = ["STUDY"]

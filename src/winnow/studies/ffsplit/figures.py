@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from winnow.figures import axes_grid, line_style, shared_legend, span
+from winnow.reporting.figures import axes_grid, line_style, shared_legend, span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from winnow.architectures import Matrix, ffn_groups, moments_file, tokens_of
+from winnow.models.architectures import Matrix, ffn_groups, moments_file, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from winnow.io import Bundle
-    from winnow.models import ModelFiles
+    from winnow.io.artifacts import Bundle
+    from winnow.models.files import ModelFiles
 
 CRITERIA = ("act", "act_x_row")
 MARKS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75)  # shares of the neurons of the concentration curve

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from winnow.spread import paired
+from winnow.evaluation.spread import paired
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,7 +30,7 @@ def rounded(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
     """The matrix (m, n) rounded to nearest: every `group` inputs of a row (the last ones may be fewer), or the whole row, to
     multiples of a scale of their own, from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1, the largest of them at an end of that grid.
     Computed in float64, returned in the dtype of `weight`. Raises ValueError below 2 bits."""
-    from winnow.rounding import multiplied, scales_of, steps_of
+    from winnow.numerics.rounding import multiplied, scales_of, steps_of
 
     group = group or weight.shape[1]
     scales = scales_of(weight, bits, group)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from winnow.architectures import blocks_of, ffn_groups, matrices_of
+from winnow.models.architectures import blocks_of, ffn_groups, matrices_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

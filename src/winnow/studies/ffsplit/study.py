@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from winnow.claims import Answer
 from winnow.studies.base import Conclusion, Evidence, Given, Study, speed
+from winnow.studies.claims import Answer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ def split_of(
 
 class FfsplitStudy(Study):
     title = "Heavy hitters and a split FFN"
-    paper = "FFSplit, arXiv 2401.04044"
+    reference = "FFSplit, arXiv 2401.04044"
     methods = {
         "split": split_of(),
         "split_random": split_of(criterion="random"),
@@ -73,9 +73,9 @@ class FfsplitStudy(Study):
     def measure(self, given: Given) -> dict[str, Any]:
         """Concentration by layer, losses without some neurons and of rounded numbers, sweeps of the split, sizes, times beside
         dense, identities."""
-        from winnow.classes import empty_model
-        from winnow.loading import load_model
-        from winnow.structures import structure_of
+        from winnow.checkpoint.loading import load_model
+        from winnow.models.classes import empty_model
+        from winnow.structures.base import STRUCTURES
         from winnow.studies.ffsplit.heavy import concentration, ffns_of, identities
         from winnow.studies.ffsplit.sizes import PUBLISHED, counted, published
         from winnow.studies.trials import loss
@@ -83,7 +83,7 @@ class FfsplitStudy(Study):
         files = given.files
         assert given.moments is not None
         assert given.evaluation is not None
-        directory, split = files.verify(), structure_of(split_of()["structure"])
+        directory, split = files.verify(), STRUCTURES.build(split_of()["structure"])
         sizes = {name: counted(published(name), split, LIGHT) for name in PUBLISHED}
         if any(m.expert is not None for m in files.matrices):
             return {"sizes": sizes, "missing": "a mixture of experts has no FFN that all tokens go through"}
@@ -148,7 +148,7 @@ def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor,
     import numpy as np
     import torch
 
-    from winnow.spread import over_seeds, paired
+    from winnow.evaluation.spread import over_seeds, paired
     from winnow.studies.ffsplit.heavy import count_of, zeroed
     from winnow.studies.trials import loss
 
@@ -178,7 +178,7 @@ def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor,
 
 
 def _delta(found: dict[str, list[float]], dense: dict[str, list[float]]) -> dict[str, float]:
-    from winnow.spread import paired
+    from winnow.evaluation.spread import paired
 
     return dict(zip(("delta_nll", "delta_nll_se"), paired(found, dense), strict=True))
 
@@ -210,7 +210,7 @@ class Sweeps:
 
     def quarter(self) -> list[float]:
         """[loss of a quarter of heavy neurons above the best other share at the same bytes, standard error]."""
-        from winnow.spread import paired
+        from winnow.evaluation.spread import paired
 
         own = self.losses[HEAVY]
         others = [paired(own, found) for share, found in self.losses.items() if share != HEAVY]
@@ -270,9 +270,8 @@ def _split_identities(given: Given, ffns: list[Ffn]) -> dict[str, float]:
     heavy part of everything give the weights back, and the error of a rank is what the singular values say."""
     import torch
 
-    from winnow.metrics import metric_of
-    from winnow.structures import structure_of
-    from winnow.structures.base import Problem
+    from winnow.metrics.base import METRICS
+    from winnow.structures.base import STRUCTURES, Problem
 
     full, whole, tails = "light part of full rank = dense", "heavy share 1 = dense", "error of the light part = sum of s^2"
     worst = dict.fromkeys((full, whole, tails), 0.0)
@@ -287,8 +286,8 @@ def _split_identities(given: Given, ffns: list[Ffn]) -> dict[str, float]:
             parts |= dict(zip(("gate_proj", "up_proj"), weights[m.name].chunk(2), strict=True))
         total = sum(float(w.square().sum()) for w in parts.values())
         for exact, name in ((HEAVY, full), (1.0, whole)):
-            structure = structure_of(split_of(exact)["structure"])
-            fit = structure.fit(Problem(group, weights, sites, metric_of(WEIGHTS), biases=biases), structure.limit(group))
+            structure = STRUCTURES.build(split_of(exact)["structure"])
+            fit = structure.fit(Problem(group, weights, sites, METRICS.build(WEIGHTS), biases=biases), structure.limit(group))
             order, heavy, left, tail = fit.tensors["order"], round(exact * down.shape[1]), 0.0, 0.0
             rank = round(LIGHT * structure.limit(group))
             for role, weight in parts.items():
@@ -364,6 +363,3 @@ def _glue(scores: Any) -> dict[str, Answer]:
         else:
             found.setdefault(key, Answer(missing="no recovery of kind `finetune` is configured for this model"))
     return found
-
-
-STUDY = FfsplitStudy()

@@ -1,5 +1,1 @@
 """Linear recoverability."""
-
-from winnow.studies.linearity.study import STUDY
-
-__all__ = ["STUDY"]

@@ -29,8 +29,8 @@ def untrained(directory: Path | str, dtype: str, device: str, seed: int) -> PreT
     generator stays. Raises InputError as `read_config` and `model_class` do."""
     import torch
 
-    from winnow.classes import model_class, read_config
-    from winnow.experts import unfuse
+    from winnow.models.classes import model_class, read_config
+    from winnow.models.experts import unfuse
 
     config = read_config(directory)
     with torch.random.fork_rng(devices=[]):
@@ -110,7 +110,7 @@ def change(found: dict[str, Any], weights: str, key: str) -> tuple[float, float]
 
     Differences are paired by block. Blocks and seeds are both samples: the error over blocks (of differences to the mean over
     seeds) and that over seeds (of means over blocks) add in squares."""
-    from winnow.spread import over_seeds
+    from winnow.evaluation.spread import over_seeds
 
     shown = profiles(found, key)
     (trained,), models = shown[TRAINED], shown[weights]
@@ -145,7 +145,7 @@ def change_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def learned_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per block and kind of weights: the mean over `models` of R^2 by both definitions, with its standard error."""
-    from winnow.spread import over_seeds
+    from winnow.evaluation.spread import over_seeds
 
     layers, rows = sorted(row["layer"] for row in found["blocks"]), []
     by_key = {key: profiles(found, key) for key in KEYS}
@@ -161,7 +161,7 @@ def learned_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def learned_figure(learned: pd.DataFrame) -> Any:
     """Profiles over layers; a panel per model, a line per kind of weights."""
-    from winnow.figures import axes_grid, line_style, shared_legend
+    from winnow.reporting.figures import axes_grid, line_style, shared_legend
 
     models = list(learned["model"].unique()) if len(learned) else []
     figure, axes = axes_grid(len(models))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from winnow.architectures import Matrix, ffn_groups, tokens_of
+from winnow.models.architectures import Matrix, ffn_groups, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,8 +7,8 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-from winnow.claims import Answer
 from winnow.studies.base import Conclusion, Evidence, Given, Study
+from winnow.studies.claims import Answer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ ANSWERED = (
 
 class LinearityStudy(Study):
     title = "Linear recoverability of FFN blocks"
-    paper = "R2_lin, arXiv 2606.19379"
+    reference = "R2_lin, arXiv 2606.19379"
     reads = ("windows", "evaluation")
     tables = ("blocks", "tokens", "ranks", "trained", "swaps", "learned", "changes")
     figures = ("profile", "swaps", "learned")
@@ -41,7 +41,7 @@ class LinearityStudy(Study):
         linear; swaps."""
         import torch
 
-        from winnow.loading import load_model
+        from winnow.checkpoint.loading import load_model
         from winnow.studies.linearity.learned import sizes_of, untrained_blocks
         from winnow.studies.linearity.recoverability import blocks_of, collect_sums
 
@@ -169,7 +169,7 @@ def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> dict[str, 
 
 
 def _loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[float]]:
-    from winnow.perplexity import evaluate
+    from winnow.evaluation.perplexity import evaluate
 
     return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
 
@@ -180,7 +180,7 @@ def _swaps(
     """The loss with one block at a time replaced by its affine map, whole and cut to a quarter of its rank."""
     import torch
 
-    from winnow.spread import paired
+    from winnow.evaluation.spread import paired
     from winnow.studies.linearity.recoverability import affine_of, least_squares, swapped, total
 
     dense, found = _loss(model, ids, first), []
@@ -209,7 +209,7 @@ def _healed(
     first: Tensor,
 ) -> list[dict[str, Any]]:
     """The affine map, and as a control the dense FFN itself, after the same steps of Adam on the calibration windows."""
-    from winnow.spread import paired
+    from winnow.evaluation.spread import paired
     from winnow.studies.linearity.recoverability import affine_of, least_squares, swapped, total
 
     dense, found = _loss(model, ids, first), []
@@ -306,7 +306,7 @@ def _answers(found: dict[str, Any]) -> dict[str, Answer]:
 
 
 def _profile_figure(blocks: pd.DataFrame) -> Any:
-    from winnow.figures import axes_grid, line_style, shared_legend
+    from winnow.reporting.figures import axes_grid, line_style, shared_legend
 
     models = list(blocks["model"].unique()) if len(blocks) else []
     figure, axes = axes_grid(len(models))
@@ -328,7 +328,7 @@ def _profile_figure(blocks: pd.DataFrame) -> Any:
 
 
 def _swaps_figure(frames: dict[str, pd.DataFrame]) -> Any:
-    from winnow.figures import axes_grid, line_style
+    from winnow.reporting.figures import axes_grid, line_style
 
     swaps, blocks = frames["swaps"], frames["blocks"]
     models = list(blocks["model"].unique()) if len(blocks) else []
@@ -345,6 +345,3 @@ def _swaps_figure(frames: dict[str, pd.DataFrame]) -> Any:
         axis.set_xlabel("held-out R² of the block (grand mean)")
         axis.set_ylabel("loss above dense (nats per token)\nbars: 2 standard errors", fontsize=8)
     return figure
-
-
-STUDY = LinearityStudy()

@@ -1,0 +1,138 @@
+"""The interface of an allocation: from a share of bytes to a size for every group of matrices, or to leaving it dense.
+
+Files of `kinds` are read when a workflow is planned, so libraries that solve are imported inside functions only.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from winnow.errors import InputError
+from winnow.registry import Options, Plugin, Registry
+
+if TYPE_CHECKING:
+    from winnow.allocation.groups import Group
+
+Objective = Literal["predicted", "metric", "relative"]
+OBJECTIVE = (
+    "what is summed over matrices: `predicted`, the predicted loss in nats (needs a backward pass); `metric`, the error that the "
+    "method minimises; `relative`, the same as a share of each matrix's own"
+)
+ROUNDS = (
+    "how often the loss is predicted anew around the model as compressed so far, for `predicted` only; the round that loses "
+    "least on the calibration windows is kept. Each is a pass there and back over them, for every method and budget"
+)
+LEAVE_DENSE = "whether a matrix may stay dense, at no loss and its dense bytes"
+
+
+class AllocationOptions(Options):
+    pass
+
+
+class Predicting(AllocationOptions):
+    """Options of an allocation that sums losses over matrices."""
+
+    kind: str
+    objective: Objective = Field("predicted", description=OBJECTIVE)
+    leave_dense: bool = Field(True, description=LEAVE_DENSE)
+    rounds: int = Field(0, ge=0, le=8, description=ROUNDS)
+
+    @model_validator(mode="after")
+    def _rounds_predict(self) -> Predicting:
+        if self.rounds and self.objective != "predicted":
+            raise ValueError("`rounds` predict anew, so they need `objective: predicted`")
+        return self
+
+
+@dataclass(frozen=True)
+class Choice:
+    """{group name: size, or None where it stays dense}, and what allocation.json says of how it was found."""
+
+    sizes: dict[str, int | None]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Allocation(Plugin):
+    """A way to spread a budget over groups of matrices. Deterministic, and independent of the order of the groups."""
+
+    chooses: ClassVar[bool] = False  # whether groups may be alternatives to each other, of which it takes some
+    learns: ClassVar[bool] = False  # whether sizes are made by a job of their own (`learn_sizes`), which starts from `allocate`
+    libraries: ClassVar[tuple[str, ...]] = ()  # whose version can change what it chooses
+    Options: ClassVar[type[AllocationOptions]]
+
+    def predicts(self) -> bool:
+        """Whether it reads the predicted loss of every size, which takes a backward pass over the calibration windows."""
+        return getattr(self.options, "objective", None) == "predicted"
+
+    def rounds(self) -> int:
+        """How often the loss is predicted anew, around the model as it was allocated before."""
+        return getattr(self.options, "rounds", 0)
+
+    @abstractmethod
+    def allocate(self, groups: list[Group], keep: float) -> Choice:
+        """Sizes whose bytes are at most `keep` of the dense bytes of the groups, and as near to it as they can be; of groups that
+        are alternatives to each other, of the chosen ones. Where even the smallest sizes store more, these; the caller then
+        refuses. Raises InputError for a group that it has no size for."""
+
+
+ALLOCATIONS: Registry[Allocation] = Registry("winnow.allocation.kinds", Allocation)
+
+
+def losses(group: Group, objective: str) -> list[float]:
+    """What size s of a group costs, by size, in the units of the objective. Raises InputError where it is not known."""
+    if objective == "metric":
+        return group.error
+    if objective == "relative":
+        return [error / group.error[0] for error in group.error] if group.error[0] > 0 else group.error
+    if group.predicted is None:
+        raise InputError(
+            f"the loss of {group.describe()} is not predicted: experts of a mixture have no gradients; take them out of the "
+            "budget's targets, or choose another `objective` or allocation"
+        )
+    return group.predicted
+
+
+def smallest(groups: list[Group]) -> dict[str, int | None]:
+    """Size 1 for every group, or dense where the structure never stores less."""
+    return {g.name: 1 if g.largest else None for g in groups}
+
+
+def stored_bytes(groups: list[Group], sizes: dict[str, int | None]) -> int:
+    """The bytes that the groups of `sizes` take, dense ones included."""
+    return sum(g.bytes(sizes[g.name]) for g in groups if g.name in sizes)
+
+
+def dense_bytes(groups: list[Group]) -> int:
+    """The dense bytes of the groups' matrices, each counted once: where groups are alternatives, every matrix is in one alone."""
+    seen: set[str] = set()
+    total = 0
+    for g in sorted(groups, key=lambda g: len(g.matrices)):
+        names = {m.name for m in g.matrices}
+        if not names & seen:
+            total += g.dense
+        seen |= names
+    return total
+
+
+def spend(groups: list[Group], sizes: dict[str, int | None], allowed: float, costs: dict[str, list[float]]) -> None:
+    """Spend what is left of `allowed` bytes in single steps of size, each time on the group that gains most per byte of those
+    that still fit; changes `sizes`."""
+    left = allowed - stored_bytes(groups, sizes)
+    while True:
+        best: tuple[float, str, int] | None = None
+        for g in groups:
+            size = sizes.get(g.name)
+            if size is None or size >= g.largest:
+                continue
+            more = g.bytes(size + 1) - g.bytes(size)
+            gain = (costs[g.name][size] - costs[g.name][size + 1]) / max(1, more)
+            if more <= left and (best is None or (-gain, g.name) < best[:2]):
+                best = (-gain, g.name, more)
+        if best is None:
+            return
+        sizes[best[1]] = (sizes[best[1]] or 0) + 1
+        left -= best[2]

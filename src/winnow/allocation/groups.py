@@ -1,0 +1,189 @@
+"""Budgets: from bytes, a rank or a share of rank to one size per group of matrices, or to leaving it dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from winnow.allocation.base import ALLOCATIONS, Choice, dense_bytes, stored_bytes
+from winnow.errors import InputError
+from winnow.io.artifacts import read_json
+from winnow.models.architectures import Matrix, named_by, select
+from winnow.models.files import ModelFiles, tensor_bytes
+from winnow.structures.base import Structure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TOLERANCE = 0.005  # of the dense bytes of the chosen matrices
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of matrices with its byte counts: `unit` bytes per stored number, `fixed` bytes of biases."""
+
+    name: str
+    matrices: list[Matrix]
+    structure: Structure
+    unit: int
+    fixed: int
+    dense: int
+    numbers: list[int]  # stored at every size, up to the largest that stores less than dense
+    error: list[float]  # left at every size
+    predicted: list[float] | None = None  # increase of the loss at every size, nats per token; None where it is not known
+
+    def bytes(self, size: int | None) -> int:
+        """Stored bytes at a size; None is dense."""
+        if size is None:
+            return self.dense
+        return self.numbers[size] * self.unit + self.structure.index_bytes(self.matrices, size) + self.fixed
+
+    @property
+    def largest(self) -> int:
+        return len(self.numbers) - 1
+
+    def offered(self) -> str:
+        """What can be asked of it, for refusals."""
+        if self.largest == self.structure.limit(self.matrices):
+            sizes = "one size, which `rank_fraction: 1` asks for"
+            if self.largest > 1:
+                sizes = f"{self.largest} sizes, which `rank: 1` to `rank: {self.largest}` ask for"
+            return f"{self.describe()} has {sizes}"
+        return f"{self.describe()} can store rank 1 to {self.largest}, its break-even rank; choose a keep_bytes in between"
+
+    def describe(self) -> str:
+        m = self.matrices[0]
+        return f"{m.module} ({m.shape[0]} x {m.shape[1]})"
+
+
+def chosen_groups(
+    files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame, predicted: pd.DataFrame | None = None
+) -> list[Group]:
+    """The groups of matrices that `targets` name, whole groups only; `spectra` (index: name of a fit) has what each stores,
+    `predicted` (likewise) the loss of every size, where the allocation asks for it. Of a structure with alternatives, a matrix
+    is in several groups, and in one by itself that has the size 0 alone, which is dense."""
+    chosen = {m.name: m for m in select(files.matrices, targets)}
+    several, left, groups = len(structure.alternatives()) > 1, dict(chosen), []
+    for name, own, matrices in structure.fits(files.matrices):
+        if name not in spectra.index and matrices[0].expert is not None:
+            for m in matrices:
+                left.pop(m.name, None)
+            continue  # too few tokens: it stays dense, and counts in no budget
+        inside = [m for m in matrices if m.name in chosen]
+        if inside and len(inside) < len(matrices) and not several:
+            raise InputError(
+                f"{structure.kind()} fits {', '.join(m.role for m in matrices)} together; target all or none of them"
+            )
+        if inside and len(inside) == len(matrices):
+            groups.append(_group(files, own, name, matrices, spectra, predicted))
+            for m in matrices:
+                left.pop(m.name, None)
+    if left:
+        missed = next(iter(left.values()))
+        where = f"{missed.role} ({missed.module})"
+        raise InputError(f"{structure.kind()} does not apply to {where}; take it out of the budget's targets")
+    if several:
+        alone = {m.name: m for g in groups for m in g.matrices}.values()
+        groups = [g for g in groups if g.largest]
+        groups += [Group(m.name, [m], structure, 0, 0, files.dense_bytes([m]), [0], [0.0], [0.0]) for m in alone]
+    if not groups:
+        raise InputError(f"every expert stays dense, and {', '.join(targets)} names nothing else; calibrate on more tokens")
+    return groups
+
+
+def _group(
+    files: ModelFiles, own: Structure, name: str, matrices: list[Matrix], spectra: pd.DataFrame, predicted: pd.DataFrame | None
+) -> Group:
+    record = files.tensors[f"{matrices[0].module}.weight"]
+    unit = tensor_bytes({"shape": [1], "dtype": record["dtype"]})
+    counted = own.bias_name is None  # then its numbers count the biases
+    fixed = 0 if counted else sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in matrices if m.bias)
+    numbers, error = (np.asarray(spectra.at[name, key]).tolist() for key in ("numbers", "error"))
+    known = predicted is not None and name in predicted.index
+    loss = np.asarray(predicted.at[name, "predicted"]).tolist() if known else None  # type: ignore[union-attr]
+    return Group(name, matrices, own, unit, fixed, files.dense_bytes(matrices), numbers, error, loss)
+
+
+def experts_left_dense(files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame) -> list[str]:
+    """The groups of experts that `targets` name and that were not fitted, for want of calibration tokens."""
+    roles = {m.role for m in select(files.matrices, targets)}
+    fits = [(name, g) for name, _, g in structure.fits(files.matrices) if g[0].expert is not None and g[0].role in roles]
+    return list(dict.fromkeys(name.partition("@")[0] for name, _ in fits if name not in spectra.index))
+
+
+def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
+    """A size for every group, or dense, for a resolved budget (see `winnow.planning.config.Budget`); of groups that are
+    alternatives to each other, for the chosen ones.
+
+    Raises InputError, with the break-even size, for a size that stores more than dense and for bytes that cannot be met.
+    """
+    named = [m.name for g in groups for m in g.matrices]
+    if len(set(named)) < len(named) and not ALLOCATIONS.build(budget["allocation"]).chooses:
+        raise InputError(f"{budget['allocation']['kind']} does not choose between structures; spread `keep_bytes` by `ilp`")
+    if budget["keep_bytes"] is not None:
+        return _spread(groups, budget["keep_bytes"], budget["allocation"])
+    sizes: dict[str, int | None] = {}
+    for g in groups:
+        rank = of_target(g, budget["rank"])
+        size = rank or max(1, round(of_target(g, budget["rank_fraction"]) * g.structure.whole(g.matrices)))
+        if size > g.largest:
+            if g.largest == g.structure.limit(g.matrices):
+                raise InputError(f"rank {size} cannot be met: {g.offered()}")
+            raise InputError(
+                f"rank {size} of {g.describe()} would store no less than dense, which stores {g.dense:,} bytes; "
+                f"its break-even rank is {g.largest}: ask for no more than that"
+            )
+        sizes[g.name] = size
+    return Choice(sizes)
+
+
+def learned_choice(path: str) -> Choice:
+    """The sizes of a learned.json, and of its record what allocation.json says: nats lost on windows held out, by the sizes that
+    learning began with and by these."""
+    found = read_json(path)
+    return Choice(found["sizes"], {key: found[key] for key in ("held_out_start", "held_out_best", "best_step")})
+
+
+def of_target(group: Group, ranks: Any) -> Any:
+    """What a budget's `rank` or `rank_fraction` says of a group: the value itself, or that of the target that names the group.
+    Raises InputError where the group's matrices have different ones."""
+    if not isinstance(ranks, dict):
+        return ranks
+    found = {ranks[str(named_by(m.role, ranks))] for m in group.matrices}
+    if len(found) > 1:
+        raise InputError(
+            f"{group.structure.kind()} fits {', '.join(m.role for m in group.matrices)} together; give them the same rank"
+        )
+    return found.pop()
+
+
+def _spread(groups: list[Group], keep: float, allocation: dict[str, Any]) -> Choice:
+    """The allocation's choice; refused if its bytes are over the budget, or under it by more than the tolerance."""
+    dense = dense_bytes(groups)
+    choice = ALLOCATIONS.build(allocation).allocate(groups, keep)
+    stored = stored_bytes(groups, choice.sizes)
+    if stored > keep * dense + 1e-6 or keep * dense - stored > TOLERANCE * dense:
+        chosen = [g for g in groups if g.name in choice.sizes]
+        g = max([g for g in chosen if g.largest] or chosen, key=lambda g: keep * g.dense - g.bytes(choice.sizes[g.name]))
+        raise InputError(
+            f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}; {g.offered()}"
+        )
+    return choice
+
+
+def summarize(groups: list[Group], sizes: dict[str, int | None]) -> dict[str, Any]:
+    """What allocation.json holds: sizes (null: stays dense), bytes, the share of the objective that is lost in each group, and
+    the predicted loss where it is known."""
+    rows: list[dict[str, Any]] = []
+    for g in (g for g in groups if g.name in sizes):
+        size = sizes[g.name]
+        lost = 0.0 if size is None or g.error[0] <= 0 else g.error[size] / g.error[0]
+        row = {"group": g.name, "size": size, "dense_bytes": g.dense, "stored_bytes": g.bytes(size), "relative_error": lost}
+        if g.predicted is not None:
+            row["predicted"] = 0.0 if size is None else g.predicted[size]
+        rows.append(row)
+    dense, stored = (sum(r[k] for r in rows) for k in ("dense_bytes", "stored_bytes"))
+    total = {"predicted": sum(r["predicted"] for r in rows)} if all("predicted" in r for r in rows) else {}
+    return {"dense_bytes": dense, "stored_bytes": stored, "keep_bytes": stored / dense, **total, "groups": rows}

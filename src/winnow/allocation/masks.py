@@ -1,0 +1,164 @@
+"""Sizes as real numbers: masks over the singular directions of every matrix, its dense self behind a gate, and bytes that are
+those of the budget whatever the parameters are.
+
+A group has a cut c between 1 and its largest size, and a gate: the chance p that it stays dense. Direction i is there with the
+chance q_i = sigmoid((c + 1/2 - i) / tau), which is the cut at size c as tau goes to 0. A change of what is missing by a factor a
+changes a quadratic loss by a^2, so directions are multiplied by 1 - sqrt(1 - q_i), and what a matrix lacks of its dense self by
+sqrt(1 - p): then the loss is the mean over draws of cuts and gates, as bytes are, and fractions are worth no more than choices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from winnow.allocation.base import stored_bytes
+from winnow.allocation.groups import TOLERANCE, Group
+from winnow.allocation.kinds.uniform import by_share
+
+ENDS = 0.02  # parameters start no nearer to their limits than this, as gradients vanish there
+SURE = 3.0  # log-odds of a gate at the start
+SPREAD = 40.0  # log-odds by which all may have to be shifted
+LEAST = 0.25  # of a cut's width: then a size and the next one are told apart
+
+
+class Masked(nn.Module):
+    """A dense matrix with its factors beside it, frozen: y = W x + lacking (left (mask * right x) + b - W x), with left (out, K),
+    right (K, in) and mask (K,). Dense without a mask; where `lacking` is None, only what the factors give is computed."""
+
+    def __init__(self, dense: nn.Module, left: Tensor, right: Tensor):
+        super().__init__()
+        self.dense = dense
+        self.left, self.right = left, right
+        self.mask: Tensor | None = None
+        self.lacking: Tensor | None = None
+
+    def put(self, mask: Tensor, lacking: Tensor, decided: bool) -> None:
+        """Set both, without what makes no difference and would be computed: directions that are masked to 0, and, once gates are
+        decided, the side that is not chosen."""
+        self.mask, self.lacking = mask[: int(mask.count_nonzero())], lacking
+        if decided:
+            if lacking < 0.5:
+                self.mask = None
+            self.lacking = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            return self.dense(x)
+        inner = functional.linear(x, self.right[: len(self.mask)]) * self.mask
+        low = functional.linear(inner, self.left[:, : len(self.mask)], self.dense.bias)  # type: ignore[arg-type]
+        if self.lacking is None:
+            return low
+        dense = self.dense(x)
+        return dense + self.lacking * (low - dense)
+
+
+class Sizes:
+    """Cuts and gates of groups by two vectors of log-odds, `cut` and `gate` (groups,), of which one common shift is taken so that
+    bytes are exactly `allowed`. Groups that store less than dense at no size stay dense. Starts at `sizes`; a dense group's cut
+    starts at the share of bytes that all keep."""
+
+    def __init__(self, groups: list[Group], sizes: dict[str, int | None], allowed: float, device: str = "cpu"):
+        self.every, self.start, self.allowed = groups, sizes, allowed
+        self.groups = [g for g in groups if g.largest]
+        self.largest = torch.tensor([g.largest for g in self.groups], dtype=torch.float64, device=device)
+        self.fixed = sum(g.dense for g in groups if not g.largest)
+        rows = [[g.bytes(min(size, g.largest)) for size in range(int(self.largest.max()) + 1)] for g in self.groups]
+        self.table = torch.tensor(rows, dtype=torch.float64, device=device)
+        self.dense = torch.tensor([g.dense for g in self.groups], dtype=torch.float64, device=device)
+        keep = allowed / sum(g.dense for g in groups)
+        usual = by_share(self.groups, {g.name: keep for g in self.groups}, 0.0)
+        own = [sizes[g.name] for g in self.groups]
+        cut = [usual[g.name] if size is None else size for g, size in zip(self.groups, own, strict=True)]
+        share = (torch.tensor(cut, dtype=torch.float64, device=device) - 1) / (self.largest - 1).clamp(min=1)
+        self.cut = nn.Parameter(share.clamp(ENDS, 1 - ENDS).logit())
+        odds = [SURE if size is None else -SURE for size in own]
+        self.gate = nn.Parameter(torch.tensor(odds, dtype=torch.float64, device=device))
+
+    def at(self, cut: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(cuts (groups,), chances of staying dense (groups,), bytes of all ()) of log-odds; bytes between two sizes are
+        interpolated."""
+        sizes = 1 + (self.largest - 1) * cut.sigmoid()
+        dense = gate.sigmoid()
+        below = sizes.detach().floor().clamp(max=self.largest - 1)
+        low, high = (self.table.gather(1, index.long()[:, None])[:, 0] for index in (below, below + 1))
+        stored = low + (sizes - below) * (high - low)
+        return sizes, dense, self.fixed + (dense * self.dense + (1 - dense) * stored).sum()
+
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """(cuts, chances of staying dense), differentiable, of the parameters shifted to the bytes that are allowed."""
+        return self.shifted(self.cut, self.gate, torch.ones_like(self.gate))
+
+    def shifted(self, cut: Tensor, gate: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of any log-odds, with the gates shifted where `moved` is 1: by bisection, as bytes fall with the shift. Its
+        derivative is that of an implicit function: minus the bytes' by the log-odds, over theirs by the shift."""
+        with torch.no_grad():
+            low, high = -SPREAD, SPREAD
+            for _ in range(60):
+                middle = (low + high) / 2
+                over = self.at(cut - middle, gate - middle * moved)[2] > self.allowed
+                low, high = (middle, high) if over else (low, middle)
+        shift = torch.tensor(high, dtype=torch.float64, device=cut.device, requires_grad=True)
+        with torch.enable_grad():
+            slope = torch.autograd.grad(self.at(cut.detach() - shift, gate.detach() - shift * moved)[2], shift)[0]
+        shift = shift.detach()
+        stored = self.at(cut - shift, gate - shift * moved)[2]
+        shift = shift - (stored - stored.detach()) / slope.clamp(max=-1e-9)
+        sizes, dense, _ = self.at(cut - shift, gate - shift * moved)
+        return sizes, dense
+
+    def masks(self, share: float) -> tuple[list[Tensor], Tensor]:
+        """(mask (K,) of every group, what each lacks of its dense self (groups,)), differentiable, in float32. A cut's width tau
+        is a `share` of the largest size, and no less than LEAST."""
+        sizes, dense = self.spread()
+        tau = (share * self.largest).clamp(min=LEAST)
+        numbers = torch.arange(1, self.table.shape[1], dtype=torch.float64, device=sizes.device)
+        above = ((sizes[:, None] + 0.5 - numbers) / tau[:, None]).float()
+        every = 1 - _root_of_rest(above)
+        lacking = _root_of_rest(torch.logit(dense, eps=1e-12).float())
+        return [row[: g.largest] for row, g in zip(every, self.groups, strict=True)], lacking
+
+    @torch.no_grad()
+    def decided(self) -> Tensor:
+        """(groups,): log-odds of gates that are open or shut: open where the chance is above a half, or of more or fewer of the
+        likeliest groups as far as the bytes ask for it."""
+        _, chances = self.spread()
+        order = chances.argsort(descending=True, stable=True)
+        count = int((chances > 0.5).sum())
+        least, most = self.table[:, 1], self.table.gather(1, self.largest.long()[:, None])[:, 0]
+
+        def bytes_with(count: int, others: Tensor) -> float:
+            return self.fixed + float(self.dense[order[:count]].sum() + others[order[count:]].sum())
+
+        while count and bytes_with(count, least) > self.allowed:
+            count -= 1
+        while count < len(order) and bytes_with(count, most) < self.allowed and bytes_with(count + 1, least) <= self.allowed:
+            count += 1
+        return torch.full_like(self.gate, -2 * SPREAD).index_fill(0, order[:count], 2 * SPREAD)
+
+    @torch.no_grad()
+    def rounded(self) -> dict[str, int | None]:
+        """Sizes for every group, or dense as the gates are decided; by the cuts, shifted to the bytes that are left to them.
+        Those of the start where this misses the bytes."""
+        gates = self.decided()
+        cuts, _ = self.shifted(self.cut, gates, torch.zeros_like(gates))
+        cut = [(g, size) for g, size, gate in zip(self.groups, cuts.tolist(), gates.tolist(), strict=True) if gate < 0]
+        left = self.allowed - self.fixed - float(self.dense[gates > 0].sum())
+        found: dict[str, int | None] = {g.name: None for g in self.every}
+        if cut:
+            shares = {g.name: bytes_at(g, size) / g.dense for g, size in cut}
+            found |= by_share([g for g, _ in cut], shares, left / sum(g.dense for g, _ in cut))
+        whole = sum(g.dense for g in self.every)
+        return found if 0 <= self.allowed - stored_bytes(self.every, found) <= TOLERANCE * whole else self.start
+
+
+def bytes_at(g: Group, size: float) -> float:
+    """Bytes of a group at a size that may lie between two."""
+    below = min(int(size), g.largest - 1)
+    return g.bytes(below) + (size - below) * (g.bytes(below + 1) - g.bytes(below))
+
+
+def _root_of_rest(odds: Tensor) -> Tensor:
+    """sqrt(1 - sigmoid(odds)), with a finite derivative everywhere."""
+    return (functional.logsigmoid(-odds) / 2).exp()

@@ -1,0 +1,42 @@
+"""Statistics of matrices by layer, read from what holds them: a bundle of files, or memory."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from winnow.models.architectures import Matrix, moments_file
+
+
+class Layers(Protocol):
+    """What has the tensors of a layer by the name of their file: a bundle, or statistics in memory."""
+
+    def tensors(self, name: str) -> dict[str, Tensor]: ...
+
+
+class Statistics:
+    """Statistics of a bundle; a layer is read once for consecutive groups that need it."""
+
+    def __init__(self, bundle: Layers | None, device: str):
+        self.bundle, self.device = bundle, device
+        self.precision = torch.finfo(torch.float64).eps
+        self.layers: dict[int, dict[str, Tensor]] = {}
+
+    def keep(self, group: list[Matrix]) -> None:
+        """Forget layers that the group does not have."""
+        layers = {m.layer for m in group}
+        self.layers = {layer: tensors for layer, tensors in self.layers.items() if layer in layers}
+
+    def of(self, matrix: Matrix, prefix: str, needs: list[str]) -> dict[str, Tensor]:
+        """{need: float64 tensor}, from the tensors `prefix.need` of the matrix's layer."""
+        if not needs:
+            return {}
+        assert self.bundle is not None
+        if matrix.layer not in self.layers:
+            self.layers[matrix.layer] = self.bundle.tensors(moments_file(matrix.layer))
+        found = {need: self.layers[matrix.layer][f"{prefix}.{need}"] for need in needs}
+        rounded = [torch.finfo(value.dtype).eps for value in found.values() if value.is_floating_point()]  # a count is exact
+        self.precision = max([self.precision, *rounded])
+        return {need: value.to(self.device).double() for need, value in found.items()}

@@ -1,0 +1,347 @@
+"""Statistics of the inputs of every matrix, from one forward pass over the calibration windows.
+
+State is kept as empty -> accumulate -> merge; merging parts is exact up to rounding, so windows may be split over jobs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from winnow.calibration.threads import Lanes
+from winnow.io.progress import every
+from winnow.io.resume import Resume
+from winnow.models.architectures import Matrix, tokens_of
+from winnow.numerics.host import on_host
+from winnow.numerics.products import PARTED, gram_of, one_thread_of_blas
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel
+
+    from winnow.checkpoint.streaming import Streamed
+
+log = logging.getLogger(__name__)
+ROWS = 256  # of a Gram matrix that are finished at a time
+PRODUCT = 1 << 22  # numbers of a product that are added at a time
+ROWS_OF_GPU = 2048  # of a product; as fast as any more (H200), and half of a symmetric one is not made
+TOGETHER = 8  # batches whose parts are given out together, since threads wait for each other at the end; no more are in memory
+PIECE = 1 << 20  # numbers that are worked on at a time: copies of more are fetched from the system anew each time, which is slow
+TOKENS = 2048  # of a batch that one thread runs, of a model whose products are small; fixed, so that sums are
+Turn = Callable[[str], AbstractContextManager[Any]]
+CHANNELS = ("mean", "mean_abs", "rms", "max_abs", "active")  # statistics with a number per channel
+
+
+@dataclass
+class Moments:
+    """Sums over tokens (not sequences) of the inputs x (n,) of one site, float64; what a batch adds is made in `precision`."""
+
+    precision: torch.dtype
+    count: Tensor  # (): tokens
+    gram: Tensor  # (n, n): sum x x^T; what is above the diagonal need not be filled in
+    sums: Tensor  # (3, n): sum x, sum |x|, and how often x > 0
+    largest: Tensor  # (n,): max |x|
+    cross: Tensor  # (n, d): sum x z^T with z the FFN's input, for its hidden units; (n, 0) elsewhere
+
+    @classmethod
+    def empty(cls, width: int, precision: torch.dtype, device: str = "cpu", other: int = 0) -> Moments:
+        gram, cross = (torch.zeros(width, n, dtype=torch.float64, device=device) for n in (width, other))
+        sums, largest = torch.zeros(4, width, dtype=torch.float64, device=device).split([3, 1])
+        return cls(precision, torch.tensor(0), gram, sums, largest[0], cross)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name; adding tokens changes these very tensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "precision"}
+
+    def accumulate(self, x: Tensor, other: Tensor | None = None, turn: Turn = nullcontext) -> None:
+        """Add inputs x (tokens, n), and their products with `other` (tokens, d); each sum by name, when it is its `turn`."""
+        x = x.detach()
+        if not len(x):
+            return
+        if other is not None:
+            _add_product(self.cross, x, other.detach(), self.precision, partial(turn, "cross"))
+        _add_product(self.gram, x, x, self.precision, partial(turn, "gram"))
+        rows = max(1, PIECE // x.shape[1]) if x.device.type == "cpu" else len(x)
+        found = [_channels(some.to(self.precision)) for some in x.split(rows)]
+        with turn("channels"):
+            self.count += len(x)
+            for sums, largest in found:
+                self.sums += sums
+                torch.maximum(self.largest, largest, out=self.largest)
+
+    def merge(self, other: Moments) -> Moments:
+        return Moments(
+            self.precision,
+            self.count + other.count,
+            self.gram + other.gram,
+            self.sums + other.sums,
+            torch.maximum(self.largest, other.largest),
+            self.cross + other.cross,
+        )
+
+    def finish(self) -> dict[str, Tensor]:
+        """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active, and cross where
+        there is one; and count (int64)."""
+        n = self.count.clamp(min=1)  # an expert may have seen none: all are 0 then
+        gram = torch.empty_like(self.gram, dtype=self.precision)
+        for begin in range(0, len(gram), ROWS):  # with no second copy of the sums
+            part, end = slice(begin, begin + ROWS), min(begin + ROWS, len(gram))
+            lower = (self.gram[part, :end] / n).to(self.precision)
+            lower[:, begin:] = lower[:, begin:].tril() + lower[:, begin:].tril(-1).T
+            gram[part, :end] = lower
+            gram[:begin, part] = lower[:, :begin].T
+        mean, mean_abs, active = self.sums / n
+        means = {
+            "gram": gram,
+            "mean": mean,
+            "mean_abs": mean_abs,
+            "rms": (self.gram.diagonal() / n).sqrt(),
+            "max_abs": self.largest,
+            "active": active,
+            **({"cross": self.cross / n} if self.cross.numel() else {}),
+        }
+        return {**{k: on_host(v.to(self.precision)) for k, v in means.items()}, "count": self.count}
+
+
+def counted_of(x: Tensor, counted: Tensor) -> Tensor:
+    """The tokens (t, n) of x (windows, length, n) that are counted; no copy if all are."""
+    return x.flatten(0, 1) if bool(counted.all()) else x[counted]
+
+
+def _channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x (tokens, n): sums of x, of |x| and of x > 0 (3, n), and the largest |x| (n,) in float64."""
+    total, own = x.sum(0), x.abs()
+    total_abs, largest = own.sum(0), own.amax(0)
+    active = torch.gt(x, 0, out=own).sum(0)  # as numbers: sums of bools are many times slower
+    return torch.stack([total, total_abs, active]), largest.double()
+
+
+def _add_product(
+    total: Tensor, x: Tensor, y: Tensor, precision: torch.dtype, turn: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """total += x^T y, made in `precision`; a large one by rows, as the product and its float64 copy would be as large as it, and
+    of x^T x the lower half, and not with other threads beside it."""
+    cpu = total.device.type == "cpu"
+    if cpu and total.numel() <= PRODUCT:
+        product = gram_of(x, None if y is x else y, precision)
+        with turn():
+            total += product
+        return
+    step = max(1, PRODUCT // y.shape[1]) if cpu else ROWS_OF_GPU
+    for begin in range(0, x.shape[1], step):
+        rows, end = slice(begin, begin + step), min(begin + step, x.shape[1]) if y is x else y.shape[1]
+        part = gram_of(x[:, rows], y[:, :end], precision)
+        piece = max(1, PIECE // end) if cpu else step
+        for into, added in zip(*(t.split(piece) for t in (total[rows, :end], part)), strict=True):
+            into += added
+
+
+class Seen(Exception):
+    """All sites have been watched: what is left of the model would be run for nothing."""
+
+
+class Watch:
+    """Sums of the inputs of matrices, added up by hooks while a model runs: {(layer, site): sums} in `sites`.
+
+    A thread that runs the model says by `counts` which tokens are counted. The hook of the site that comes last raises `Seen` if
+    `ends`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        matrices: list[Matrix],
+        precision: torch.dtype,
+        device: str,
+        lanes: int = 1,
+        ends: bool = False,
+    ):
+        self.model, self.ends = model, ends
+        self.own = threading.local()  # counted; inputs of the FFN that runs, by layer; how many sites are left
+        self.sites: dict[tuple[int, str], Moments] = {}
+        self.hooks = []
+        self.lanes = Lanes(lanes)
+        for matrix in matrices:
+            key = (matrix.layer, matrix.site)
+            if key not in self.sites:
+                hidden = matrix.site.endswith("ffn_hidden")
+                width = next(m.shape[1] for m in matrices if m.site == matrix.beside("ffn_input")) if hidden else 0
+                self.sites[key] = Moments.empty(matrix.shape[1], precision, device, width)
+                self.hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(self._hook(matrix)))
+
+    def counts(self, counted: Tensor) -> None:
+        """`counted` (windows, length): which tokens are counted of the windows that this thread runs next."""
+        self.own.counted, self.own.inputs, self.own.left = counted, {}, len(self.hooks)
+
+    def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        layer, site = matrix.layer, matrix.site
+        expert: Any = None if matrix.expert is None else self.model.get_submodule(matrix.module.rpartition(".")[0])
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            counted, inputs = self.own.counted, self.own.inputs
+            if expert is None:
+                x = counted_of(tokens_of(args[0], counted.shape[1]), counted)
+            else:  # gets some tokens of the batch, and knows which
+                x = args[0][counted.flatten()[expert.tokens]]
+            if site.endswith("ffn_input"):
+                inputs[layer] = x
+            other = inputs.pop(layer) if site.endswith("ffn_hidden") else None
+            self.sites[layer, site].accumulate(x, other, lambda name: self.lanes.turn((layer, site, name)))
+            self.own.left -= 1
+            if self.ends and not self.own.left:
+                raise Seen
+
+        return hook
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def finished(self, layer: int, expected: int) -> dict[str, dict[str, Tensor]]:
+        """{site: statistics} of a layer, whose sums are given up. Raises RuntimeError if a site, other than an expert's, has not
+        seen the `expected` tokens, and FloatingPointError if an input was not finite."""
+        found = {}
+        for where, site in [key for key in self.sites if key[0] == layer]:
+            moments = self.sites.pop((where, site))
+            if int(moments.count) != expected and not site.startswith("expert"):
+                raise RuntimeError(f"layer {layer}, {site}: saw {int(moments.count)} tokens of {expected}")
+            if not moments.gram.sum().isfinite():  # many times faster than to look at every number
+                raise FloatingPointError(f"layer {layer}, {site}: inputs are not finite")
+            found[site] = moments.finish()
+        return found
+
+
+class Batches:
+    """Windows (count, length) in batches, as a model takes them; ids below 0 are neither attended to nor counted."""
+
+    def __init__(self, windows: Tensor, batch: int, first_token: bool, types: Tensor | None):
+        self.windows, self.batch, self.types = windows, batch, types
+        self.real = windows >= 0
+        self.counted = self.real.clone()
+        if not first_token:
+            self.counted[:, 0] = False
+
+    def starts(self, done: int = 0) -> range:
+        return range(done, len(self.windows), self.batch)
+
+    def parts(self, start: int, most: int) -> list[slice]:
+        """The batch that begins with window `start`, by at most so many windows."""
+        end = min(start + self.batch, len(self.windows))
+        return [slice(begin, min(begin + most, end)) for begin in range(start, end, most)]
+
+    def inputs(self, chosen: slice, device: str) -> dict[str, Tensor]:
+        """What the model takes of the windows `chosen`."""
+        given = {"input_ids": self.windows[chosen].clamp(min=0).to(device).long()}
+        if not self.real[chosen].all():
+            given["attention_mask"] = self.real[chosen].to(device).long()
+        if self.types is not None:
+            given["token_type_ids"] = self.types[chosen].to(device).long()
+        return given
+
+
+@torch.no_grad()
+def collect(
+    model: PreTrainedModel,
+    matrices: list[Matrix],
+    windows: Tensor,
+    batch: int,
+    precision: torch.dtype,
+    first_token: bool = True,
+    resume: Resume | None = None,
+    types: Tensor | None = None,
+) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
+    """Yield (layer, {site: statistics}) after one pass of `windows` (count, length) through the model.
+
+    Windows may be padded behind with ids below 0, which are neither attended to nor counted; `types` (count, length) tell the
+    texts of a pair apart. Without `first_token`, the first token of every window is run but not counted. With `resume`, goes on
+    after the last window whose sums were saved. Raises FloatingPointError with the layer's and site's name if an input is not
+    finite.
+    """
+    device = str(next(model.parameters()).device)
+    # an expert's tokens are the module's, so there is one thread in it at a time
+    small = device == "cpu" and all(m.shape[1] ** 2 <= PARTED and m.expert is None for m in matrices)
+    part = min(max(1, batch // 2), max(1, TOKENS // windows.shape[1])) if small else batch
+    watch = Watch(model, matrices, precision, device, batch // part, ends=True)
+    batch *= TOGETHER if small else 1
+    batches = Batches(windows, batch, first_token, types)
+
+    @torch.no_grad()
+    def run(chosen: slice) -> None:
+        watch.counts(batches.counted[chosen].to(device))
+        with suppress(Seen):
+            model.base_model(**batches.inputs(chosen, device), use_cache=False)
+
+    sums = {f"{layer}.{site}.{name}": t for (layer, site), m in watch.sites.items() for name, t in m.tensors().items()}
+    try:
+        done = resume.restore(sums) if resume else 0
+        with one_thread_of_blas() if small else nullcontext():  # more of them and torch's wait for each other
+            for start in every(batches.starts(done), "calibration batches"):
+                watch.lanes.run([partial(run, chosen) for chosen in batches.parts(start, part)])
+                if resume:
+                    resume.save(start + batch, sums)
+    finally:
+        watch.remove()
+    del sums
+    for layer in sorted({layer for layer, _ in watch.sites}):
+        yield layer, watch.finished(layer, int(batches.counted.sum()))
+
+
+@torch.no_grad()
+def collect_by_block(
+    streamed: Streamed,
+    matrices: list[Matrix],
+    windows: Tensor,
+    batch: int,
+    precision: torch.dtype,
+    first_token: bool = True,
+    types: Tensor | None = None,
+) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
+    """As `collect`, with the weights and the sums of one layer at a time in memory. Layers whose hidden states an earlier process
+    has stored are left out; those of a layer are stored once its statistics have been taken."""
+    batches = Batches(windows, batch, first_token, types)
+    for layer in streamed.remaining():
+        watch = Watch(streamed.model, [m for m in matrices if m.layer == layer], precision, streamed.device)
+        try:
+            with streamed.block(layer):
+                for start in every(batches.starts(), f"calibration batches of layer {layer}"):
+                    (chosen,) = batches.parts(start, batch)
+                    watch.counts(batches.counted[chosen].to(streamed.device))
+                    streamed.run(start, batches.inputs(chosen, streamed.device))
+        finally:
+            watch.remove()
+        yield layer, watch.finished(layer, int(batches.counted.sum()))
+        streamed.advance(layer)
+
+
+def channel_rows(layer: int, site: str, values: dict[str, Tensor], readers: Iterable[Tensor]) -> dict[str, Any]:
+    """Columns of channels.parquet for one site: a row per channel; `weight_norm` is the norm of the columns (of all
+    matrices that read the site, each W (out, in) in any dtype) that multiply the channel."""
+    width = len(values["mean"])
+    squares = torch.zeros(width, dtype=torch.float64)
+    for weight in readers:
+        for rows in weight.split(ROWS):
+            squares += rows.double().square().sum(0)
+    return {
+        "layer": [layer] * width,
+        "site": [site] * width,
+        "channel": list(range(width)),
+        "count": [int(values["count"])] * width,
+        **{key: values[key].tolist() for key in CHANNELS},
+        "weight_norm": squares.sqrt().tolist(),
+    }
+
+
+def channel_table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The table channels.parquet, of the rows of every site."""
+    import pandas as pd  # here, so that its absence is said in one line
+
+    return pd.concat(map(pd.DataFrame, rows), ignore_index=True)

@@ -1,0 +1,182 @@
+"""README of a checkpoint: its recipe, its bytes, how to load it, and, once they are measured, its numbers beside the dense
+model's. A Hugging Face model card, so that the folder can be uploaded as it is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from winnow.io.local_paths import named
+
+UNMEASURED = """Numbers are measured on the finished checkpoint, so they cannot stand in what is written before. `snakemake cards`
+writes this card with them beside the evaluations; `python -m winnow {command} <checkpoint> <new directory>`, where evaluations
+stand beside the checkpoint, a folder that has them in its README.md."""
+WITH_WINNOW = """```python
+import winnow  # makes transformers know the format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this directory")
+```
+
+Needs winnow {winnow} or a newer version that reads checkpoint format {format}; plain transformers refuses the directory."""
+WITHOUT_WINNOW = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this directory")
+```
+
+Needs no winnow: every compressed matrix is multiplied out to its dense shape, so whatever reads the dense model reads this. It
+is as large and as slow as the dense model again: {exported:,} bytes of weights (dense {dense:,}, compressed {compressed:,}). The
+matrices are stored in {dtype}, rounded to it with a relative error of {error:.1e}."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation of a checkpoint: the artefacts of `evaluate_perplexity` for it and for the dense model."""
+
+    evaluation: str
+    compressed: dict[str, Any]
+    dense: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A dense export: the bytes of its weights, the dtype of its matrices, and the rounding to it, relative."""
+
+    bytes: int
+    dtype: str
+    error: float
+
+
+def card(recipe: dict[str, Any], measured: list[Measured] | None = None, exported: Exported | None = None) -> str:
+    """The text. `recipe` is the content of recipe.yaml; `exported` says that the card is for a dense export."""
+    dense, recipe = exported is not None, named(recipe)
+    how = WITHOUT_WINNOW if dense else WITH_WINNOW
+    sizes = {"dense": recipe["model_dense_bytes"], "compressed": recipe["model_stored_bytes"]}
+    if exported:
+        sizes |= {"exported": exported.bytes, "dtype": exported.dtype, "error": exported.error}
+    parts = [
+        _front_matter(recipe),
+        f"# {recipe['names']['model']}, compressed by winnow{', written as a dense model' if dense else ''}",
+        "## Use",
+        how.format(winnow=recipe["winnow"], format=recipe.get("format_version", 1), **sizes),
+        "## Recipe",
+        *_recipe(recipe, dense),
+        "## Measured",
+        *(_numbers(measured, dense) if measured else [UNMEASURED.format(command="export" if dense else "share")]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(recipe: dict[str, Any]) -> str:
+    """What a hub reads: the base model only where it is one of a hub (then it is pinned to a revision)."""
+    facts: dict[str, Any] = {"library_name": "transformers", "tags": ["winnow", "compressed"]}
+    if recipe["model"].get("revision"):
+        facts["base_model"] = recipe["model"]["source"]
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
+
+
+def _options(preset: dict[str, Any] | None) -> str:
+    """`kind` and its options in one line."""
+    if preset is None:
+        return "none: the error of the FFN's output is minimised"
+    given = ", ".join(f"{key} {_short(value)}" for key, value in preset.items() if key != "kind" and value is not None)
+    return f"`{preset['kind']}`" + (f" ({given})" if given else "")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):  # a preset, or {target: something}
+        return _options(value) if "kind" in value else ", ".join(f"{key}: {_short(of)}" for key, of in value.items())
+    return ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
+
+
+def _calibration(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    preset = recipe.get("calibration")
+    if preset is None:
+        return []
+    text = recipe.get("calibration_text", {})
+    where = text.get("dataset") or ", ".join(text.get("files", [])) or "?"
+    details = [text[key] for key in ("subset", "split") if text.get(key)]
+    revision = f", revision `{text['revision']}`" if text.get("revision") else ""
+    name = preset.get("text") or f"train rows of {preset['task']}"
+    return [
+        ("calibration text", f"{name}: {' '.join([where, *details])}{revision}"),
+        ("calibration windows", f"{preset['windows']} of {preset['length']} tokens, seed {preset['seed']}"),
+    ]
+
+
+def _recovery(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    """The recovery that followed compression, if one did."""
+    preset = {key: value for key, value in recipe.get("recovery", {}).items() if key != "name"}
+    return [("recovery, on the calibration windows", _options(preset))] if preset else []
+
+
+def _sizes(recipe: dict[str, Any]) -> str:
+    """The sizes by role, as a range over layers; which layer has which stands in recipe.yaml."""
+    by_role: dict[str, list[int]] = {}
+    for group, size in recipe["sizes"].items():
+        by_role.setdefault(re.sub(r"^[\d-]+\.", "", group), []).append(size)
+    spans = {role: (min(found), max(found), len(found)) for role, found in by_role.items()}
+    return "; ".join(f"{role} {low if low == high else f'{low} to {high}'} ({n}x)" for role, (low, high, n) in spans.items())
+
+
+def _recipe(recipe: dict[str, Any], dense: bool) -> list[str]:
+    model, method, budget = recipe["model"], recipe["method"], recipe["budget"]
+    revision = f", revision `{model['revision']}`" if model.get("revision") else ""
+    share = recipe["stored_bytes"] / recipe["dense_bytes"]
+    asked = [f"{key} {_short(budget[key])}" for key in ("keep_bytes", "rank", "rank_fraction") if budget.get(key) is not None]
+    allocation = [f"allocation `{budget['allocation']['kind']}`"] if budget.get("allocation") else []
+    whole = f"{recipe['model_stored_bytes']:,} of {recipe['model_dense_bytes']:,}"
+    rows = [
+        ("model", f"`{model['source']}`{revision}"),
+        ("structure", _options(method["structure"])),
+        ("metric", _options(method["metric"])),
+        ("compressed", ", ".join(budget["targets"])),
+        ("budget", ", ".join([*asked, *allocation]) or "none"),
+        *_calibration(recipe),
+        *_recovery(recipe),
+        ("sizes (ranks, neurons, places among `bits`)", _sizes(recipe) or "none"),
+        ("bytes of the compressed matrices", f"{recipe['stored_bytes']:,} of {recipe['dense_bytes']:,} ({share:.2%})"),
+        ("bytes of all weights", whole),
+        ("written by", f"winnow {recipe['winnow']}, checkpoint format {recipe.get('format_version', 1)}"),
+    ]
+    table = "\n".join(["| what | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+    own = "Bytes are those of the compressed checkpoint that this export was made from.\n" if dense else ""
+    left = [f"- `{name}`: {tokens:,} tokens" for name, tokens in recipe.get("left_dense", {}).items()]
+    kept = recipe.get("kept_dense", {})
+    few = "Parts of experts that stay dense, since fewer calibration tokens than they have inputs reached them:"
+    return [
+        table,
+        *([f"By the allocation {len(kept)} matrices or groups of them stay dense: {', '.join(kept)}."] if kept else []),
+        *(["\n".join([few, "", *left])] if left else []),
+        own + "`recipe.yaml` holds every parameter, `manifest.json` the digests of all files and of what they were made from.",
+    ]
+
+
+def _numbers(measured: list[Measured], dense: bool) -> list[str]:
+    head = "| evaluation | model | loss (nats per token) | above dense | perplexity | KL to dense | top-1 agreement |"
+    rows, protocols = [head, "|---|---|---:|---:|---:|---:|---:|"], []
+    for m in measured:
+        base, own, protocol, text = m.dense, m.compressed, m.compressed["protocol"], m.compressed["text"]
+        loss = "| {} | {} | {nll:.4f} ± {nll_se:.4f} "
+        rows.append(loss.format(m.evaluation, "dense", **base) + f"| | {base['perplexity']:.3f} | | |")
+        kl = f"{own['kl']:.4f}" if "kl" in own else ""
+        agreement = f"{own['top1_agreement']:.1%}" if "top1_agreement" in own else ""
+        above = f"{own['delta_nll']:.4f} ± {own['delta_nll_se']:.4f}"
+        rows.append(loss.format("", "compressed", **own) + f"| {above} | {own['perplexity']:.3f} | {kl} | {agreement} |")
+        protocols.append(
+            f"- `{m.evaluation}`: protocol {protocol['protocol']} version {protocol['protocol_version']}, {own['windows']} "
+            f"windows of {protocol['length']} tokens, {own['tokens']:,} scored, in {protocol['dtype']}, "
+            f"{'with' if text['bos'] else 'without'} a leading BOS; text of {text['text_tokens']:,} tokens, "
+            f"SHA-256 {text['text_digest'][:16]}"
+        )
+    note = "± is one standard error, windows as the independent unit; above dense is paired by window."
+    if dense:
+        note += (
+            " Measured on the compressed checkpoint; the logits of this export are its logits, to the rounding said above, where "
+            "both compute in the same dtype."
+        )
+    return ["\n".join(rows), note, "\n".join(protocols)]

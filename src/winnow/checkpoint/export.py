@@ -1,0 +1,242 @@
+"""A compressed checkpoint written as the dense model that it computes: plain transformers, and whatever reads its files, loads
+it without winnow."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from winnow.checkpoint.card import Exported, Measured, card
+from winnow.checkpoint.hf import WinnowConfig
+from winnow.checkpoint.layouts import install
+from winnow.errors import InputError, first_line
+from winnow.io.artifacts import MANIFEST, Bundle, write_manifest
+from winnow.io.local_paths import named, without_local
+from winnow.models.architectures import Matrix, matrices_of
+from winnow.models.classes import read_config
+from winnow.models.config_json import METHOD
+from winnow.models.files import weight_files
+from winnow.models.naming import stored_tensors
+from winnow.models.weights import SHARD_BYTES, copy_files, write_weights
+
+ORIGINAL = "original"  # the dtype that the dense model stores a tensor in
+COLUMNS = 1024  # of a matrix that are multiplied out at a time
+CHUNK = 1 << 22  # numbers whose rounding is looked at together
+ROUNDING = 1e-9  # of float64 products, relative; more is no rounding
+
+
+class Checkpoint:
+    """A compressed checkpoint on disk: its dense model without weights, the same with compressed modules, and its tensors."""
+
+    def __init__(self, directory: Path):
+        """Raises InputError if the directory is not a whole checkpoint of this format."""
+        if not (directory / "config.json").is_file():
+            raise InputError(f"{directory}: no config.json; a checkpoint of winnow is needed")
+        self.directory = directory
+        if (directory / MANIFEST).is_file():  # one that was saved again by `save_pretrained` has none
+            Bundle(directory / MANIFEST).verify()
+        self.config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        stored = self.config.pop("quantization_config", None) or {}
+        if stored.get("quant_method") != METHOD:
+            raise InputError(f"{directory / 'config.json'}: no quantization_config of winnow; this is no compressed checkpoint")
+        self.layouts = WinnowConfig(**stored).layers
+        self.dense = _skeleton(directory, self.layouts)
+        self.compressed = deepcopy(self.dense)
+        install(self.compressed, self.layouts)
+        self.places = stored_tensors(self.compressed, weight_files(directory))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by its canonical name, as stored; of tied ones, the one that is stored."""
+        place = self.places[name if name in self.places else self.compressed.all_tied_weights_keys[name]]
+        with safe_open(place.file, framework="pt") as stream:
+            return stream.get_tensor(place.key)
+
+    def module(self, name: str) -> tuple[nn.Module, torch.dtype]:
+        """(a compressed module by itself with its tensors in float64, the dtype that they are stored in), which is that of the
+        dense matrix."""
+        module = deepcopy(self.compressed.get_submodule(name))
+        stored = {key: self.tensor(f"{name}.{key}") for key in module.state_dict()}
+        dtype = next(t.dtype for t in stored.values() if t.is_floating_point())
+        module.load_state_dict({k: t.double() if t.is_floating_point() else t for k, t in stored.items()}, assign=True)
+        return module, dtype
+
+
+def _skeleton(directory: Path, layouts: dict[str, Any]) -> Any:
+    """The dense model without memory for its weights, of the class that config.json names, or else a causal language model:
+    whichever has the compressed modules."""
+    config = read_config(directory)
+    del config.quantization_config
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    for build in (*([named._from_config] if named else []), AutoModelForCausalLM.from_config):
+        try:
+            with torch.device("meta"):
+                model = build(config)
+        except ValueError as error:  # not a causal language model
+            raise InputError(f"{directory / 'config.json'}: {first_line(error)}") from error
+        names = {name for name, _ in model.named_modules()}
+        if names >= set(layouts):
+            return model
+    raise InputError(f"{directory}: the model class has no {sorted(set(layouts) - names)[0]}, which the checkpoint compresses")
+
+
+def widths_of(checkpoint: Checkpoint, matrices: list[Matrix]) -> dict[str, tuple[int, int]]:
+    """{module: (outputs, inputs)} of the compressed modules, found without memory; an FFN's last matrix reads what is left of
+    the neurons. Raises InputError if a module's parts do not fit each other."""
+    found: dict[str, tuple[int, int]] = {}
+    hidden: dict[str, int] = {}  # by the FFN's activation
+    for m in matrices:
+        if m.module not in checkpoint.layouts:
+            continue
+        inputs = hidden.get(m.activation, m.shape[1]) if m.role == "down_proj" else m.shape[1]
+        try:
+            outputs = checkpoint.compressed.get_submodule(m.module)(torch.empty(1, inputs, device="meta")).shape[-1]
+        except RuntimeError as error:
+            raise InputError(f"{checkpoint.directory}: {m.module}: its parts do not fit: {first_line(error)}") from error
+        if m.role in ("gate_proj", "up_proj"):
+            hidden[m.activation] = outputs
+        found[m.module] = (outputs, inputs)
+    return found
+
+
+@torch.no_grad()
+def affine_of(module: nn.Module, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """(W (outputs, inputs), b (outputs,)) with module(x) = W x + b, in float64, by what it makes of unit vectors.
+
+    Raises ValueError if the module is not affine."""
+    offset = module(torch.zeros(1, inputs, dtype=torch.float64))[0]
+    matrix = torch.empty(outputs, inputs, dtype=torch.float64)
+    for start in range(0, inputs, COLUMNS):
+        units = torch.zeros(min(COLUMNS, inputs - start), inputs, dtype=torch.float64)
+        units[:, start : start + COLUMNS].fill_diagonal_(1.0)
+        matrix[:, start : start + COLUMNS] = (module(units) - offset).T
+    x = torch.randn(2, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = module(x)
+    if float((x @ matrix.T + offset - y).abs().max()) > ROUNDING * (1 + float(y.abs().max())):
+        raise ValueError("not an affine map")
+    return matrix, offset
+
+
+class Rounding:
+    """What casting to the export's dtype costs: the squared error, and the squared size, of all that is rounded."""
+
+    def __init__(self, dtype: str):
+        self.asked = None if dtype == ORIGINAL else getattr(torch, dtype)
+        self.lost = self.size = 0.0
+        self.dtypes: set[torch.dtype] = set()  # of the matrices that were multiplied out
+
+    def cast(self, tensor: Tensor, original: torch.dtype) -> Tensor:
+        """The tensor in the dtype asked for. Raises ValueError if a number is not finite in it."""
+        dtype = self.asked or original
+        cast = tensor.to(dtype).contiguous()
+        if torch.promote_types(tensor.dtype, dtype) != dtype:
+            for exact, near in zip(tensor.flatten().split(CHUNK), cast.flatten().split(CHUNK), strict=True):
+                self.lost += float((near.double() - exact.double()).square().sum())
+                self.size += float(exact.double().square().sum())
+            if not math.isfinite(self.lost):
+                raise ValueError(f"not finite as {dtype}; give another --dtype")
+        return cast
+
+    def error(self) -> float:
+        """The rounding error, as a share of the size of what was rounded."""
+        return math.sqrt(self.lost / self.size) if self.size else 0.0
+
+
+def _expanded(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int], rounding: Rounding) -> dict[str, Tensor]:
+    """{weight, bias: the tensor as the dense model stores it}. Neurons that were left out come back as zeros, which add nothing.
+
+    Raises InputError, naming the module, if the dense module cannot hold what the compressed one computes."""
+    kind = checkpoint.layouts[matrix.module]["kind"]
+    problem = f"{checkpoint.directory}: {matrix.module} ({kind}) cannot be written as the dense module: "
+    (outputs, inputs), (rows, columns) = shape, matrix.shape
+    neurons = {"gate_proj": (True, False), "up_proj": (True, False), "down_proj": (False, True)}.get(matrix.role, (False, False))
+    fits = outputs == rows or (neurons[0] and outputs < rows), inputs == columns or (neurons[1] and inputs < columns)
+    if not all(fits):
+        raise InputError(f"{problem}it is {outputs} x {inputs}, the dense one {rows} x {columns}")
+    module, dtype = checkpoint.module(matrix.module)
+    try:
+        part, offset = affine_of(module, outputs, inputs)
+    except ValueError as error:
+        raise InputError(problem + first_line(error)) from error
+    weight, bias = torch.zeros(rows, columns, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
+    weight[:outputs, :inputs], bias[:outputs] = part, offset
+    if not matrix.bias and bool(bias.any()):
+        raise InputError(f"{problem}it adds a bias, which the dense one does not have")
+    found = {"weight": weight.T if matrix.transposed else weight} | ({"bias": bias} if matrix.bias else {})
+    try:
+        found = {name: rounding.cast(tensor, dtype) for name, tensor in found.items()}
+    except ValueError as error:
+        raise InputError(problem + first_line(error)) from error
+    rounding.dtypes.add(found["weight"].dtype)
+    return found
+
+
+def _dense_tensors(checkpoint: Checkpoint, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the dense model, one module at a time, under the names that `save_pretrained` gives them."""
+    shapes = {name: {"shape": list(tensor.shape)} for name, tensor in checkpoint.dense.state_dict().items()}
+    matrices = matrices_of(checkpoint.dense.config.model_type, shapes)
+    widths = widths_of(checkpoint, matrices)
+    for name in sorted(set(checkpoint.layouts) - set(widths)):
+        kind = checkpoint.layouts[name]["kind"]
+        raise InputError(
+            f"{checkpoint.directory}: {name}: {kind} replaces the FFN's activation, so no dense module can stand in its place; "
+            "this checkpoint loads with winnow only"
+        )
+    tied = set(checkpoint.dense.all_tied_weights_keys)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for m in matrices:
+            if m.module in widths:
+                for part, tensor in _expanded(checkpoint, m, widths[m.module], rounding).items():
+                    yield f"{m.module}.{part}", tensor
+        replaced = {f"{module}.{part}" for module in widths for part in ("weight", "bias")}
+        for name in shapes:
+            if name not in replaced and (name in checkpoint.places or name not in tied):
+                tensor = checkpoint.tensor(name)
+                try:
+                    yield name, rounding.cast(tensor, tensor.dtype)
+                except ValueError as error:
+                    raise InputError(f"{checkpoint.directory}: {name}: {first_line(error)}") from error
+
+    for name, tensor in tensors():
+        yield from revert_weight_conversion(checkpoint.dense, {name: tensor}).items()
+
+
+def export_dense(
+    source: Path,
+    directory: Path,
+    provenance: dict[str, Any],
+    measured: list[Measured] | None = None,
+    dtype: str = ORIGINAL,
+) -> Exported:
+    """Write the checkpoint `source` as a dense Hugging Face directory; returns its bytes, its dtype, and what rounding cost.
+
+    Products are taken in float64 and rounded once, to `dtype`, which is then that of all tensors and the one to compute in; by
+    default to that of the dense matrix, and all else is as stored. Raises InputError for a checkpoint that is damaged, or that
+    computes what the dense model cannot."""
+    checkpoint, rounding = Checkpoint(source), Rounding(dtype)
+    directory.mkdir(parents=True)
+    total = write_weights(directory, _dense_tensors(checkpoint, rounding), SHARD_BYTES)
+    widest = str(reduce(torch.promote_types, rounding.dtypes)).removeprefix("torch.")
+    exported = Exported(total, widest, rounding.error())
+    config = {key: value for key, value in without_local(checkpoint.config).items() if key != "torch_dtype"} | {"dtype": widest}
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    copy_files([path.name for path in sorted(source.iterdir())], source, directory)
+    if (source / "recipe.yaml").is_file():  # not after `save_pretrained`, which writes what transformers knows
+        recipe = named(yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")))
+        (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        (directory / "README.md").write_text(card(recipe, measured, exported), encoding="utf-8")
+    write_manifest(directory, {"model_stored_bytes": total, "dtype": widest, "rounding_error": exported.error}, provenance)
+    return exported

@@ -1,0 +1,29 @@
+"""Compressed modules in a model that is loaded already."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from winnow.checkpoint.layouts import install
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def put(model: PreTrainedModel, stored: dict[str, dict[str, Tensor]], layouts: dict[str, dict[str, Any]]) -> None:
+    """Replace modules of a model in memory by those of `layouts`, with the tensors that a checkpoint would hold: what several of
+    them share stands there once, and is one tensor here as well."""
+    first = next(model.parameters())
+    device, dtype = first.device, first.dtype
+    install(model, layouts)
+    held = {
+        f"{name}.{key}": t.to(device, dtype) if t.is_floating_point() else t.to(device)
+        for name, tensors in stored.items()
+        for key, t in tensors.items()
+    }
+    held |= {own: held[kept] for own, kept in model.all_tied_weights_keys.items() if kept in held}  # type: ignore[operator]
+    for name in stored:
+        own = {key.removeprefix(f"{name}."): t for key, t in held.items() if key.startswith(f"{name}.")}
+        model.get_submodule(name).load_state_dict(own, assign=True)

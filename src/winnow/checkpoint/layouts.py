@@ -1,0 +1,119 @@
+"""Building the modules that a checkpoint's config describes, on a model without memory, after a check of every number in it.
+
+A config can come from anywhere: nothing in it may make the loader run code, replace what is no matrix, or ask for memory that
+the weight files do not account for. Sizes are bounded here by the dense matrix's own, and every stored tensor's shape is then
+compared with the file's before any memory is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from winnow.errors import InputError, first_line
+from winnow.structures.base import STRUCTURES
+
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError)
+
+
+def check_layouts(layers: Any) -> dict[str, dict[str, Any]]:
+    """`layers` itself, if it maps modules to layouts of known structures; raises InputError otherwise."""
+    if not isinstance(layers, dict) or not all(isinstance(layout, dict) for layout in layers.values()):
+        raise InputError("the checkpoint's config: quantization_config.layers does not map modules to layouts; it is damaged")
+    for layout in layers.values():
+        kind = layout.get("kind")
+        if not isinstance(kind, str) or kind not in STRUCTURES:
+            raise InputError(f"the checkpoint uses the structure {kind!r}, which this winnow does not have; upgrade winnow")
+    return layers
+
+
+def install(model: Any, layers: dict[str, dict[str, Any]]) -> None:
+    """Put an empty module of its layout in the place of every module that `layers` names, and share what they share.
+
+    Raises InputError, naming the module, for a layout that does not fit the module.
+    """
+    shapes = {}
+    for name, layout in layers.items():
+        dense = _replaced(model, name)
+        shapes[name] = shape_of(dense)
+        try:
+            _check_numbers(layout, sum(shapes[name]) or 1 << 31)
+            with torch.device("meta"):
+                module: Any = STRUCTURES[layout["kind"]].module(layout, dense)
+                if rank := layout.get("added"):
+                    module.add(torch.empty(rank, module.in_features), torch.empty(module.out_features, rank))
+        except MALFORMED as error:
+            raise _misfit(name, layout, error) from error
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    for name, layout in layers.items():
+        try:
+            shared = STRUCTURES[layout["kind"]].share(model, name, layout)
+            if STRUCTURES[layout["kind"]].bias_name is not None:
+                _check_shape(model.get_submodule(name), *shapes[name])
+        except MALFORMED as error:
+            raise _misfit(name, layout, error) from error
+        model.all_tied_weights_keys.update(shared)
+
+
+def _misfit(name: str, layout: dict[str, Any], error: Exception) -> InputError:
+    what = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+    return InputError(f"the checkpoint's config: the layout of {name} ({layout['kind']}) does not fit the model: {what}")
+
+
+def _replaced(model: Any, name: str) -> nn.Module:
+    """The module called `name`, which must be a matrix or an activation."""
+    try:
+        dense = model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError(f"the checkpoint's config names {name}, which {type(model).__name__} does not have") from error
+    leaf = not list(dense.children()) and not list(dense.parameters())
+    if not name or not (isinstance(dense, nn.Linear | Conv1D) or leaf):
+        raise InputError(f"the checkpoint's config names {name or 'the whole model'}, which is no matrix that can be compressed")
+    return dense
+
+
+def shape_of(dense: nn.Module) -> tuple[int, int]:
+    """(out, in) of a matrix's module; zeros for one without a matrix."""
+    if isinstance(dense, nn.Linear):
+        return dense.out_features, dense.in_features
+    return (dense.nf, dense.nx) if isinstance(dense, Conv1D) else (0, 0)
+
+
+def _check_numbers(value: Any, limit: int) -> None:
+    """Raise ValueError for a number in a layout that is not between 0 and `limit`, and for lists longer than that."""
+    if isinstance(value, dict | list):
+        if len(value) > limit:
+            raise ValueError(f"a list of {len(value)} entries")
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_numbers(part, limit)
+    elif isinstance(value, float) or (isinstance(value, int) and not 0 <= value <= limit):
+        raise ValueError(f"a size of {value}, where {limit} is the most that is possible")
+
+
+def _check_shape(module: nn.Module, rows: int, columns: int) -> None:
+    """Raise ValueError unless the module maps `columns` inputs to `rows` outputs; on empty tensors, so nothing is computed."""
+    found = tuple(module(torch.empty(1, columns, device="meta")).shape)
+    if found != (1, rows):
+        raise ValueError(f"it gives {found[-1]} outputs, not {rows}")
+
+
+def moved(layers: dict[str, dict[str, Any]], source: str, target: str) -> dict[str, dict[str, Any]]:
+    """The same layouts for a model whose modules are called `target...` where they were `source...`, references included."""
+
+    def rename(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: rename(part) for key, part in value.items()}
+        if isinstance(value, str) and any(value[:end] in layers for end in _ends(value)):
+            return target + value.removeprefix(source)
+        return value
+
+    return {target + name.removeprefix(source): rename(layout) for name, layout in layers.items()}
+
+
+def _ends(name: str) -> list[int]:
+    """Where a part of a dotted name ends."""
+    return [i for i, letter in enumerate(name) if letter == "."] + [len(name)]

@@ -1,0 +1,54 @@
+"""A checkpoint as people hand it on: one folder with a card that holds its measured numbers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from winnow.checkpoint.card import Measured, card
+from winnow.errors import InputError
+from winnow.io.artifacts import MANIFEST, Bundle, file_digest, read_json, write_manifest
+from winnow.io.local_paths import clean, named
+
+
+def measured_beside(checkpoint: Path) -> list[Measured]:
+    """The evaluations that stand beside a checkpoint in a results folder; none where it stands alone.
+
+    An evaluation counts if its provenance holds the digests of this very checkpoint and of the dense model's evaluation."""
+    checkpoint = checkpoint.resolve()
+    if not (checkpoint / MANIFEST).is_file():
+        return []
+    own, found = file_digest(checkpoint / MANIFEST), []
+    for path in sorted([*checkpoint.parent.glob("*.json"), *checkpoint.parent.glob("*/*.json")]):
+        if (path.parent / MANIFEST).is_file():  # of a bundle
+            continue
+        result = read_json(path)
+        if "per_window" not in result:
+            continue
+        made_from = set(result["provenance"]["inputs"].values())
+        beside = [parent / "dense" / path.name for parent in checkpoint.parents]
+        dense = next((p for p in beside if p.is_file() and file_digest(p) in made_from), None)
+        if own in made_from and dense is not None:
+            found.append(Measured(path.stem.rpartition("-")[0], result, read_json(dense)))
+    return found
+
+
+def recipe_of(checkpoint: Path) -> dict:
+    """The content of recipe.yaml; InputError where there is none."""
+    path = checkpoint / "recipe.yaml"
+    if not path.is_file():
+        raise InputError(f"{path}: there is none; a checkpoint as `compress` writes it is needed")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def share(checkpoint: Path, directory: Path, measured: list[Measured]) -> None:
+    """Copy a checkpoint with the measured numbers in its card, and without paths of this machine. Raises InputError if the
+    checkpoint is damaged."""
+    recipe, bundle = recipe_of(checkpoint), Bundle(checkpoint / MANIFEST)
+    shutil.copytree(bundle.verify(), directory)
+    clean(directory)
+    (directory / "README.md").write_text(card(recipe, measured), encoding="utf-8")
+    content = {key: value for key, value in bundle.manifest.items() if key not in ("files", "provenance")}
+    write_manifest(directory, content, named(bundle.manifest["provenance"]))

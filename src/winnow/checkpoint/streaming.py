@@ -1,0 +1,296 @@
+"""Running a model that is larger than memory: the weights of one block are read, all windows pass it, the next block is read.
+
+The model's own forward runs for every block, so masks, positions and rotary embeddings are its own: the blocks before and after
+the one that is loaded hand on hidden states that are stored in files, and compute nothing. What stands outside of the blocks is
+read when it is first called; the embeddings are given up after the first block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from winnow.checkpoint.hf import WinnowConfig
+from winnow.checkpoint.layouts import install
+from winnow.errors import InputError
+from winnow.io.artifacts import file_digest, read_json, write_json
+from winnow.io.tensors import TensorFile, bytes_of, fill
+from winnow.models.architectures import blocks_of
+from winnow.models.classes import empty_model
+from winnow.models.files import weight_files
+from winnow.models.naming import stored_tensors
+
+log = logging.getLogger(__name__)
+M_MMAP_THRESHOLD = -3  # of malloc.h
+NAMES = ("hidden", "compared")  # of the models that one artefact is made with
+
+
+def give_back_memory() -> None:
+    """Have memory given back when it is freed. Otherwise glibc keeps blocks of up to 32 MB for later ones, hundreds of MB in all,
+    and the peak is more than what is held. Other C libraries are left as they are."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, 1 << 17)
+
+
+class HiddenStates:
+    """Hidden states (windows, length, width) in a file, read and written by rows; nothing of it is mapped into memory."""
+
+    def __init__(self, path: Path, length: int, width: int, dtype: torch.dtype):
+        self.path, self.length, self.width, self.dtype = path, length, width, dtype
+        self.token = width * dtype.itemsize
+
+    def write(self, first: int, x: Tensor) -> None:
+        """Store x (windows, at most length, width) as that of the windows from `first` on."""
+        path = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            for row, window in enumerate(x.to("cpu", self.dtype).contiguous()):
+                rest, place = bytes_of(window), (first + row) * self.length * self.token
+                while len(rest):
+                    done = os.pwrite(path, rest, place)
+                    rest, place = rest[done:], place + done
+        finally:
+            os.close(path)
+
+    def read(self, first: int, windows: int, tokens: slice) -> Tensor:
+        """(windows, tokens, width) from window `first` on."""
+        x = torch.empty(windows, tokens.stop - tokens.start, self.width, dtype=self.dtype)
+        with open(self.path, "rb", buffering=0) as stream:
+            for row, window in enumerate(x):
+                stream.seek(((first + row) * self.length + tokens.start) * self.token)
+                if not fill(window, stream):
+                    raise InputError(f"{self.path}: cut short while it was in use; run snakemake again")
+        return x
+
+
+class Streamed:
+    """A model of a directory, dense or compressed, that is run block by block; `device` is where a block computes.
+
+    Hidden states lie beside `artefact` under names with a dot, until `clear`. With a `provenance`, a process goes on after the
+    last block that one of the same provenance has passed. Raises InputError as `load_model` does.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        dtype: str,
+        device: str,
+        artefact: Path | str,
+        length: int,
+        provenance: dict[str, Any] | None = None,
+        name: str = NAMES[0],
+    ):
+        give_back_memory()
+        files = weight_files(directory)
+        self.dtype, self.device, self.length = getattr(torch, dtype), device, length
+        self.model = empty_model(directory, dtype).eval().requires_grad_(False)
+        if config := getattr(self.model.config, "quantization_config", None):  # winnow's own: others are refused
+            install(self.model, WinnowConfig(**config).layers)
+        self.places = stored_tensors(self.model, files)
+        self.files = {file: TensorFile(file) for file in files}
+        names = blocks_of(self.model.config.model_type, self.model.state_dict())
+        self.names = names
+        self.blocks = {layer: self.model.get_submodule(name) for layer, name in names.items()}
+        self.embeddings: nn.Module = self.model.get_input_embeddings()
+        self.vocabulary = self.embeddings.get_parameter("weight").shape[0]
+        self._given: Tensor = torch.empty(0)  # what blocks that are not loaded hand on
+        self._others: int | None = None  # how many values a block gives beside hidden states; None before one ran, or for none
+        self._prepare()
+        self.prefix = Path(artefact).with_name(f".{Path(artefact).name}.{name}")
+        self.provenance = None if provenance is None else json.loads(json.dumps(provenance))
+        self.stored: HiddenStates | None = None
+        self.written: HiddenStates | None = None
+        self.done = self._restore()
+
+    def _prepare(self) -> None:
+        """Buffers that files hold are emptied, others go to the device; modules outside of the blocks read what they hold when
+        they are called."""
+        inside = tuple(f"{name}." for name in self.names.values())
+        for name, module in self.model.named_modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                stored = key not in module._non_persistent_buffers_set
+                module._buffers[key] = buffer.to("meta" if stored else self.device)
+            held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            if not f"{name}.".startswith(inside) and any(tensor.is_meta for _, tensor in held):
+                module.register_forward_pre_hook(self._reader(name))
+
+    def _reader(self, name: str) -> Any:
+        def read(module: nn.Module, _args: Any) -> None:
+            if "forward" not in vars(module):  # it computes, and is not replaced
+                self._load(name, module, {})
+
+        return read
+
+    def _load(self, name: str, module: nn.Module, read: dict[str, nn.Parameter]) -> None:
+        """Read what a module itself holds; `read` are parameters that others have read, by name, which are shared."""
+        prefix = f"{name}." if name else ""
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if not tensor.is_meta:
+                continue
+            whole = f"{prefix}{key}"
+            if whole not in self.places:
+                whole = self.model.all_tied_weights_keys[whole]
+            if whole not in read:
+                place = self.places[whole]
+                dtype = self.dtype if tensor.is_floating_point() else None
+                value = self.files[place.file].read(place.key, dtype).to(self.device)
+                if not isinstance(tensor, nn.Parameter):
+                    module._buffers[key] = value
+                    continue
+                read[whole] = nn.Parameter(value, requires_grad=False)
+            module._parameters[key] = read[whole]
+
+    def _unload(self, module: nn.Module) -> None:
+        """Give up what a module and those below it have read."""
+        for part in module.modules():
+            for key, parameter in part.named_parameters(recurse=False):
+                part._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            for key, buffer in part.named_buffers(recurse=False):
+                if key not in part._non_persistent_buffers_set:
+                    part._buffers[key] = buffer.to("meta")
+
+    def _hand_on(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._given if self._others is None else (self._given, *[None] * self._others)
+
+    def _take(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """Keep the hidden states that a block gave. Raises InputError if it gives other tensors, too."""
+        if isinstance(output, Tensor):
+            self._given, self._others = output, None
+            return
+        if any(value is not None for value in output[1:]):
+            raise InputError(f"{type(module).__name__} gives more than hidden states; models of this kind cannot be streamed")
+        self._given, self._others = output[0], len(output) - 1
+
+    def _no_embedding(self, ids: Tensor) -> Tensor:
+        """In the place of embeddings that are not needed any more: what is made of them is thrown away by the first block."""
+        width = self.embeddings.get_parameter("weight").shape[1]
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(*ids.shape, width)
+
+    @contextmanager
+    def _replaced(self, modules: dict[nn.Module, Any]) -> Iterator[None]:
+        """Let modules do something else than they would."""
+        for module, function in modules.items():
+            module.forward = function
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
+
+    def remaining(self) -> list[int]:
+        """The layers that are to be passed, in order."""
+        return list(self.blocks)[self.done :]
+
+    @contextmanager
+    def block(self, layer: int) -> Iterator[None]:
+        """Within it, the block of `layer` is loaded, and `run` passes windows through it."""
+        block, first = self.blocks[layer], next(iter(self.blocks)) == layer
+        others: dict[nn.Module, Any] = {other: self._hand_on for other in self.blocks.values() if other is not block}
+        if not first:
+            others[self.embeddings] = self._no_embedding
+        read: dict[str, nn.Parameter] = {}
+        for name, module in block.named_modules(prefix=self.names[layer]):
+            self._load(name, module, read)
+        hook = block.register_forward_hook(self._take)
+        try:
+            with self._replaced(others):
+                yield
+        finally:
+            hook.remove()
+            read.clear()
+            self._unload(block)
+            if first:
+                self._unload(self.embeddings)
+
+    def run(self, first: int, given: dict[str, Tensor]) -> Tensor:
+        """Hidden states (windows, length, width) behind the block that is loaded, of windows from `first` on; they are stored.
+        `given` is what the model takes, with `input_ids` (windows, length)."""
+        count, length = given["input_ids"].shape
+        if self.stored is not None:
+            self._given = self.stored.read(first, count, slice(0, length)).to(self.device)
+        self.model.base_model(**given, use_cache=False)
+        x = self._given
+        if x.is_meta or x.shape[:2] != (count, length):
+            of = f"{count} windows of {length} tokens"
+            raise InputError(f"{type(self.model).__name__} gives hidden states {tuple(x.shape)} for {of}; it cannot be streamed")
+        if self.written is None:
+            path = self.prefix.with_name(f"{self.prefix.name}-{self.done % 2}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            self.written = HiddenStates(path, self.length, x.shape[2], x.dtype)
+        self.written.write(first, x)
+        return x
+
+    def advance(self, layer: int) -> None:
+        """All windows have passed the block of `layer`, and what was to be learned there is safe."""
+        assert self.written is not None
+        assert list(self.blocks)[self.done] == layer
+        old, self.stored, self.written, self.done = self.stored, self.written, None, self.done + 1
+        if self.provenance is not None:
+            new = self.stored
+            facts = {"done": self.done, "others": self._others, "width": new.width, "digest": file_digest(new.path)}
+            dtype = str(new.dtype).removeprefix("torch.")
+            write_json(self._state(), {**facts, "dtype": dtype, "of": self.provenance})
+        if old is not None:
+            old.path.unlink()
+
+    def _state(self) -> Path:
+        return self.prefix.with_name(f"{self.prefix.name}.json")
+
+    def _restore(self) -> int:
+        """How many blocks a process of the same provenance has passed; its hidden states are taken over."""
+        if self.provenance is None or not self._state().is_file():
+            return 0
+        try:
+            state = read_json(self._state())
+        except (InputError, ValueError) as error:
+            log.info("starting over: %s", error)
+            return 0
+        path = self.prefix.with_name(f"{self.prefix.name}-{(state['done'] - 1) % 2}")
+        if state["of"] != self.provenance or not path.is_file() or file_digest(path) != state["digest"]:
+            log.info("starting over: the hidden states in %s are of something else, or damaged", path)
+            return 0
+        log.info("going on after block %d", state["done"])
+        self.stored = HiddenStates(path, self.length, state["width"], getattr(torch, state["dtype"]))
+        self._others = state["others"]
+        return int(state["done"])
+
+    def trust(self, safe: Collection[int]) -> None:
+        """Start over from the first block unless what was learned of all layers that have been passed is among the `safe`."""
+        if not set(list(self.blocks)[: self.done]) <= set(safe):
+            log.info("starting over: what was learned before is not there any more")
+            self.stored, self.done = None, 0
+
+    @contextmanager
+    def passed(self) -> Iterator[None]:
+        """Within it, `logits` gives what the model makes of the hidden states behind its last block."""
+        others: dict[nn.Module, Any] = {block: self._hand_on for block in self.blocks.values()}
+        with self._replaced({**others, self.embeddings: self._no_embedding}):
+            yield
+
+    def logits(self, window: int, ids: Tensor, tokens: slice) -> Tensor:
+        """(tokens, vocabulary): logits behind some tokens of a window, whose `ids` (length,) are given; those of a token depend
+        on its own hidden state alone."""
+        assert self.stored is not None
+        self._given = self.stored.read(window, 1, tokens).to(self.device)
+        return self.model(input_ids=ids[None, tokens].to(self.device).long(), use_cache=False).logits[0]
+
+    def clear(self) -> None:
+        """Remove what lies beside the artefact."""
+        for path in (self._state(), *(self.prefix.with_name(f"{self.prefix.name}-{n}") for n in (0, 1))):
+            path.unlink(missing_ok=True)
+
+
+def clear_left(artefact: Path | str) -> None:
+    """Remove the hidden states of all models that lie beside an artefact, which is finished, by whatever process."""
+    for path in Path(artefact).parent.glob(f".{Path(artefact).name}.*"):
+        if path.name.endswith((*(f".{name}-{n}" for name in NAMES for n in (0, 1)), *(f".{name}.json" for name in NAMES))):
+            path.unlink()

@@ -1,0 +1,1 @@
+"""Texts, tokens, rows of classification tasks, and tasks of lm-eval."""

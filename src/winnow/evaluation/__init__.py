@@ -1,0 +1,1 @@
+"""Measurements of a model, dense or compressed: perplexity, accuracy, classification, latency."""

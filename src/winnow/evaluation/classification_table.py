@@ -1,0 +1,45 @@
+"""The table of classification scores: as that of accuracies, and beside every model that was tuned again the dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from winnow.evaluation.accuracy_table import COLUMNS as OF_ACCURACY
+from winnow.evaluation.accuracy_table import accuracy_table
+from winnow.evaluation.classification import scores
+
+# Contract, as for the other tables: new columns are appended.
+COLUMNS = [*OF_ACCURACY, "delta_control", "delta_control_se"]
+
+
+def classification_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """One row per cell and measure; see `winnow.evaluation.accuracy_table` and `winnow.evaluation.classification.scores`.
+
+    `delta` is the difference to the dense model before compression. `delta_control` of a model after a recovery is the
+    difference to the dense model after the same recovery, paired by row: what compression costs when both had the same steps.
+    """
+    controls = {_place(row): results[row["result"]] for row in rows if row["method"] == "dense" and row["recovery"] != "none"}
+    found: dict[str, dict[str, Any]] = {}
+    for path, row in ((row["result"], row) for row in rows):
+        found[path] = result = dict(results[path])
+        control = controls.get(_place(row))
+        if control is None or row["method"] == "dense":
+            continue
+        per_row, classes = result["per_row"], len(next(iter(result["tasks"].values()))["labels"])
+        beside = scores(per_row["label"], per_row, classes, control["per_row"])
+        added = {
+            measure: {"delta_control": score["delta"], "delta_control_se": score["delta_se"]}
+            for measure, score in beside.items()
+            if "delta" in score
+        }
+        result["scores"] = {
+            task: {measure: {**score, **added.get(measure, {})} for measure, score in measures.items()}
+            for task, measures in result["scores"].items()
+        }
+    return accuracy_table(rows, found, COLUMNS)
+
+
+def _place(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("model", "calibration", "recovery", "evaluation"))

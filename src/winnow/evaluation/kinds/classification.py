@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from winnow.evaluation.base import FORMATS, Evaluation, EvaluationOptions
+
+
+class Classification(Evaluation):
+    """Sequence classification, of one text or of a pair (GLUE's tasks but STS-B): a model with a classification head is scored
+    on `test`; what tunes or calibrates on the task reads `train` only, and the two never share a row."""
+
+    reference = "GLUE, arXiv 1804.07461"
+
+    class Options(EvaluationOptions):
+        kind: Literal["classification"] = Field(description="classification")
+        train: list[str] = Field([], description="local files (json, jsonl, csv, parquet); or use `dataset`")
+        test: list[str] = Field([], description="local files of the rows that are scored")
+        dataset: str | None = Field(None, description="hub data set id")
+        subset: str | None = Field(None, description="configuration of the hub data set")
+        revision: str | None = Field(
+            None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub data set; required with `dataset`"
+        )
+        train_split: str = Field("train", description="split of the hub data set")
+        test_split: str = Field("validation", description="split that is scored; GLUE's own `test` has no labels")
+        columns: list[str] = Field(
+            min_length=1, max_length=2, description="column of the text, or the two of a pair in their order"
+        )
+        label: str = Field("label", description="column of the class: its number or its name")
+        labels: list[str] | None = Field(
+            None,
+            min_length=2,
+            description="names of the classes in the order of their numbers; when absent those of the hub data set, or the "
+            "sorted names that stand in the files",
+        )
+        length: int = Field(128, ge=4, description="tokens per example at most, special ones included; longer texts are cut")
+        limit: int | None = Field(None, ge=2, description="only the first so many rows of `test`; all when absent")
+        shared_rows: Literal["refuse", "drop"] = Field(
+            "refuse", description="train rows whose texts stand in `test` too: stop, or leave them out of training"
+        )
+
+        @model_validator(mode="after")
+        def _one_source(self) -> Classification.Options:
+            if bool(self.dataset) == bool(self.train or self.test) or bool(self.train) != bool(self.test):
+                raise ValueError("give either `train` and `test`, or `dataset`")
+            if self.dataset and not self.revision:
+                raise ValueError("a hub data set needs a pinned `revision` (40 hexadecimal digits)")
+            for file in [*self.train, *self.test]:
+                if not file.endswith(FORMATS):
+                    raise ValueError(f"{file}: the name must end in one of {', '.join(FORMATS)}")
+            for name, given in (("columns", self.columns), ("labels", self.labels or [])):
+                if len(set(given)) < len(given):
+                    raise ValueError(f"`{name}` holds a name twice")
+            if set(self.train) & set(self.test):
+                raise ValueError(f"{sorted(set(self.train) & set(self.test))[0]}: stands in both `train` and `test`")
+            return self
+
+        def rows(self) -> dict[str, Any]:
+            """What says which rows there are, and of which class; the rest is how they are scored."""
+            return self.model_dump(exclude={"kind", "length", "limit"})
+
+        def training(self) -> dict[str, Any]:
+            """What says which rows are trained on."""
+            return {key: value for key, value in self.rows().items() if key not in ("test", "test_split", "shared_rows")}

@@ -1,0 +1,293 @@
+"""Time, memory and reads of a model beside the dense one: in one process, interleaved, with the dense model twice as control.
+
+A ratio is time over the dense model's time in the same repeat: below 1 is faster. The control is the dense model measured
+as if it were another one; what it differs from 1 by is what this machine cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from winnow.errors import InputError
+from winnow.io.progress import every
+
+SLOT = 0.01  # seconds that short calls are repeated for within one repeat, so that the clock's grain does not count
+COVERAGE = 0.95  # of the interval of a median
+SAME, FASTER, SLOWER = "same within spread", "faster", "slower than dense"
+Clock = Callable[[Callable[[], Any]], float]
+
+
+def clock_of(device: str) -> Clock:
+    """The seconds that a call takes: CUDA events around its kernels, or the processor's performance counter."""
+    return _cuda_seconds if device == "cuda" else _cpu_seconds
+
+
+def _cpu_seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(call: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def calls_of(slots: Mapping[str, Callable[[], Any]], clock: Clock, warmup: int) -> int:
+    """How often a short call is repeated, the same for all, after `warmup` untimed calls of each."""
+    for _ in range(warmup):
+        for call in slots.values():
+            call()
+    return max(1, math.ceil(SLOT / max(1e-6, clock(next(iter(slots.values()))))))
+
+
+def interleaved(slots: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """{name: {phase: [seconds]}}: every slot once per repeat, one after the other, in turned order every other repeat."""
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in slots}
+    for repeat in range(repeats):
+        for name in list(slots) if repeat % 2 == 0 else reversed(list(slots)):
+            for phase, value in slots[name]().items():
+                seconds[name].setdefault(phase, []).append(value)
+    return seconds
+
+
+def timed(call: Callable[[], Any], clock: Clock, calls: int) -> float:
+    """Seconds per call, after an untimed one: caches then hold this model and not the one before it."""
+    call()
+
+    def all_calls() -> None:
+        for _ in range(calls):
+            call()
+
+    return clock(all_calls) / calls
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    q1, median, q3 = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75)).tolist()
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """An interval of the median with at least `COVERAGE`, by order statistics (of any distribution); the range of fewer than
+    six values, which have none."""
+    ordered, n = sorted(values), len(values)
+    outside, low = 0.0, 0
+    while low < n // 2:
+        outside += 2 * math.comb(n, low) / 2**n
+        if outside > 1 - COVERAGE:
+            break
+        low += 1
+    low = max(low - 1, 0)
+    return ordered[low], ordered[n - 1 - low]
+
+
+def ratios(own: list[float], dense: list[float]) -> dict[str, float]:
+    """Median and quartiles of the ratio in each repeat, and the interval of its median. Raises ValueError if not paired."""
+    values = [a / b for a, b in zip(own, dense, strict=True)]
+    low, high = interval(values)
+    return {**spread(values), "low": low, "high": high}
+
+
+def verdict(ratio: Mapping[str, float], control: Mapping[str, float]) -> str:
+    """Faster or slower where the interval of the ratio's median excludes 1 and the median is outside of the control's
+    quartiles: what dense against dense shows as well is no difference."""
+    if ratio["high"] < 1 and ratio["median"] < control["q1"]:
+        return FASTER
+    if ratio["low"] > 1 and ratio["median"] > control["q3"]:
+        return SLOWER
+    return SAME
+
+
+class Tally(TorchDispatchMode):
+    """What the calls inside read and hold: `weight_bytes` of stored tensors read by operators (rows only, of an embedding),
+    `flops` of the products with them or with what was made of them alone (2 per multiply-add), and `peak`, the most bytes that
+    results of operators took at once.
+
+    A stored tensor counts as often as it is read. Workspaces inside an operator are not seen."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.stored = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+        self.weight_bytes = self.flops = self.live = self.peak = 0
+        self.known: set[int] = set()
+        self.made: set[int] = set()  # results that depend on stored tensors alone, as weights that are multiplied out
+
+    def restart(self) -> None:
+        """Count anew; what is held stays held."""
+        self.weight_bytes = self.flops = 0
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        read = [t for t in given if t.untyped_storage()._cdata in self.stored]
+        weights = len(read) + sum(t.untyped_storage()._cdata in self.made for t in given)
+        if weights and func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        if read and not any(t.untyped_storage()._cdata in self.stored for t in results):  # no view of a weight
+            rows = func.overloadpacket is torch.ops.aten.embedding
+            self.weight_bytes += sum(t.nbytes for t in (results if rows else read))
+        for t in results:
+            self._hold(t.untyped_storage())
+            if weights and weights == len(given) and t.untyped_storage()._cdata not in self.stored:
+                self.made.add(t.untyped_storage()._cdata)
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.stored or key in self.known:
+            return
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.made.discard(key)
+        self.live -= size
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, shared ones once."""
+    stored = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())}
+    return sum(stored.values())
+
+
+class Generation:
+    """One model that reads a prompt (batch, length) and writes `tokens` (batch, steps + 1) with its cache, as `generate` does."""
+
+    def __init__(self, model: Any, prompt: Tensor, tokens: Tensor):
+        self.model, self.prompt, self.tokens, self.cache = model, prompt, tokens, None
+
+    def prefill(self) -> None:
+        """Read the prompt; the logits of the last position only."""
+        self.cache = None  # its memory is free before the next one is filled
+        self.cache = self.model(input_ids=self.prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+    def step(self, index: int) -> None:
+        self.model(input_ids=self.tokens[:, index : index + 1], past_key_values=self.cache, use_cache=True)
+
+    def steps(self) -> None:
+        for index in range(1, self.tokens.shape[1]):
+            self.step(index)
+
+    def slot(self, clock: Clock, calls: int) -> dict[str, float]:
+        """Seconds per prompt, and per step of decoding; the first prompt and the first step are not timed."""
+        seconds = {"prefill": timed(self.prefill, clock, calls)}
+        self.step(0)
+        seconds["decode"] = clock(self.steps) / (self.tokens.shape[1] - 1)
+        self.cache = None
+        return seconds
+
+    def resources(self) -> dict[str, dict[str, float]]:
+        """Per phase: `peak_bytes` (weights, cache and activations at once), and per token `flops` and `weight_bytes` read."""
+        cuda, found = self.prompt.is_cuda, {}
+        phases = (("prefill", self.prefill, self.prompt.numel()), ("decode", self._first, len(self.prompt)))
+        before = torch.cuda.memory_allocated() if cuda else 0
+        with Tally(self.model) as tally:
+            for phase, call, tokens in phases:
+                tally.restart()
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                call()
+                peak = torch.cuda.max_memory_allocated() - before if cuda else tally.peak
+                per_token = {"flops": tally.flops / tokens, "weight_bytes": tally.weight_bytes / tokens}
+                found[phase] = {"peak_bytes": weight_bytes(self.model) + peak, **per_token}
+        self.cache = None
+        return found
+
+    def _first(self) -> None:
+        self.step(0)
+
+
+@torch.no_grad()
+def evaluate(dense: Any, model: Any | None, spec: dict[str, Any], device: str, clock: Clock | None = None) -> dict[str, Any]:
+    """Prefill and decoding of `model` (None: of the dense model alone) beside the dense one, for every batch size and length
+    of `spec` (batches, prompts, decode, repeats, warm_up): {"cases": [...], "machine": {...}}.
+
+    Raises InputError if the model is too short for a length.
+    """
+    clock = clock or clock_of(device)
+    config = dense.config.get_text_config()
+    longest, held = max(spec["prompts"]) + spec["decode"] + 1, getattr(config, "max_position_embeddings", None)
+    if held and longest > held:
+        raise InputError(
+            f"prompts of {max(spec['prompts'])} tokens and {spec['decode']} + 1 new ones are more than the {held} positions of "
+            "the model; lower `prompts` or `decode` of the evaluation"
+        )
+    subjects = {"dense": dense, "control": dense, **({} if model is None else {"compressed": model})}
+    cases: list[dict[str, Any]] = []
+    grid = [(batch, length) for batch in spec["batches"] for length in spec["prompts"]]
+    for batch, length in every(grid, "batch sizes and prompts"):
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, length + spec["decode"] + 1)
+        ids = torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
+        runs = {name: Generation(own, ids[:, :length], ids[:, length:]) for name, own in subjects.items()}
+        calls = calls_of({name: run.prefill for name, run in runs.items()}, clock, spec["warm_up"])
+        resources = {name: run.resources() for name, run in runs.items() if name != "control"}
+        seconds = interleaved({name: partial(run.slot, clock, calls) for name, run in runs.items()}, spec["repeats"])
+        for phase, tokens in (("prefill", batch * length), ("decode", batch)):
+            of_phase = {name: values[phase] for name, values in seconds.items()}
+            own = {name: found[phase] for name, found in resources.items()}
+            cases.append({"phase": phase, "batch": batch, "prompt": length, **compared(of_phase, own, tokens)})
+    return {"cases": cases, "machine": machine(device, dense)}
+
+
+def compared(seconds: dict[str, list[float]], resources: dict[str, dict[str, float]], tokens: int) -> dict[str, Any]:
+    """One record per subject: seconds, tokens per second, resources, and beside dense the ratio and the verdict."""
+    found: dict[str, Any] = {}
+    control = ratios(seconds["control"], seconds["dense"])
+    for name, values in seconds.items():
+        found[name] = {
+            "seconds": spread(values),
+            "tokens_per_second": tokens / spread(values)["median"],
+            **resources.get(name, {}),
+        }
+        if name != "dense":
+            ratio = ratios(values, seconds["dense"])
+            found[name] |= {"ratio": ratio, "verdict": verdict(ratio, control)}
+        found[name]["per_repeat"] = values
+    return found
+
+
+def machine(device: str, model: Any) -> dict[str, Any]:
+    """What the numbers were measured on; none of it is a parameter, and all of it matters."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "device": device,
+        "name": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "clock": "CUDA events" if device == "cuda" else "perf_counter",
+        "peak_memory": "torch.cuda.max_memory_allocated" if device == "cuda" else "results of operators alive at once",
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "attention": model.config._attn_implementation,
+    }

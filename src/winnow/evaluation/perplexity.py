@@ -1,0 +1,174 @@
+"""Loss of a model on windows of text, beside the dense model's: sums and counts, divided once."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from winnow.data.tokens import PAD
+from winnow.evaluation.spread import paired, ratio
+from winnow.io.progress import every
+from winnow.io.resume import Resume
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from winnow.checkpoint.streaming import Streamed
+
+CHUNK = 1 << 24  # logits held in float64 at a time
+STREAMED = 1 << 21  # the same for a model that is run block by block, where memory is short
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    ids: Tensor,
+    first: Tensor,
+    batch: int,
+    resume: Resume | None = None,
+) -> dict[str, list[float]]:
+    """Per window: `nll` (sum, nats), `tokens` (scored), and with a dense model `kl` (sum of KL(dense || model)) and
+    `agree` (tokens on which both put the same token first).
+
+    `ids` (windows, length) may end in PAD; `first` is the index of each window's first scored token. Log-softmax is
+    float64 on the model's logits. With `resume`, goes on after the last window whose sums were saved. Raises
+    FloatingPointError, naming the module, if a logit is not finite.
+    """
+    device = next(model.parameters()).device
+    keys = ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))
+    sums = {key: torch.zeros(len(ids), dtype=torch.float64) for key in keys}
+    lengths = (ids != PAD).sum(1)
+    done = resume.restore(sums) if resume else 0
+    for group in every(_batches(lengths.tolist(), batch, done), "evaluation batches"):
+        x = ids[group][:, : int(lengths[group[0]])].to(device).long()
+        logits = model(input_ids=x, use_cache=False).logits
+        if not _all_finite(logits):
+            raise FloatingPointError(f"logits are not finite in windows {group[0]} to {group[-1]}; {_culprit(model, x)}")
+        reference = None if dense is None else dense(input_ids=x, use_cache=False).logits
+        for row, window in enumerate(group):
+            begin = int(first[window])
+            pair = None if reference is None else reference[row, begin - 1 : -1]
+            for key, value in _score(logits[row, begin - 1 : -1], x[row, begin:], pair).items():
+                sums[key][window] = value
+        if resume:
+            resume.save(group[-1] + 1, sums)
+    return {key: values.tolist() for key, values in sums.items()}
+
+
+@torch.no_grad()
+def evaluate_by_block(
+    model: Streamed, dense: Streamed | None, ids: Tensor, first: Tensor, batch: int, resume: Resume | None = None
+) -> dict[str, list[float]]:
+    """As `evaluate`, with the weights of one block at a time in memory, at the end those of what follows the blocks."""
+    models = [model] if dense is None else [model, dense]
+    keys = ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))
+    sums = {key: torch.zeros(len(ids), dtype=torch.float64) for key in keys}
+    lengths = (ids != PAD).sum(1).tolist()
+    for streamed in models:
+        for layer in streamed.remaining():
+            with streamed.block(layer):
+                for group in every(_batches(lengths, batch, 0), f"evaluation batches of layer {layer}"):
+                    x = ids[group][:, : lengths[group[0]]].to(streamed.device).long()
+                    if not _all_finite(streamed.run(group[0], {"input_ids": x})):
+                        where = f"windows {group[0]} to {group[-1]}"
+                        raise FloatingPointError(f"what {streamed.names[layer]} gives is not finite in {where}")
+            streamed.advance(layer)
+    done = resume.restore(sums) if resume else 0
+    with ExitStack() as stack:
+        for streamed in models:
+            stack.enter_context(streamed.passed())
+        for window in every(range(done, len(ids)), "windows scored"):
+            row = ids[window, : lengths[window]]
+            for part in _parts(int(first[window]), len(row), model.vocabulary):
+                before = slice(part.start - 1, part.stop - 1)  # logits of a token stand at the one before it
+                logits, *others = (streamed.logits(window, row, before) for streamed in models)
+                if not _all_finite(logits):
+                    raise FloatingPointError(f"logits are not finite in window {window}; every block's output is finite")
+                targets = row[part].to(model.device).long()
+                for key, value in _score(logits, targets, others[0] if others else None).items():
+                    sums[key][window] += value
+            if resume:
+                resume.save(window + 1, sums)
+    return {key: values.tolist() for key, values in sums.items()}
+
+
+def _parts(first: int, length: int, vocabulary: int) -> list[slice]:
+    """The tokens of a window that are scored, as many at a time as their logits allow."""
+    step = max(1, STREAMED // vocabulary)
+    return [slice(start, min(start + step, length)) for start in range(first, length, step)]
+
+
+def _batches(lengths: list[int], batch: int, done: int) -> list[list[int]]:
+    """Consecutive windows of equal length, at most `batch` at a time, from window `done` on."""
+    groups: list[list[int]] = []
+    for window, length in list(enumerate(lengths))[done:]:
+        if groups and len(groups[-1]) < batch and lengths[groups[-1][0]] == length:
+            groups[-1].append(window)
+        else:
+            groups.append([window])
+    return groups
+
+
+def _all_finite(x: Tensor) -> bool:
+    """In one pass, where `torch.isfinite` takes several; a NaN is the smallest and the largest of what it stands among."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+
+
+def _score(logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, float]:
+    """Sums over the tokens of one window; logits (tokens, vocabulary)."""
+    sums = {"nll": 0.0, "tokens": float(len(targets))} | ({"kl": 0.0, "agree": 0.0} if reference is not None else {})
+    step = max(1, CHUNK // logits.shape[-1])
+    for start in range(0, len(targets), step):
+        part = slice(start, start + step)
+        x = logits[part].double()
+        total = x.logsumexp(-1, keepdim=True)  # all that a token's own loss takes: half the time of `log_softmax`
+        sums["nll"] += float((total - x.gather(1, targets[part, None])).sum())
+        if reference is not None:
+            p = torch.log_softmax(reference[part].double(), dim=-1)
+            sums["kl"] += float((p.exp() * (p - (x - total))).sum())
+            sums["agree"] += float((p.argmax(-1) == x.argmax(-1)).sum())
+    return sums
+
+
+def _culprit(model: PreTrainedModel, x: Tensor) -> str:
+    """The first module whose output is not finite."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(_module, _args, output):
+            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+            if not found and any(not torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if not list(m.children())]
+    model(input_ids=x, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return f"the first module with such an output is {found[0]}" if found else "every module's output is finite"
+
+
+def summarize(rows: dict[str, list[float]], dense: dict[str, Any] | None) -> dict[str, Any]:
+    """Totals, means and standard errors of per-window sums; differences to `dense` (its own record) are paired."""
+    counts = rows["tokens"]
+    nll, nll_se = ratio(rows["nll"], counts)
+    result: dict[str, Any] = {
+        "windows": len(counts),
+        "tokens": int(sum(counts)),
+        "nll_sum": math.fsum(rows["nll"]),
+        "nll": nll,
+        "nll_se": nll_se,
+        "perplexity": math.exp(nll),
+    }
+    if "kl" in rows:
+        result["kl"], result["kl_se"] = ratio(rows["kl"], counts)
+        result["top1_agreement"], result["top1_agreement_se"] = ratio(rows["agree"], counts)
+    if dense is not None:
+        result["delta_nll"], result["delta_nll_se"] = paired(rows, dense["per_window"])
+    return result

@@ -1,0 +1,128 @@
+"""Fitting every group of matrices of a model once, for every size; the factors that allocation and compression cut."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from winnow.calibration.reader import Statistics
+from winnow.errors import InputError
+from winnow.io.artifacts import Bundle
+from winnow.metrics.base import Metric
+from winnow.models.architectures import GRADIENTS, Matrix, group_name, moments_file, reads
+from winnow.models.files import ModelFiles
+from winnow.numerics.host import on_host
+from winnow.structures.base import Fit, Problem, Structure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+
+def shard_of(groups: list[list[Matrix]], shard: str) -> list[list[Matrix]]:
+    """The groups of one job: shard `2-of-8` takes the second eighth of them, so that it reads the files of few layers."""
+    index, total = (int(part) for part in shard.split("-of-"))
+    return groups[len(groups) * (index - 1) // total : len(groups) * index // total]
+
+
+def labels_by_matrix(table: pd.DataFrame) -> dict[str, Tensor]:
+    """{matrix name: labels (channels,)} of a clusters.parquet."""
+    return {
+        f"{layer:03d}.{role}": torch.tensor(rows["cluster"].tolist())  # rows are in the order of the channels
+        for (layer, role), rows in table.groupby(["layer", "role"], sort=False)
+    }
+
+
+def left_dense(
+    files: ModelFiles, moments: Bundle | None, structure: Structure, metric: Metric | None, shard: str
+) -> dict[str, int]:
+    """{group name: calibration tokens} of the shard's experts that stay dense: where the fit needs statistics, those that saw
+    fewer tokens than they have inputs, so that their second moment is singular; and all, where it needs gradients."""
+    needs = {*(metric.needs if metric else ()), *structure.needs()}
+    found: dict[str, int] = {}
+    layers: dict[int, dict[str, Tensor]] = {}
+    for group in shard_of(structure.groups(files.matrices), shard):
+        if group[0].expert is None or not needs:
+            continue
+        assert moments is not None or needs <= set(GRADIENTS)
+        tokens = 0
+        if moments is not None:
+            if group[0].layer not in layers:
+                layers = {group[0].layer: moments.tensors(moments_file(group[0].layer))}
+            tokens = int(layers[group[0].layer][f"{group[0].site}.count"])
+        if needs & set(GRADIENTS) or tokens < max(m.shape[1] for m in group):
+            found[group_name(group)] = tokens
+    return found
+
+
+def fit_groups(
+    files: ModelFiles,
+    moments: Bundle | None,
+    gradients: Bundle | None,
+    labels: dict[str, Tensor],
+    structure: Structure,
+    metric: Metric | None,
+    shard: str,
+    device: str,
+    done: Collection[str] = (),
+) -> Iterator[tuple[str, Fit, list[int]]]:
+    """Yield (group name, fit, numbers stored at every size) for the shard's groups of all matrices of the model.
+
+    The last size is the largest that stores less than the dense matrices. `labels` are clusters by matrix name, for structures
+    that ask for them; groups named in `done` are left out. Raises InputError naming the matrix if its weight or its statistics
+    are not finite.
+    """
+    groups = [group for group in shard_of(structure.groups(files.matrices), shard) if group_name(group) not in done]
+    dense_experts = left_dense(files, moments, structure, metric, shard)
+    inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
+    needs = dict.fromkeys((*(metric.needs if metric else ()), *structure.needs()))
+    for number, group in enumerate(groups):
+        began = time.monotonic()
+        name = group_name(group)
+        if name in dense_experts:
+            log.info("%d of %d: %s stays dense: %d tokens", number + 1, len(groups), name, dense_experts[name])
+            continue
+        inputs.keep(group)
+        outputs.keep(group)
+        try:
+            problem = Problem(
+                group,
+                {m.name: files.weight(m, device) for m in group},
+                {m.name: inputs.of(m, m.site, [n for n in needs if n not in GRADIENTS and reads(m, n)]) for m in group},
+                metric,
+                inputs.precision,
+                {m.name: files.tensor(f"{m.module}.bias").double().to(device) for m in group if m.bias},
+                {m.name: outputs.of(m, m.role, [n for n in needs if n in GRADIENTS]) for m in group},
+                {m.name: labels[m.name] for m in group if m.name in labels},
+            )
+            fit = structure.fit(problem, structure.largest(group))
+        except (FloatingPointError, ValueError, torch.linalg.LinAlgError) as error:
+            raise InputError(f"{group[0].module}: {error}") from error
+        if not torch.isfinite(fit.error).all():
+            raise InputError(f"{group[0].module}: the error of the fit is not finite")
+        dense = sum(m.shape[0] * m.shape[1] + (m.shape[0] if m.bias and structure.bias_name is None else 0) for m in group)
+        numbers = [structure.numbers(group, size, fit.tensors) for size in range(len(fit.error))]
+        last = max((size for size, count in enumerate(numbers) if count < dense), default=0)
+        fit, numbers = replace(fit, error=fit.error[: last + 1]), numbers[: last + 1]
+        kept = float(1 - fit.error[-1] / fit.error[0]) if fit.error[0] > 0 else 1.0
+        log.info(
+            "%d of %d: %s, largest size %d keeps %.6f of the objective, %.2f s",
+            number + 1, len(groups), name, len(fit.error) - 1, kept, time.monotonic() - began,
+        )  # fmt: skip
+        yield name, fit, numbers
+
+
+def storable(structure: Structure, fit: Fit) -> dict[str, Tensor]:
+    """The fit's tensors as they are cached: float32, but float64 where the structure says so."""
+    tensors = {}
+    for name, tensor in fit.tensors.items():
+        single = tensor.is_floating_point() and name not in structure.in_float64
+        tensors[name] = on_host(tensor.float() if single else tensor)
+    return tensors

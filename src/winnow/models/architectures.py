@@ -1,0 +1,257 @@
+"""What is where in each model family, as data. A family is matched by the `model_type` of its config class, never by a name.
+
+Adding one is an entry in `ARCHITECTURES`: the list of layers, for each role the module below a layer, and the FFN's activation;
+a new role also needs the site that feeds it. `tests/conftest.py` then needs a tiny configuration of it, and
+`tests/unit/test_architectures.py` checks the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from winnow.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+FFN_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # gate_up_proj: gate above up, in one matrix
+ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
+# What a budget can name besides single roles; fused matrices belong to the same names as the matrices in them.
+TARGETS = {
+    "ffn": FFN_ROLES,
+    "attention": ATTENTION_ROLES,
+    "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "gate_up": ("gate_proj", "up_proj", "gate_up_proj"),
+}
+Target = Literal["ffn", "attention", "qkv", "gate_up", *ROLES]  # type: ignore[valid-type]
+
+GRADIENTS = ("fisher", "gradient_gram")  # statistics of output gradients, which need a backward pass
+# A site is a distinct input: one Gram matrix each, shared by all matrices that read it.
+SITES = {
+    "q_proj": "attention_input",
+    "k_proj": "attention_input",
+    "v_proj": "attention_input",
+    "qkv_proj": "attention_input",
+    "o_proj": "attention_output",
+    "gate_proj": "ffn_input",
+    "up_proj": "ffn_input",
+    "gate_up_proj": "ffn_input",
+    "down_proj": "ffn_hidden",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of a family's modules; `activation` is the one between an FFN's first and last matrices.
+
+    `transposed`: weights are stored (in, out), as GPT-2's Conv1D does. `positions`: rows of the position embeddings that no
+    token of a text uses, as RoBERTa's. `experts`: the module that holds a layer's experts, and `expert_modules` the matrices of
+    one of them as the files name them; layers without experts have those of `modules`."""
+
+    layers: str
+    modules: dict[str, str]
+    activation: str
+    transposed: bool = False
+    positions: int = 0
+    experts: str = ""
+    expert_modules: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One compressible matrix W (out, in), y = W x + b, as it is stored in the model."""
+
+    layer: int
+    role: str
+    module: str
+    site: str
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool
+    bias: bool
+    activation: str = ""  # the activation module of the layer's FFN
+    expert: int | None = None  # of a mixture; its sites are its own, since it sees tokens of its own
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer:03d}.{self.part}"
+
+    @property
+    def part(self) -> str:
+        """What it is within its layer."""
+        return self.role if self.expert is None else f"expert{self.expert:03d}.{self.role}"
+
+    def beside(self, site: str) -> str:
+        """The name of another site of the same FFN."""
+        return site if self.expert is None else f"expert{self.expert:03d}.{site}"
+
+
+_SEPARATE_ATTENTION = {role: f"self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj", "o_proj")}
+_GATED_FFN = ("gate_proj", "up_proj", "down_proj")
+_GATED = _SEPARATE_ATTENTION | {role: f"mlp.{role}" for role in _GATED_FFN}
+_BERT = {role: f"attention.self.{name}" for role, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))}
+_BERT |= {"o_proj": "attention.output.dense", "up_proj": "intermediate.dense", "down_proj": "output.dense"}
+
+ARCHITECTURES = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), Architecture("model.layers", _GATED, "mlp.act_fn")
+    ),
+    "qwen3_moe": Architecture(
+        "model.layers", _GATED, "mlp.act_fn", experts="mlp.experts", expert_modules={role: role for role in _GATED_FFN}
+    ),
+    "mixtral": Architecture(
+        "model.layers",
+        _SEPARATE_ATTENTION,
+        "",
+        experts="mlp.experts",
+        expert_modules={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    ),
+    "gemma3": Architecture("language_model.layers", _GATED, "mlp.act_fn"),  # of the text and image model the text part
+    "phi3": Architecture(
+        "model.layers",
+        {"qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj"}
+        | {"gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"},
+        "mlp.activation_fn",
+    ),
+    "gpt2": Architecture(
+        "transformer.h",
+        {"qkv_proj": "attn.c_attn", "o_proj": "attn.c_proj", "up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"},
+        "mlp.act",
+        transposed=True,
+    ),
+    "opt": Architecture(
+        "model.decoder.layers",
+        _SEPARATE_ATTENTION | {"o_proj": "self_attn.out_proj", "up_proj": "fc1", "down_proj": "fc2"},
+        "activation_fn",
+    ),
+    "gpt_neox": Architecture(
+        "gpt_neox.layers",
+        {
+            "qkv_proj": "attention.query_key_value",
+            "o_proj": "attention.dense",
+            "up_proj": "mlp.dense_h_to_4h",
+            "down_proj": "mlp.dense_4h_to_h",
+        },
+        "mlp.act",
+    ),
+    "bert": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn"),
+    "roberta": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn", positions=2),
+}
+
+
+def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
+    """All compressible matrices of a model, by layer and then by role.
+
+    `tensors` maps canonical tensor names to records with a `shape`. Raises InputError for an unknown family, and for a
+    layer that lacks a matrix its family has.
+    """
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise InputError(f"model type {model_type!r} is not in src/winnow/models/architectures.py (known: {known})")
+    family = ARCHITECTURES[model_type]
+    prefix = _prefix(family.layers, tensors)
+    layers = sorted({int(name[len(prefix) :].split(".")[0]) for name in tensors if name.startswith(prefix)})
+    found = []
+    for layer in layers:
+        mixture = f"{prefix}{layer}.{family.experts}."
+        experts = sorted({int(n[len(mixture) :].split(".")[0]) for n in tensors if family.experts and n.startswith(mixture)})
+        for role, module in family.modules.items():
+            name = f"{prefix}{layer}.{module}"
+            if experts and role in FFN_ROLES:
+                continue
+            if f"{name}.weight" not in tensors:
+                raise InputError(f"{name}.weight is missing from the {model_type} model")
+            rows, columns = tensors[f"{name}.weight"]["shape"]
+            shape = (columns, rows) if family.transposed else (rows, columns)
+            bias = f"{name}.bias" in tensors
+            activation = f"{prefix}{layer}.{family.activation}"
+            found.append(Matrix(layer, role, name, SITES[role], shape, family.transposed, bias, activation))
+        for expert in experts:
+            for role, module in family.expert_modules.items():
+                name = f"{mixture}{expert}.{module}"
+                if f"{name}.weight" not in tensors:
+                    raise InputError(f"{name}.weight is missing from the {model_type} model")
+                (rows, columns), site = tensors[f"{name}.weight"]["shape"], f"expert{expert:03d}.{SITES[role]}"
+                found.append(Matrix(layer, role, name, site, (rows, columns), False, False, f"{mixture}{expert}.act_fn", expert))
+    return found
+
+
+def blocks_of(model_type: str, tensors: dict[str, Any]) -> dict[int, str]:
+    """{layer: the name of its module}, in order. `tensors` and errors as for `matrices_of`."""
+    if model_type not in ARCHITECTURES:
+        matrices_of(model_type, tensors)  # raises, naming the families
+    prefix = _prefix(ARCHITECTURES[model_type].layers, tensors)
+    layers = sorted({int(name[len(prefix) :].split(".")[0]) for name in tensors if name.startswith(prefix)})
+    return {layer: f"{prefix}{layer}" for layer in layers}
+
+
+def _prefix(layers: str, tensors: dict[str, Any]) -> str:
+    """What the names of a layer's tensors begin with: a head on top adds to it, as `bert.`, and a model without one lacks the
+    first part. Raises InputError if there are no layers."""
+    heads = {name[: name.index(f"{layers}.")] for name in tensors if f"{layers}." in name}
+    bare = layers.partition(".")[2] + "."
+    if not heads and any(name.startswith(bare) for name in tensors):
+        return bare
+    if not heads:
+        raise InputError(f"the model has no {layers}: it is not of the form that its config says")
+    return min(heads, key=len) + f"{layers}."
+
+
+def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
+    """The matrices that `targets` (keys of `TARGETS`, or roles) name; InputError if a target names none."""
+    for target in targets:
+        if not any(m.role in TARGETS.get(target, (target,)) for m in matrices):
+            have = ", ".join(sorted({m.role for m in matrices}))
+            raise InputError(f"target {target!r} names no matrix of this model (it has {have})")
+    roles = {role for target in targets for role in TARGETS.get(target, (target,))}
+    return [m for m in matrices if m.role in roles]
+
+
+def named_by(role: str, targets: Iterable[str]) -> str | None:
+    """The one of `targets` that names a role, or None."""
+    return next((target for target in targets if role in TARGETS.get(target, (target,))), None)
+
+
+def disjoint(targets: Iterable[str]) -> None:
+    """Raise ValueError if two targets name the same role."""
+    named: dict[str, str] = {}
+    for target in targets:
+        for role in TARGETS.get(target, (target,)):
+            if role in named:
+                raise ValueError(f"{role} is named by both {named[role]!r} and {target!r}")
+            named[role] = target
+
+
+def ffn_groups(matrices: list[Matrix]) -> list[list[Matrix]]:
+    """The matrices of each layer's FFN, or of each expert's: [gate, up, down]; [gate_up, down] where those are one matrix; or
+    [up, down] where there is no gate."""
+    found: dict[tuple[int, int | None], list[Matrix]] = {}
+    for m in matrices:
+        if m.role in FFN_ROLES:
+            found.setdefault((m.layer, m.expert), []).append(m)
+    return [sorted(group, key=lambda m: FFN_ROLES.index(m.role)) for group in found.values()]
+
+
+def group_name(group: list[Matrix]) -> str:
+    """The name of a group in files: layer and roles, and the last layer if it spans several."""
+    layers = sorted({m.layer for m in group})
+    span = f"{layers[0]:03d}" if len(layers) == 1 else f"{layers[0]:03d}-{layers[-1]:03d}"
+    own = [] if group[0].expert is None else [f"expert{group[0].expert:03d}"]
+    return ".".join([span, *own, *dict.fromkeys(m.role for m in group)])
+
+
+def moments_file(layer: int) -> str:
+    """The name of the file that holds the statistics of a layer."""
+    return f"layer-{layer:03d}.safetensors"
+
+
+def reads(matrix: Matrix, statistic: str) -> bool:
+    """Whether the matrix's site has the statistic: `cross`, the moment with the FFN's input, exists for its hidden units."""
+    return statistic != "cross" or matrix.site.endswith("ffn_hidden")
+
+
+def tokens_of(x: Tensor, length: int) -> Tensor:
+    """Activations (windows, length, n) from a module's, whatever leading shape the model gave them (OPT flattens its FFN's)."""
+    return x.reshape(-1, length, x.shape[-1])

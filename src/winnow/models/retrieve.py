@@ -1,0 +1,100 @@
+"""Retrieval: where a model comes from, and a full check of what its files hold."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from winnow.errors import InputError, first_line
+from winnow.io.artifacts import file_digest
+from winnow.io.tensors import TensorFile
+from winnow.models.architectures import ARCHITECTURES, matrices_of
+from winnow.models.classes import empty_model, is_causal
+from winnow.models.config_json import check_source
+from winnow.models.files import BYTES, WANTED, model_files, tensor_bytes, weight_files
+from winnow.models.naming import stored_tensors
+
+CHUNK = 1 << 22  # numbers that are checked together
+log = logging.getLogger(__name__)
+
+
+def fetch(source: str, revision: str | None, cache: Path | None = None) -> Path:
+    """The directory of a model: `source` itself, or the hub snapshot of `revision` (downloaded unless it is cached).
+
+    `cache` is the hub's cache folder; by default the one that HF_HOME or HF_HUB_CACHE names.
+    """
+    if revision is None:
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, cache_dir=cache, allow_patterns=WANTED))
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        raise InputError(
+            f"{source}@{revision[:8]}: neither in the local hub cache nor to be downloaded ({first_line(error)}); "
+            "run `snakemake prefetch` where there is a network"
+        ) from error
+
+
+def files_of(directory: Path) -> dict[str, str]:
+    """{name: digest} of the files of a model that a result can depend on. Raises InputError for a directory that is no model, for
+    one whose config.json asks for what is refused, and for a compressed checkpoint."""
+    return {path.name: file_digest(path) for path in _checked(directory)}
+
+
+def _checked(directory: Path) -> list[Path]:
+    files = model_files(directory)
+    check_source(directory)
+    return files
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """What a model directory holds: family, digests of files, and every tensor under its canonical name.
+
+    Canonical names are those of the transformers model, whatever the file calls them. Raises InputError if a tensor is missing,
+    unexpected, of another shape than the config says, or not finite (with its name), and as `files_of` does.
+    """
+    files = _checked(directory)
+    model = empty_model(directory)
+    config = model.config
+    tied = {t: s for t, s in model.all_tied_weights_keys.items() if t in model.state_dict()}
+    places = stored_tensors(model, weight_files(directory))
+    opened = {file: TensorFile(file) for file in {place.file for place in places.values()}}
+    tensors: dict[str, dict[str, Any]] = {}
+    for name, place in places.items():
+        if place.dtype not in BYTES:
+            raise InputError(f"{place.file}: {place.key} is stored as {place.dtype}; winnow reads {', '.join(BYTES)}")
+        tensor = opened[place.file].read(place.key)
+        if count := sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(CHUNK)):
+            raise InputError(f"{place.file}: {place.key} holds {count} values that are not finite; the weights are damaged")
+        tensors[name] = {"file": place.file.name, "key": place.key, "dtype": place.dtype, "shape": place.shape}
+    for target, source in tied.items():
+        if target in tensors:  # stored twice in the file, once in the model
+            if not torch.equal(*(opened[places[name].file].read(places[name].key) for name in (target, source))):
+                raise InputError(
+                    f"{directory}: the config ties {target} to {source}, but the file holds two different tensors; "
+                    "set tie_word_embeddings to false in config.json, or remove one of them"
+                )
+            del tensors[target]
+    matrices_of(config.model_type, tensors)  # an unknown family is refused here, before any work
+    return {
+        "directory": str(directory),
+        "model_type": config.model_type,
+        "class": type(model).__name__,
+        "causal": is_causal(config),
+        "max_length": _longest(config),
+        "files": {path.name: file_digest(path) for path in files},
+        "tied": tied,
+        "tensors": dict(sorted(tensors.items())),
+        "bytes": sum(tensor_bytes(t) for t in tensors.values()),
+    }
+
+
+def _longest(config: Any) -> int | None:
+    """How many tokens the model has positions for."""
+    rows = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return rows and rows - ARCHITECTURES[config.model_type].positions

@@ -1,0 +1,104 @@
+"""Grids of a matrix's numbers: (code - zero) * scale, with a scale, and a zero point where the grid has one, for every group of
+inputs of a row. The last group of a row may have fewer.
+
+`symmetric`: codes to +-(2^(bits - 1) - 1). `full`: all 2^bits codes from -2^(bits - 1), and a scale whose sign puts the one more
+on the side of the group's largest number. `asymmetric`: all codes from 0, and a whole number up to 2^bits - 1 that stands for 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARES = [1 - step / 20 for step in range(11)]  # of the scale that reaches the largest number of a group
+FEW_BITS = [1 - step / 20 for step in range(14)]  # the same, where some grids have three or four points
+
+
+class Form(NamedTuple):
+    """What the numbers of a matrix are stored as."""
+
+    bits: int
+    grid: str
+    group: int
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        half = 2 ** (self.bits - 1)
+        return {"symmetric": (1 - half, half - 1), "full": (-half, half - 1), "asymmetric": (0, 2 * half - 1)}[self.grid]
+
+    @property
+    def offset(self) -> int:
+        """What is taken off a code, or a zero point, before it is stored as a signed number of so many bits."""
+        return 2 ** (self.bits - 1) if self.grid == "asymmetric" else 0
+
+    def row_bytes(self, columns: int) -> int:
+        """Stored bytes of a row: codes, float16 scales, zero points of as many bits as codes."""
+        groups = -(-columns // self.group)
+        zeros = -(-groups * self.bits // 8) if self.grid == "asymmetric" else 0
+        return -(-columns * self.bits // 8) + 2 * groups + zeros
+
+
+def forms_of(columns: int, bits: list[int], grids: list[str], groups: list[int | None]) -> list[Form]:
+    """All different forms of a row of so many numbers, by their bytes; with equal bytes in the order of bits, groups and grids. A
+    group is at most the row, which None stands for."""
+    widths = dict.fromkeys(min(group or columns, columns) for group in groups)
+    every = [Form(number, grid, width) for number in bits for width in widths for grid in grids]
+    return sorted(every, key=lambda form: form.row_bytes(columns))
+
+
+def scaled(weight: Tensor, form: Form, search: str, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """(scales float16, zero points float64), both (m, groups), of a matrix (m, n).
+
+    `search`: `largest`, the grid reaches the largest number of its group; `searched`, it may end before it, at that of `SHARES`
+    that leaves the least squared error, inputs weighted by `columns` (n,); `unbiased`, likewise of `FEW_BITS`, every scale first
+    made such that the codes found with it keep all of the group along itself: least squares keeps less, and a matrix that is
+    smaller everywhere changes the loss to first order.
+
+    Raises ValueError for a scale that float16 does not reach.
+    """
+    import torch
+
+    from winnow.numerics.rounding import grouped, in_float16
+
+    parts, weights = grouped(weight.double(), form.group), grouped(columns.expand_as(weight), form.group)
+    low, high = form.codes
+    if form.grid == "asymmetric":
+        top, bottom = parts.amax(2).clamp(min=0), parts.amin(2).clamp(max=0)
+        whole, sign = (top - bottom) / high, None
+    elif form.grid == "full":
+        largest = parts.gather(2, parts.abs().argmax(2, keepdim=True))[:, :, 0]
+        whole, sign, bottom = largest.abs() / -low, -largest.sign(), None
+    else:
+        whole, sign, bottom = parts.abs().amax(2) / high, None, None
+
+    def made(share: float) -> tuple[Tensor, Tensor, Tensor]:
+        scales = in_float16(share * whole)
+        if sign is not None:
+            scales = scales * sign.half()
+        steps = scales.double()[..., None]
+        zeros = torch.zeros_like(whole)
+        if bottom is not None:
+            zeros = (-share * bottom / _divisible(scales.double())).round().clamp(low, high)
+        codes = (parts / _divisible(steps) + zeros[..., None]).round().clamp(low, high) - zeros[..., None]
+        if search == "unbiased":
+            own, kept = (parts.square() * weights).sum(2), (parts * codes * weights).sum(2)
+            scales = torch.where(kept * scales > 0, own / torch.where(kept == 0, 1, kept), scales.double()).half()
+            steps = scales.double()[..., None]
+        return scales, zeros, ((parts - codes * steps).square() * weights).sum(2)
+
+    scales, zeros, error = made(1.0)
+    least = torch.full_like(error, math.inf)
+    for share in {"largest": [], "searched": SHARES, "unbiased": FEW_BITS}[search]:
+        found, points, error = made(share)
+        better = error < least
+        scales, zeros, least = (torch.where(better, *both) for both in ((found, scales), (points, zeros), (error, least)))
+    return scales, zeros
+
+
+def _divisible(scales: Tensor) -> Tensor:
+    """Scales with 1 for 0: there all numbers are 0."""
+    return scales.where(scales != 0, 1)

@@ -1,0 +1,250 @@
+"""The modules that a compressed checkpoint is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from winnow.numerics.rounding import multiplied, packed_width, unpacked
+
+
+def has_bias(dense: nn.Module) -> bool:
+    """Whether the module to be replaced has a bias."""
+    return getattr(dense, "bias", None) is not None
+
+
+def index_dtype(channels: int) -> torch.dtype:
+    """The smallest of int16 and int32 that can number so many channels."""
+    return torch.int16 if channels < 2**15 else torch.int32
+
+
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """The channels (the last axis) of x in `order`. For several rows on a CPU `gather` is much faster than `index_select`."""
+    if x.is_cpu and x.numel() > order.numel():
+        return x.gather(-1, order.long().expand(x.shape))
+    return x.index_select(-1, order.int())
+
+
+class CompressedLinear(nn.Module):
+    """A linear map of `in_features` to `out_features` that is stored in another form than its matrix.
+
+    `weight` is an empty tensor. It costs no byte, and makes plain transformers refuse the checkpoint by a size mismatch
+    instead of filling the layer with random numbers.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.empty(0))
+        self.added: LowRankLinear | None = None
+
+    def add(self, right: Tensor, left: Tensor) -> None:
+        """From now on give left right x more, with right (k, in) and left (out, k): in `added`, whatever form the module has."""
+        if "added" not in self._modules:
+            self.register_forward_hook(_with_added)
+        if self.added is not None:
+            right = torch.cat([self.added.right.weight, right])
+            left = torch.cat([self.added.left.weight, left], dim=1)
+        self.added = LowRankLinear(self.in_features, self.out_features, len(right), bias=False).to(left)
+        self.added.right.weight, self.added.left.weight = nn.Parameter(right), nn.Parameter(left)
+
+    def take_back(self, rank: int) -> None:
+        """Undo the last `add`, which was of this rank."""
+        right, left = self.added.right.weight[:-rank], self.added.left.weight[:, :-rank]  # type: ignore[union-attr]
+        self.added = None
+        if len(right):
+            self.add(right, left)
+
+
+def _with_added(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
+    return y if module.added is None else y + module.added(args[0])  # type: ignore[operator]
+
+
+class SharedLinear(nn.Linear):
+    """A linear map that several modules apply to the same input one after the other: the first computes, the others reuse.
+
+    The result is kept for the very tensor it was computed from, as long as neither that tensor nor the weight has changed, and
+    until `readers` modules have had it. Where changes cannot be seen (`torch.inference_mode`) or a graph is built, all compute;
+    compiled code has its own way to find equal products."""
+
+    _kept: tuple[Tensor, Tensor, int, int, Tensor, int] | None  # input, weight, their versions, result, readers to come
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+        self.readers = 1
+        self._kept = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, kept = self.weight, self._kept
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference() or weight.is_inference():
+            return functional.linear(x, weight)
+        version, own = x._version, weight._version
+        if kept is not None and kept[0] is x and kept[1] is weight and kept[2] == version and kept[3] == own:
+            y, left = kept[4], kept[5] - 1
+        else:
+            y, left = functional.linear(x, weight), self.readers - 1
+        # One assignment, which threads cannot see half of; by the dictionary, since a module's own way costs microseconds.
+        self.__dict__["_kept"] = (x, weight, version, own, y, left) if left else None
+        return y
+
+
+class LowRankLinear(CompressedLinear):
+    """y = left (right x) + b, with right (k, in) and left (out, k), both `nn.Linear`; `shared` where other modules use the same
+    right factor on the same input."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, shared: bool = False):
+        super().__init__(in_features, out_features)
+        self.right = SharedLinear(in_features, rank) if shared else nn.Linear(in_features, rank, bias=False)
+        self.left = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(self.right(x))
+
+
+class TwoSidedLinear(CompressedLinear):
+    """y = left (core (input^T x)) + b: core (k, k), left (out, k), and input (in, k), which is stored as the columns of a basis
+    so that it can be the very tensor that is `left.weight` elsewhere."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
+        super().__init__(in_features, out_features)
+        self.input = nn.Parameter(torch.empty(in_features, rank))
+        self.core = nn.Linear(rank, rank, bias=False)
+        self.left = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(self.core(x @ self.input))
+
+
+class SumLinear(CompressedLinear):
+    """y = kept(x) + rest(x); the bias is that of `kept`."""
+
+    def __init__(self, kept: CompressedLinear, rest: nn.Module):
+        super().__init__(kept.in_features, kept.out_features)
+        self.kept = kept
+        self.rest = rest
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kept(x) + self.rest(x)
+
+
+class RowsLinear(CompressedLinear):
+    """y = [right x; left right x][order] + b: `right` (k, in) gives k outputs, `left` (out - k, k) the others from them."""
+
+    order: Tensor
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
+        super().__init__(in_features, out_features)
+        self.right = nn.Linear(in_features, rank, bias=False)
+        self.left = nn.Linear(rank, out_features - rank, bias=False)
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer("order", torch.empty(out_features, dtype=index_dtype(out_features)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.right(x)
+        y = reordered(torch.cat([rows, self.left(rows)], dim=-1), self.order)
+        return y if self.bias is None else y + self.bias
+
+
+class ConcatLinear(CompressedLinear):
+    """y = [part_1 x; part_2 x; ...] (+ b), then channels put into `order` if there is one."""
+
+    order: Tensor
+
+    def __init__(self, parts: dict[str, nn.Module], ordered: int = 0, bias: int = 0):
+        """`ordered`: number of outputs, if they are reordered; `bias`: number of outputs, if a bias is added to them all."""
+        maps: list[Any] = list(parts.values())
+        inputs = next((part.in_features for part in maps if hasattr(part, "in_features")), bias)
+        super().__init__(inputs, ordered or bias or sum(part.out_features for part in maps))
+        self.names = list(parts)
+        for name, part in parts.items():
+            self.add_module(name, part)
+        if ordered:
+            self.register_buffer("order", torch.empty(ordered, dtype=index_dtype(ordered)))
+        self.ordered = bool(ordered)
+        self.bias = nn.Parameter(torch.empty(bias)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self._modules[name](x) for name in self.names], dim=-1)  # type: ignore[misc]
+        if self.ordered:
+            y = reordered(y, self.order)
+        return y if self.bias is None else y + self.bias
+
+
+class SplitLinear(CompressedLinear):
+    """y = part_1 x_1 + part_2 x_2 + ... + b, with x_i consecutive channels, of x or of x in `order`."""
+
+    order: Tensor
+
+    def __init__(self, parts: dict[str, nn.Module], widths: list[int], ordered: bool = False, bias: int = 0):
+        maps: list[Any] = list(parts.values())
+        super().__init__(sum(widths), maps[0].out_features if maps else 0)
+        self.names, self.widths, self.ordered = list(parts), widths, ordered
+        for name, part in parts.items():
+            self.add_module(name, part)
+        if ordered:
+            self.register_buffer("order", torch.empty(sum(widths), dtype=index_dtype(sum(widths))))
+        self.bias = nn.Parameter(torch.empty(bias)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ordered:
+            x = reordered(x, self.order)
+        pieces = x.split(self.widths, dim=-1)
+        y = self._modules[self.names[0]](pieces[0])  # type: ignore[misc]
+        for name, piece in zip(self.names[1:], pieces[1:], strict=True):
+            y = y + self._modules[name](piece)  # type: ignore[misc]
+        return y if self.bias is None else y + self.bias
+
+
+class RoundedLinear(CompressedLinear):
+    """y = ((steps - zero) * scale) x + b: whole numbers (out, in) of 8 bits, or of fewer and packed, and a scale for every
+    `group` inputs of a row, with `zeros` a zero point as well. They are multiplied out at every call, which is exact in float32,
+    and rounded once, to the dtype of x.
+
+    Scales are float16, held as its bits in int16: a cast of the model leaves integers alone, so that they stay what was
+    measured in every dtype, and take two bytes wherever the model is saved."""
+
+    steps: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bits: int, group: int, bias: bool, zeros: bool = False):
+        super().__init__(in_features, out_features)
+        self.bits, self.group, self.zeros = bits, group, zeros
+        dtype, groups = torch.int8 if bits == 8 else torch.uint8, -(-in_features // group)
+        self.register_buffer("steps", torch.empty(out_features, packed_width(in_features, bits), dtype=dtype))
+        self.register_buffer("scale", torch.empty(out_features, groups, dtype=torch.int16))
+        if zeros:
+            self.register_buffer("zero", torch.empty(out_features, packed_width(groups, bits), dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, scale = unpacked(self.steps, self.in_features, self.bits), self.scale.view(torch.float16).float()
+        zeros = unpacked(self.zero, scale.shape[1], self.bits).float() if self.zeros else None
+        weight = multiplied(steps.float(), scale, self.group, zeros)
+        return functional.linear(x, weight.to(x.dtype), self.bias)
+
+
+class Constant(nn.Module):
+    """`width` channels of one value: 1 is the gate of channels that pass unchanged, 0 is what is left of a dropped part."""
+
+    def __init__(self, width: int, value: float):
+        super().__init__()
+        self.out_features, self.value = width, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_full((1,), self.value).expand(*x.shape[:-1], self.out_features)
+
+
+class PartialActivation(nn.Module):
+    """The activation on the first `width` channels; the others pass unchanged."""
+
+    def __init__(self, activation: nn.Module, width: int):
+        super().__init__()
+        self.activation = activation
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.activation(x[..., : self.width]), x[..., self.width :]], dim=-1)

@@ -1,0 +1,375 @@
+"""The typed configuration: what changes a number. One source for the default YAML, the JSON schema and the key table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from winnow.allocation.base import ALLOCATIONS, AllocationOptions
+from winnow.allocation.kinds.uniform import Uniform
+from winnow.data.text_formats import resolved
+from winnow.errors import InputError
+from winnow.evaluation.base import EVALUATIONS, EvaluationOptions, with_kind
+from winnow.evaluation.kinds.classification import Classification
+from winnow.evaluation.kinds.perplexity import Perplexity
+from winnow.metrics.base import METRICS, MetricOptions
+from winnow.models.architectures import GRADIENTS, ROLES, TARGETS, Target, disjoint
+from winnow.options import Name, Strict
+from winnow.planning.config_checks import check_allocations, check_exports, check_targets, check_training
+from winnow.planning.config_errors import Located, described, nearest
+from winnow.planning.config_sources import Source, source_of
+from winnow.planning.ranks import Ranks, Shares
+from winnow.recovery.base import RECOVERIES, RecoveryOptions
+from winnow.recovery.kinds.none import NoRecovery
+from winnow.structures.base import STRUCTURES, StructureOptions
+from winnow.structures.mixed import Mixed
+from winnow.training.options import Tuning
+
+if TYPE_CHECKING:
+    AnyAllocation = AllocationOptions
+    AnyMetric = MetricOptions
+    AnyStructure = StructureOptions
+    AnyRecovery = RecoveryOptions
+    AnyEvaluation = EvaluationOptions
+else:  # unions of what is registered, which a type checker cannot see
+    AnyAllocation, AnyMetric, AnyStructure = ALLOCATIONS.union, METRICS.union, STRUCTURES.union
+    AnyRecovery, AnyEvaluation = RECOVERIES.union, Annotated[EVALUATIONS.union, BeforeValidator(with_kind)]
+UNIFORM = Uniform.Options(kind="uniform")
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Model(Strict):
+    """A model in Hugging Face layout, weights in safetensors."""
+
+    source: str = Field(description="local directory, or hub id (`org/name`) together with `revision`")
+    revision: str | None = Field(
+        None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub repository; required for a hub id"
+    )
+    dtype: Dtype = Field(
+        "float32", description="dtype of the forward passes (statistics, evaluation); stored tensors keep theirs"
+    )
+    shards: int = Field(1, ge=1, description="jobs that the layers are split over when factorised; changes no number")
+    load: Literal["whole", "stream"] = Field(
+        "whole",
+        description="stream: read the weights block by block in statistics and perplexity, for a model larger than memory; "
+        "changes no number beyond rounding",
+    )
+    finetune: Tuning | None = Field(
+        None, description="first train it as a classifier on a task; all that follows is of the tuned model (see below)"
+    )
+
+    def local(self) -> bool:
+        return self.revision is None
+
+
+class Text(Strict):
+    """A text, as rows; from local files or from a hub data set."""
+
+    files: list[str] = Field([], description="local files, in order; or use `dataset`")
+    dataset: str | None = Field(None, description="hub data set id")
+    subset: str | None = Field(None, description="configuration of the hub data set")
+    split: str | None = Field(None, description="split of the hub data set")
+    revision: str | None = Field(
+        None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub data set; required with `dataset`"
+    )
+    format: Literal["raw", "lines", "jsonl", "parquet"] = Field(
+        "raw",
+        description="when absent, jsonl or parquet if the files' names end so; raw: a file is one row; lines: a line is a row "
+        "with its newline, blank lines are empty rows (WikiText as the hub has it)",
+    )
+    column: str = Field("text", description="column of jsonl, parquet or hub rows")
+    separator: str | None = Field(None, description="cuts raw files into rows; it is removed")
+    start: int = Field(0, ge=0, description="first row used")
+    stop: int | None = Field(None, ge=1, description="row after the last one used; all when absent")
+    join: str = Field("\n\n", description="put between rows to make one text")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_format(cls, content: Any) -> Any:
+        return resolved(content)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Text:
+        if bool(self.files) == bool(self.dataset):
+            raise ValueError("give either `files` or `dataset`")
+        if self.dataset and not (self.revision and self.split):
+            raise ValueError("a hub data set needs `split` and a pinned `revision` (40 hexadecimal digits)")
+        return self
+
+
+class Calibration(Strict):
+    """The text that statistics are collected on; never from an evaluation text."""
+
+    text: Name | None = Field(None, description="name of a text; or use `task`")
+    task: Name | None = Field(
+        None,
+        description="name of an evaluation of kind classification: a window is one of its train rows as the classifier gets it, "
+        "its padding not counted, and as long as the task says",
+    )
+    windows: int = Field(128, ge=1, description="number of windows, drawn without replacement")
+    length: int = Field(2048, ge=2, description="tokens per window")
+    seed: int = Field(0, ge=0, description="draws the windows")
+    special_tokens: bool = Field(True, description="as the tokenizer does by default (a BOS in front of the text, if it has one)")
+    first_token: bool = Field(True, description="count the first token of every window, whose activations are often massive")
+    gradient_labels: Literal["model", "text"] = Field(
+        "model", description="labels of the backward pass: drawn from the model (Fisher), or the text's (empirical Fisher)"
+    )
+    precision: Literal["float64", "float32"] = Field(
+        "float64", description="of products and stored moments; float32 halves the bytes and suits wide models (sums are float64)"
+    )
+
+
+class Calibrations(Calibration):
+    """A calibration, or with `seeds` one for every seed, compared as one line."""
+
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="several seeds in the place of `seed`: a calibration each; the tables tell their spread",
+    )
+
+    @model_validator(mode="after")
+    def _seed_or_seeds(self) -> Calibrations:
+        if (self.text is None) == (self.task is None):
+            raise ValueError("give either `text` or `task`")
+        for key in ("length", "special_tokens", "gradient_labels") if self.task else ():
+            if key in self.model_fields_set:
+                raise ValueError(f"leave `{key}` out: with `task` the rows are cut and encoded as for the classifier")
+        if self.seeds is not None and "seed" in self.model_fields_set:
+            raise ValueError("give either `seed` or `seeds`")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("`seeds` holds a seed twice")
+        return self
+
+    def by_seed(self, name: str) -> dict[str, Calibration]:
+        """The calibrations that it stands for: itself, or `name.seed-0`, `name.seed-1`, ..."""
+        content = self.model_dump(exclude={"seed", "seeds"})
+        if self.seeds is None:
+            return {name: Calibration(**content, seed=self.seed)}
+        return {f"{name}.seed-{seed}": Calibration(**content, seed=seed) for seed in self.seeds}
+
+
+class Method(Strict):
+    """How matrices are replaced: a structure fitted in a metric."""
+
+    paper: str | None = Field(None, description="where it was published; for tables, changes no number")
+    structure: AnyStructure = Field(description="what is stored instead of a matrix")
+    metric: AnyMetric | None = Field(
+        None, description="which error the fit minimises; absent for structures that minimise the FFN's output error"
+    )
+    allocation: AnyAllocation | None = Field(
+        None,
+        description="how `keep_bytes` is spread in budgets that do not say it themselves; the factors are those of the same "
+        "method without it",
+    )
+
+    @model_validator(mode="after")
+    def _one_objective(self) -> Method:
+        structure = STRUCTURES[self.structure.kind]
+        if isinstance(self.structure, Mixed.Options) and self.metric is not None:
+            self.members()
+        if structure.objective == "metric" and self.metric is None:
+            raise ValueError(f"{structure.kind()} needs a `metric`; {{kind: weights}} is the error of the weights")
+        if structure.objective != "metric" and self.metric is not None:
+            raise ValueError(f"{structure.kind()} minimises the error of the FFN's output; leave `metric` out")
+        if self.metric and not structure.weighs_outputs and set(METRICS[self.metric.kind].needs) & set(GRADIENTS):
+            raise ValueError(f"{structure.kind()} cannot weigh outputs, as {self.metric.kind} does; use a metric of the inputs")
+        return self
+
+    def members(self) -> list[Method]:
+        """A method for each structure that an allocation chooses between, in the metric of this one if it takes one."""
+        found = STRUCTURES.build(self.structure.model_dump()).alternatives().values()
+        return [
+            Method(paper=None, structure=one.options, metric=self.metric if one.objective == "metric" else None, allocation=None)
+            for one in found
+        ]
+
+    @property
+    def objective(self) -> str:
+        """The metric's kind, or what the structure minimises instead."""
+        return self.metric.kind if self.metric else STRUCTURES[self.structure.kind].objective
+
+
+class Budget(Strict):
+    """How much is kept, of which matrices. Exactly one of `keep_bytes`, `rank`, `rank_fraction`."""
+
+    targets: list[Target] = Field(
+        ["ffn"], min_length=1, description=", ".join(f"`{name}`" for name in TARGETS) + ", or roles: " + ", ".join(ROLES)
+    )
+    keep_bytes: float | None = Field(
+        None, gt=0, le=1, description="stored over dense bytes of the chosen matrices, met within 0.5 %"
+    )
+    rank: Ranks | None = Field(
+        None, description="the same rank for every chosen matrix; or `{target: rank}` in the place of `targets`"
+    )
+    rank_fraction: Shares | None = Field(
+        None,
+        description="rank as a share of the smaller side of each matrix (or of the structure's largest size); or "
+        "`{target: share}` in the place of `targets`",
+    )
+    allocation: AnyAllocation = Field(
+        UNIFORM,
+        description="how `keep_bytes` is spread over the matrices, of methods that do not say it for themselves; kinds below",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_target(cls, content: Any) -> Any:
+        """Ranks by target say which targets there are."""
+        given = [content.get(key) for key in ("rank", "rank_fraction")] if isinstance(content, dict) else []
+        for ranks in (value for value in given if isinstance(value, dict)):
+            if set(content.get("targets", ranks)) != set(ranks):
+                raise ValueError("ranks are given by target; leave `targets` out")
+            disjoint(ranks)
+            content = {**content, "targets": list(ranks)}
+        return content
+
+    @model_validator(mode="after")
+    def _one_currency(self) -> Budget:
+        if sum(v is not None for v in (self.keep_bytes, self.rank, self.rank_fraction)) != 1:
+            raise ValueError("give exactly one of `keep_bytes`, `rank`, `rank_fraction`")
+        if self.keep_bytes is None and self.allocation != UNIFORM:
+            raise ValueError(f"allocation: {self.allocation.kind} spreads bytes; give `keep_bytes`, or leave `allocation` out")
+        return self
+
+    def spread_by(self, method: Method) -> Budget:
+        """The budget as a method spreads it, where only the method says how; else itself."""
+        if method.allocation is None or self.keep_bytes is None or "allocation" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"allocation": method.allocation})
+
+
+class Experiment(Strict):
+    """A grid: the product of the named presets. The dense model is evaluated beside it."""
+
+    models: list[Name] = Field(min_length=1)
+    calibrations: list[Name] = Field(min_length=1)
+    methods: list[Name] = Field(min_length=1)
+    budgets: list[Name] = Field(min_length=1)
+    recoveries: list[Name] = Field(
+        ["none"], min_length=1, description="beside every one but `none` stands the dense model with the same recovery"
+    )
+    evaluations: list[Name] = Field(min_length=1)
+    controls: bool = Field(
+        True, description="beside every method that selects neurons, columns or clusters, the same with a random selection"
+    )
+    export: Literal["none", "dense"] = Field(
+        "none", description="dense: also write every checkpoint multiplied out to dense matrices, for programs without winnow"
+    )
+    export_dtype: Literal["original", Dtype] = Field(
+        "original", description="of the tensors of what `export` writes; original: as the dense model stores them"
+    )
+
+
+class Config(Strict):
+    """Presets by name, and the experiments that combine them."""
+
+    models: dict[Name, Model] = Field(description="what is compressed")
+    texts: dict[Name, Text] = Field(description="where words come from")
+    calibrations: dict[Name, Calibrations] = Field(description="what statistics are collected on")
+    methods: dict[Name, Method] = Field(description="points of the design space: structure x metric")
+    budgets: dict[Name, Budget] = Field(description="how much is kept, of which matrices")
+    recoveries: dict[Name, AnyRecovery] = Field({"none": NoRecovery.Options(kind="none")}, description="what follows compression")
+    evaluations: dict[Name, AnyEvaluation] = Field(description="what is measured: loss, accuracy, latency")
+    experiments: dict[Name, Experiment] = Field(description="products of the names above; `snakemake` runs them all")
+
+    @model_validator(mode="after")
+    def _references(self) -> Config:
+        if "dense" in self.methods:
+            raise Located(("methods", "dense"), "the name is taken by the uncompressed model, which is always evaluated")
+        if "none" in self.recoveries and self.recoveries["none"].kind != "none":
+            raise Located(("recoveries", "none"), "the name says that nothing is done; rename the preset")
+        for section in ("calibrations", "evaluations"):
+            for name, preset in getattr(self, section).items():
+                if isinstance(preset, Calibration | Perplexity.Options) and preset.text is not None:
+                    _known((section, name, "text"), preset.text, self.texts)
+        for name in self.recoveries:
+            self._check_steps(name)
+        for where, task in self.tasks_named().items():
+            _known(where, task, {n: e for n, e in self.evaluations.items() if isinstance(e, Classification.Options)})
+        for name, experiment in self.experiments.items():
+            for section in (s for s in Experiment.model_fields if not s.startswith(("controls", "export"))):
+                for given in getattr(experiment, section):
+                    _known(("experiments", name, section), given, getattr(self, section))
+            for method in experiment.methods if experiment.export == "dense" else []:
+                if reason := STRUCTURES.build(self.methods[method].structure.model_dump()).not_dense():
+                    message = f"{method!r} cannot be written as a dense model: {reason}"
+                    raise Located(("experiments", name, "export"), message, ("methods", method))
+            check_training(self, name, experiment)
+            check_exports(self, name, experiment)
+            check_allocations(self, name, experiment)
+            check_targets(self, name, experiment)
+            for c in experiment.calibrations:
+                for e in experiment.evaluations:
+                    evaluation, text = self.evaluations[e], self.calibrations[c].text
+                    if not isinstance(evaluation, Perplexity.Options):
+                        continue
+                    if text is None:
+                        raise Located(
+                            ("experiments", name),
+                            f"calibration {c!r} is of the rows of a task, which are not compared with the text of evaluation "
+                            f"{e!r}; calibrate on a text",
+                            ("calibrations", c),
+                            ("evaluations", e),
+                        )
+                    if self.texts[text] == self.texts[evaluation.text]:
+                        raise Located(
+                            ("experiments", name),
+                            f"calibration {c!r} and evaluation {e!r} read the same text; calibrate on a text that is not "
+                            "evaluated",
+                            ("calibrations", c),
+                            ("evaluations", e),
+                            ("texts", text),
+                            ("texts", evaluation.text),
+                        )
+        return self
+
+    def steps(self, recovery: str) -> list[str]:
+        """The recoveries, by name and in order, that make what the recovery of this name makes."""
+        after = self.recoveries[recovery].after
+        return [*(self.steps(after) if after else []), recovery]
+
+    def tasks_named(self) -> dict[tuple[str, ...], str]:
+        """{place in the configuration: the task that it names}, of models, calibrations and recoveries."""
+        found: dict[tuple[str, ...], str]
+        found = {("models", n, "finetune", "task"): m.finetune.task for n, m in self.models.items() if m.finetune}
+        for section in ("calibrations", "recoveries"):
+            for name, preset in getattr(self, section).items():
+                if task := getattr(preset, "task", None):
+                    found[section, name, "task"] = task
+        return found
+
+    def _check_steps(self, name: str) -> None:
+        """Raise ValueError for a recovery whose `after` names none, or that would come after itself."""
+        seen, step = [name], self.recoveries[name].after
+        while step is not None:
+            where = ("recoveries", seen[-1], "after")
+            _known(where, step, {n: r for n, r in self.recoveries.items() if r.kind != "none"})
+            if step in seen:
+                message = f"{step!r} would go on from itself; leave `after` out of one of them"
+                raise Located(where, message, *(("recoveries", one) for one in seen))
+            seen.append(step)
+            step = self.recoveries[step].after
+
+
+def random_control(method: Method) -> Method | None:
+    """The method with a random choice of what it selects; None if it selects nothing, or at random already."""
+    control = STRUCTURES.build(method.structure.model_dump()).control()
+    return None if control is None else Method(paper=None, structure=control, metric=method.metric, allocation=method.allocation)
+
+
+def _known(where: tuple[str, ...], name: str, presets: dict[str, Any]) -> None:
+    if name not in presets:
+        raise Located(where, f"there is no {name!r}{nearest(name, presets)}")
+
+
+def load(config: dict[str, Any], parts: Sequence[Source] = ()) -> Config:
+    """Validate a configuration merged of `parts`. Raises InputError, one line: file, key, what is wrong, nearest valid key."""
+    try:
+        return Config.model_validate(config)
+    except ValidationError as error:
+        places, message = described(error, config, Config)
+        where = source_of(places, parts)
+        raise InputError(": ".join(filter(None, [where, ".".join(places[0]), message]))) from error

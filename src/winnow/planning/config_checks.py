@@ -1,0 +1,130 @@
+"""What in an experiment does not go together: checks of a configuration that see several presets at once."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from winnow.allocation.base import ALLOCATIONS
+from winnow.evaluation.kinds.classification import Classification
+from winnow.models.architectures import TARGETS, Matrix
+from winnow.planning.config_errors import Located
+from winnow.recovery.base import Trained
+from winnow.recovery.kinds.sequential import Sequential
+from winnow.structures.base import STRUCTURES
+from winnow.structures.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from winnow.planning.config import Config, Experiment
+
+
+def check_targets(config: Config, name: str, experiment: Experiment) -> None:
+    """Raise Located for a budget's target of which the structure of a method stores no matrix, as far as roles tell: which of
+    them a model has, and what is fitted together, is seen when the model is there."""
+    for method, b in itertools.product(experiment.methods, experiment.budgets):
+        structure = STRUCTURES.build(config.methods[method].structure.model_dump())
+        for target in config.budgets[b].targets:
+            alone = [Matrix(0, role, role, role, (1, 1), False, False) for role in TARGETS.get(target, (target,))]
+            if not any(structure.fits([m]) for m in alone):
+                raise Located(
+                    ("experiments", name),
+                    f"{structure.kind()} ({method}) does not apply to {target!r}, a target of budget {b!r}; give the method an "
+                    "experiment with budgets that leave it out",
+                    ("methods", method),
+                    ("budgets", b),
+                )
+
+
+def check_allocations(config: Config, name: str, experiment: Experiment) -> None:
+    """Raise Located for a method and a budget that do not go together."""
+    for method, b in itertools.product(experiment.methods, experiment.budgets):
+        allocation = ALLOCATIONS.build(config.budgets[b].spread_by(config.methods[method]).allocation.model_dump())
+        structure = STRUCTURES.build(config.methods[method].structure.model_dump())
+        members, both = structure.alternatives().values(), (("methods", method), ("budgets", b))
+        if len(members) > 1 and not (allocation.chooses and allocation.predicts()):
+            raise Located(
+                ("experiments", name),
+                f"{structure.kind()} ({method}) chooses between structures by predicted loss, which budget {b!r} does not; give "
+                "it `keep_bytes`, and it or the method `allocation: {kind: ilp}`",
+                *both,
+            )
+        if allocation.predicts() and not all(member.predicts for member in members):
+            raise Located(
+                ("experiments", name),
+                f"budget {b!r} reads predicted losses, which {structure.kind()} ({method}) does not have; choose another "
+                "`objective` or allocation for it",
+                *both,
+            )
+        if allocation.learns and not isinstance(structure, LowRank):
+            raise Located(
+                ("experiments", name),
+                f"budget {b!r} learns where to cut a product of two factors, which {structure.kind()} ({method}) is not; choose "
+                "another allocation for it, or low_rank or gauge_fixed",
+                *both,
+            )
+        for c in (c for c in experiment.calibrations if config.calibrations[c].task and allocation.learns):
+            raise Located(
+                ("experiments", name),
+                f"budget {b!r} learns from whole windows of a text, calibration {c!r} is of the rows of a task; calibrate on a "
+                "text, or choose another allocation",
+                *both,
+                ("calibrations", c),
+            )
+
+
+def check_exports(config: Config, name: str, experiment: Experiment) -> None:
+    """Raise ValueError for exports that another experiment asks for in another dtype: there is one of each checkpoint."""
+    shared = ("models", "calibrations", "methods", "budgets", "recoveries")
+    for other, one in config.experiments.items():
+        same = all(set(getattr(experiment, section)) & set(getattr(one, section)) for section in shared)
+        if same and one.export == experiment.export == "dense" and one.export_dtype != experiment.export_dtype:
+            raise ValueError(
+                f"experiments.{name}.export_dtype: {other!r} exports the same checkpoints in {one.export_dtype}, not "
+                f"{experiment.export_dtype}; say the same in both, or write one of them with `python -m winnow export --dtype`"
+            )
+
+
+def check_training(config: Config, name: str, experiment: Experiment) -> None:
+    """Raise Located for a recovery that has nothing to train, and where something learns the train rows of another task
+    than the one that is scored: only those of one task are compared with its test rows."""
+    recoveries = [step for r in experiment.recoveries for step in config.steps(r)]
+    for method, r in itertools.product(experiment.methods, recoveries):
+        recovery, structure = config.recoveries[r], STRUCTURES.build(config.methods[method].structure.model_dump())
+        if isinstance(recovery, Trained) and not recovery.norms and (reason := structure.untrainable()):
+            raise Located(
+                ("experiments", name),
+                f"recovery {r!r} has nothing to train in method {method!r}: {reason}; give the recovery `norms: true`, or leave "
+                "one of them out",
+                ("methods", method),
+                ("recoveries", r),
+            )
+        if isinstance(recovery, Sequential.Options) and not structure.refits():
+            raise Located(
+                ("experiments", name),
+                f"recovery {r!r} fits plain factors of low rank anew (as of low_rank, gauge_fixed, basis_sharing), and method "
+                f"{method!r} stores none; use `refine`, or leave one of them out",
+                ("methods", method),
+                ("recoveries", r),
+            )
+    used: list[tuple[str, ...]] = [("models", n, "finetune", "task") for n in experiment.models]
+    used += [("calibrations", n, "task") for n in experiment.calibrations] + [("recoveries", n, "task") for n in recoveries]
+    for c in (c for c in experiment.calibrations if config.calibrations[c].task):
+        for r in (r for r in recoveries if isinstance(config.recoveries[r], Trained | Sequential.Options)):
+            raise Located(
+                ("experiments", name),
+                f"recovery {r!r} works on whole windows of a text, calibration {c!r} is of the rows of a task; calibrate on a "
+                "text, or recover by `finetune`",
+                ("recoveries", r),
+                ("calibrations", c),
+            )
+    named, tasks = config.tasks_named(), {n: e for n, e in config.evaluations.items() if isinstance(e, Classification.Options)}
+    for where, e in ((w, e) for w in used if w in named for e in experiment.evaluations if e in tasks):
+        if tasks[e].training() != tasks[named[where]].training():
+            raise Located(
+                ("experiments", name),
+                f"{'.'.join(where)} learns other train rows than those of evaluation {e!r}, which alone are compared with its "
+                "test rows; name the same `train`, columns and labels",
+                (where[0], where[1]),
+                ("evaluations", e),
+                ("evaluations", named[where]),
+            )

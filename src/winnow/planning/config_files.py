@@ -1,0 +1,263 @@
+"""Files generated from the typed configuration: the default YAML, the JSON schema, and the table of keys."""
+
+from __future__ import annotations
+
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from winnow.allocation.base import ALLOCATIONS
+from winnow.calibration.few_tokens import ENOUGH
+from winnow.data.tokens import PROTOCOLS
+from winnow.errors import InputError
+from winnow.evaluation.base import EVALUATIONS
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import ARCHITECTURES
+from winnow.planning import presets
+from winnow.planning.config import Config, Method, load
+from winnow.recovery.base import RECOVERIES
+from winnow.registry import Registry
+from winnow.structures.base import STRUCTURES
+from winnow.structures.low_rank import LowRank
+from winnow.training.options import Tuning
+
+CONFIG, SCHEMA, README = "config/config.yaml", "workflow/schemas/config.schema.json", "config/README.md"
+
+ALLOCATED = [
+    "All meet `keep_bytes` within 0.5 % of the dense bytes and never exceed it; a matrix that stays dense counts with its dense",
+    "bytes, and allocation.json lists it with size null. The predicted loss of a size is 1/2 tr(F D C D^T) nats per token: D is",
+    "the change of the matrix, C the second moment of its input (with one token more than was seen, at what channels typically",
+    "reach at most, so that nothing unseen goes for free), F that of the loss's gradient in its output; both as expected on",
+    f"other text, where there are fewer than {ENOUGH} calibration tokens per channel. It takes one",
+    "backward pass over the calibration windows, which budgets with other objectives do not ask for; structures that have it: "
+    + ", ".join(f"`{kind}`" for kind, cls in STRUCTURES.items() if cls.predicts)
+    + ". `learned` sizes",
+    "are made by a job of their own for every method and budget (rule `learn_sizes`), of the structures "
+    + ", ".join(f"`{kind}`" for kind, cls in STRUCTURES.items() if issubclass(cls, LowRank))
+    + "; learned.json",
+    "beside allocation.json has the loss, the bytes and the dense matrices at every look at the held-out windows.",
+]
+TEXTS = [
+    "The format of files that end in `.jsonl` (or `.ndjson`) and `.parquet` need not be said, and another one is refused; so are",
+    "packed files, and `.csv` and the like. A file of any other name is plain text, `raw`, unless the configuration says more;",
+    "one whose lines are JSON objects is refused until it does.",
+    "",
+    "Protocols score the rows joined by `join`, so the rows count. Perplexities that papers have of WikiText are of its lines as",
+    "rows, as the hub's data set has them (`Salesforce/wikitext`, `wikitext-2-raw-v1`). Its own files (`wiki.test.raw`) need",
+    "`format: lines` for that, as one row each they have fewer newlines and another perplexity; so a file of that name needs a",
+    "`format`, and a WikiText file of another name the right one.",
+]
+CALIBRATED = [
+    f"With fewer than {ENOUGH} tokens per channel of a matrix's input, what is fitted to the second moment loses more on other",
+    "text than on these tokens, and much more where they are fewer than the channels. `snakemake plan`, the log of the job",
+    "`collect_statistics` and the report say at which inputs, and how many windows would do; predicted losses are then those",
+    "expected on other text.",
+]
+
+
+def default() -> dict[str, Any]:
+    """The embedded default: the demo model, four methods, four byte budgets for FFN and for FFN + attention."""
+    parts = ("calibration", "evaluation")
+    keeps = (0.9, 0.8, 0.6, 0.4)
+    targets = {"ffn": ["ffn"], "all": ["ffn", "attention"]}
+    return {
+        "models": {"demo": {"source": "resources/models/demo"}},
+        "texts": {f"demo_{p}": {"files": [f"resources/texts/demo/{p}.jsonl"], "format": "jsonl"} for p in parts},
+        "calibrations": {"demo": {"text": "demo_calibration", "windows": 128, "length": 256}},
+        "methods": presets.methods(),
+        "budgets": {
+            f"{name}-{keep}": {"targets": roles, "keep_bytes": keep} for name, roles in targets.items() for keep in keeps
+        },
+        "recoveries": presets.recoveries(),
+        "evaluations": {"demo": {"text": "demo_evaluation", "protocol": "p1", "length": 256, "windows": 128}},
+        "experiments": {
+            "demo": {
+                "models": ["demo"],
+                "calibrations": ["demo"],
+                "methods": presets.DEMO,
+                "budgets": [f"{name}-{keep}" for name in targets for keep in keeps],
+                "recoveries": ["none"],
+                "evaluations": ["demo"],
+            }
+        },
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style for mappings and lists of mappings, flow style for the innermost ones; no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _mapping(dumper: yaml.SafeDumper, data: dict) -> yaml.Node:
+    inner = not any(isinstance(v, dict) and v for v in data.values()) and not any(
+        isinstance(v, list) and len(v) > 2 for v in data.values()
+    )
+    return dumper.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=inner)
+
+
+def _sequence(dumper: yaml.SafeDumper, data: list) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=not any(isinstance(v, dict) for v in data))
+
+
+_Dumper.add_representer(dict, _mapping)
+_Dumper.add_representer(list, _sequence)
+
+
+def default_yaml() -> str:
+    """The default configuration with a comment on every section."""
+    content = default()
+    load(content)
+    lines = [
+        "# Generated by `python -m winnow config` from config.py and config_files.py of src/winnow/planning: edit those, or add",
+        "# presets of your own with `snakemake --configfile mine.yaml` (deep merge). All keys are explained in config/README.md.",
+        "# yaml-language-server: $schema=../workflow/schemas/config.schema.json",
+    ]
+    for name, field in Config.model_fields.items():
+        section = yaml.dump({name: content[name]}, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+        lines += ["", f"# {field.description}", section.rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def schema() -> str:
+    return json.dumps(Config.model_json_schema(), indent=1) + "\n"
+
+
+def readme() -> str:
+    """Precedence, the table of keys, and the tables of protocols, structures and metrics."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated by `python -m winnow config`; a test keeps it in step with `src/winnow/planning/config.py`.",
+        "",
+        "Every section is a map from a name of yours to a preset; experiments combine the names. `snakemake` reads",
+        "`config/config.yaml`; `--configfile mine.yaml` merges yours into it, key by key;",
+        "`--replace-workflow-config --configfile mine.yaml` runs yours alone. What changes a number stands here; how a job runs",
+        "(threads, device, memory, batch) stands in `profiles/`.",
+    ]
+    for name, field in Config.model_fields.items():
+        lines += ["", f"## `{name}`", "", f"{field.description}."]
+        registry: Any = {"evaluations": EVALUATIONS, "recoveries": RECOVERIES}.get(name)
+        if registry is None:
+            lines += ["", *_key_rows(typing.get_args(field.annotation)[1])]
+        for kind, cls in (registry or {}).items():
+            lines += ["", f"`kind: {kind}`: {' '.join(str(cls.__doc__).split())}", "", *_key_rows(cls.Options)]
+            if kind == "perplexity":
+                lines += ["", "| protocol | version | rule |", "|---|---|---|"]
+                lines += [f"| `{key}` | {p.version} | {p.rule} |" for key, p in PROTOCOLS.items()]
+        if name == "models":
+            about = " ".join(str(Tuning.__doc__).split())
+            lines += ["", f"`finetune` (fine-tune, compress, and with the recovery of that name fine-tune again): {about}"]
+            lines += ["", *_key_rows(Tuning)]
+            lines += ["", *_families()]
+        lines += {"texts": ["", *TEXTS], "calibrations": ["", *CALIBRATED]}.get(name, [])
+        if name == "budgets":
+            lines += ["", "Allocations:", "", *_kind_rows(ALLOCATIONS, "reference"), "", *ALLOCATED]
+        if name == "methods":
+            lines += [
+                "",
+                "Structures:",
+                "",
+                *_kind_rows(STRUCTURES, "stores"),
+                "",
+                "Metrics:",
+                "",
+                *_kind_rows(METRICS, "reference"),
+                "",
+                "Presets of `config/config.yaml`, by the paper that each comes from. m and n are the outputs and inputs of",
+                "a matrix, d and f those of an FFN, k is the size that a budget buys. Indices take 2 bytes each (4 from",
+                "32,768 channels on).",
+                "",
+                *_preset_rows(),
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _families() -> list[str]:
+    """Which families are known, and what another one takes."""
+    named = ", ".join(f"`{name}`" for name in sorted(ARCHITECTURES))
+    return [
+        f"Families, by the `model_type` of `config.json` (what a folder is called says nothing): {named}.",
+        "",
+        "The transformers class is the one that `architectures` in `config.json` names: a causal language model, a masked one, a",
+        "classifier, or the encoder alone. Perplexity is for models that predict the next token; an encoder has none.",
+        "",
+        "Tensors are matched by transformers' own rules: whatever it loads whole is read, as of a tied model the",
+        "embedding or the head alone. Tensors of other heads are named in the log of `retrieve_model` and left out of the",
+        "checkpoints. Refused, with the cure: quantised weights, a `quantization_config` that was left behind when they",
+        "were merged to 16 bits (delete the key: transformers would load another model than the one that is compressed),",
+        "other keys that change what is computed (the list is `src/winnow/models/config_json.py`), and a compressed checkpoint",
+        "of winnow (export it). The tokenizer must have a vocabulary, and the model an embedding of each of its tokens",
+        "(more is fine); a text that is mostly unknown tokens, or whose windows are all alike, stops the run.",
+        "",
+        "Another family is an entry in `ARCHITECTURES` of `src/winnow/models/architectures.py`, data only: `layers`, the list of",
+        "layers; `modules`, for each role the module below a layer; `activation`, the FFN's. Where they apply: `transposed`",
+        "(weights stored as in, out), `positions` (rows of the position embeddings that no token uses), `experts` and",
+        "`expert_modules` (a mixture). With a tiny configuration of it in `TINY` of `tests/conftest.py`,",
+        "`tests/unit/test_architectures.py` checks the rest.",
+        "",
+        "A fused matrix is one matrix of its own role: `qkv_proj`, and `gate_up_proj`, which structures of whole FFNs cut in",
+        "two and put together again. The experts of a mixture are matrices of their own. Where the fit needs statistics, an",
+        "expert that fewer calibration tokens reached than the matrix has inputs stays dense: it counts in no budget, and",
+        "allocation.json, recipe.yaml and the checkpoint's README list it. In metrics with gradients all experts stay dense, and",
+        "`coupled` refuses them.",
+    ]
+
+
+def _key_rows(model: type[BaseModel]) -> list[str]:
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for key, field in model.model_fields.items():
+        text = "required" if field.is_required() else f"`{_default(field)}`"
+        rows.append(f"| `{key}` | {text} | {field.description} |")
+    return rows
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return json.dumps(value.model_dump() if isinstance(value, BaseModel) else value)
+
+
+def _kind_rows(registry: Registry[Any], column: str) -> list[str]:
+    rows = [f"| kind | options | {column} | what it is |", "|---|---|---|---|"]
+    for kind, cls in registry.items():
+        fields = [(key, f) for key, f in cls.Options.model_fields.items() if key != "kind"]
+        options = "; ".join(f"`{key}` ({_default(f)}): {f.description}" for key, f in fields) or "none"
+        what = " ".join(str(cls.__doc__).split())
+        rows.append(f"| `{kind}` | {options} | {getattr(cls, column)} | {what} |")
+    return rows
+
+
+def _preset_rows() -> list[str]:
+    rows = ["| preset | paper | metric | structure | what is stored | numbers stored |", "|---|---|---|---|---|---|"]
+    for name, content in presets.methods().items():
+        method = Method.model_validate(content)
+        structure = STRUCTURES[method.structure.kind]
+        given = [f"{key}: {_short(value)}" for key, value in content["structure"].items() if key != "kind"]
+        what = f"{structure.kind()} ({', '.join(given)})" if given else structure.kind()
+        options = [f"{key} {value}" for key, value in content.get("metric", {}).items() if key != "kind"]
+        metric = f"{method.objective} ({', '.join(options)})" if options else method.objective
+        rows.append(f"| `{name}` | {method.paper} | {metric} | {what} | {structure.stores} | {structure.formula} |")
+    return rows
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return f"[{', '.join(str(_short(part)) for part in value)}]"
+    return value["kind"] if isinstance(value, dict) else value
+
+
+def generate(root: Path, check: bool) -> None:
+    """Write the generated files below `root`, or with `check` raise InputError if one is out of step."""
+    for name, text in {CONFIG: default_yaml(), SCHEMA: schema(), README: readme()}.items():
+        path = root / name
+        if check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
+            raise InputError(f"{name} is out of step with src/winnow/planning/config.py; run python -m winnow config")
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")

@@ -1,0 +1,109 @@
+"""What a configuration is merged of: files, read strictly, and arguments; and which of them an error is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from winnow.errors import InputError, first_line
+from winnow.io.strict import check_yaml, read_json, read_yaml
+
+ARGUMENTS = ("--config", "-C")
+Place = Sequence[str]  # the keys that lead to something
+
+
+@dataclass(frozen=True)
+class Source:
+    """Presets from one place; `own`: the workflow's own file, which is whole and valid by itself."""
+
+    name: str
+    content: dict[str, Any]
+    own: bool = False
+
+
+def read_source(path: str | Path, own: bool = False) -> Source:
+    """A configuration file, JSON or YAML. Raises InputError, with the line, for a key that stands twice and for a name that YAML
+    reads as something else; and for a file that cannot be read or has no sections."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable: {getattr(error, 'strerror', None) or first_line(error)}") from error
+    try:
+        content = read_json(text)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except ValueError:
+        content = read_yaml(text, str(path), names=True)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: no map of sections, see config/README.md")
+    return Source(str(path), content, own)
+
+
+def sources(
+    own: Iterable[str | Path],
+    given: Iterable[str | Path],
+    config: Mapping[str, Any] | None = None,
+    arguments: Sequence[str] = (),
+) -> list[Source]:
+    """The workflow's own files, those of --configfile, and `config`, what --config gives; the last wins. `arguments`: those of
+    the command line, which have the text that `config` was read from. Raises InputError as `read_source`."""
+    files = [read_source(path, own=True) for path in own] + [read_source(path) for path in given]
+    check_arguments(arguments)
+    return [*files, Source(ARGUMENTS[0], dict(config))] if config else files
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise InputError for a key that stands twice in what --config gives."""
+    given: set[str] = set()
+    listed = False
+    for argument in arguments:
+        flag, assigned, first = argument.partition("=")
+        if argument.startswith("-"):
+            listed = flag in ARGUMENTS
+            argument = first if listed and assigned else ""
+        if not listed or not argument:
+            continue
+        key, _, value = argument.partition("=")
+        if key in given:
+            raise InputError(f"--config: {key} stands twice; keep one of them")
+        given.add(key)
+        check_yaml(value, f"--config {key}")
+
+
+def merged(parts: Iterable[Source]) -> dict[str, Any]:
+    """The configuration as Snakemake merges it: key by key, what comes later wins."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        _merge(found, part.content)
+    return found
+
+
+def _merge(into: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    for key, value in other.items():
+        if isinstance(value, dict):
+            below = into.get(key)
+            into[key] = _merge(below if isinstance(below, dict) else {}, value)
+        else:
+            into[key] = value
+    return into
+
+
+def source_of(places: Iterable[Place], parts: Sequence[Source]) -> str:
+    """The name of the source that an error is about, which is seen at `places`. Of those that hold one of these presets, a user's
+    goes before the workflow's own, which has no error by itself; then the one that holds most of the keys; then the last."""
+
+    def holds(part: Source, place: Place) -> tuple[bool, bool, int]:
+        content, depth = part.content, 0
+        for key in place:
+            if not isinstance(content, dict) or key not in content:
+                break
+            content, depth = content[key], depth + 1
+        return depth >= min(len(place), 2), not part.own, depth
+
+    ranked = [(holds(part, place), number) for place in places for number, part in enumerate(parts)]
+    ((found, _, _), number) = max(ranked, default=((False, False, 0), -1))
+    if not found:
+        number = max((n for n, part in enumerate(parts) if not part.own), default=len(parts) - 1)
+    return parts[number].name if parts else ""

@@ -1,0 +1,95 @@
+"""What a run would do, for people: cells, jobs, bytes, memory, disk and time, before anything is computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from winnow.planning.forecast import GB, Shape, Work, measured_seconds
+from winnow.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MB = 1e6
+
+
+def jobs_of(dry_run: str) -> dict[str, int]:
+    """{rule: jobs} that `snakemake -n` printed; empty if there is nothing to be done."""
+    table = dry_run.partition("Job stats:")[2]
+    rows = re.findall(r"^(\w+) +(\d+)$", table, flags=re.MULTILINE)
+    return {rule: int(count) for rule, count in rows if rule != "total"}
+
+
+def size(count: float) -> str:
+    return f"{count / GB:.1f} GB" if count >= GB else f"{count / MB:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def cells_table(plan: Plan, shapes: dict[str, Shape]) -> Table:
+    """One row per model and budget: how many cells, and the bytes that are asked for."""
+    from rich.table import Table
+
+    table = Table(title="Cells", title_justify="left")
+    for column in ("model", "budget", "targets", "cells", "dense bytes", "asked for", "stored bytes"):
+        table.add_column(column, justify="left" if column in ("model", "budget", "targets") else "right")
+    for model in dict.fromkeys(cell.model for cell in plan.cells):
+        mine = [cell for cell in plan.cells if cell.model == model]
+        shape = shapes.get(model)
+        dense = sum(not cell.method for cell in mine)
+        table.add_row(model, "dense", "all weights", str(dense), f"{shape.bytes:,}" if shape else "unknown", "1", "")
+        budgets = [plan.budget_name(cell.budget) for cell in mine if cell.budget]
+        for name in dict.fromkeys(budgets):
+            budget = plan.config.budgets[name]
+            total = shape.dense_bytes(budget.targets) if shape else None
+            asked = next(
+                f"{key} {value}" for key, value in budget.model_dump().items() if key in CURRENCIES and value is not None
+            )
+            stored = f"{total * budget.keep_bytes:,.0f}" if total and budget.keep_bytes else "by allocation"
+            table.add_row(
+                model,
+                name,
+                "+".join(budget.targets),
+                str(budgets.count(name)),
+                f"{total:,}" if total else "unknown",
+                asked,
+                stored,
+            )
+    return table
+
+
+CURRENCIES = ("keep_bytes", "rank", "rank_fraction")
+
+
+def works_table(works: Iterable[Work], plan: Plan, to_run: dict[str, int], results: Path, rate: float) -> tuple[Table, float]:
+    """(one row per stage and model, seconds of what is to run)."""
+    from rich.table import Table
+
+    table = Table(title="Stages", title_justify="left")
+    for column in ("stage", "model", "jobs", "to run (all models)", "memory, largest", "disk", "seconds a job", "from"):
+        table.add_column(column, justify="left" if column in ("stage", "model", "from") else "right", no_wrap=True)
+    total = 0.0
+    for work in works:
+        measured = measured_seconds(results, work.stage, plan.labels["models"][work.model])
+        each = work.seconds(rate) / work.jobs if measured is None else measured
+        waiting = to_run.get(work.stage, 0)
+        total += each * min(waiting, work.jobs)
+        source = "arithmetic" if measured is None else "earlier jobs"
+        numbers = (size(work.memory), size(work.disk), f"{each:.1f}", source)
+        table.add_row(work.stage, work.model, str(work.jobs), str(waiting) if waiting else "cached", *numbers)
+    return table, total
+
+
+def show(tables: Iterable[Table]) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 140)
+    for table in tables:
+        console.print(table)

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from winnow.recovery.base import Recovery, RecoveryOptions
+from winnow.training.options import Tuning
+
+if TYPE_CHECKING:
+    from winnow.recovery.base import Task
+
+
+class Finetune(Recovery):
+    """Fine-tuning again, with the labels of a classification task: all weights learn its train rows, as a model's `finetune`
+    does before compression, with options of its own."""
+
+    reference = "fine-tuning after compression, as in FWSVD, arXiv 2207.00112"
+
+    class Options(Tuning, RecoveryOptions):
+        whole: ClassVar[bool] = True
+        kind: Literal["finetune"] = Field(description="finetune")
+
+    def recover(self, task: Task) -> dict[str, Any]:
+        from winnow.recovery.finetune import recover
+
+        return recover(task)

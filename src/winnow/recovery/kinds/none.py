@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from winnow.recovery.base import Recovery, RecoveryOptions
+
+if TYPE_CHECKING:
+    from winnow.recovery.base import Task
+
+
+class NoRecovery(Recovery):
+    """The checkpoint is evaluated as compressed."""
+
+    reference = "none"
+
+    class Options(RecoveryOptions):
+        kind: Literal["none"] = Field(description="none")
+        after: None = Field(default=None, description="always null")
+
+    def recover(self, task: Task) -> dict[str, Any]:
+        return {}

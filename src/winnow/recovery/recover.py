@@ -1,0 +1,136 @@
+"""From a checkpoint (or the dense model) to what a recovery works on, and from there to a checkpoint of the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+
+from winnow.calibration.reader import Layers, Statistics
+from winnow.checkpoint.loading import load_model
+from winnow.errors import InputError
+from winnow.io.artifacts import Bundle, write_manifest
+from winnow.io.local_paths import named, without_local
+from winnow.io.resume import Resume
+from winnow.models.architectures import blocks_of
+from winnow.models.files import ModelFiles, tensor_bytes, weight_files
+from winnow.models.weights import SHARD_BYTES, copy_files, write_weights
+from winnow.numerics.linalg import regularized
+from winnow.recovery.base import Task
+
+if TYPE_CHECKING:
+    from winnow.jobs.start import Job
+
+RIDGE = 1e-6  # added to the metric of outputs, as a share of its mean
+SIZES = ("dense_bytes", "stored_bytes", "model_stored_bytes")
+
+
+def task_of(
+    files: ModelFiles,
+    checkpoint: Bundle | None,
+    windows: Tensor,
+    options: Any,
+    first_token: bool,
+    device: str,
+    resume: Resume | None = None,
+    gradients: Layers | None = None,
+) -> Task:
+    """The task of a checkpoint (of a compressed model, or of a recovered dense one), or with None of the dense model itself. Both
+    models are in float32: steps of training get lost in 16 bits. `gradients`: statistics of them, for options that read them."""
+    dense = load_model(files.verify(), "float32", device)
+    model = load_model(checkpoint.verify() if checkpoint else files.directory, "float32", device)
+    modules = [m.module for m in files.matrices]
+    if checkpoint:
+        config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+        modules = list(config.get("quantization_config", {}).get("layers", modules))
+    dtypes = {name: tensor.dtype for name, tensor in _stored(files, checkpoint)}
+    blocks = blocks_of(files.manifest["model_type"], files.tensors)
+    for each in (model, dense):
+        each.requires_grad_(False)
+    outputs = _metric_of_outputs(files, gradients, device) if gradients else None
+    return Task(model, dense, windows, blocks, modules, dtypes, options, first_token, resume, outputs)
+
+
+def _metric_of_outputs(files: ModelFiles, gradients: Layers, device: str) -> Callable[[str], Tensor]:
+    """module -> R (m, m), as in the metric `two_sided`. Raises InputError, naming the module, where that is zero or not there."""
+    statistics = Statistics(gradients, device)
+    matrices = {matrix.module: matrix for matrix in files.matrices}
+
+    def of(module: str) -> Tensor:
+        matrix = matrices[module]
+        if matrix.expert is not None:
+            raise InputError(f"{module}: there are no statistics of gradients of experts; use `outputs: equal`")
+        statistics.keep([matrix])
+        try:
+            gram = statistics.of(matrix, matrix.role, ["gradient_gram"])["gradient_gram"]
+            return regularized(gram, RIDGE, "the second moment of the output's gradient")
+        except FloatingPointError as error:
+            raise InputError(f"{module}: {error}") from error
+
+    return of
+
+
+def _stored(files: ModelFiles, checkpoint: Bundle | None) -> Iterator[tuple[str, Tensor]]:
+    """Every stored tensor by its canonical name."""
+    if checkpoint is None:
+        for name in files.tensors:
+            yield name, files.tensor(name)
+        return
+    for file in weight_files(checkpoint.directory):
+        with safe_open(checkpoint.path(file.name), framework="pt") as stream:
+            for name in stream.keys():
+                yield name, stream.get_tensor(name)
+
+
+def _recovered(files: ModelFiles, checkpoint: Bundle | None, task: Task) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor as it is to be stored: those that may have been trained from the model, the others as they are."""
+    trained = {id(parameter) for parameter in task.parameters().values()}
+    named = dict(task.model.named_parameters(remove_duplicate=False))
+    for name, tensor in _stored(files, checkpoint):
+        if name in named and id(named[name]) in trained:
+            yield name, named[name].detach().to("cpu", tensor.dtype)
+        else:
+            yield name, tensor
+
+
+def write_recovered(
+    directory: Path,
+    files: ModelFiles,
+    checkpoint: Bundle | None,
+    task: Task,
+    recovery: dict[str, Any],
+    report: dict[str, Any],
+    job: Job,
+) -> None:
+    """Write the model of a task as a checkpoint: the same tensors, shapes and dtypes as before the recovery. Its card is written
+    by `cards` beside it, and by `winnow share` into a copy: a change of words there must not train anew.
+
+    `recovery` is its name and options, `report` what it says of itself (recovery.json). Raises RuntimeError if the bytes are
+    others than before."""
+    directory.mkdir(parents=True)
+    total = write_weights(directory, _recovered(files, checkpoint, task), SHARD_BYTES)
+    if checkpoint is None:
+        block = files.dense_bytes(files.matrices)
+        before = sum(tensor_bytes(record) for record in files.tensors.values())
+        sizes = {"dense_bytes": block, "stored_bytes": block, "model_stored_bytes": before}
+    else:
+        sizes = {key: checkpoint.manifest[key] for key in SIZES}
+    if total != sizes["model_stored_bytes"]:
+        raise RuntimeError(f"{total} bytes after the recovery, {sizes['model_stored_bytes']} before it")
+    source = checkpoint.directory if checkpoint else files.directory
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for key in ("torch_dtype", "auto_map"):
+        config.pop(key, None)
+    config = without_local(config) | {"dtype": job.spec["dtype"]}
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    copy_files(files.manifest["files"], files.directory, directory)
+    if (source / "recipe.yaml").is_file():
+        recipe = yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")) | {"recovery": recovery}
+        (directory / "recipe.yaml").write_text(yaml.safe_dump(named(recipe), sort_keys=False), encoding="utf-8")
+    (directory / "recovery.json").write_text(json.dumps({**recovery, **report}, indent=1, allow_nan=False) + "\n", "utf-8")
+    write_manifest(directory, sizes, job.provenance)

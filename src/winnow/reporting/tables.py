@@ -1,0 +1,95 @@
+"""The summary table, one row per evaluated cell, columns as contracted; and the spread over calibration seeds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from winnow.evaluation.spread import over_seeds, paired, tied
+
+# Contract: other people's tools read these columns. New ones are appended.
+COLUMNS = [
+    *("model", "calibration", "method", "structure", "metric", "budget", "allocation", "recovery", "evaluation"),
+    *("keep_requested", "dense_bytes", "stored_bytes", "keep_bytes", "model_dense_bytes", "model_stored_bytes"),
+    *("windows", "tokens", "nll", "nll_se", "perplexity", "delta_nll", "delta_nll_se", "kl", "top1_agreement"),
+    *("checkpoint", "targets"),
+]
+SPREAD = [
+    *("model", "calibration", "method", "structure", "metric", "budget", "allocation", "recovery", "evaluation", "targets"),
+    *("keep_bytes", "seeds", "delta_nll", "delta_nll_seed_se", "delta_nll_window_se", "delta_nll_se"),
+    *("best", "above_best", "above_best_seed_se", "above_best_window_se", "above_best_se", "tie"),
+]
+DENSE = {"delta_nll": 0.0, "delta_nll_se": 0.0, "kl": 0.0, "top1_agreement": 1.0}  # of the dense model to itself
+
+
+def is_dense(row: dict[str, Any]) -> bool:
+    """Whether a row is of the dense model as it is, and not after a recovery."""
+    return row["method"] == "dense" and row["recovery"] == "none"
+
+
+def summary(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """One row per cell: its names (from `rows`) and its numbers (from the result that `row["result"]` names).
+
+    Losses are nats per token, bytes are those of the compressed matrices (`dense_bytes`, `stored_bytes`) and of the
+    whole model. `keep_requested` is empty where the budget is a rank.
+    """
+    table = []
+    for row in rows:
+        result = results[row["result"]]
+        measured = {key: result[key] for key in COLUMNS if key in result}
+        own = DENSE if is_dense(row) else {}
+        table.append({**row, **measured, **own, "keep_bytes": result["stored_bytes"] / result["dense_bytes"]})
+    frame = pd.DataFrame(table).reindex(columns=COLUMNS)
+    return frame.astype({"keep_requested": "float64", "kl": "float64", "top1_agreement": "float64"})
+
+
+def spread(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """One row per compressed configuration, its calibration seeds taken together.
+
+    `delta_nll` (nats per token above dense) and `keep_bytes` are means over seeds. `above_best` is the difference to the
+    method with the lowest `delta_nll` of the same model, calibration, budget, recovery and evaluation, paired by seed and by
+    window. Of each difference: `_seed_se` over seeds (empty with one seed), `_window_se` over windows after averaging the seeds
+    in each window, and `_se`, the root of the sum of their squares: seeds and windows are crossed, so each of the two leaves
+    out what the other sees, and the sum counts their interaction twice, which is the cautious side. `tie`: 0 is within two
+    `_se` of the difference.
+    """
+    dense = {(row["model"], row["evaluation"]): results[row["result"]] for row in rows if is_dense(row)}
+    cells: dict[tuple, dict[str, dict[str, Any]]] = {}  # by what is compared; then by method
+    for row in rows:
+        if row["method"] != "dense":
+            key = tuple(row[name] for name in ("model", "seeds_of", "budget", "recovery", "evaluation"))
+            cell = cells.setdefault(key, {}).setdefault(row["method"], {"row": row, "seeds": {}})
+            cell["seeds"][row["seed"]] = results[row["result"]]
+    table = []
+    for (model, _, _, _, evaluation), methods in cells.items():
+        base = dense[model, evaluation]["per_window"]
+        above = {name: _above(cell["seeds"], dict.fromkeys(cell["seeds"], base)) for name, cell in methods.items()}
+        best = min(above, key=lambda name: above[name][0])
+        windows = {seed: result["per_window"] for seed, result in methods[best]["seeds"].items()}
+        for name, cell in methods.items():
+            found = list(cell["seeds"].values())
+            own = {"calibration": cell["row"]["seeds_of"], "seeds": len(found), "best": best}
+            own["keep_bytes"] = float(np.mean([r["stored_bytes"] / r["dense_bytes"] for r in found]))
+            errors = ("", "_seed_se", "_window_se", "_se")
+            own |= {f"delta_nll{end}": value for end, value in zip(errors, above[name], strict=True)}
+            to_best = _above(cell["seeds"], windows)
+            own |= {f"above_best{end}": value for end, value in zip(errors, to_best, strict=True)}
+            table.append({**cell["row"], **own, "tie": tied(to_best[0], to_best[3])})
+    return pd.DataFrame(table, columns=SPREAD)
+
+
+def _above(seeds: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> tuple[float, float, float, float]:
+    """(mean over seeds of the paired difference of losses, its standard error over seeds, over windows, and both)."""
+    differences = [paired(result["per_window"], others[seed])[0] for seed, result in seeds.items()]
+    own, other = (
+        np.mean([of["nll"] for of in each], axis=0).tolist()
+        for each in ([result["per_window"] for result in seeds.values()], [others[seed] for seed in seeds])
+    )
+    tokens = next(iter(others.values()))["tokens"]
+    _, of_windows = paired({"nll": own, "tokens": tokens}, {"nll": other, "tokens": tokens})
+    of_seeds = over_seeds(differences)
+    both = math.hypot(of_windows, 0.0 if math.isnan(of_seeds) else of_seeds)
+    return float(np.mean(differences)), of_seeds, of_windows, both

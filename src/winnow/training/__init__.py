@@ -1,0 +1,1 @@
+"""Training on the labels of a task."""
