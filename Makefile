@@ -27,6 +27,7 @@ lint: .venv/installed  ## style, types, workflow, and generated files in step wi
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell
 	$(BIN)/python -m winnow config --check
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/lint_workflow.py

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    """One row and one column per package, in the order of the contract in pyproject.toml; a square holds the number of imports."""
+    """One row and one column per package, in the order of the contract in pyproject.toml; a square has the number of imports."""
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"][0]
     rooms = [layer.removeprefix("winnow.") for layer in contract["layers"]]
     graph = grimp.build_graph("winnow", exclude_type_checking_imports=True, cache_dir=None)
@@ -48,7 +48,6 @@ def main() -> None:
         side.set_visible(False)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "rooms.svg", metadata={"Date": None})
-    figure.savefig("/tmp/w/rooms.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_changed_code_versions_and_params_are_named(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     plan = plan_of(root=tmp_path)
     then = json.loads(json.dumps(provenance(plan, "compress")))
-    path = tmp_path / "src" / "winnow" / "allocation.py"
+    path = tmp_path / "src" / "winnow" / "allocation" / "groups.py"
     path.write_text(path.read_text().replace("TOLERANCE = 0.005", "TOLERANCE = 0.006"))
     (line,) = differences(then, plan_of(root=tmp_path))
     assert line.startswith("code: winnow.allocation.groups ")

@@ -126,7 +126,7 @@ def test_few_tokens_take_eigenproblems_to_predict():
 def test_numbers_at_a_time_are_those_of_the_stages():
     from winnow.calibration import statistics
     from winnow.evaluation import perplexity
-    from winnow.models.files import retrieve
+    from winnow.models import retrieve
     from winnow.planning import forecast as f
 
     assert (f.CHECKED, f.PRODUCT, f.STREAMED) == (retrieve.CHUNK, statistics.PRODUCT, perplexity.STREAMED)

@@ -10,8 +10,9 @@ import torch
 from tests.conftest import pico
 from tests.unit.test_allocations import allocated, random_groups, refused
 from tests.unit.test_checkpoint import logits, statistics
+from winnow.allocation import learning, masks
 from winnow.allocation.base import ALLOCATIONS, stored_bytes
-from winnow.allocation.groups import TOLERANCE, allocate, chosen_groups, learned_choice, learning, masks, summarize
+from winnow.allocation.groups import TOLERANCE, allocate, chosen_groups, learned_choice, summarize
 from winnow.allocation.learning import learn, put_masked
 from winnow.allocation.masks import Sizes
 from winnow.checkpoint.in_memory import put

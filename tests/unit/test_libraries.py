@@ -18,6 +18,7 @@ from tests.unit.test_plan import plan_of, wildcards_of
 from winnow import __main__ as command_line
 from winnow.allocation.base import ALLOCATIONS
 from winnow.errors import InputError
+from winnow.evaluation.base import EVALUATIONS
 from winnow.planning import fingerprints as sources
 from winnow.planning.explain import differences
 from winnow.planning.plan import STAGES
@@ -155,9 +156,12 @@ def found_by(module: str) -> frozenset[str]:
     return frozenset(imports(ast.parse(file.read_text(encoding="utf-8")).body)) if file else frozenset()
 
 
-def libraries_of(script: Path) -> set[str]:
-    """The libraries that a script has imported when it begins its job."""
-    todo, seen, libraries = list(imports(ast.parse(script.read_text(encoding="utf-8")).body)), set(), set()
+def libraries_of(file: Path, inside: bool = False) -> set[str]:
+    """The libraries that a script has imported when it begins its job; of a plug-in, also those that it imports `inside`
+    functions."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if inside and isinstance(node, ast.FunctionDef)]
+    todo, seen, libraries = [name for body in [tree, *functions] for name in imports(body.body)], set(), set()
     while todo:
         name = todo.pop()
         if name in seen:
@@ -173,10 +177,17 @@ def libraries_of(script: Path) -> set[str]:
 
 def test_what_is_imported_is_followed():
     assert {"matplotlib", "pandas"} <= libraries_of(ROOT / "scripts" / "figures.py")
-    assert {"lm-eval", "transformers"} <= libraries_of(ROOT / "scripts" / "evaluate_accuracy.py")
+    accuracy = ROOT / "src" / "winnow" / "evaluation" / "kinds" / "accuracy.py"
+    assert {"lm-eval", "transformers"} <= libraries_of(accuracy, inside=True)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
 def test_a_script_imports_what_its_stage_asks_for(script):
     """So a library that is missing is said when jobs are planned, and no script ends in a traceback before it has begun."""
     assert libraries_of(script) <= {*required(), *STAGES.get(script.stem, ())}
+
+
+@pytest.mark.parametrize("kind", EVALUATIONS)
+def test_an_evaluation_names_the_libraries_that_it_imports(kind):
+    file = ROOT / "src" / Path(*EVALUATIONS.module(kind).split(".")).with_suffix(".py")
+    assert libraries_of(file, inside=True) <= {*required(), *STAGES[f"evaluate_{kind}"], *STAGES["tables"]}

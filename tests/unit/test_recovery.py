@@ -453,11 +453,12 @@ def test_an_edit_of_a_kind_reaches_its_own_recoveries_only():
     wildcards = {"model": labels["models"]["demo"], "method": labels["methods"]["svd"], "budget": labels["budgets"]["ffn-0.8"]}
     codes = {n: plan.fingerprint("recover", {**wildcards, "recovery": labels["recoveries"][n]}) for n in ("refine", "distill")}
     modules = {name: {line.split()[0] for line in code} for name, code in codes.items()}
-    assert {"winnow.recovery.refine", "winnow.recovery.training", "winnow.recovery.options", "recover.py"} <= modules["refine"]
+    assert {"winnow.recovery.refine", "winnow.recovery.training", "winnow.recovery.kinds.refine", "recover.py"} <= modules[
+        "refine"
+    ]
     assert "winnow.recovery.distill" in modules["distill"] - modules["refine"]
     assert "winnow.recovery.refine" not in modules["distill"]
-    options = [dict(line.split() for line in code)["winnow.recovery.options"] for code in codes.values()]
-    assert options[0] != options[1], "of the options, too, only those of the kind count"
+    assert "winnow.recovery.kinds.refine" not in modules["distill"], "of the options, too, only those of the kind count"
     others = {stage: plan.fingerprint(stage, wildcards) for stage in ("compress", "evaluate_perplexity")}
     assert not any("recover" in line for code in others.values() for line in code)
 
@@ -486,7 +487,7 @@ def test_options_are_checked_in_one_line():
     with pytest.raises(InputError, match=r"recoveries\.none: the name says that nothing is done"):
         plan_of(lambda c: c["recoveries"].update(none={"kind": "refine"}))
     for kind, cls in RECOVERIES.items():
-        options = cls(kind=kind, **({"task": "some"} if kind == "finetune" else {}))
+        options = cls.Options(kind=kind, **({"task": "some"} if kind == "finetune" else {}))
         assert recovery_of(options.model_dump()).options == options, "what the plan resolves is what the job reads"
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from winnow.jobs.slurm import MOST, TAIL, stopped
+from winnow.jobs.stopped import MOST, TAIL, stopped
 
 CANCELLED = "slurmstepd-n1: error: *** JOB 16 ON n1 CANCELLED AT 2026-11-25T19:26:46{} ***\n"
 POLLED = "slurmstepd-n1: error: StepId=20.0 exceeded memory limit (408043520 > 314572800), being killed\n"

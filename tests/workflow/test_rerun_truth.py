@@ -269,7 +269,9 @@ def test_results_without_snakemakes_record_are_judged_by_what_stands_in_them(res
         refused = restored.run("-n")
         assert refused.returncode == 1
         (line,) = [line for line in refused.stderr.splitlines() if line.startswith("winnow: ")]
-        assert re.search(r"pico-\w+/few-\w+/\S+: code: winnow\.calibration\.statistics \w+ then, \w+ now, and Snakemake's own record", line)
+        assert re.search(
+            r"pico-\w+/few-\w+/\S+: code: winnow\.calibration\.statistics \w+ then, \w+ now, and Snakemake's own record", line
+        )
         assert restored.planned("--forceall") == EVERYTHING
         shutil.rmtree(restored.folder / "results" / "figures")
         restored.edit(

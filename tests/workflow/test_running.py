@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.workflow.test_rerun_truth import Place
 from winnow.errors import InputError
-from winnow.io.artifacts import artifacts as io
+from winnow.io import artifacts as io
 from winnow.jobs import code as running
 from winnow.planning.fingerprints import CodeTracker
 

@@ -57,8 +57,9 @@ def results_of(kind):
 
 
 def table_of(kind):
-    """The table of a kind of evaluation, if the experiments have any."""
-    return [f"results/tables/{kind}.csv"] if PLAN.cells_of(kind) else []
+    """The table of a kind of evaluation, if it has one of its own and the experiments have any."""
+    tabulated = EVALUATIONS[kind].tabulates() and PLAN.cells_of(kind)
+    return [f"results/tables/{kind}.csv"] if tabulated else []
 
 
 def moments_of_cells():
@@ -128,11 +129,6 @@ def overlaps_of_cells():
 def outcome():
     """What a whole run makes: the table of every kind of evaluation in the experiments, of losses what is drawn and the
     checkpoints' cards, and the exports that are asked for."""
-    made = {
-        "perplexity": [rules.cards, rules.tables, rules.figures, rules.report],
-        "latency": [rules.tabulate_latency],
-        "accuracy": [rules.tabulate_accuracy],
-        "classification": [rules.tabulate_classification],
-    }
-    tables = [one.output for kind in made if PLAN.cells_of(kind) for one in made[kind]]
-    return [tables, rules.exports.input]
+    drawn = [rules.cards, rules.tables, rules.figures, rules.report]
+    losses = [one.output for one in drawn] if PLAN.cells_of(PLAIN) else []
+    return [losses, *map(table_of, EVALUATIONS), rules.exports.input]

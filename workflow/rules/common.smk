@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from winnow.planning.config import load
 from winnow.planning.config_sources import sources
 from winnow.errors import InputError
+from winnow.evaluation.base import EVALUATIONS, PLAIN
 from winnow.planning.plan import Plan
 from winnow.studies.base import STUDIES, study_of
 from winnow.planning.fingerprints import MEMORY
@@ -113,7 +114,7 @@ def print_stopped():
     """One line for each job that a cluster stopped in this run; retries may have finished what it was to do."""
     logs = getattr(workflow.executor_settings, "logdir", None)
     if logs and Path(logs).is_dir():
-        from winnow.jobs.slurm import stopped
+        from winnow.jobs.stopped import stopped
 
         for line in stopped(Path(logs), BEGAN):
             print(f"winnow: {line}", file=sys.stderr)

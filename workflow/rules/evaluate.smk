@@ -1,100 +1,117 @@
-# needs: models or checkpoints, windows of evaluation tokens      makes: perplexity JSON, cards with the numbers
-# steps: evaluate_perplexity, for compressed models; by the same script evaluate_dense, for the dense one, and
-#        evaluate_perplexity_healed, for the dense one after a recovery; cards
+# needs: models or checkpoints, and what a kind of evaluation reads      makes: a JSON file per cell
+# steps, of every kind of evaluation: evaluate_<kind>_dense for the dense model (evaluate_dense of perplexity), evaluate_<kind> for
+#        compressed ones, evaluate_<kind>_healed for the dense one after a recovery
 
 
-rule evaluate_dense:
-    """Loss of the dense model: the row that every other is compared with."""
-    input:
-        model="results/{model}/model.json",
-        tokens="results/{model}/tokens/{evaluation}.safetensors",
-    output:
-        "results/{model}/dense/{evaluation}.json",
-    log:
-        "results/logs/evaluate_dense/{model}/{evaluation}.log",
-    benchmark:
-        "results/benchmarks/evaluate_dense/{model}/{evaluation}.tsv"
-    wildcard_constraints:
-        evaluation=PLAN.pattern("evaluations", kind="perplexity"),
-    threads: 1
-    resources:
-        gpu=1,
-        batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
-        stream=streamed,  # 1: the weights of one block at a time, as the model's `load` says
-        mem_mb=memory("evaluate_dense", 16000),
-        runtime=minutes(60),
-    params:
-        **stage("evaluate_perplexity"),
-    script:
-        "../../scripts/evaluate_perplexity.py"
+READ = {  # what an evaluation can read beside the model
+    "tokens": "results/{model}/tokens/{evaluation}.safetensors",
+    "tasks": "results/tasks/{evaluation}.json",
+    "files": task_files,
+    "test": rows_of_task("test.parquet"),
+    "facts": rows_of_task("task.json"),
+}
+OVERLAP = {
+    "tokens": overlap_check,
+    "test": rows_check,
+}  # that the calibration shares nothing with it
+CELL = "{model}/{calibration}/{method}/{budget}/{recovery}"
+HEALED = "{model}/{calibration}/dense/{recovery}"
 
 
-rule evaluate_perplexity:
-    """Loss of a compressed model, paired by window with the dense model's."""
-    input:
-        model="results/{model}/model.json",
-        tokens="results/{model}/tokens/{evaluation}.safetensors",
-        dense="results/{model}/dense/{evaluation}.json",
-        checkpoint=evaluated_checkpoint,
-        overlap=overlap_check,
-    output:
-        "results/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.json",
-    log:
-        "results/logs/evaluate_perplexity/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.log",
-    benchmark:
-        "results/benchmarks/evaluate_perplexity/{model}/{calibration}/{method}/{budget}/{recovery}/{evaluation}.tsv"
-    wildcard_constraints:
-        evaluation=PLAN.pattern("evaluations", kind="perplexity"),
-    threads: 1
-    resources:
-        gpu=1,
-        batch_tokens=4096,  # per forward pass; --set-resources changes it, and no number beyond rounding
-        stream=streamed,  # 1: the weights of one block at a time, as the model's `load` says
-        mem_mb=memory("evaluate_perplexity", 24000),  # the compressed and the dense model
-        runtime=minutes(60),
-    params:
-        **stage("evaluate_perplexity"),
-    script:
-        "../../scripts/evaluate_perplexity.py"
+def read_by_evaluation(kind, checkpoint=None):
+    """The inputs of a rule that evaluates: the dense model, or a checkpoint."""
+    evaluation = EVALUATIONS[kind]
+    found = {name: READ[name] for name in evaluation.reads}
+    if checkpoint:
+        found |= {"checkpoint": checkpoint}
+        found |= {
+            "overlap": OVERLAP[name] for name in evaluation.reads if name in OVERLAP
+        }
+        if evaluation.paired:
+            found |= {"dense": "results/{model}/dense/{evaluation}.json"}
+    return {"model": "results/{model}/model.json", **found}
 
 
-use rule evaluate_perplexity as evaluate_perplexity_healed with:
-    input:
-        model="results/{model}/model.json",
-        tokens="results/{model}/tokens/{evaluation}.safetensors",
-        dense="results/{model}/dense/{evaluation}.json",
-        checkpoint="results/{model}/{calibration}/dense/{recovery}/checkpoint/manifest.json",
-        overlap=overlap_check,
-    output:
-        "results/{model}/{calibration}/dense/{recovery}/{evaluation}.json",
-    log:
-        "results/logs/evaluate_perplexity_healed/{model}/{calibration}/{recovery}/{evaluation}.log",
-    benchmark:
-        "results/benchmarks/evaluate_perplexity_healed/{model}/{calibration}/{recovery}/{evaluation}.tsv"
+def asked_by_evaluation(kind, name, compressed):
+    """The resources of a rule that evaluates. A batch changes no number beyond rounding; `stream` is 1 where the weights of one
+    block are in memory at a time, as the model's `load` says."""
+    evaluation = EVALUATIONS[kind]
+    streams = {"stream": streamed} if evaluation.streams else {}
+    return {
+        **evaluation.batch,
+        **streams,
+        "mem_mb": memory(name, evaluation.memory_mb[compressed]),
+        "runtime": minutes(evaluation.minutes),
+    }
 
 
-rule perplexity:
-    """Perplexity of all cells that measure it, dense ones included."""
-    input:
-        results_of("perplexity"),
+for kind, evaluation in EVALUATIONS.items():
+    dense = "evaluate_dense" if kind == PLAIN else f"evaluate_{kind}_dense"
 
+    rule:
+        name:
+            dense
+        input:
+            **read_by_evaluation(kind),
+        output:
+            "results/{model}/dense/{evaluation}.json",
+        log:
+            f"results/logs/{dense}/{{model}}/{{evaluation}}.log",
+        benchmark:
+            f"results/benchmarks/{dense}/{{model}}/{{evaluation}}.tsv"
+        wildcard_constraints:
+            evaluation=PLAN.pattern("evaluations", kind=kind),
+        threads: ALL_CORES if evaluation.alone else 1
+        resources:
+            **asked_by_evaluation(kind, dense, 0),
+            gpu=1,
+        params:
+            **stage(f"evaluate_{kind}"),
+        script:
+            "../../scripts/evaluate.py"
 
-rule cards:
-    """The README of every checkpoint with its numbers, which are known only after the checkpoint is finished."""
-    input:
-        results=rules.perplexity.input,  # they change with the checkpoints that the cards describe
-    output:
-        "results/cards.json",  # the cards, {recovery}/README.md, are as many as cells: Snakemake would keep a record of each
-    log:
-        "results/logs/cards.log",
-    benchmark:
-        "results/benchmarks/cards.tsv"
-    localrule: True
-    threads: 1
-    resources:
-        mem_mb=1000,
-        runtime=10,
-    params:
-        **stage("cards"),
-    script:
-        "../../scripts/cards.py"
+    rule:
+        name:
+            f"evaluate_{kind}"
+        input:
+            **read_by_evaluation(kind, evaluated_checkpoint),
+        output:
+            f"results/{CELL}/{{evaluation}}.json",
+        log:
+            f"results/logs/evaluate_{kind}/{CELL}/{{evaluation}}.log",
+        benchmark:
+            f"results/benchmarks/evaluate_{kind}/{CELL}/{{evaluation}}.tsv"
+        wildcard_constraints:
+            evaluation=PLAN.pattern("evaluations", kind=kind),
+        threads: ALL_CORES if evaluation.alone else 1
+        resources:
+            **asked_by_evaluation(kind, f"evaluate_{kind}", 1),
+            gpu=1,
+        params:
+            **stage(f"evaluate_{kind}"),
+        script:
+            "../../scripts/evaluate.py"
+
+    if evaluation.recovered:
+
+        rule:
+            name:
+                f"evaluate_{kind}_healed"
+            input:
+                **read_by_evaluation(kind, f"results/{HEALED}/checkpoint/manifest.json"),
+            output:
+                f"results/{HEALED}/{{evaluation}}.json",
+            log:
+                f"results/logs/evaluate_{kind}_healed/{{model}}/{{calibration}}/{{recovery}}/{{evaluation}}.log",
+            benchmark:
+                f"results/benchmarks/evaluate_{kind}_healed/{{model}}/{{calibration}}/{{recovery}}/{{evaluation}}.tsv"
+            wildcard_constraints:
+                evaluation=PLAN.pattern("evaluations", kind=kind),
+            threads: 1
+            resources:
+                **asked_by_evaluation(kind, f"evaluate_{kind}_healed", 1),
+                gpu=1,
+            params:
+                **stage(f"evaluate_{kind}"),
+            script:
+                "../../scripts/evaluate.py"

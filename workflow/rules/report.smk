@@ -5,7 +5,7 @@
 rule tables:
     """One row per evaluated cell; and one per configuration, with the spread over its calibration seeds."""
     input:
-        rules.perplexity.input,
+        results_of("perplexity"),
     output:
         summary=multiext("results/tables/summary", ".csv", ".parquet"),
         spread=multiext("results/tables/spread", ".csv", ".parquet"),
@@ -56,7 +56,7 @@ rule report:
         frontier="results/figures/frontier.svg",
         ranking="results/figures/ranking.svg",
         spectra="results/figures/effective_rank.svg",
-        results=rules.perplexity.input,
+        results=results_of("perplexity"),
         overlaps=overlaps_of_cells(),
         moments=moments_of_cells(),
     output:

@@ -19,7 +19,7 @@ from winnow.calibration.clusters import Clustering
 from winnow.data.task_files import files_of
 from winnow.data.text_formats import has_objects
 from winnow.errors import InputError
-from winnow.evaluation.base import PLAIN
+from winnow.evaluation.base import EVALUATIONS, PLAIN
 from winnow.evaluation.kinds.classification import Classification
 from winnow.evaluation.kinds.perplexity import Perplexity
 from winnow.metrics.base import METRICS
@@ -116,7 +116,7 @@ class Grid:
                 e.models, e.evaluations, self._seeds(e.calibrations), recoveries
             ):
                 kind = self.config.evaluations[evaluation].kind
-                if kind != "latency":  # its matrices are the dense model's
+                if EVALUATIONS[kind].recovered:
                     healed[Cell(model, evaluation, calibration, recovery=recovery, kind=kind)] = None
             methods = [name for m in e.methods for name in (m, self.controls.get(m) if e.controls else None) if name]
             seeds = self._seeds(e.calibrations)

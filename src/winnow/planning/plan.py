@@ -9,6 +9,7 @@ from typing import Any
 
 from winnow.allocation.base import ALLOCATIONS
 from winnow.data.tokens import PROTOCOLS
+from winnow.evaluation.base import EVALUATIONS, PLAIN
 from winnow.io.artifacts import file_digest
 from winnow.metrics.base import METRICS
 from winnow.planning.config import Calibration, Config
@@ -47,16 +48,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "compress": (*TORCH, *TABLES),
     "recover": HUGGING_FACE,
     "export_dense": HUGGING_FACE,
-    "evaluate_perplexity": HUGGING_FACE,
-    "evaluate_latency": HUGGING_FACE,
     "retrieve_tasks": TASKS,
-    "evaluate_accuracy": (*HUGGING_FACE, *TASKS, "accelerate"),
-    "evaluate_classification": (*HUGGING_FACE, *TABLES),
     "cards": (),
     "tables": TABLES,
-    "tabulate_accuracy": TABLES,
-    "tabulate_latency": TABLES,
-    "tabulate_classification": TABLES,
     "figures": ("matplotlib", *TABLES),
     "report": ("jinja2", *TABLES),
     "measure_study": (*HUGGING_FACE, "scikit-learn"),
@@ -65,17 +59,19 @@ STAGES: dict[str, tuple[str, ...]] = {
     "demo_texts": (),
     "demo_model": HUGGING_FACE,
 }
+# Stages of a kind of evaluation, which share a script.
+OF_KINDS = [("evaluate", kind) for kind in EVALUATIONS]
+OF_KINDS += [("tabulate", kind) for kind, cls in EVALUATIONS.items() if cls.tabulates()]
+STAGES |= {f"evaluate_{kind}": (*HUGGING_FACE, *cls.libraries) for kind, cls in EVALUATIONS.items()}
+STAGES |= {f"tabulate_{kind}": TABLES for script, kind in OF_KINDS if script == "tabulate"}
 CLAIMS = Path("resources/claims.yaml")
 ALLOCATING = ("predict_in_rounds", "learn_sizes", "compress")  # stages that reach the file of the budget's allocation
-DENSE = {  # rules by the same script
-    "evaluate_dense": "evaluate_perplexity",
-    "evaluate_perplexity_healed": "evaluate_perplexity",
-    "evaluate_accuracy_dense": "evaluate_accuracy",
-    "evaluate_accuracy_healed": "evaluate_accuracy",
+DENSE = {  # rules of the same stage
+    "evaluate_dense": f"evaluate_{PLAIN}",
+    **{f"evaluate_{kind}_dense": f"evaluate_{kind}" for kind in EVALUATIONS if kind != PLAIN},
+    **{f"evaluate_{kind}_healed": f"evaluate_{kind}" for kind, cls in EVALUATIONS.items() if cls.recovered},
     "recover_dense": "recover",
     "export_dense_recovered": "export_dense",
-    "evaluate_classification_dense": "evaluate_classification",
-    "evaluate_classification_healed": "evaluate_classification",
     "check_rows": "check_overlap",
 }
 TEMPLATES = Path(__file__).parents[1] / "reporting/templates"
@@ -115,8 +111,12 @@ class Plan(StudyGrid):
 
     def spec(self, stage: str, wildcards: dict[str, str]) -> dict[str, Any]:
         """The parameters of a stage: builtin types only, keys sorted."""
-        of_stage = getattr(self, f"_spec_{stage}", None)
-        return json.loads(json.dumps(of_stage(wildcards) if of_stage else {}, sort_keys=True))
+        script, _, kind = stage.partition("_")
+        if (script, kind) in OF_KINDS:
+            found = self._evaluate(kind, wildcards) if script == "evaluate" else self._tabulate(kind)
+        else:
+            found = getattr(self, f"_spec_{stage}", lambda _: {})(wildcards)
+        return json.loads(json.dumps(found, sort_keys=True))
 
     def fingerprint(self, stage: str, wildcards: dict[str, str]) -> list[str]:
         """Digests of the stage's script and of every project module that it reaches."""
@@ -128,7 +128,10 @@ class Plan(StudyGrid):
     def _fingerprint(
         self, stage: str, method: str | None, allocation: str | None, recovery: str | None, study: str | None
     ) -> tuple[str, ...]:
-        entries = [f"{stage}.py", *([STUDIES.module(study)] if study else [])]
+        script, _, kind = stage.partition("_")
+        of_kind = (script, kind) in OF_KINDS
+        entries = [f"{script}.py", EVALUATIONS.module(kind)] if of_kind else [f"{stage}.py"]
+        entries += [STUDIES.module(study)] if study else []
         if allocation is not None:
             entries.append(ALLOCATIONS.module(allocation))
         if recovery is not None:
@@ -289,32 +292,15 @@ class Plan(StudyGrid):
             "dtype": model.dtype,
         }
 
-    def _spec_evaluate_perplexity(self, w: dict[str, str]) -> dict[str, Any]:
-        evaluation = self.preset("evaluations", w["evaluation"])
-        spec = evaluation.model_dump(include={"protocol", "length", "stride", "compare"})
-        rule = PROTOCOLS[evaluation.protocol]
+    def _evaluate(self, kind: str, w: dict[str, str]) -> dict[str, Any]:
+        """What a measurement depends on, and not what it runs on: device, threads and kernels are in the result."""
+        evaluation = EVALUATIONS.build(self.preset("evaluations", w["evaluation"]).model_dump())
         recovery = {"recovery": self._recovery(w["recovery"])} if "recovery" in w else {}
-        dtype = self.preset("models", w["model"]).dtype
-        return {**spec, **recovery, "dtype": dtype, "protocol_version": rule.version, "rule": rule.rule}
-
-    def _spec_evaluate_latency(self, w: dict[str, str]) -> dict[str, Any]:
-        """What is run, and not on what: device, threads and kernels are in the result, and times are never the same bits."""
-        spec = self.preset("evaluations", w["evaluation"]).model_dump(exclude={"kind"})
-        recovery = {"recovery": self._recovery(w["recovery"])} if "recovery" in w else {}
-        return {**spec, **recovery, "dtype": self.preset("models", w["model"]).dtype}
+        given = {"name": self.names["evaluations"][w["evaluation"]], "kind": kind}
+        return {**given, **evaluation.spec(), **recovery, "dtype": self.preset("models", w["model"]).dtype}
 
     def _spec_retrieve_tasks(self, w: dict[str, str]) -> dict[str, Any]:
         return self.preset("evaluations", w["evaluation"]).model_dump(exclude={"kind"})
-
-    def _spec_evaluate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
-        recovery = {"recovery": self._recovery(w["recovery"])} if "recovery" in w else {}
-        return {**self._spec_retrieve_tasks(w), **recovery, "dtype": self.preset("models", w["model"]).dtype}
-
-    def _spec_evaluate_classification(self, w: dict[str, str]) -> dict[str, Any]:
-        evaluation = self.preset("evaluations", w["evaluation"]).model_dump(include={"length", "limit"})
-        recovery = {"recovery": self._recovery(w["recovery"])} if "recovery" in w else {}
-        name, dtype = self.names["evaluations"][w["evaluation"]], self.preset("models", w["model"]).dtype
-        return {"task": name, **evaluation, **recovery, "dtype": dtype}
 
     def _spec_demo_model(self, w: dict[str, str]) -> dict[str, Any]:
         return DEMO_MODEL
@@ -362,14 +348,8 @@ class Plan(StudyGrid):
     def _spec_tables(self, w: dict[str, str]) -> dict[str, Any]:
         return {"rows": [self._row(cell) for cell in self.cells_of("perplexity")]}
 
-    def _spec_tabulate_latency(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"rows": [self._row(cell) for cell in self.cells_of("latency")]}
-
-    def _spec_tabulate_accuracy(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"rows": [self._row(cell) for cell in self.cells_of("accuracy")]}
-
-    def _spec_tabulate_classification(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"rows": [self._row(cell) for cell in self.cells_of("classification")]}
+    def _tabulate(self, kind: str) -> dict[str, Any]:
+        return {"kind": kind, "rows": [self._row(cell) for cell in self.cells_of(kind)]}
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         """What a table says of a cell before anything is measured."""

@@ -1,16 +1,26 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from winnow.evaluation.base import FORMATS, Evaluation, EvaluationOptions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from winnow.evaluation.base import Given
 
 
 class Accuracy(Evaluation):
     """Tasks of lm-eval (EleutherAI's harness), paired by document with the dense model."""
 
     reference = "lm-eval, EleutherAI's evaluation harness"
+
+    libraries = ("datasets", "lm-eval", "accelerate")
+    reads = ("tasks", "files")
+    batch = {"batch_requests": 8}
+    minutes = 240
 
     class Options(EvaluationOptions):
         kind: Literal["accuracy"] = Field(description="accuracy")
@@ -37,3 +47,27 @@ class Accuracy(Evaluation):
                     if not file.endswith(FORMATS):
                         raise ValueError(f"`files`: {file}: the name must end in one of {', '.join(FORMATS)}")
             return self
+
+    @classmethod
+    def measure(cls, given: Given) -> dict[str, Any]:
+        """Scores on tasks, per document, beside the dense model's."""
+        from winnow.data.tasks import check_documents, load_tasks, stay_offline
+        from winnow.data.tokens import load_tokenizer
+        from winnow.evaluation.accuracy import against, score
+        from winnow.io.artifacts import read_json
+
+        stay_offline()
+        spec, facts = given.spec, read_json(given.inputs["tasks"])["tasks"]
+        tasks = load_tasks(spec)
+        check_documents(tasks, facts, spec["limit"])
+        tokenizer, batch = load_tokenizer(given.files.verify()), given.resources["batch_requests"]
+        scores = score(given.model(), tokenizer, tasks, spec["num_fewshot"], spec["limit"], batch)
+        if dense := given.dense():
+            scores = against(scores, dense["scores"])
+        return {"protocol": {key: spec[key] for key in ("num_fewshot", "limit", "dtype")}, "tasks": facts, "scores": scores}
+
+    @classmethod
+    def tabulate(cls, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+        from winnow.evaluation.accuracy_table import accuracy_table
+
+        return accuracy_table(rows, results)

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from winnow.evaluation.base import FORMATS, Evaluation, EvaluationOptions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from winnow.evaluation.base import Given
 
 
 class Classification(Evaluation):
@@ -12,6 +17,11 @@ class Classification(Evaluation):
     on `test`; what tunes or calibrates on the task reads `train` only, and the two never share a row."""
 
     reference = "GLUE, arXiv 1804.07461"
+
+    libraries = ("pandas", "pyarrow")
+    reads = ("test", "facts")
+    batch = {"batch_rows": 32}
+    minutes = 120
 
     class Options(EvaluationOptions):
         kind: Literal["classification"] = Field(description="classification")
@@ -63,3 +73,37 @@ class Classification(Evaluation):
         def training(self) -> dict[str, Any]:
             """What says which rows are trained on."""
             return {key: value for key, value in self.rows().items() if key not in ("test", "test_split", "shared_rows")}
+
+    def spec(self) -> dict[str, Any]:
+        return self.options.model_dump(include={"length", "limit"})
+
+    @classmethod
+    def measure(cls, given: Given) -> dict[str, Any]:
+        """Classes of the test rows, beside the dense model's."""
+        from winnow.data.examples import encode_rows
+        from winnow.data.tokens import check_length, load_tokenizer
+        from winnow.evaluation.classification import scores
+        from winnow.evaluation.predictions import outputs_of_classes, predict
+        from winnow.io.artifacts import read_json, read_parquet
+
+        spec, facts = given.spec, read_json(given.inputs["facts"])
+        check_length(spec["length"], given.files.manifest["max_length"])
+        tokenizer, model = load_tokenizer(given.files.verify()), given.model()
+        outputs = outputs_of_classes(model, facts["labels"])
+        examples = encode_rows(tokenizer, read_parquet(given.inputs["test"]).head(spec["limit"]), spec["length"])
+        own, labels = predict(model, examples, outputs, given.resources["batch_rows"]), examples.labels.tolist()
+        dense = given.dense()
+        return {
+            "protocol": {key: spec[key] for key in ("length", "limit", "dtype")},
+            "tasks": {spec["name"]: {"documents": len(labels), **facts}},
+            "scores": {spec["name"]: scores(labels, own, len(facts["labels"]), dense["per_row"] if dense else None)},
+            "correct": sum(a == b for a, b in zip(labels, own["predicted"], strict=True)),
+            "count": len(labels),
+            "per_row": {"label": labels, **own},
+        }
+
+    @classmethod
+    def tabulate(cls, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+        from winnow.evaluation.classification_table import classification_table
+
+        return classification_table(rows, results)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -8,11 +8,21 @@ from winnow.evaluation.base import Evaluation, EvaluationOptions
 
 Positive = Annotated[int, Field(ge=1)]
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from winnow.evaluation.base import Given
+
 
 class Latency(Evaluation):
     """Time of prefill and of decoding, memory and reads, beside the dense model in the same process and dtype."""
 
     reference = "times in turns with the dense model"
+
+    paired = False  # it runs beside the dense model itself
+    recovered = False  # whose matrices are the dense model's
+    alone = True
+    memory_mb = (16000, 24000)  # with a checkpoint, of two models
 
     class Options(EvaluationOptions):
         kind: Literal["latency"] = Field(description="latency")
@@ -21,3 +31,21 @@ class Latency(Evaluation):
         decode: Positive = Field(32, description="tokens per sequence that are decoded after the prompt, one at a time")
         repeats: int = Field(15, ge=6, description="timed runs of each model, in turns; ratios are taken within a repeat")
         warm_up: int = Field(2, ge=1, description="prompts that each model reads before, not timed")
+
+    @classmethod
+    def measure(cls, given: Given) -> dict[str, Any]:
+        """Times in turns with the dense model, memory, FLOPs and bytes read."""
+        from winnow.checkpoint.loading import load_model
+        from winnow.evaluation.latency import evaluate
+
+        spec = given.spec
+        dense = load_model(given.files.verify(), spec["dtype"], given.device)
+        model = given.model() if given.checkpoint else None
+        protocol = {key: spec[key] for key in ("batches", "prompts", "decode", "repeats", "warm_up", "dtype")}
+        return {"protocol": protocol, **evaluate(dense, model, spec, given.device)}
+
+    @classmethod
+    def tabulate(cls, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+        from winnow.evaluation.latency_table import latency_table
+
+        return latency_table(rows, results)

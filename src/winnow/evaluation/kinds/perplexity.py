@@ -1,17 +1,26 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from winnow.data.tokens import PROTOCOLS
 from winnow.evaluation.base import Evaluation, EvaluationOptions
 from winnow.options import Name
+
+if TYPE_CHECKING:
+    from winnow.evaluation.base import Given
 
 
 class Perplexity(Evaluation):
     """Loss on a text, by a named protocol."""
 
     reference = "as in the papers of the methods; the protocols say how they differ"
+
+    reads = ("tokens",)
+    streams = True
+    batch = {"batch_tokens": 4096}
+    memory_mb = (16000, 24000)  # with a checkpoint, of two models
 
     class Options(EvaluationOptions):
         kind: Literal["perplexity"] = Field("perplexity", description="may be left out: a preset without `kind` is one")
@@ -31,3 +40,50 @@ class Perplexity(Evaluation):
             if self.stride is not None and self.stride >= self.length:
                 raise ValueError("`stride` must be smaller than `length`")
             return self
+
+    def spec(self) -> dict[str, Any]:
+        rule = PROTOCOLS[self.options.protocol]
+        spec = self.options.model_dump(include={"protocol", "length", "stride", "compare"})
+        return {**spec, "protocol_version": rule.version, "rule": rule.rule}
+
+    @classmethod
+    def measure(cls, given: Given) -> dict[str, Any]:
+        """Loss per window, sums and means, beside the dense model's."""
+        from winnow.checkpoint.loading import load_model
+        from winnow.checkpoint.streaming import NAMES, Streamed
+        from winnow.evaluation.perplexity import evaluate, evaluate_by_block, summarize
+        from winnow.io.artifacts import read_tensors
+        from winnow.io.resume import Resume
+
+        spec, where = given.spec, (given.spec["dtype"], given.device)
+        directories = [(given.checkpoint or given.files).verify()]
+        if given.checkpoint and spec["compare"]:
+            directories.append(given.files.verify())
+        tokens, facts = read_tensors(given.inputs["tokens"], sealed=True)
+        windows = (tokens["ids"], tokens["first"], max(1, given.resources["batch_tokens"] // spec["length"]))
+        resume = Resume(given.output, given.provenance)
+        if given.resources["stream"]:
+            length = tokens["ids"].shape[1]
+            streamed = [
+                Streamed(path, *where, given.output, length, given.provenance, name)
+                for path, name in zip(directories, NAMES, strict=False)
+            ]
+            rows = evaluate_by_block(streamed[0], streamed[1] if streamed[1:] else None, *windows, resume)
+        else:
+            models = [load_model(path, *where) for path in directories]
+            rows = evaluate(models[0], models[1] if models[1:] else None, *windows, resume)
+        protocol = ("protocol", "protocol_version", "rule", "length", "stride", "dtype")
+        return {
+            "protocol": {key: spec[key] for key in protocol},
+            "text": {key: facts[key] for key in ("text_digest", "text_tokens", "bos")},
+            **summarize(rows, given.dense()),
+            "per_window": rows,
+        }
+
+    @classmethod
+    def clear(cls, given: Given) -> None:
+        from winnow.checkpoint.streaming import clear_left
+        from winnow.io.resume import Resume
+
+        Resume(given.output, given.provenance).clear()
+        clear_left(given.output)
