@@ -1,12 +1,12 @@
 """Rules `tabulate_*`, of every kind of evaluation with a table of its own: a row or more per cell, dense ones included."""
 
-from winnow.evaluation.base import EVALUATIONS
+from winnow.evaluation.table import tabulated
 from winnow.io.artifacts import read_json, write_parquet, write_text
 from winnow.jobs.start import start_job
 
 if __name__ == "__main__":
     job = start_job(snakemake)
-    rows = job.spec["rows"]
-    table = EVALUATIONS[job.spec["kind"]].tabulate(rows, {row["result"]: read_json(row["result"]) for row in rows})
-    write_parquet(snakemake.output.parquet, table, job.provenance)
-    write_text(snakemake.output.csv, table.to_csv(index=False))
+    table, rows = job.spec["table"], job.spec["rows"]
+    frame = tabulated(table, rows, {row["result"]: read_json(row["result"]) for row in rows})
+    write_parquet(snakemake.output.parquet, frame, job.provenance)
+    write_text(snakemake.output.csv, frame.to_csv(index=False))

@@ -65,7 +65,7 @@ class Registry(Mapping[str, type[P]], Generic[P]):
         module = importlib.import_module(self.module(kind))
         for cls in vars(module).values():
             own = inspect.isclass(cls) and issubclass(cls, self.base) and cls.__module__ == module.__name__
-            if own and not inspect.isabstract(cls):
+            if own and cls is not self.base and not inspect.isabstract(cls):
                 if cls.kind() != kind:
                     raise TypeError(f"{module.__name__}: the kind of a plug-in is the name of its file, not {cls.kind()!r}")
                 return cls

@@ -100,7 +100,7 @@ def test_a_download_has_digests_only_where_it_is_not_what_was_retrieved(tmp_path
     grid = SimpleNamespace(tuned=lambda label: False, preset=lambda section, label: SimpleNamespace(local=lambda: False))
 
     def files():
-        return outside.Outside(grid).files("retrieve_model", {"model": "far-123456"})
+        return outside.Outside(grid).model("far-123456", "model.json")
 
     assert files() == {}, "not retrieved yet"
     snapshot = tmp_path / "snapshot"

@@ -11,7 +11,8 @@ from winnow.errors import InputError
 from winnow.planning.config import load
 from winnow.planning.config_files import default
 from winnow.planning.fingerprints import CodeTracker
-from winnow.planning.plan import STAGES, Plan
+from winnow.planning.plan import Plan
+from winnow.planning.stages.base import stages_of
 from winnow.structures.base import STRUCTURES
 
 
@@ -156,6 +157,7 @@ WILDCARDS = {  # of the rules
 }
 
 
+STAGES = list(stages_of(plan_of()))  # names
 OF_TASKS = {"retrieve_tasks", "evaluate_accuracy"}
 EVALUATED = dict.fromkeys(OF_TASKS, "tasks") | {"evaluate_latency": "times", "evaluate_classification": "reviews"}  # else `demo`
 
@@ -185,8 +187,8 @@ def test_every_stage_has_builtin_params_a_script_and_versions(stage, memory):
     plan = plan_of(memory=memory)
     spec, code = plan.spec(stage, wildcards_of(plan, stage)), plan.fingerprint(stage, wildcards_of(plan, stage))
     assert code[0] == sorted(code)[0]
-    assert any(line.startswith(f"{stage}.py ") for line in code)
-    assert set(plan.versions(stage, wildcards_of(plan, stage))) == set(STAGES[stage])
+    assert any(line.startswith(f"{plan.stages[stage].kind()}.py ") for line in code)
+    assert set(plan.versions(stage, wildcards_of(plan, stage))) == set(plan.stages[stage].libraries)
     stack = [spec]
     while stack:
         value = stack.pop()
@@ -345,7 +347,7 @@ def test_a_structure_belongs_to_the_methods_that_use_it(checkout, memory):
 
 def test_fingerprints_do_not_depend_on_the_folder(checkout):
     here, there = CodeTracker(ROOT), CodeTracker(checkout)
-    assert all(here.fingerprint(f"{stage}.py") == there.fingerprint(f"{stage}.py") for stage in STAGES)
+    assert all(here.fingerprint(path.name) == there.fingerprint(path.name) for path in (ROOT / "scripts").glob("*.py"))
 
 
 def test_missing_sources_are_named(tmp_path, monkeypatch):
@@ -392,7 +394,7 @@ def test_a_method_spreads_the_budgets_that_do_not_say_how():
         c["experiments"]["demo"].update(methods=["whitened", "svd_llm_v2", "whitened_ilp"], budgets=["ffn-0.8", "asked", "ranks"])
 
     plan = plan_of(change)
-    rows = [plan._row(cell) for cell in plan.cells if cell.method]
+    rows = [plan.row(cell) for cell in plan.cells if cell.method]
     kinds = {(row["method"], row["budget"]): row["allocation"] for row in rows}
     assert kinds == {
         (m, b): "uniform" for m in ("whitened", "svd_llm_v2", "whitened_ilp") for b in ("ffn-0.8", "asked", "ranks")

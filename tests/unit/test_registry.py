@@ -92,6 +92,10 @@ class New(Evaluation):
     class Options(EvaluationOptions):
         kind: Literal["new"]
         size: int = 1
+
+    @classmethod
+    def measure(cls, given):
+        return {"size": given.spec["size"]}
 '''
 STUDY = '''
 from winnow.studies.base import Study

@@ -58,7 +58,7 @@ def results_of(kind):
 
 def table_of(kind):
     """The table of a kind of evaluation, if it has one of its own and the experiments have any."""
-    tabulated = EVALUATIONS[kind].tabulates() and PLAN.cells_of(kind)
+    tabulated = EVALUATIONS[kind].table and PLAN.cells_of(kind)
     return [f"results/tables/{kind}.csv"] if tabulated else []
 
 

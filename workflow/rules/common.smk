@@ -83,7 +83,7 @@ def stage(name):
         "spec": of_job(PLAN.spec),
         "code": of_job(PLAN.fingerprint),
         "versions": of_job(PLAN.versions),
-        "files": of_job(PLAN.outside.files),
+        "files": of_job(PLAN.files),
     }
 
 

@@ -3,47 +3,8 @@
 #        compressed ones, evaluate_<kind>_healed for the dense one after a recovery
 
 
-READ = {  # what an evaluation can read beside the model
-    "tokens": "results/{model}/tokens/{evaluation}.safetensors",
-    "tasks": "results/tasks/{evaluation}.json",
-    "files": task_files,
-    "test": rows_of_task("test.parquet"),
-    "facts": rows_of_task("task.json"),
-}
-OVERLAP = {
-    "tokens": overlap_check,
-    "test": rows_check,
-}  # that the calibration shares nothing with it
 CELL = "{model}/{calibration}/{method}/{budget}/{recovery}"
 HEALED = "{model}/{calibration}/dense/{recovery}"
-
-
-def read_by_evaluation(kind, checkpoint=None):
-    """The inputs of a rule that evaluates: the dense model, or a checkpoint."""
-    evaluation = EVALUATIONS[kind]
-    found = {name: READ[name] for name in evaluation.reads}
-    if checkpoint:
-        found |= {"checkpoint": checkpoint}
-        found |= {
-            "overlap": OVERLAP[name] for name in evaluation.reads if name in OVERLAP
-        }
-        if evaluation.paired:
-            found |= {"dense": "results/{model}/dense/{evaluation}.json"}
-    return {"model": "results/{model}/model.json", **found}
-
-
-def asked_by_evaluation(kind, name, compressed):
-    """The resources of a rule that evaluates. A batch changes no number beyond rounding; `stream` is 1 where the weights of one
-    block are in memory at a time, as the model's `load` says."""
-    evaluation = EVALUATIONS[kind]
-    streams = {"stream": streamed} if evaluation.streams else {}
-    return {
-        **evaluation.batch,
-        **streams,
-        "mem_mb": memory(name, evaluation.memory_mb[compressed]),
-        "runtime": minutes(evaluation.minutes),
-    }
-
 
 for kind, evaluation in EVALUATIONS.items():
     dense = "evaluate_dense" if kind == PLAIN else f"evaluate_{kind}_dense"

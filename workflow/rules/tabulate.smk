@@ -3,7 +3,7 @@
 
 
 for kind, evaluation in EVALUATIONS.items():
-    if evaluation.tabulates():
+    if evaluation.table:
 
         rule:
             name:

@@ -38,7 +38,7 @@ def rows_of_recovery(part):
 
 
 def task_files(wildcards):
-    return of_user(PLAN.outside.files("evaluate_accuracy", dict(wildcards.items())))
+    return of_user(PLAN.outside.task(wildcards.evaluation))
 
 
 def rows_check(wildcards):

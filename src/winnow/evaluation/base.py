@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.registry import Options, Plugin, Registry
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformers import PreTrainedModel
 
     from winnow.io.artifacts import Bundle
@@ -63,6 +62,9 @@ class Evaluation(Plugin):
     recovered: ClassVar[bool] = True  # whether the dense model after a recovery is measured as well
     alone: ClassVar[bool] = False  # whether nothing may run beside it
     streams: ClassVar[bool] = False  # whether it can hold a block of the model at a time
+    # `module:function` of (rows, results) that makes the table of all cells of the kind. Best in a module of its own: an edit of
+    # the table then measures nothing anew.
+    table: ClassVar[str | None] = None
     batch: ClassVar[dict[str, int]] = {}  # how much a forward pass takes; changes no number beyond rounding
     # Of a job for the dense model and of one for a compressed model, where it is not forecast.
     memory_mb: ClassVar[tuple[int, int]] = (16000, 16000)
@@ -81,15 +83,6 @@ class Evaluation(Plugin):
     @classmethod
     def clear(cls, given: Given) -> None:
         """Remove unfinished work, when the result is written."""
-
-    @classmethod
-    def tabulate(cls, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
-        """The table of all cells of this kind: `rows` name them, `results` are what was measured, by `row["result"]`."""
-        raise NotImplementedError(f"{cls.kind()} has no table of its own")
-
-    @classmethod
-    def tabulates(cls) -> bool:
-        return cls.tabulate.__func__ is not Evaluation.tabulate.__func__  # type: ignore[attr-defined]
 
 
 EVALUATIONS: Registry[Evaluation] = Registry("winnow.evaluation.kinds", Evaluation)

@@ -9,7 +9,7 @@ from typing import Any
 
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST, check_whole, file_digest, provenance_of_markup, read_json
-from winnow.planning.plan import DENSE, Plan
+from winnow.planning.plan import Plan
 
 
 def provenance_of(path: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def differences(provenance: dict[str, Any], plan: Plan, directory: Path = Path()
     `directory` is where the run's relative paths start.
     """
     rule, wildcards, params = provenance["rule"], provenance["wildcards"], provenance["params"]
-    stage = DENSE.get(rule, rule)
+    stage = plan.stage_of_rule.get(rule, rule)
     gone = [f"{name} {label}" for name, label in wildcards.items() if not plan.knows(name, label)]
     if gone:
         return [f"no preset of the configuration has the label of {', '.join(gone)}"]

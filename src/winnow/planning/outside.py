@@ -59,35 +59,22 @@ class Outside:
         self.grid = grid
         self.digests = Digests()
 
-    def files(self, stage: str, wildcards: dict[str, str]) -> dict[str, str]:
-        """{file that no rule makes and that the stage reads: SHA-256 of its content now}"""
-        grid = self.grid
-        if stage in ("retrieve_model", "retrieve_base"):
-            return self._model(stage, wildcards["model"])
-        if stage == "retrieve_text":
-            return self._of(*grid.preset("texts", wildcards["text"]).files)
-        if stage == "retrieve_examples":
-            task = grid.tasks()[wildcards["task"]]
-            return self._of(*task.train, *task.test)
-        if stage in ("retrieve_tasks", "evaluate_accuracy"):
-            return self._task(wildcards["evaluation"])
-        return {}
-
     @cache  # noqa: B019 - one lives as long as the process, in which all jobs see the same content
-    def _of(self, *paths: str) -> dict[str, str]:
+    def of(self, *paths: str) -> dict[str, str]:
+        """{file: SHA-256 of its content now}"""
         return {path: self.digests.of(path) for path in paths}
 
     @cache  # noqa: B019
-    def _task(self, evaluation: str) -> dict[str, str]:
-        return self._of(*self.grid.task_files(evaluation))
+    def task(self, evaluation: str) -> dict[str, str]:
+        """The files that the tasks of an accuracy preset (by label) read."""
+        return self.of(*self.grid.task_files(evaluation))
 
     @cache  # noqa: B019
-    def _model(self, stage: str, label: str) -> dict[str, str]:
-        if stage == "retrieve_model" and self.grid.tuned(label):
-            return {}  # it reads what `finetune` made
+    def model(self, label: str, manifest: str) -> dict[str, str]:
+        """The files of a model (by label) as it was retrieved; `manifest` is the name of what says so."""
         if self.grid.preset("models", label).local():
-            return self._of(*self.grid.local_model_files(label))
-        return self._hub(Path("results", label, "base.json" if stage == "retrieve_base" else "model.json"))
+            return self.of(*self.grid.local_model_files(label))
+        return self._hub(Path("results", label, manifest))
 
     def _hub(self, manifest: Path) -> dict[str, str]:
         """The files of a downloaded model, where one in the hub's cache is another than when the model was retrieved; else what

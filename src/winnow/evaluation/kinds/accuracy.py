@@ -7,8 +7,6 @@ from pydantic import Field, model_validator
 from winnow.evaluation.base import FORMATS, Evaluation, EvaluationOptions
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from winnow.evaluation.base import Given
 
 
@@ -21,6 +19,7 @@ class Accuracy(Evaluation):
     reads = ("tasks", "files")
     batch = {"batch_requests": 8}
     minutes = 240
+    table = "winnow.evaluation.accuracy_table:accuracy_table"
 
     class Options(EvaluationOptions):
         kind: Literal["accuracy"] = Field(description="accuracy")
@@ -65,9 +64,3 @@ class Accuracy(Evaluation):
         if dense := given.dense():
             scores = against(scores, dense["scores"])
         return {"protocol": {key: spec[key] for key in ("num_fewshot", "limit", "dtype")}, "tasks": facts, "scores": scores}
-
-    @classmethod
-    def tabulate(cls, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
-        from winnow.evaluation.accuracy_table import accuracy_table
-
-        return accuracy_table(rows, results)

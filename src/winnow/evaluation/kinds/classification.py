@@ -7,8 +7,6 @@ from pydantic import Field, model_validator
 from winnow.evaluation.base import FORMATS, Evaluation, EvaluationOptions
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from winnow.evaluation.base import Given
 
 
@@ -22,6 +20,7 @@ class Classification(Evaluation):
     reads = ("test", "facts")
     batch = {"batch_rows": 32}
     minutes = 120
+    table = "winnow.evaluation.classification_table:classification_table"
 
     class Options(EvaluationOptions):
         kind: Literal["classification"] = Field(description="classification")
@@ -101,9 +100,3 @@ class Classification(Evaluation):
             "count": len(labels),
             "per_row": {"label": labels, **own},
         }
-
-    @classmethod
-    def tabulate(cls, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
-        from winnow.evaluation.classification_table import classification_table
-
-        return classification_table(rows, results)

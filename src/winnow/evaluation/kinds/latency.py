@@ -9,8 +9,6 @@ from winnow.evaluation.base import Evaluation, EvaluationOptions
 Positive = Annotated[int, Field(ge=1)]
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from winnow.evaluation.base import Given
 
 
@@ -23,6 +21,7 @@ class Latency(Evaluation):
     recovered = False  # whose matrices are the dense model's
     alone = True
     memory_mb = (16000, 24000)  # with a checkpoint, of two models
+    table = "winnow.evaluation.latency_table:latency_table"
 
     class Options(EvaluationOptions):
         kind: Literal["latency"] = Field(description="latency")
@@ -43,9 +42,3 @@ class Latency(Evaluation):
         model = given.model() if given.checkpoint else None
         protocol = {key: spec[key] for key in ("batches", "prompts", "decode", "repeats", "warm_up", "dtype")}
         return {"protocol": protocol, **evaluate(dense, model, spec, given.device)}
-
-    @classmethod
-    def tabulate(cls, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
-        from winnow.evaluation.latency_table import latency_table
-
-        return latency_table(rows, results)

@@ -1,0 +1,105 @@
+"""The interface of a stage: what the result of a rule's job depends on, besides its input files.
+
+A stage has the name of its file, of its rule, of its script and of its folder of logs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from winnow.metrics.base import METRICS
+from winnow.planning.fingerprints import versions
+from winnow.registry import Plugin, Registry
+from winnow.structures.base import STRUCTURES
+
+if TYPE_CHECKING:
+    from winnow.planning.plan import Plan
+
+TORCH = ("torch", "numpy", "safetensors")
+HUGGING_FACE = (*TORCH, "transformers", "tokenizers")
+TABLES = ("numpy", "pandas", "pyarrow")
+TASKS = ("datasets", "lm-eval")
+TEMPLATES = Path(__file__).parents[2] / "reporting" / "templates"
+OF_STATISTICS = {"precision", "first_token", "gradient_labels"}  # options of a calibration that do not change its tokens
+
+
+class Stage(Plugin):
+    """A stage of a plan. All methods take the wildcards of a job: {"model": its label, ...}."""
+
+    libraries: ClassVar[tuple[str, ...]] = ()  # whose version can change what it writes
+    others: ClassVar[tuple[str, ...]] = ()  # rules of the same stage beside the one of its name
+
+    def __init__(self, plan: Plan, of: str = ""):
+        """`of`: the kind of plug-in that it is for, where there is a stage for each (see `kinds`)."""
+        self.plan, self.of = plan, of
+
+    @classmethod
+    def kind(cls) -> str:
+        return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def kinds(cls) -> list[str]:
+        """Kinds of plug-ins that have a stage of their own by the same script; by default one stage for all."""
+        return [""]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind()}_{self.of}" if self.of else self.kind()
+
+    @property
+    def rules(self) -> list[str]:
+        """The rules whose jobs are of this stage."""
+        return [self.name, *self.others]
+
+    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+        """Parameters, as builtin types."""
+        return {}
+
+    def code(self, w: dict[str, str]) -> list[str]:
+        """Modules that the script imports by the name of a kind, which its import statements do not show."""
+        return self.plan.structures_of(w["method"]) if "method" in w else []
+
+    def uses(self, w: dict[str, str]) -> tuple[str, ...]:
+        """Libraries that this job uses and others of the stage do not."""
+        return ()
+
+    def files(self, w: dict[str, str]) -> dict[str, str]:
+        """{file that no rule makes and that the job reads: SHA-256 of its content now}"""
+        return {}
+
+    # What several stages say.
+
+    def dtype(self, w: dict[str, str]) -> str:
+        return self.plan.preset("models", w["model"]).dtype
+
+    def method(self, w: dict[str, str]) -> dict[str, Any]:
+        """The method as its factors depend on it."""
+        method = self.plan.preset("methods", w["method"])
+        return method.model_dump(exclude={"paper", "allocation"}) | {  # the allocation is the budget's by then
+            "structure_version": STRUCTURES[method.structure.kind].version,
+            "metric_version": METRICS[method.metric.kind].version if method.metric else None,
+        }
+
+    def structure(self, w: dict[str, str]) -> dict[str, Any]:
+        return {key: self.method(w)[key] for key in ("structure", "structure_version")}
+
+    def allocation(self, w: dict[str, str]) -> dict[str, Any]:
+        """The budget's allocation, of whose options the budget tells."""
+        allocation = self.plan.allocation(w["budget"])
+        return {"version": allocation.version, "libraries": versions(*allocation.libraries)}
+
+    def recovery(self, label: str) -> dict[str, Any]:
+        """The options of a recovery, and in the place of a name those of the one that it goes on from."""
+        recovery = self.plan.preset("recoveries", label)
+        after = {"after": self.recovery(self.plan.labels["recoveries"][recovery.after])} if recovery.after else {}
+        return {**recovery.model_dump(exclude={"after"}), **after}
+
+
+STAGES: Registry[Stage] = Registry("winnow.planning.stages", Stage)
+
+
+def stages_of(plan: Plan) -> dict[str, Stage]:
+    """{name: stage} of a plan."""
+    found = [cls(plan, of) for cls in STAGES.values() for of in cls.kinds()]
+    return {stage.name: stage for stage in found}

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from typing import Any
+
+from winnow.allocation.base import ALLOCATIONS
+from winnow.planning.config import Calibration
+from winnow.planning.grid import EXECUTION
+from winnow.planning.stages.base import TABLES, TORCH, Stage
+
+
+class Compress(Stage):
+    """A checkpoint at a budget."""
+
+    libraries = (*TORCH, *TABLES)
+
+    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+        plan = self.plan
+        sections = ("models", "calibrations", "methods", "budgets")
+        names = {s.removesuffix("s"): plan.names[s][w[s.removesuffix("s")]] for s in sections}
+        names["calibration"] = plan.preset_of_seed[names["calibration"]]
+        names["budget"] = plan.budget_name(names["budget"])
+        calibration = plan.preset("calibrations", w["calibration"])
+        return {
+            "names": names,
+            "allocation": self.allocation(w),
+            "dtype": self.dtype(w),
+            "presets": {
+                "model": plan.preset("models", w["model"]).model_dump(exclude=EXECUTION),
+                "calibration": calibration.model_dump(exclude_none=True),
+                "calibration_text": self._calibration_text(calibration),
+                "method": self.method(w),
+                "budget": plan.preset("budgets", w["budget"]).model_dump(),
+            },
+        }
+
+    def _calibration_text(self, calibration: Calibration) -> dict[str, Any]:
+        """Where the words of a calibration come from, for the recipe."""
+        if calibration.text is None:
+            task = self.plan.task(str(calibration.task))
+            hub = {"subset": task.subset, "split": task.train_split, "revision": task.revision} if task.dataset else {}
+            return {"files": task.train, "dataset": task.dataset, **hub, "columns": task.columns}
+        return self.plan.config.texts[calibration.text].model_dump(exclude_defaults=True, mode="json")
+
+    def code(self, w: dict[str, str]) -> list[str]:
+        return [*super().code(w), ALLOCATIONS.module(self.plan.allocation(w["budget"]).kind())]

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from typing import Any
+
+from winnow.planning.stages.base import Stage
+
+
+class RetrieveBase(Stage):
+    """A model before it is trained on a task."""
+
+    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+        model = self.plan.preset("models", w["model"])
+        return {"source": model.source, "revision": model.revision}
+
+    def files(self, w: dict[str, str]) -> dict[str, str]:
+        return self.plan.outside.model(w["model"], "base.json")

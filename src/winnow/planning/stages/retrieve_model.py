@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from typing import Any
+
+from winnow.planning.stages.base import HUGGING_FACE, Stage
+
+
+class RetrieveModel(Stage):
+    """The model as it is compressed."""
+
+    libraries = HUGGING_FACE
+
+    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+        if self.plan.tuned(w["model"]):  # what `finetune` made
+            return {"source": f"results/{w['model']}/tuned", "revision": None}
+        model = self.plan.preset("models", w["model"])
+        return {"source": model.source, "revision": model.revision}
+
+    def files(self, w: dict[str, str]) -> dict[str, str]:
+        return {} if self.plan.tuned(w["model"]) else self.plan.outside.model(w["model"], "model.json")

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from typing import Any
+
+from winnow.planning.stages.base import TABLES, Stage
+
+
+class RetrieveText(Stage):
+    """The rows of a text."""
+
+    libraries = TABLES
+
+    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+        return self.plan.preset("texts", w["text"]).model_dump()
+
+    def uses(self, w: dict[str, str]) -> tuple[str, ...]:
+        return ("datasets",) if self.plan.preset("texts", w["text"]).dataset else ()
+
+    def files(self, w: dict[str, str]) -> dict[str, str]:
+        return self.plan.outside.of(*self.plan.preset("texts", w["text"]).files)

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from typing import Any
+
+from winnow.io.artifacts import file_digest
+from winnow.planning.stages.base import TABLES, TEMPLATES, Stage
+from winnow.studies.base import study_of
+
+
+class Studies(Stage):
+    """The page of all papers."""
+
+    libraries = ("jinja2", *TABLES)
+
+    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+        """What the page of all papers says of each study that its folder does not hold."""
+        all_of = {name: study_of(name) for name in self.plan.of_studies}
+        keys = ("title", "reference", "tables", "figures")
+        described = {name: {key: getattr(study, key) for key in keys} for name, study in all_of.items()}
+        return {"studies": described, "template": [file_digest(TEMPLATES / f"{name}.html.j2") for name in ("studies", "parts")]}
