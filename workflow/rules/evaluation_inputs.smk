@@ -14,7 +14,7 @@ OVERLAP = {
 
 
 def read_by_evaluation(kind, checkpoint=None):
-    """The inputs of a rule that evaluates: the dense model, or a checkpoint."""
+    """What a job reads that evaluates the dense model, or a checkpoint."""
     evaluation = EVALUATIONS[kind]
     found = {name: READ[name] for name in evaluation.reads}
     if checkpoint:
@@ -28,7 +28,7 @@ def read_by_evaluation(kind, checkpoint=None):
 
 
 def asked_by_evaluation(kind, name, compressed):
-    """The resources of a rule that evaluates. A batch changes no number beyond rounding; `stream` is 1 where the weights of one
+    """What a job that evaluates asks for. A batch changes no number beyond rounding; `stream` is 1 where the weights of one
     block are in memory at a time, as the model's `load` says."""
     evaluation = EVALUATIONS[kind]
     streams = {"stream": streamed} if evaluation.streams else {}
