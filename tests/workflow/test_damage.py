@@ -123,7 +123,7 @@ def run_job(made: str, tmp_path: Path) -> Path:
         threads=1,
         scriptdir=str(ROOT / "scripts"),
     )
-    script = {"evaluate_dense": "evaluate_perplexity"}.get(rule, rule)
+    script = "evaluate" if rule.startswith("evaluate_") else rule
     handlers, hook = logging.getLogger().handlers[:], sys.excepthook
     try:
         runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), {"snakemake": job}, run_name="__main__")

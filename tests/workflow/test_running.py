@@ -29,7 +29,7 @@ def installed(tmp_path) -> Path:
     """Where another winnow is: with a constant that shows in a result."""
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "src" / "winnow", tmp_path / "site" / "winnow", ignore=ignore)
-    texts = tmp_path / "site" / "winnow" / "texts.py"
+    texts = tmp_path / "site" / "winnow" / "data" / "texts.py"
     texts.write_text(texts.read_text().replace("SHINGLE = 24", "SHINGLE = 23"))
     return tmp_path / "site"
 

@@ -1,35 +1,22 @@
 # What Snakemake works out anew for every job or file though the answer is the same, kept: a third of a large plan's time.
-# No rule stands here, and nothing here changes what is planned.
+# No rule stands here, and nothing here changes what is planned; patches.smk has the table of what is replaced.
 
 import gc
 from functools import cache
 from threading import Timer
 
-import snakemake.common
 import snakemake.io
-import snakemake.rules
-import snakemake.sourcecache
-from snakemake.dag import DAG, ScriptProcessor
 from snakemake.exceptions import WildcardError
-from snakemake.jobs import Job
 from snakemake.logging import is_quiet_about
-from snakemake.output_index import OutputIndex
-from snakemake.rules import Rule
-from snakemake.scheduling.job_scheduler import JobScheduler
 
 # A plan of thousands of jobs is millions of objects that stay: looking for garbage among them takes a tenth of the time.
 gc.set_threshold(20_000_000)
-snakemake.rules.get_function_params = cache(snakemake.common.get_function_params)
-snakemake.common.get_function_params = snakemake.rules.get_function_params
-snakemake.sourcecache.parse_uri = cache(snakemake.sourcecache.parse_uri)
-snakemake.sourcecache.SourceCache._cache = cache(
-    snakemake.sourcecache.SourceCache._cache
-)
-OutputIndex.match_producers = cache(OutputIndex.match_producers)
-WILDCARDS = snakemake.rules.Wildcards
-of_items = cache(lambda items: WILDCARDS(fromdict=dict(items)))
-snakemake.rules.Wildcards = lambda fromdict: of_items(tuple(fromdict.items()))
-DAG.check_directory_outputs = lambda dag: None  # no rule makes a folder
+
+
+def once_per_items(wildcards):
+    """The values of wildcards as Snakemake has them, which many jobs share."""
+    of_items = cache(lambda items: wildcards(fromdict=dict(items)))
+    return lambda fromdict: of_items(tuple(fromdict.items()))
 
 
 def once_per_rule(check):
@@ -125,13 +112,3 @@ def look(scheduler):
     """Have the scheduler look for jobs now."""
     scheduler.look_comes = False
     scheduler._open_jobs.release()
-
-
-snakemake.io.apply_wildcards = filled
-JobScheduler._schedule_reevalutation = unless_one_comes
-snakemake.io.is_flagged = is_flagged
-ScriptProcessor.process_job = once_per_rule(ScriptProcessor.process_job)
-Rule.is_producer = of_equal_depth(Rule.is_producer)
-Job.is_valid = once_per_rule(Job.is_valid)
-Job.log_info = if_heard(Job.log_info)
-DAG.file2jobs = once_per_file(DAG.file2jobs)

@@ -1,5 +1,5 @@
 # Scripts run in forks of one process that has imported what they use (src/winnow/jobs/fork.py), where a run has several jobs.
-# No rule stands here, and no number depends on it. WINNOW_WARM=0 runs every script in an interpreter of its own.
+# No rule stands here, and no number depends on it; patches.smk puts it in. WINNOW_WARM=0 runs every script in an interpreter.
 
 import multiprocessing
 import os
@@ -12,14 +12,12 @@ from subprocess import CalledProcessError
 from threading import Lock
 
 from snakemake.benchmark import benchmarked
-from snakemake.script import PythonScript
 from snakemake.shell import shell
 
 from winnow.jobs.fork import GPUS, PRELOADED, THREADS, run_script
 
 # Multiprocessing sees to all its processes in each thread, and an exit code can be read once.
 FORKS = Lock()
-STARTS = PythonScript.execute_script
 
 
 @cache
@@ -42,29 +40,32 @@ def server():
     return context
 
 
-def execute_script(script, fname, edit=False):
-    """As Snakemake's, which starts an interpreter."""
-    elsewhere = script.conda_env, script.container_img, script.env_modules
-    with FORKS:
-        context = None if any(elsewhere) or script.shadow_dir else server()
-    if context is None:
-        return STARTS(script, fname, edit)
-    environment = {**os.environ, **dict.fromkeys(THREADS, str(script.threads))}
-    if tmpdir := script.resources.get("tmpdir"):
-        environment.update(dict.fromkeys(("TMPDIR", "TMP", "TEMP", "TEMPDIR"), tmpdir))
-    given = (fname, os.getcwd(), script.threads, environment, PRELOADED)
-    process = context.Process(target=run_script, args=given)
-    with FORKS:
-        process.start()
-        shell._processes[script.jobid] = process
-    record = script.bench_record
-    with nullcontext() if record is None else benchmarked(process.pid, record):
-        wait([process.sentinel])
-    with FORKS:
-        process.join()
-        shell._processes.pop(script.jobid, None)
-    if code := process.exitcode:
-        raise CalledProcessError(code, f"{sys.executable} {fname}")
+def in_forks(starts):
+    """Run a script in a fork where there is a server of them, else as Snakemake does, which starts an interpreter."""
 
+    def execute_script(script, fname, edit=False):
+        elsewhere = script.conda_env, script.container_img, script.env_modules
+        with FORKS:
+            context = None if any(elsewhere) or script.shadow_dir else server()
+        if context is None:
+            return starts(script, fname, edit)
+        environment = {**os.environ, **dict.fromkeys(THREADS, str(script.threads))}
+        if tmpdir := script.resources.get("tmpdir"):
+            environment.update(
+                dict.fromkeys(("TMPDIR", "TMP", "TEMP", "TEMPDIR"), tmpdir)
+            )
+        given = (fname, os.getcwd(), script.threads, environment, PRELOADED)
+        process = context.Process(target=run_script, args=given)
+        with FORKS:
+            process.start()
+            shell._processes[script.jobid] = process
+        record = script.bench_record
+        with nullcontext() if record is None else benchmarked(process.pid, record):
+            wait([process.sentinel])
+        with FORKS:
+            process.join()
+            shell._processes.pop(script.jobid, None)
+        if code := process.exitcode:
+            raise CalledProcessError(code, f"{sys.executable} {fname}")
 
-PythonScript.execute_script = execute_script
+    return execute_script

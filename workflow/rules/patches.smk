@@ -1,0 +1,204 @@
+# What of Snakemake is replaced while it runs, in one table. No rule stands here.
+#
+# An entry is applied only where Snakemake's own code is the one that it was written for, by the digest of its source. Elsewhere
+# one line says so, and Snakemake does it its own way: slower, or with work repeated. Without the entry for the truth of results
+# nothing is run. WINNOW_PATCHES=0 leaves out those for speed.
+
+import ast
+import hashlib
+import inspect
+import os
+import sys
+import textwrap
+
+import snakemake
+import snakemake.common
+import snakemake.io
+import snakemake.rules
+import snakemake.sourcecache
+from snakemake.dag import DAG, ScriptProcessor
+from snakemake.jobs import Job
+from snakemake.output_index import OutputIndex
+from snakemake.persistence import PersistenceBase
+from snakemake.rules import Rule
+from snakemake.scheduling.job_scheduler import JobScheduler
+from snakemake.script import PythonScript
+
+
+def source_digest(thing):
+    """A digest of the source of a function or a class, comments and spacing left out."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:10]
+
+
+instead = lambda new: lambda original: new
+TRUTH, WORK, SPEED = "truth", "work", "speed"
+PATCHES = [  # owner, attribute, digest of its source (Snakemake 9.20.0 to 9.27.1), what it is made to, kind, why
+    (
+        PersistenceBase,
+        "has_metadata",
+        "8ef9fc85d6",
+        refuse_unrecorded,
+        TRUTH,
+        "results without a record are called up to date",
+    ),
+    (
+        PersistenceBase,
+        "incomplete",
+        "939c0fa2b8",
+        keep_finished,
+        WORK,
+        "finished work of an interrupted run is repeated",
+    ),
+    (
+        PythonScript,
+        "execute_script",
+        "b84c8fd0aa",
+        in_forks,
+        WORK,
+        "every job imports its libraries anew",
+    ),
+    (
+        snakemake.rules,
+        "get_function_params",
+        "fc42a1688a",
+        cache,
+        SPEED,
+        "asked for every job",
+    ),
+    (
+        snakemake.common,
+        "get_function_params",
+        "fc42a1688a",
+        cache,
+        SPEED,
+        "asked for every job",
+    ),
+    (
+        snakemake.sourcecache,
+        "parse_uri",
+        "c0c848d739",
+        cache,
+        SPEED,
+        "asked for every job",
+    ),
+    (
+        snakemake.sourcecache.SourceCache,
+        "_cache",
+        "389200a944",
+        cache,
+        SPEED,
+        "reads a script for every job",
+    ),
+    (
+        OutputIndex,
+        "match_producers",
+        "a96acf09a9",
+        cache,
+        SPEED,
+        "asked for every file",
+    ),
+    (
+        snakemake.rules,
+        "Wildcards",
+        "2179a224a7",
+        once_per_items,
+        SPEED,
+        "made for every function of every job",
+    ),
+    (
+        DAG,
+        "check_directory_outputs",
+        "ffbc622356",
+        instead(lambda dag: None),
+        SPEED,
+        "no rule makes a folder",
+    ),
+    (
+        snakemake.io,
+        "apply_wildcards",
+        "85519988ed",
+        instead(filled),
+        SPEED,
+        "matches a pattern for every path",
+    ),
+    (
+        snakemake.io,
+        "is_flagged",
+        "44806ae499",
+        instead(is_flagged),
+        SPEED,
+        "asks for the class of every path",
+    ),
+    (
+        ScriptProcessor,
+        "process_job",
+        "185398e886",
+        once_per_rule,
+        SPEED,
+        "reads a script for every job",
+    ),
+    (
+        Rule,
+        "is_producer",
+        "aea3236734",
+        of_equal_depth,
+        SPEED,
+        "matches every rule with every file",
+    ),
+    (
+        Job,
+        "is_valid",
+        "35cd71af65",
+        once_per_rule,
+        SPEED,
+        "formats names for every job",
+    ),
+    (
+        Job,
+        "log_info",
+        "5048726480",
+        if_heard,
+        SPEED,
+        "puts together what a quiet run does not print",
+    ),
+    (
+        DAG,
+        "file2jobs",
+        "6acbb7ca8e",
+        once_per_file,
+        SPEED,
+        "finds the jobs of a file for every reader",
+    ),
+    (
+        JobScheduler,
+        "_schedule_reevalutation",
+        "058c948d25",
+        instead(unless_one_comes),
+        SPEED,
+        "looks for jobs multiply",
+    ),
+]
+
+
+def put_in(owner, name, digest, replacing, kind, why):
+    """Replace an attribute of Snakemake, if it is known."""
+    if kind == SPEED and os.environ.get("WINNOW_PATCHES") == "0":
+        return
+    original = getattr(owner, name, None)
+    if getattr(original, "of_winnow", False):  # of an earlier run in this process
+        return
+    if original is not None and source_digest(original) == digest:
+        replaced = replacing(original)
+        replaced.of_winnow = True
+        setattr(owner, name, replaced)
+        return
+    what = f"winnow: {owner.__name__}.{name} of Snakemake {snakemake.__version__} is not known here"
+    if kind == TRUTH:
+        print(f"{what}, so {why}; use a version from 9.20.0 to 9.27.1", file=sys.stderr)
+        sys.exit(1)
+    print(f"{what}, so it is left as it is ({why})", file=sys.stderr)
+
+
+for patch in PATCHES:
+    put_in(*patch)
