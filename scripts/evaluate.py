@@ -7,10 +7,9 @@ from winnow.models.files import ModelFiles
 
 if __name__ == "__main__":
     job = start_job(snakemake)
-    inputs, resources = dict(snakemake.input.items()), dict(snakemake.resources.items())
-    checkpoint = Bundle(inputs["checkpoint"]) if inputs.get("checkpoint") else None
-    evaluation = EVALUATIONS[job.spec["kind"]]
-    files, output = ModelFiles(inputs["model"]), snakemake.output[0]
-    given = Given(job.spec, files, checkpoint, inputs, resources, job.device, job.provenance, output)
+    inputs, output = snakemake.input, snakemake.output[0]
+    checkpoint = Bundle(inputs.checkpoint) if inputs.get("checkpoint") else None
+    evaluation, files = EVALUATIONS[job.spec["kind"]], ModelFiles(inputs.model)
+    given = Given(job.spec, files, checkpoint, inputs, snakemake.resources, job.device, job.provenance, output)
     write_json(output, measured(evaluation, given), job.provenance)
     evaluation.clear(given)

@@ -119,7 +119,7 @@ def run_job(made: str, tmp_path: Path) -> Path:
         log=[str(tmp_path / "log")],
         wildcards=Wildcards(provenance["wildcards"]),
         params=provenance["params"],
-        resources=SimpleNamespace(batch_tokens=4096, stream=0, get=lambda name: None),
+        resources=Resources(batch_tokens=4096, stream=0),
         threads=1,
         scriptdir=str(ROOT / "scripts"),
     )
@@ -132,6 +132,12 @@ def run_job(made: str, tmp_path: Path) -> Path:
         logging.getLogger().handlers[:] = handlers
         before_sealing(lambda: None)
     return out
+
+
+class Resources(dict):
+    """Resources by name, as a key or as an attribute."""
+
+    __getattr__ = dict.__getitem__
 
 
 class Outputs(list):
