@@ -69,7 +69,7 @@ UNKNOWN = r"winnow: {}\.{} of Snakemake [\d.]+ is not known here, so "
 @pytest.mark.parametrize(
     ("module", "owner", "name", "kind", "line"),
     [
-        ("snakemake.jobs", "Job", "is_valid", "def", r"it is left as it is \(formats names for every job\)$"),
+        ("snakemake.rules", "Rule", "is_producer", "def", r"it is left as it is \(matches every rule with every file\)$"),
         ("snakemake.persistence", "PersistenceBase", "incomplete", "async def", r"it is left as it is \(finished work"),
         ("snakemake.persistence", "PersistenceBase", "has_metadata", "def", r"results without a record .* use a version from"),
     ],

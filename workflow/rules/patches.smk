@@ -15,10 +15,7 @@ import snakemake
 import snakemake.common
 import snakemake.io
 import snakemake.rules
-import snakemake.sourcecache
 from snakemake.dag import DAG, ScriptProcessor
-from snakemake.jobs import Job
-from snakemake.output_index import OutputIndex
 from snakemake.persistence import PersistenceBase
 from snakemake.rules import Rule
 from snakemake.scheduling.job_scheduler import JobScheduler
@@ -75,60 +72,12 @@ PATCHES = [  # owner, attribute, digest of its source (Snakemake 9.20.0 to 9.27.
         "asked for every job",
     ),
     (
-        snakemake.sourcecache,
-        "parse_uri",
-        "c0c848d739",
-        cache,
-        SPEED,
-        "asked for every job",
-    ),
-    (
-        snakemake.sourcecache.SourceCache,
-        "_cache",
-        "389200a944",
-        cache,
-        SPEED,
-        "reads a script for every job",
-    ),
-    (
-        OutputIndex,
-        "match_producers",
-        "a96acf09a9",
-        cache,
-        SPEED,
-        "asked for every file",
-    ),
-    (
-        snakemake.rules,
-        "Wildcards",
-        "2179a224a7",
-        once_per_items,
-        SPEED,
-        "made for every function of every job",
-    ),
-    (
-        DAG,
-        "check_directory_outputs",
-        "ffbc622356",
-        instead(lambda dag: None),
-        SPEED,
-        "no rule makes a folder",
-    ),
-    (
         snakemake.io,
         "apply_wildcards",
         "85519988ed",
         instead(filled),
         SPEED,
         "matches a pattern for every path",
-    ),
-    (
-        snakemake.io,
-        "is_flagged",
-        "44806ae499",
-        instead(is_flagged),
-        SPEED,
-        "asks for the class of every path",
     ),
     (
         ScriptProcessor,
@@ -145,22 +94,6 @@ PATCHES = [  # owner, attribute, digest of its source (Snakemake 9.20.0 to 9.27.
         of_equal_depth,
         SPEED,
         "matches every rule with every file",
-    ),
-    (
-        Job,
-        "is_valid",
-        "35cd71af65",
-        once_per_rule,
-        SPEED,
-        "formats names for every job",
-    ),
-    (
-        Job,
-        "log_info",
-        "5048726480",
-        if_heard,
-        SPEED,
-        "puts together what a quiet run does not print",
     ),
     (
         DAG,

@@ -7,20 +7,13 @@ from threading import Timer
 
 import snakemake.io
 from snakemake.exceptions import WildcardError
-from snakemake.logging import is_quiet_about
 
 # A plan of thousands of jobs is millions of objects that stay: looking for garbage among them takes a tenth of the time.
 gc.set_threshold(20_000_000)
 
 
-def once_per_items(wildcards):
-    """The values of wildcards as Snakemake has them, which many jobs share."""
-    of_items = cache(lambda items: wildcards(fromdict=dict(items)))
-    return lambda fromdict: of_items(tuple(fromdict.items()))
-
-
 def once_per_rule(check):
-    """Whether log and benchmark can be named, and the script be read: neither differs between the jobs of a rule."""
+    """Whether the script can be read, which does not differ between the jobs of a rule."""
     checked = set()
 
     def checks(*of_job):
@@ -53,11 +46,6 @@ def filled(pattern, wildcards):
         raise WildcardError(str(missing)) from None
 
 
-def is_flagged(path, flag):
-    """As Snakemake's, without asking first whether the path's class is one of those that have flags."""
-    return bool((getattr(path, "flags", None) or {}).get(flag))
-
-
 def once_per_file(find):
     """The jobs that make a file, which are the same for all that read it as long as this plan stands."""
     found = {}
@@ -70,17 +58,6 @@ def once_per_file(find):
         return found[targetfile]
 
     return file2jobs
-
-
-def if_heard(log_info):
-    """What is said of a job takes long to put together, so it is not for a dry run that prints no jobs."""
-
-    def say(job, *how, **more):
-        of = job.dag.workflow
-        if not (of.dryrun and is_quiet_about(of.output_settings.quiet or (), "rules")):
-            log_info(job, *how, **more)
-
-    return say
 
 
 def of_equal_depth(matches):
