@@ -87,10 +87,7 @@ def test_a_job_that_needs_more_memory_than_it_asked_for_gets_twice_as_much(finis
 
 def test_a_job_that_hangs_is_stopped_at_its_time_limit_and_gets_twice_as_long(finished):
     drill = Drill(finished)
-    file = "workflow/rules/evaluate.smk"
-    drill.cluster.edit(
-        file, "24000),  # the compressed and the dense model\n        runtime=minutes(60)", "24000),\n        runtime=minutes(1)"
-    )
+    drill.cluster.edit("workflow/rules/evaluation_inputs.smk", "minutes(evaluation.minutes)", "minutes(1)")
     run = drill.cluster.start()
     job = drill.step_of(drill.job_in("RUNNING"))
     subprocess.run(["scancel", "--signal=STOP", job], check=True)  # it hangs, as on a file system that does not answer
