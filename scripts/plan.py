@@ -10,8 +10,10 @@ import yaml
 from winnow.calibration.few_tokens import planned
 from winnow.errors import InputError
 from winnow.jobs.start import start_job
+from winnow.models.shape import shape_of
 from winnow.planning.config import load
-from winnow.planning.forecast import GB, arithmetic_rate, forecast, machine, misfit, shape_of
+from winnow.planning.forecast import arithmetic_rate, forecast, machine, misfit
+from winnow.planning.load import GB
 from winnow.planning.plan import Plan
 from winnow.planning.preview import cells_table, duration, jobs_of, show, size, works_table
 

@@ -207,9 +207,12 @@ def streamed(given: argparse.Namespace, config: dict[str, int]) -> None:
 
 def forecasts(given: argparse.Namespace, stages: dict[str, Stage] | None) -> None:
     """What 8B and 70B take: memory and disk by `winnow.planning.forecast`, seconds by the floor at assumed rates."""
+    from winnow.models.shape import Shape
     from winnow.planning.config import load
-    from winnow.planning.forecast import EIGEN, START, WRITTEN, Shape, forecast
+    from winnow.planning.forecast import forecast
+    from winnow.planning.load import START, WRITTEN
     from winnow.planning.plan import Plan
+    from winnow.structures.base import EIGEN
 
     rate = {torch.bfloat16: given.bfloat16, torch.float32: given.float32, torch.float64: given.float64}
     rates = ", ".join(f"{str(t).removeprefix('torch.')} {r:.1e}" for t, r in rate.items())

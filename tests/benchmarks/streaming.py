@@ -135,8 +135,9 @@ def peaks(folder: Path) -> dict[str, int]:
 
 def forecasts(config: dict, manifest: Path) -> dict[str, float]:
     """{rule: bytes} as `snakemake plan` prints them."""
+    from winnow.models.shape import shape_of
     from winnow.planning.config import load
-    from winnow.planning.forecast import forecast, shape_of
+    from winnow.planning.forecast import forecast
     from winnow.planning.plan import Plan
 
     shape = shape_of(Path(config["models"]["large"]["source"]), manifest)

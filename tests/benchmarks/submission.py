@@ -61,8 +61,9 @@ def groups() -> dict[str, int]:
 
 
 def main() -> None:
+    from winnow.models.shape import shape_of
     from winnow.planning.config import load
-    from winnow.planning.forecast import arithmetic_rate, forecast, shape_of
+    from winnow.planning.forecast import arithmetic_rate, forecast
     from winnow.planning.plan import Plan
     from winnow.planning.preview import jobs_of
 

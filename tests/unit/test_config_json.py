@@ -15,7 +15,7 @@ from winnow.checkpoint.streaming import Streamed
 from winnow.data.tokens import load_tokenizer
 from winnow.errors import InputError
 from winnow.models.retrieve import describe, files_of
-from winnow.planning.forecast import shape_of
+from winnow.models.shape import shape_of
 from winnow.training.finetune import load_base
 
 DEMO = ROOT / "resources" / "models" / "demo"

@@ -7,7 +7,7 @@ from tests.conftest import ROOT
 from tests.unit.test_plan import plan_of
 from winnow.calibration.few_tokens import few_tokens, planned
 from winnow.factors.shrinkage import eigenvalues, expected, expected_jointly
-from winnow.planning.forecast import shape_of
+from winnow.models.shape import shape_of
 
 DEMO = ROOT / "resources" / "models" / "demo"
 HIDDEN = (

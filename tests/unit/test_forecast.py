@@ -11,8 +11,12 @@ from winnow.errors import InputError
 from winnow.io.artifacts import write_json
 from winnow.io.tensors import read_header
 from winnow.models.retrieve import describe
-from winnow.planning.forecast import GB, ROW, SIZE, Work, forecast, machine, measured_seconds, misfit, shape_of
+from winnow.models.shape import shape_of
+from winnow.planning.forecast import forecast, machine, measured_seconds, misfit
+from winnow.planning.load import GB, Work
 from winnow.planning.preview import duration, jobs_of, size
+from winnow.planning.stages.collect_statistics import ROW
+from winnow.planning.stages.compress import SIZE
 
 DEMO = ROOT / "resources" / "models" / "demo"
 DRY_RUN = """Job stats:
@@ -126,11 +130,13 @@ def test_few_tokens_take_eigenproblems_to_predict():
 def test_numbers_at_a_time_are_those_of_the_stages():
     from winnow.calibration import statistics
     from winnow.evaluation import perplexity
+    from winnow.evaluation.kinds.perplexity import LOGITS, STREAMED
     from winnow.models import retrieve
-    from winnow.planning import forecast as f
+    from winnow.models.shape import PRODUCT
+    from winnow.planning.stages.retrieve_model import CHECKED
 
-    assert (f.CHECKED, f.PRODUCT, f.STREAMED) == (retrieve.CHUNK, statistics.PRODUCT, perplexity.STREAMED)
-    assert perplexity.CHUNK == f.LOGITS
+    assert (CHECKED, PRODUCT, STREAMED) == (retrieve.CHUNK, statistics.PRODUCT, perplexity.STREAMED)
+    assert perplexity.CHUNK == LOGITS
 
 
 def test_time_is_of_starts_arithmetic_and_bytes():

@@ -36,9 +36,10 @@ from winnow.io.artifacts import MANIFEST, Bundle, write_manifest, write_tensors
 from winnow.metrics.base import METRICS
 from winnow.models.architectures import FFN_ROLES, SITES, Matrix
 from winnow.models.files import ModelFiles
+from winnow.models.shape import shape_of
 from winnow.planning.config import Method, load
 from winnow.planning.config_files import default
-from winnow.planning.forecast import forecast, shape_of
+from winnow.planning.forecast import forecast
 from winnow.planning.plan import Plan
 from winnow.structures.base import STRUCTURES
 

@@ -2,7 +2,8 @@
 
 from tests.unit.test_forecast import DEMO
 from tests.unit.test_plan import plan_of
-from winnow.planning.forecast import forecast, shape_of
+from winnow.models.shape import shape_of
+from winnow.planning.forecast import forecast
 from winnow.planning.needs import MARGIN, RUNNER, Needs
 
 

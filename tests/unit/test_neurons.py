@@ -6,8 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.test_forecast import DEMO
 from tests.unit.test_plan import plan_of
+from winnow.models.shape import shape_of
 from winnow.numerics.neurons import by_gain
-from winnow.planning.forecast import forecast, shape_of
+from winnow.planning.forecast import forecast
 
 
 def normal(seed, *shape):

@@ -73,3 +73,12 @@ def has_objects(file: str) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return bool(rows) and all(isinstance(row, dict) for row in rows)
+
+
+ROWS = 10_000  # of a task, where its files do not tell
+
+
+def rows_of(files: list[str]) -> int:
+    """Rows of a task's local files as far as lines tell them; ROWS for files of other kinds, and for a data set of the hub."""
+    lines = [p for p in map(Path, files) if p.suffix in (".jsonl", ".csv", ".json") and p.is_file()]
+    return sum(p.read_bytes().count(b"\n") for p in lines) or ROWS

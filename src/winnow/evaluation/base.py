@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from winnow.io.artifacts import Bundle
     from winnow.models.files import ModelFiles
+    from winnow.models.shape import Shape
 
 FORMATS = (".json", ".jsonl", ".parquet", ".csv")  # of local data of a task
 PLAIN = "perplexity"  # the kind of a preset that names none
@@ -24,6 +25,23 @@ PLAIN = "perplexity"  # the kind of a preset that names none
 
 class EvaluationOptions(Options):
     pass
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a forecast of a measurement needs to know."""
+
+    shape: Shape
+    unit: int  # bytes of a number in forward passes
+    batch_tokens: int
+    activations: float  # bytes, of a batch
+    streamed: bool
+    recovered: bool  # whether the model is a recovered one
+
+    @property
+    def loaded(self) -> float:
+        """Bytes of the model's numbers."""
+        return self.shape.numbers * self.unit
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,11 @@ class Evaluation(Plugin):
     def spec(self) -> dict[str, Any]:
         """The options that a result depends on, as builtin types."""
         return self.options.model_dump(exclude={"kind"})
+
+    def work(self, running: Running) -> tuple[float, float, float]:
+        """(bytes of memory, bytes of disk, floating-point operations) of a job, for forecasts; by default those of holding the
+        model and a batch of activations."""
+        return running.loaded + running.activations, 1e5, 0.0
 
     @classmethod
     @abstractmethod

@@ -9,7 +9,7 @@ from winnow.allocation.base import ALLOCATIONS
 from winnow.evaluation.kinds.classification import Classification
 from winnow.models.architectures import TARGETS, Matrix
 from winnow.planning.config_errors import Located
-from winnow.recovery.base import Trained
+from winnow.recovery.base import OnWindows, Trained
 from winnow.recovery.kinds.sequential import Sequential
 from winnow.structures.base import STRUCTURES
 from winnow.structures.low_rank import LowRank
@@ -109,7 +109,7 @@ def check_training(config: Config, name: str, experiment: Experiment) -> None:
     used: list[tuple[str, ...]] = [("models", n, "finetune", "task") for n in experiment.models]
     used += [("calibrations", n, "task") for n in experiment.calibrations] + [("recoveries", n, "task") for n in recoveries]
     for c in (c for c in experiment.calibrations if config.calibrations[c].task):
-        for r in (r for r in recoveries if isinstance(config.recoveries[r], Trained | Sequential.Options)):
+        for r in (r for r in recoveries if isinstance(config.recoveries[r], OnWindows)):
             raise Located(
                 ("experiments", name),
                 f"recovery {r!r} works on whole windows of a text, calibration {c!r} is of the rows of a task; calibrate on a "

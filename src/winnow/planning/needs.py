@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 
 from winnow.errors import InputError
-from winnow.planning.forecast import MB, forecast, shape_of
+from winnow.models.shape import shape_of
+from winnow.planning.forecast import forecast
+from winnow.planning.load import MB
 from winnow.planning.plan import Plan
 
 MARGIN = 1.25  # over the forecast, which leaves out what allocators keep

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from winnow.planning.forecast import GB, Shape, Work, measured_seconds
+from winnow.models.shape import Shape
+from winnow.planning.forecast import measured_seconds
+from winnow.planning.load import GB, MB, Work
 from winnow.planning.plan import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-MB = 1e6
 
 
 def jobs_of(dry_run: str) -> dict[str, int]:

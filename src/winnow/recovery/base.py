@@ -39,7 +39,13 @@ class RecoveryOptions(Options):
         return ()
 
 
-class Trained(RecoveryOptions):
+class OnWindows(RecoveryOptions):
+    """Options of a recovery that works on whole windows of a text."""
+
+    batch: int
+
+
+class Trained(OnWindows):
     """A recovery that trains on the calibration windows, a share of which is held out and never trained on."""
 
     steps: int = Field(200, ge=1, description="steps of Adam; tokens trained on are steps x batch x length of the calibration")

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from winnow.evaluation.base import FORMATS, Evaluation, EvaluationOptions
 
 if TYPE_CHECKING:
-    from winnow.evaluation.base import Given
+    from winnow.evaluation.base import Given, Running
 
 
 class Accuracy(Evaluation):
@@ -46,6 +46,10 @@ class Accuracy(Evaluation):
                     if not file.endswith(FORMATS):
                         raise ValueError(f"`files`: {file}: the name must end in one of {', '.join(FORMATS)}")
             return self
+
+    def work(self, running: Running) -> tuple[float, float, float]:
+        memory, disk, operations = super().work(running)
+        return memory + 3 * 4 * running.batch_tokens * running.shape.vocabulary, disk, operations
 
     @classmethod
     def measure(cls, given: Given) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from winnow.data.text_formats import ROWS, rows_of
 from winnow.evaluation.base import FORMATS, Evaluation, EvaluationOptions
 
 if TYPE_CHECKING:
-    from winnow.evaluation.base import Given
+    from winnow.data.text_formats import ROWS, rows_of
+from winnow.evaluation.base import Given, Running
 
 
 class Classification(Evaluation):
@@ -75,6 +77,11 @@ class Classification(Evaluation):
 
     def spec(self) -> dict[str, Any]:
         return self.options.model_dump(include={"length", "limit"})
+
+    def work(self, running: Running) -> tuple[float, float, float]:
+        memory, disk, _ = super().work(running)
+        rows = min(self.options.limit or ROWS, rows_of(self.options.test))
+        return memory, disk, 2.0 * rows * self.options.length * running.shape.numbers
 
     @classmethod
     def measure(cls, given: Given) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from winnow.evaluation.base import Evaluation, EvaluationOptions
 Positive = Annotated[int, Field(ge=1)]
 
 if TYPE_CHECKING:
-    from winnow.evaluation.base import Given
+    from winnow.evaluation.base import Given, Running
 
 
 class Latency(Evaluation):
@@ -30,6 +30,12 @@ class Latency(Evaluation):
         decode: Positive = Field(32, description="tokens per sequence that are decoded after the prompt, one at a time")
         repeats: int = Field(15, ge=6, description="timed runs of each model, in turns; ratios are taken within a repeat")
         warm_up: int = Field(2, ge=1, description="prompts that each model reads before, not timed")
+
+    def work(self, running: Running) -> tuple[float, float, float]:
+        shape = running.shape
+        widest = max(max(m.shape) for m in shape.matrices)
+        held = max(self.options.batches) * max(self.options.prompts) * (8 * shape.width + 4 * widest + 4 * shape.vocabulary)
+        return 2 * running.loaded + held * running.unit, 1e5, 0.0
 
     @classmethod
     def measure(cls, given: Given) -> dict[str, Any]:

@@ -8,8 +8,11 @@ from winnow.data.tokens import PROTOCOLS
 from winnow.evaluation.base import Evaluation, EvaluationOptions
 from winnow.options import Name
 
+LOGITS = 1 << 24  # numbers that the loss holds in float64 at a time, several copies
+STREAMED = 1 << 21  # numbers of logits at a time, where the model is streamed
+
 if TYPE_CHECKING:
-    from winnow.evaluation.base import Given
+    from winnow.evaluation.base import Given, Running
 
 
 class Perplexity(Evaluation):
@@ -45,6 +48,23 @@ class Perplexity(Evaluation):
         rule = PROTOCOLS[self.options.protocol]
         spec = self.options.model_dump(include={"protocol", "length", "stride", "compare"})
         return {**spec, "protocol_version": rule.version, "rule": rule.rule}
+
+    def work(self, running: Running) -> tuple[float, float, float]:
+        """`compare` runs two models; streamed, the weights of one block at a time, and what the blocks give is on disk."""
+        options, shape = self.options, running.shape
+        models = 2 if running.recovered and options.compare else 1
+        rows = max(options.length, running.batch_tokens) * shape.vocabulary
+        memory = models * (running.loaded + rows * running.unit) + 4 * 8 * min(LOGITS, rows) + running.activations
+        count, disk = options.windows or 100, 1e5
+        scored = count * options.length
+        if running.streamed:
+            batch = min(count, max(1, running.batch_tokens // options.length)) * options.length
+            embeddings = shape.vocabulary * shape.width
+            per_token = running.activations / running.batch_tokens
+            passing = running.unit * (shape.block() + embeddings) + batch * per_token
+            memory = max(passing, models * (running.unit * embeddings + 4 * 8 * STREAMED))
+            disk += 2 * models * scored * shape.width * running.unit
+        return memory, disk, 2.0 * models * scored * shape.numbers
 
     @classmethod
     def measure(cls, given: Given) -> dict[str, Any]:

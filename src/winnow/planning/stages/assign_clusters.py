@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.planning.stages.base import TABLES, TORCH, Stage
+
+if TYPE_CHECKING:
+    from winnow.planning.load import Load, Work
 
 
 class AssignClusters(Stage):
@@ -12,3 +15,9 @@ class AssignClusters(Stage):
 
     def spec(self, w: dict[str, str]) -> dict[str, Any]:
         return {"clustering": self.plan.clusterings()[w["clustering"]].model_dump()}
+
+    def work(self, load: Load) -> list[Work]:
+        labels = {(of, self.plan.clustering_label(self.plan.labels["methods"][method])) for of, method in load.fits}
+        square = 8 * max(3 * m.shape[0] * m.shape[1] + 2 * m.shape[1] ** 2 for m in load.shape.matrices)
+        count = sum(label is not None for _, label in labels)
+        return self.needed(load, count, square, 1e5)

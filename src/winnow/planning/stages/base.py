@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.metrics.base import METRICS
 from winnow.planning.fingerprints import versions
+from winnow.planning.load import BASE, Load, Work
 from winnow.registry import Plugin, Registry
 from winnow.structures.base import STRUCTURES
 
@@ -28,6 +29,7 @@ class Stage(Plugin):
     """A stage of a plan. All methods take the wildcards of a job: {"model": its label, ...}."""
 
     libraries: ClassVar[tuple[str, ...]] = ()  # whose version can change what it writes
+    streams: ClassVar[bool] = False  # whether a job can hold a block of the model at a time
     others: ClassVar[tuple[str, ...]] = ()  # rules of the same stage beside the one of its name
 
     def __init__(self, plan: Plan, of: str = ""):
@@ -68,7 +70,26 @@ class Stage(Plugin):
         """{file that no rule makes and that the job reads: SHA-256 of its content now}"""
         return {}
 
+    def work(self, load: Load) -> list[Work]:
+        """Peak memory, disk and operations of the jobs for a model, by `needed`; none where nothing is forecast."""
+        return []
+
     # What several stages say.
+
+    def needed(
+        self,
+        load: Load,
+        jobs: int,
+        memory: float,
+        disk: float = 0.0,
+        operations: float = 0.0,
+        base: float = BASE,
+        rule: str | None = None,
+    ) -> list[Work]:
+        """The work of some jobs: bytes of memory of the largest beside `base`, that of the process; disk and floating-point
+        operations of all together."""
+        work = Work(rule or self.name, load.name, jobs, base + memory, disk, operations, self.streams)
+        return [work] if jobs else []
 
     def dtype(self, w: dict[str, str]) -> str:
         return self.plan.preset("models", w["model"]).dtype

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 from winnow.allocation.base import ALLOCATIONS
 from winnow.planning.config import Calibration
 from winnow.planning.grid import EXECUTION
+from winnow.planning.load import MB
 from winnow.planning.stages.base import TABLES, TORCH, Stage
+
+COMPRESSING = 355 * MB  # of a process that imported what it needs; measured
+SIZE = 190  # bytes of a size of a fit (what it stores, what it loses), of all matrices at once, in all copies; measured
+
+if TYPE_CHECKING:
+    from winnow.planning.load import Load, Work
 
 
 class Compress(Stage):
@@ -43,3 +51,15 @@ class Compress(Stage):
 
     def code(self, w: dict[str, str]) -> list[str]:
         return [*super().code(w), ALLOCATIONS.module(self.plan.allocation(w["budget"]).kind())]
+
+    def work(self, load: Load) -> list[Work]:
+        found = []
+        for _, method, name in load.checkpoints:
+            budget = self.plan.config.budgets[name]
+            dense = load.shape.dense_bytes(budget.targets)
+            sides = [side for member in self.plan.members[method] for side in load.sides(member)]
+            table = SIZE * sum(m * n // (m + n) for m, n in sides)
+            memory = max(load.read, 12 * max(map(math.prod, sides))) + table
+            disk = load.shape.bytes - dense + (budget.keep_bytes or 1.0) * dense
+            found += self.needed(load, 1, memory, disk, base=COMPRESSING)
+        return found

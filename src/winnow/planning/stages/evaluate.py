@@ -1,9 +1,15 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from winnow.evaluation.base import EVALUATIONS, PLAIN
+from winnow.evaluation.base import EVALUATIONS, PLAIN, Running
+from winnow.planning.load import BASE, MB
 from winnow.planning.stages.base import HUGGING_FACE, Stage
+
+EVALUATING = 425 * MB  # of a process that scores a model block by block; measured
+
+if TYPE_CHECKING:
+    from winnow.planning.load import Load, Work
 
 
 class Evaluate(Stage):
@@ -22,6 +28,10 @@ class Evaluate(Stage):
         dense = "evaluate_dense" if self.of == PLAIN else f"{self.name}_dense"
         return [self.name, dense, *([f"{self.name}_healed"] if EVALUATIONS[self.of].recovered else [])]
 
+    @property
+    def streams(self) -> bool:  # type: ignore[override]
+        return EVALUATIONS[self.of].streams
+
     def spec(self, w: dict[str, str]) -> dict[str, Any]:
         """Not what it runs on: device, threads and kernels are in the result, and times are never the same bits."""
         evaluation = EVALUATIONS.build(self.plan.preset("evaluations", w["evaluation"]).model_dump())
@@ -34,3 +44,14 @@ class Evaluate(Stage):
 
     def files(self, w: dict[str, str]) -> dict[str, str]:
         return self.plan.outside.task(w["evaluation"]) if "files" in EVALUATIONS[self.of].reads else {}
+
+    def work(self, load: Load) -> list[Work]:
+        found = []
+        for cell in (cell for cell in load.cells if cell.kind == self.of):
+            evaluation = EVALUATIONS.build(self.plan.config.evaluations[cell.evaluation].model_dump())
+            running = Running(load.shape, load.unit, load.batch_tokens, load.activations, load.streamed, bool(cell.recovery))
+            memory, disk, operations = evaluation.work(running)
+            streams = load.streamed and evaluation.streams
+            rule = self.name if cell.method else f"{self.name}_healed" if cell.recovery else self.rules[1]
+            found += self.needed(load, 1, memory, disk, operations, base=EVALUATING if streams else BASE, rule=rule)
+        return found

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.planning.stages.base import HUGGING_FACE, Stage
+
+if TYPE_CHECKING:
+    from winnow.planning.load import Load, Work
 
 
 class FinetuneModel(Stage):
@@ -13,3 +16,7 @@ class FinetuneModel(Stage):
     def spec(self, w: dict[str, str]) -> dict[str, Any]:
         tuning = self.plan.preset("models", w["model"]).finetune
         return {**tuning.model_dump(), "length": self.plan.task(tuning.task).length}
+
+    def work(self, load: Load) -> list[Work]:
+        tuning = self.plan.config.models[load.name].finetune
+        return self.needed(load, 1, *load.tuning(tuning)) if tuning else []

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 from winnow.planning.stages.base import TABLES, TORCH, Stage
+
+if TYPE_CHECKING:
+    from winnow.planning.load import Load, Work
 
 
 class MeasureSpectra(Stage):
@@ -12,3 +16,6 @@ class MeasureSpectra(Stage):
 
     def spec(self, w: dict[str, str]) -> dict[str, Any]:
         return {"metric": self.plan.preset("methods", w["method"]).objective}
+
+    def work(self, load: Load) -> list[Work]:
+        return [w for _, m in load.fits for w in self.needed(load, 1, 4 * max(map(math.prod, load.sides(m))), 1e6)]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.allocation.base import ALLOCATIONS
 from winnow.planning.stages.base import HUGGING_FACE, OF_STATISTICS, TABLES, Stage
+
+if TYPE_CHECKING:
+    from winnow.planning.load import Load, Work
 
 
 class PredictInRounds(Stage):
@@ -24,3 +27,12 @@ class PredictInRounds(Stage):
 
     def code(self, w: dict[str, str]) -> list[str]:
         return [*super().code(w), ALLOCATIONS.module(self.plan.allocation(w["budget"]).kind())]
+
+    def work(self, load: Load) -> list[Work]:
+        found, second = [], load.gram + load.gradient
+        for calibration, _, budget in load.checkpoints:
+            if rounds := self.plan.allocation(self.plan.labels["budgets"][budget]).rounds():
+                tokens = load.tokens(calibration)
+                operations = rounds * (10 * tokens * load.shape.numbers + 2 * tokens * second)
+                found += self.needed(load, 1, 2 * load.loaded + 8 * second + load.backward, 1e6, operations)
+        return found

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.planning.stages.base import TABLES, TORCH, Stage
+from winnow.structures.base import EIGEN
+
+if TYPE_CHECKING:
+    from winnow.planning.load import Load, Work
 
 
 class PredictLosses(Stage):
@@ -12,3 +16,12 @@ class PredictLosses(Stage):
 
     def spec(self, w: dict[str, str]) -> dict[str, Any]:
         return self.structure(w)
+
+    def work(self, load: Load) -> list[Work]:
+        found = []
+        for calibration, method in (fit for fit in load.fits if fit in load.predicted):
+            sides, few = load.sides(method), load.few(calibration, method)
+            held = 8 * max(2 * m * n + 2 * (m * m + n * n) for m, n in sides)
+            operations = 1.0 * sum(4 * m * n * (m + n) for m, n in sides) + EIGEN * sum(n**3 for n in few)
+            found += self.needed(load, 1, held + 8 * 5 * max(few, default=0) ** 2, 1e6, operations)
+        return found

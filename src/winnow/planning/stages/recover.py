@@ -1,9 +1,14 @@
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 from winnow.planning.stages.base import HUGGING_FACE, Stage
-from winnow.recovery.base import RECOVERIES
+from winnow.recovery.base import RECOVERIES, OnWindows
+from winnow.training.options import Tuning
+
+if TYPE_CHECKING:
+    from winnow.planning.load import Load, Work
 
 
 class Recover(Stage):
@@ -29,3 +34,23 @@ class Recover(Stage):
 
     def uses(self, w: dict[str, str]) -> tuple[str, ...]:
         return self.plan.preset("recoveries", w["recovery"]).libraries
+
+    def work(self, load: Load) -> list[Work]:
+        found, shape = [], load.shape
+        fitted = sum(math.prod(m.shape) for m in shape.matrices)
+        for calibration, method, budget, name in load.recoveries:
+            options, rule = self.plan.config.recoveries[name], self.name if method else "recover_dense"
+            if isinstance(options, Tuning):
+                found += self.needed(load, 1, *load.tuning(options), rule=rule)
+            if not isinstance(options, OnWindows):
+                continue
+            steps = getattr(options, "steps", 0)
+            share = self.plan.config.budgets[budget].keep_bytes or 1.0 if budget else 1.0
+            windows = self.plan.config.calibrations[calibration]
+            states = 2 * windows.windows * windows.length * shape.width  # inputs and outputs of a block
+            step = options.batch * windows.length
+            held = step * (3 * shape.vocabulary + 12 * shape.width * shape.layers + 4 * load.widest)
+            passes = 8 * steps * step + 4 * windows.windows * windows.length * shape.layers
+            memory = 4 * (2 * shape.numbers + 6 * share * fitted + states + held)
+            found += self.needed(load, 1, memory, share * shape.bytes, passes * shape.numbers, rule=rule)
+        return found

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.planning.stages.base import HUGGING_FACE, Stage
+
+CHECKED = 1 << 22  # numbers of weights that are looked at together
+
+if TYPE_CHECKING:
+    from winnow.planning.load import Load, Work
 
 
 class RetrieveModel(Stage):
@@ -18,3 +23,6 @@ class RetrieveModel(Stage):
 
     def files(self, w: dict[str, str]) -> dict[str, str]:
         return {} if self.plan.tuned(w["model"]) else self.plan.outside.model(w["model"], "model.json")
+
+    def work(self, load: Load) -> list[Work]:
+        return self.needed(load, 1, load.read + 4 * CHECKED, 1e5)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.data.tokens import PROTOCOLS
+from winnow.evaluation.base import PLAIN
 from winnow.planning.stages.base import HUGGING_FACE, OF_STATISTICS, Stage
+
+if TYPE_CHECKING:
+    from winnow.planning.load import Load, Work
 
 
 class Tokenize(Stage):
@@ -18,3 +22,8 @@ class Tokenize(Stage):
         if section == "evaluations":
             windows["version"] = PROTOCOLS[preset.protocol].version
         return {"kind": section, "join": self.plan.config.texts[preset.text].join, **windows}
+
+    def work(self, load: Load) -> list[Work]:
+        calibrations = [work for name in load.calibrations for work in self.needed(load, 1, 0, load.tokens(name) * 4)]
+        texts = [c for c in load.cells if c.kind == PLAIN and not c.method and not c.recovery]
+        return calibrations + self.needed(load, len(texts), 0, len(texts) * 1e6)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from winnow.recovery.base import Recovery, RecoveryOptions
+from winnow.recovery.base import OnWindows, Recovery
 
 if TYPE_CHECKING:
     from winnow.recovery.base import Task
@@ -18,7 +18,7 @@ class Sequential(Recovery):
 
     reference = "objectives 4 and 2 of AA-SVD, arXiv 2604.02119"
 
-    class Options(RecoveryOptions):
+    class Options(OnWindows):
         kind: Literal["sequential"] = Field(description="sequential")
         objective: Literal["anchored", "shifted"] = Field(
             "anchored",

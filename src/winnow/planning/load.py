@@ -1,0 +1,181 @@
+"""What a plan asks of one model: the work of its stages, and what their arithmetic is made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from winnow.calibration.few_tokens import too_few
+from winnow.data.text_formats import rows_of
+from winnow.models.shape import WIDTHS, Shape
+
+if TYPE_CHECKING:
+    from winnow.planning.config import Calibration
+    from winnow.planning.grid import Cell
+    from winnow.planning.plan import Plan
+    from winnow.training.options import Tuning
+
+MB, GB = 1e6, 1e9
+BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
+START = 5.0  # seconds until such a process computes
+WRITTEN = 0.15 * GB  # bytes a second of what a job writes, with reading, checking and cutting what that is made of; of `compress`
+
+
+@dataclass(frozen=True)
+class Work:
+    """One rule for one model: how many jobs, and the largest of each kind of need among them; disk is of all of them."""
+
+    stage: str
+    model: str
+    jobs: int
+    memory: float  # bytes, of the largest job
+    disk: float  # bytes, of all jobs
+    operations: float  # floating point, of all jobs
+    streams: bool = False  # whether `load: stream` takes less memory
+
+    def seconds(self, rate: float) -> float:
+        return self.jobs * START + self.operations / rate + self.disk / WRITTEN
+
+
+@dataclass(frozen=True)
+class Load:
+    """The cells of one model (by preset name) in a plan, with the model's shape; numbers at a time are those of the rules."""
+
+    plan: Plan
+    name: str
+    shape: Shape
+    cells: list[Cell]
+    batch_tokens: int
+
+    @cached_property
+    def label(self) -> str:
+        return self.plan.labels["models"][self.name]
+
+    @property
+    def unit(self) -> int:
+        """Bytes of a number in forward passes."""
+        return WIDTHS[self.plan.config.models[self.name].dtype]
+
+    @property
+    def streamed(self) -> bool:
+        return self.plan.config.models[self.name].load == "stream"
+
+    @property
+    def loaded(self) -> float:
+        """Bytes of the model's numbers."""
+        return self.shape.numbers * self.unit
+
+    @cached_property
+    def calibrations(self) -> dict[str, Calibration]:
+        names = dict.fromkeys(cell.calibration for cell in self.cells if cell.method and cell.calibration)
+        return {name: self.plan.config.calibrations[name] for name in names}
+
+    def tokens(self, calibration: str) -> int:
+        preset = self.plan.config.calibrations[calibration]
+        return preset.windows * preset.length
+
+    @cached_property
+    def checkpoints(self) -> list[tuple[str, str, str]]:
+        """(calibration, method, budget) of every checkpoint."""
+        found = [(c.calibration, c.method, c.budget) for c in self.cells if c.calibration and c.method and c.budget]
+        return list(dict.fromkeys(found))
+
+    @cached_property
+    def fits(self) -> list[tuple[str, str]]:
+        """(calibration, method) of all that is fitted."""
+        found = [(c.calibration, m) for c in self.cells if c.calibration and c.method for m in self.plan.members[c.method]]
+        return list(dict.fromkeys(found))
+
+    @cached_property
+    def predicted(self) -> set[tuple[str, str]]:
+        """The fits whose losses are predicted."""
+        plan = self.plan
+        reading = [(c, m) for c, m, b in self.checkpoints if plan.allocation(plan.labels["budgets"][b]).predicts()]
+        return {(c, member) for c, method in reading for member in plan.members[method]}
+
+    @cached_property
+    def recoveries(self) -> list[tuple[str, str | None, str | None, str]]:
+        """(calibration, method, budget, recovery) of every recovery, each step of those that go on from another."""
+        found = [
+            (c.calibration, c.method, c.budget, step)
+            for c in self.cells
+            if c.calibration and c.recovery
+            for step in self.plan.config.steps(c.recovery)
+        ]
+        return list(dict.fromkeys(found))
+
+    @cached_property
+    def gradients(self) -> set[str]:
+        """The calibrations of which statistics of gradients are collected."""
+        plan = self.plan
+        needing = {c for c, m in self.fits if "gradients" in plan.needs(plan.labels["methods"][m])}
+        reading = {c for c, m, _, step in self.recoveries if m and plan.config.recoveries[step].reads_gradients}
+        return needing | {c for c, _ in self.predicted} | reading
+
+    @cached_property
+    def widest(self) -> int:
+        return max(max(m.shape) for m in self.shape.matrices)
+
+    @cached_property
+    def largest(self) -> tuple[int, int]:
+        """The shape of the matrix of most numbers."""
+        return max((m.shape for m in self.shape.matrices), key=math.prod)
+
+    @cached_property
+    def gram(self) -> int:
+        """Numbers of the second moments of all inputs."""
+        return sum(width**2 for width in self.shape.sites().values())
+
+    @cached_property
+    def cross(self) -> int:
+        """Numbers of the moments of hidden units with the FFN's inputs."""
+        return sum(w * self.shape.width for (_, site), w in self.shape.sites().items() if site == "ffn_hidden")
+
+    @cached_property
+    def gradient(self) -> int:
+        """Numbers of the second moments of gradients in all outputs."""
+        return sum(m.shape[0] ** 2 for m in self.shape.matrices)
+
+    @property
+    def per_token(self) -> int:
+        """Bytes of a token's activations in a forward pass."""
+        return (8 * self.shape.width + 4 * self.widest) * self.unit
+
+    @property
+    def activations(self) -> float:
+        return self.batch_tokens * self.per_token
+
+    @property
+    def backward(self) -> float:
+        """Bytes that a backward pass holds."""
+        return self.activations * self.shape.layers + 3 * self.batch_tokens * self.shape.vocabulary * 8
+
+    @property
+    def embeddings(self) -> int:
+        return self.shape.vocabulary * self.shape.width
+
+    @property
+    def read(self) -> float:
+        """Bytes of the largest tensor as it is stored."""
+        return self.shape.unit * max(self.embeddings, math.prod(self.largest))
+
+    def sides(self, method: str) -> list[tuple[int, int]]:
+        """(outputs, inputs) of every group that a method fits together."""
+        groups = self.plan.structure(self.plan.labels["methods"][method]).groups(self.shape.matrices)
+        return [(sum(m.shape[0] for m in g), max(m.shape[1] for m in g)) for g in groups]
+
+    def few(self, calibration: str, method: str) -> list[int]:
+        """Widths of the inputs of groups that have few calibration tokens; of an FFN, its input and its hidden units together."""
+        tokens = self.tokens(calibration)
+        return [n + self.shape.width for _, n in self.sides(method) if too_few(n, tokens)]
+
+    def tuning(self, tuning: Tuning) -> tuple[float, float, float]:
+        """(memory, disk, operations) of training all weights in float32 on a task's train rows: weights, gradients, two
+        moments."""
+        task = self.plan.task(tuning.task)
+        tokens = tuning.batch * task.length
+        held = 4 * tokens * self.shape.layers * (14 * self.shape.width + 3 * self.widest)
+        steps = tuning.total_steps(rows_of(task.train))
+        return 16 * self.shape.numbers + held, 4 * self.shape.numbers, 6.0 * steps * tokens * self.shape.numbers
