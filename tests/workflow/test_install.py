@@ -205,6 +205,17 @@ def test_documented_commands_run(installed):
     assert "whitened" in installed.full.run("python", "-m", "winnow", "show", "results", folder=installed.checkout)
 
 
+def test_a_plan_is_the_same_without_what_is_replaced_of_snakemake(installed):
+    command, plans = ["snakemake", "-n", "--cores", "2", "--forceall"], []
+    for before in ([], ["env", "WINNOW_PATCHES=0"]):
+        done = installed.full.attempt(*before, *command, folder=installed.checkout)
+        assert done.returncode == 0, done.stderr
+        assert "is not known here" not in done.stderr
+        plans.append(jobs_of(done.stdout))
+    assert len(plans[0]) > 50
+    assert plans[0] == plans[1]
+
+
 def test_the_wheel_alone_loads_exports_and_shares_the_checkpoint(installed, tmp_path):
     (checkpoint,) = (installed.checkout / "results").glob("*/*/*/*/checkpoint")
     compressed, one = installed.bare.load(checkpoint, "import winnow")
