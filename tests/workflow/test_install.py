@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.conftest import ROOT, TINY
+from tests.workflow.test_speed import jobs_of
 from winnow.errors import absent
 
 pytestmark = [pytest.mark.slow, pytest.mark.workflow]
