@@ -533,4 +533,4 @@ def test_bad_configurations_are_refused(changes, message):
 
 def test_some_rows_of_the_same_task_may_be_scored():
     plan = Plan(load(configuration(experiments__e__evaluations=["t", "some"])), ROOT)
-    assert len(plan.cells_of("classification")) == 2 * (1 + 1 + 2)
+    assert len(plan.cells.of("classification")) == 2 * (1 + 1 + 2)

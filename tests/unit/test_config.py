@@ -41,7 +41,7 @@ def test_shipped_examples_are_valid(path):
 def test_no_shipped_study_calibrates_on_what_it_measures(path):
     """The guard that stops such a run is asked before anybody starts one."""
     plan = Plan(load(merge(default(), yaml.safe_load(path.read_text()))), ROOT)
-    pairs = {tuple(reversed(plan.texts_of(cell))) for cell in plan.cells_of("perplexity") if cell.calibration}
+    pairs = {tuple(reversed(plan.cells.texts_of(cell))) for cell in plan.cells.of("perplexity") if cell.calibration}
     for pair in pairs:
         texts = [plan.config.texts[name].model_dump() for name in pair]
         check_overlap(*(read_rows({**text, "files": [str(ROOT / file) for file in text["files"]]}) for text in texts), pair)

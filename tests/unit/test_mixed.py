@@ -222,7 +222,7 @@ def test_members_are_methods_and_share_their_factors():
     assert plan.members["mine"] == ["whitened", "modegpt_mlp", "mine.affine_block"]
     assert plan.config.methods["mine.affine_block"] == Method.model_validate({"structure": members[2]})
     model, calibration = plan.labels["models"]["demo"], plan.labels["calibrations"]["demo"]
-    found = plan.of_members(model, calibration, plan.labels["methods"]["mine"], "factors/{shard}/manifest.json")
+    found = plan.paths.of_members(model, calibration, plan.labels["methods"]["mine"], "factors/{shard}/manifest.json")
     own = [plan.labels["methods"][name] for name in plan.members["mine"]]
     assert found == [f"results/{model}/{calibration}/{label}/factors/1-of-1/manifest.json" for label in own]
     assert plan.members["svd"] == ["svd"]

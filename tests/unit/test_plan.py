@@ -32,7 +32,7 @@ def test_the_default_is_four_methods_by_eight_budgets_and_dense():
     plan = plan_of()
     assert sum(cell.method is None for cell in plan.cells) == 1
     assert len(plan.cells) == 1 + 4 * 8
-    assert len({plan.result(cell) for cell in plan.cells}) == len(plan.cells)
+    assert len({plan.paths.result(cell) for cell in plan.cells}) == len(plan.cells)
 
 
 def test_a_label_depends_on_its_own_content_only():
@@ -82,14 +82,14 @@ def test_evaluations_of_other_kinds_stand_beside_the_old_ones_and_move_none():
     after = plan_of(change)
     labels = after.labels["evaluations"]
     assert labels["demo"] == before.labels["evaluations"]["demo"] == "demo-299c6a"  # of results that people have
-    assert after.cells_of("perplexity") == before.cells
+    assert after.cells.of("perplexity") == list(before.cells)
     for kind, name in (("accuracy", "tasks.1"), ("latency", "speed")):
-        cells = after.cells_of(kind)
+        cells = after.cells.of(kind)
         assert len(cells) == 33
         assert {cell.evaluation for cell in cells} == {name}
         assert sum(cell.method is None for cell in cells) == 1
-        assert not set(after.texts_of(cells[0]))
-        assert after.texts_of(cells[-1]) == ["demo_calibration"]
+        assert not set(after.cells.texts_of(cells[0]))
+        assert after.cells.texts_of(cells[-1]) == ["demo_calibration"]
         assert after.pattern("evaluations", kind=kind).split("|")[-1] == labels[name].replace(".", r"\.")
     assert after.pattern("calibrations", "evaluations", kind="perplexity").split("|")[2:] == [labels["demo"]]
     assert Plan(load(default()), ROOT).pattern("evaluations", kind="latency") == "none"
@@ -352,11 +352,11 @@ def test_fingerprints_do_not_depend_on_the_folder(checkout):
 
 def test_missing_sources_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    plan_of().check_sources()
+    plan_of().cells.check_sources()
     with pytest.raises(InputError, match="nowhere: there is no such model directory"):
-        plan_of(lambda c: c["models"]["demo"].update(source="nowhere")).check_sources()
+        plan_of(lambda c: c["models"]["demo"].update(source="nowhere")).cells.check_sources()
     with pytest.raises(InputError, match=r"texts\.demo_evaluation\.files: gone\.txt"):
-        plan_of(lambda c: c["texts"]["demo_evaluation"].update(files=["gone.txt"])).check_sources()
+        plan_of(lambda c: c["texts"]["demo_evaluation"].update(files=["gone.txt"])).cells.check_sources()
 
 
 def test_a_random_control_stands_beside_every_selection():
@@ -403,8 +403,10 @@ def test_a_method_spreads_the_budgets_that_do_not_say_how():
         ("whitened_ilp", "ffn-0.8"): "ilp",
     }
     names, budgets = plan.labels["methods"], plan.labels["budgets"]
-    factors = plan.of_members("m", "c", names["svd_llm_v2"], "spectra.parquet")
-    assert factors == plan.of_members("m", "c", names["whitened"], "spectra.parquet"), "its factors are those of the metric alone"
+    factors = plan.paths.of_members("m", "c", names["svd_llm_v2"], "spectra.parquet")
+    assert factors == plan.paths.of_members("m", "c", names["whitened"], "spectra.parquet"), (
+        "its factors are those of the metric alone"
+    )
     (cell,) = (c for c in plan.cells if c.method == "svd_llm_v2" and plan.budget_name(str(c.budget)) == "ffn-0.8")
     label = budgets[str(cell.budget)]
     assert label.startswith("ffn-0.8-")
@@ -418,7 +420,7 @@ def test_a_method_spreads_the_budgets_that_do_not_say_how():
     assert spec["presets"]["budget"]["allocation"] == {"kind": "per_type", "smallest": 8.0}
     assert spec["allocation"]["version"] == 2, "checkpoints of the first version are compressed anew"
     other = plan_of(lambda c: (change(c), c["methods"]["svd_llm_v2"].update(allocation={"kind": "energy"})))
-    assert other.result(next(c for c in other.cells if c.method == "svd_llm_v2")) != plan.result(cell)
+    assert other.paths.result(next(c for c in other.cells if c.method == "svd_llm_v2")) != plan.paths.result(cell)
 
 
 def test_a_preset_cannot_pass_for_a_budget_that_a_method_spreads():
@@ -447,18 +449,18 @@ def test_a_paper_names_nothing():
 
 def test_a_dense_export_is_asked_for_by_name_and_moves_nothing_else():
     before = plan_of()
-    assert before.exported() == []
+    assert before.cells.exported() == []
 
     def change(c):
         c["experiments"]["demo"] |= {"export": "dense", "methods": ["svd", "ffsplit"], "budgets": ["ffn-0.8", "ffn-0.4"]}
 
     after = plan_of(change)
     assert after.labels == before.labels
-    assert {cell.method for cell in after.exported()} == {"svd", "ffsplit"}, "random controls are compared, not handed on"
+    assert {cell.method for cell in after.cells.exported()} == {"svd", "ffsplit"}, "random controls are compared, not handed on"
     assert "ffsplit.random" in {cell.method for cell in after.cells}
-    assert set(after.exported()) < set(after.cells)
+    assert set(after.cells.exported()) < set(after.cells)
     seeded = plan_of(lambda c: (change(c), c["calibrations"]["demo"].update(seeds=[0, 1])))
-    assert {cell.calibration for cell in seeded.exported()} == {"demo.seed-0", "demo.seed-1"}
+    assert {cell.calibration for cell in seeded.cells.exported()} == {"demo.seed-0", "demo.seed-1"}
     with pytest.raises(InputError, match=r"experiments\.demo\.export: 'r2lin' cannot be written as a dense model: affine_block"):
         plan_of(lambda c: c["experiments"]["demo"].update(export="dense", methods=["svd", "r2lin"]))
 
@@ -491,7 +493,7 @@ def test_a_card_has_every_evaluation_of_its_checkpoint():
     cards = plan.spec("cards", {})["cards"]
     assert len(cards) == 4 * 8
     results = {path for of in cards.values() for made in of["evaluations"].values() for path in made.values()}
-    assert results == {plan.result(cell) for cell in plan.cells}
+    assert results == {plan.paths.result(cell) for cell in plan.cells}
     for path, of in cards.items():
         assert list(of["evaluations"]) == ["demo", "other"]
         assert of["checkpoint"].startswith(path.rsplit("/", 2)[0] + "/checkpoint/")
@@ -517,7 +519,7 @@ def test_seeds_are_calibrations_with_the_labels_of_single_ones():
 def test_cells_and_tables_run_over_the_seeds():
     plan = plan_of(seeds(0, 1))
     assert len(plan.cells) == 1 + 4 * 8 * 2
-    assert len({plan.result(cell) for cell in plan.cells}) == len(plan.cells)
+    assert len({plan.paths.result(cell) for cell in plan.cells}) == len(plan.cells)
     rows = plan.spec("tables", {})["rows"]
     assert {(row["calibration"], row["seeds_of"], row["seed"]) for row in rows} == {
         ("none", "none", None),
@@ -526,7 +528,7 @@ def test_cells_and_tables_run_over_the_seeds():
     }
     more = plan_of(seeds(0, 1, 2))
     assert set(plan.cells) < set(more.cells)
-    assert {plan.result(cell) for cell in plan.cells} < {more.result(cell) for cell in more.cells}
+    assert {plan.paths.result(cell) for cell in plan.cells} < {more.result(cell) for cell in more.cells}
 
 
 def test_a_preset_cannot_pass_for_a_seed():
@@ -539,17 +541,17 @@ def test_a_preset_cannot_pass_for_a_seed():
 
 
 def test_a_study_is_scored_on_the_tasks_of_its_kind_that_are_configured():
-    assert not plan_of().study_scores("coupling")
+    assert not plan_of().studies.scores("coupling")
 
     def change(config):
         next(iter(config["experiments"].values()))["evaluations"] += ["tasks", "times"]
 
     plan = plan_of(change)
-    scored = plan.study_scores("coupling")
+    scored = plan.studies.scores("coupling")
     assert {cell.kind for cell, _ in scored} == {"accuracy"}
     assert [own["method"] for _, own in scored] == ["dense", "coupled", "whitened", "whitened"]
-    assert len({plan.result(cell) for cell, _ in scored}) == 4
-    assert not plan.study_scores("ffsplit"), "no task of kind classification"
+    assert len({plan.paths.result(cell) for cell, _ in scored}) == 4
+    assert not plan.studies.scores("ffsplit"), "no task of kind classification"
 
 
 @pytest.mark.parametrize(

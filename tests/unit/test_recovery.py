@@ -29,9 +29,9 @@ from winnow.models.architectures import matrices_of
 from winnow.models.files import ModelFiles
 from winnow.models.retrieve import describe
 from winnow.numerics.linalg import leading_directions
+from winnow.planning.cells import Cell
 from winnow.planning.config import load
 from winnow.planning.config_files import default
-from winnow.planning.grid import Cell
 from winnow.planning.plan import Plan
 from winnow.recovery import refine, sequential
 from winnow.recovery.base import RECOVERIES, recovery_of
@@ -428,14 +428,14 @@ def test_the_dense_model_with_the_recovery_is_a_cell_and_a_row():
     ]
     labels = plan.labels
     folder = f"results/{labels['models']['demo']}/{labels['calibrations']['demo.seed-0']}/dense/{labels['recoveries']['refine']}"
-    assert plan.result(healed[0]) == f"{folder}/{labels['evaluations']['demo']}.json"
+    assert plan.paths.result(healed[0]) == f"{folder}/{labels['evaluations']['demo']}.json"
     rows = [row for row in plan.spec("tables", {})["rows"] if row["method"] == "dense"]
     assert [(row["recovery"], row["budget"], row["calibration"]) for row in rows] == [
         ("none", "dense", "none"),
         ("refine", "dense", "demo.seed-0"),
         ("refine", "dense", "demo.seed-1"),
     ]
-    assert len({plan.result(cell) for cell in plan.cells}) == len(plan.cells)
+    assert len({plan.paths.result(cell) for cell in plan.cells}) == len(plan.cells)
     plain = plan_of(lambda c: c["experiments"]["demo"].update(recoveries=["none"]))
     assert not [cell for cell in plain.cells if cell.method is None and cell.recovery]
 
@@ -471,7 +471,7 @@ def test_cards_and_exports_are_of_the_recovered_checkpoint():
     (recovered,) = (path for path in cards if f"/{refine}/" in path)
     assert f"/{none}/" not in cards[plain]["checkpoint"]
     assert cards[recovered]["checkpoint"] == recovered.replace("README.md", "checkpoint/manifest.json")
-    made = {plan.made(cell, "dense_export") for cell in plan.exported()}
+    made = {plan.paths.made(cell, "dense_export") for cell in plan.cells.exported()}
     assert made == {of["checkpoint"].replace("/checkpoint/", "/dense_export/") for of in cards.values()}
 
 

@@ -185,7 +185,7 @@ def test_rank_correlations_and_their_errors():
 
 def test_a_study_can_have_recoveries_with_the_dense_model_beside_them():
     plan = Plan(load(default()), ROOT)
-    cells = plan.study_cells("clusters")
+    cells = plan.studies.of("clusters")
     keys = [tuple(own.values()) for _, own in cells]
     assert len(set(keys)) == len(keys)
     assert keys[:2] == [("dense", "dense", "none"), ("dense", "dense", "lora")]
@@ -193,10 +193,12 @@ def test_a_study_can_have_recoveries_with_the_dense_model_beside_them():
     healed, start = by_key["dense", "dense", "lora"], by_key["asvd", "ffn-0.4", "lora"]
     assert (healed.method, healed.recovery, healed.calibration) == (None, "lora", "demo")
     assert (start.method, start.recovery) == ("asvd", "lora")
-    assert plan.result(by_key["svd", "ffn-0.6", "none"]) in {plan.result(cell) for cell in plan.cells}, "cells are shared"
-    of = plan.study_checkpoints("clusters", plan.labels["models"]["demo"])
+    assert plan.paths.result(by_key["svd", "ffn-0.6", "none"]) in {plan.paths.result(cell) for cell in plan.cells}, (
+        "cells are shared"
+    )
+    of = plan.studies.checkpoints("clusters", plan.labels["models"]["demo"])
     assert len(of) == len(cells) - 1
-    assert {c["manifest"] for c in of if c["recovery"] == "lora"} >= {f"{plan.recovered(healed)}/checkpoint/manifest.json"}
+    assert {c["manifest"] for c in of if c["recovery"] == "lora"} >= {f"{plan.paths.recovered(healed)}/checkpoint/manifest.json"}
     same = default()
     same["recoveries"]["mine"] = STUDY.recoveries["lora"]
     assert Plan(load(same), ROOT).of_studies["clusters"]["lora"] == "mine", "a preset of the same content serves"

@@ -111,15 +111,15 @@ def test_lines_of_objects_are_not_read_as_plain_text_unasked(tmp_path, given, re
     text = {"files": [str(file)], **given}
     plan = plan_of(lambda c: c["texts"].update(demo_calibration=text))
     if not refused:
-        plan.check_sources()
+        plan.cells.check_sources()
         return
     with pytest.raises(InputError) as caught:
-        plan.check_sources()
+        plan.cells.check_sources()
     cure = "say `format: jsonl` to read a column of them, or `format: raw` if braces and keys are part of the text"
     assert str(caught.value) == f"texts.demo_calibration: {file}: its lines are JSON objects; {cure}"
     for content in ('["a", "b"]\n', "{ a set }\n{ another }\n", '{"text": "one"}\nand prose\n', "", "\x00\xff"):
         file.write_text(content, encoding="latin-1")
-        plan.check_sources()
+        plan.cells.check_sources()
 
 
 def test_a_file_that_no_file_can_be_called_is_not_there():
@@ -128,7 +128,7 @@ def test_a_file_that_no_file_can_be_called_is_not_there():
         lambda c: c["models"]["demo"].update(source="n" * 260),
     ):
         with pytest.raises(InputError, match=r"n{260}: there is no such"):
-            plan_of(change).check_sources()
+            plan_of(change).cells.check_sources()
 
 
 def test_a_data_set_is_read_by_the_datasets_library(tmp_path, monkeypatch):

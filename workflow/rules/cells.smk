@@ -4,14 +4,14 @@
 def made_of_cells(what, cells=None):
     """The checkpoints, or what else is made, of all compressed cells or of `cells`."""
     cells = [cell for cell in PLAN.cells if cell.method] if cells is None else cells
-    return list(dict.fromkeys(PLAN.made(cell, what) for cell in cells))
+    return list(dict.fromkeys(PLAN.paths.made(cell, what) for cell in cells))
 
 
 def recovered_of_cells():
     """The recovered checkpoints of all cells, dense ones included."""
     return list(
         dict.fromkeys(
-            f"{PLAN.recovered(cell)}/checkpoint/manifest.json"
+            f"{PLAN.paths.recovered(cell)}/checkpoint/manifest.json"
             for cell in PLAN.cells
             if cell.recovery and PLAN.recovers(cell.recovery)
         )
@@ -33,7 +33,7 @@ def of_cells(path, kind=None, cells=None):
     }
     found = {}
     if cells is None:
-        cells = PLAN.cells_of(kind) if kind else PLAN.cells
+        cells = PLAN.cells.of(kind) if kind else PLAN.cells
     for cell in cells:
         names = {key: getattr(cell, key) for key in sections}
         labels = {
@@ -48,23 +48,23 @@ def of_methods(name):
     """The file `name` of every method that is fitted: of those that cells have, or that these choose between."""
     found = {}
     for path in of_cells("results/{model}/{calibration}/{method}"):
-        found |= dict.fromkeys(PLAN.of_members(*path.split("/")[1:], name))
+        found |= dict.fromkeys(PLAN.paths.of_members(*path.split("/")[1:], name))
     return list(found)
 
 
 def results_of(kind):
-    return [PLAN.result(cell) for cell in PLAN.cells_of(kind)]
+    return [PLAN.paths.result(cell) for cell in PLAN.cells.of(kind)]
 
 
 def table_of(kind):
     """The table of a kind of evaluation, if it has one of its own and the experiments have any."""
-    tabulated = EVALUATIONS[kind].table and PLAN.cells_of(kind)
+    tabulated = EVALUATIONS[kind].table and PLAN.cells.of(kind)
     return [f"results/tables/{kind}.csv"] if tabulated else []
 
 
 def moments_of_cells():
     """Statistics that the cells of the report are made from."""
-    cells = [cell for cell in PLAN.cells_of("perplexity") if PLAN.reads_moments(cell)]
+    cells = [cell for cell in PLAN.cells.of("perplexity") if PLAN.cells.reads_moments(cell)]
     return of_cells(
         "results/{model}/{calibration}/statistics/moments/manifest.json", cells=cells
     )
@@ -96,7 +96,7 @@ def windows_of_cells():
 
 
 def texts_of_cells():
-    names = dict.fromkeys(text for cell in PLAN.cells for text in PLAN.texts_of(cell))
+    names = dict.fromkeys(text for cell in PLAN.cells for text in PLAN.cells.texts_of(cell))
     return [f"results/texts/{PLAN.labels['texts'][name]}.parquet" for name in names]
 
 
@@ -105,7 +105,7 @@ def tasks_of_cells():
 
 
 def examples_of_cells():
-    names = dict.fromkeys(name for cell in PLAN.cells for name in PLAN.tasks_of(cell))
+    names = dict.fromkeys(name for cell in PLAN.cells for name in PLAN.cells.tasks_of(cell))
     return [f"results/examples/{PLAN.task_label(name)}/task.json" for name in names]
 
 
@@ -118,9 +118,9 @@ def sources_of_cells():
 
 def overlaps_of_cells():
     pairs = {}
-    for cell in PLAN.cells_of("perplexity"):
+    for cell in PLAN.cells.of("perplexity"):
         if cell.calibration:
-            evaluation, calibration = PLAN.texts_of(cell)
+            evaluation, calibration = PLAN.cells.texts_of(cell)
             pairs[calibration, evaluation] = None
     labels = PLAN.labels["texts"]
     return [f"results/texts/overlap/{labels[c]}/{labels[e]}.json" for c, e in pairs]
@@ -130,5 +130,5 @@ def outcome():
     """What a whole run makes: the table of every kind of evaluation in the experiments, of losses what is drawn and the
     checkpoints' cards, and the exports that are asked for."""
     drawn = [rules.cards, rules.tables, rules.figures, rules.report]
-    losses = [one.output for one in drawn] if PLAN.cells_of(PLAIN) else []
+    losses = [one.output for one in drawn] if PLAN.cells.of(PLAIN) else []
     return [losses, *map(table_of, EVALUATIONS), rules.exports.input]

@@ -39,7 +39,7 @@ try:
         sys.argv,
     )
     PLAN = Plan(load(config, PARTS), ROOT, MEMORY)
-    PLAN.check_sources()
+    PLAN.cells.check_sources()
 except InputError as error:
     print(f"winnow: {error}", file=sys.stderr)
     sys.exit(1)

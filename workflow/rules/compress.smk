@@ -108,4 +108,4 @@ rule export_dense:
 rule exports:
     """Dense models of the experiments that ask for them."""
     input:
-        made_of_cells("dense_export", PLAN.exported()),
+        made_of_cells("dense_export", PLAN.cells.exported()),

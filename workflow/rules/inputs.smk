@@ -54,7 +54,7 @@ def moments_of_clustering(wildcards):
 
 def of_members(name):
     """The file `name` of a method, or of each of the methods that it chooses between."""
-    return lambda w: PLAN.of_members(w.model, w.calibration, w.method, name)
+    return lambda w: PLAN.paths.of_members(w.model, w.calibration, w.method, name)
 
 
 factors_of_method = of_members("factors/{shard}/manifest.json")
@@ -114,14 +114,14 @@ def evaluated_checkpoint(wildcards):
 
 def read_by_study(wildcards):
     """What a study's measurement reads beside the model: statistics, windows, the checkpoints of its cells."""
-    folder, at = f"results/{wildcards.model}", PLAN.study_at(wildcards.model)
+    folder, at = f"results/{wildcards.model}", PLAN.studies.at(wildcards.model)
     known = {
         "moments": f"{folder}/{wildcards.calibration}/statistics/moments/manifest.json",
         "windows": f"{folder}/tokens/{wildcards.calibration}.safetensors",
         "evaluation": f"{folder}/tokens/{PLAN.labels['evaluations'][at.evaluation]}.safetensors",
         "checkpoints": [
             own["manifest"]
-            for own in PLAN.study_checkpoints(wildcards.study, wildcards.model)
+            for own in PLAN.studies.checkpoints(wildcards.study, wildcards.model)
         ],
     }
     return {key: known[key] for key in study_of(wildcards.study).reads}

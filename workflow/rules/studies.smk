@@ -27,11 +27,11 @@ rule measure_study:
 rule conclude_study:
     """Tables and figures of a study, and a verdict on each of its claims."""
     input:
-        cells=lambda w: [PLAN.result(cell) for cell, _ in PLAN.study_cells(w.study)],
-        scores=lambda w: [PLAN.result(cell) for cell, _ in PLAN.study_scores(w.study)],
+        cells=lambda w: [PLAN.paths.result(cell) for cell, _ in PLAN.studies.of(w.study)],
+        scores=lambda w: [PLAN.paths.result(cell) for cell, _ in PLAN.studies.scores(w.study)],
         measured=lambda w: [
-            PLAN.study_measurement(w.study, cell)
-            for cell in PLAN.study_models().values()
+            PLAN.paths.measurement(w.study, cell)
+            for cell in PLAN.studies.models().values()
         ],
     output:
         "results/studies/{study}/manifest.json",

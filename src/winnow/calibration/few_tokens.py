@@ -53,7 +53,7 @@ def planned(plan: Plan, shapes: dict[str, Shape]) -> list[str]:
     """The sentences of all calibrations that second moments are taken of, for the models (by preset name) that have a shape. A
     token is counted where it may be padding; experts are left out, as their tokens are not known yet."""
     found: dict[str, None] = {}
-    for cell in (cell for cell in plan.cells if cell.model in shapes and plan.reads_moments(cell)):
+    for cell in (cell for cell in plan.cells if cell.model in shapes and plan.cells.reads_moments(cell)):
         preset = plan.config.calibrations[str(cell.calibration)]
         tokens = preset.windows * (preset.length - (not preset.first_token))
         sites = [(m.site, m.shape[1], tokens) for m in shapes[cell.model].matrices if m.expert is None]

@@ -12,8 +12,8 @@ from winnow.data.text_formats import rows_of
 from winnow.models.shape import WIDTHS, Shape
 
 if TYPE_CHECKING:
+    from winnow.planning.cells import Cell
     from winnow.planning.config import Calibration
-    from winnow.planning.grid import Cell
     from winnow.planning.plan import Plan
     from winnow.training.options import Tuning
 

@@ -19,7 +19,9 @@ from winnow.errors import InputError
 from winnow.io.artifacts import file_digest, read_json, write_note
 
 if TYPE_CHECKING:
-    from winnow.planning.grid import Grid
+    from winnow.planning.labels import Labels
+
+    pass
 
 MEMORY = Path(".snakemake/winnow-files")  # in the folder of a run
 SETTLED = 2.0  # seconds; a file that changed later than that may change again without its times showing it
@@ -53,10 +55,10 @@ class Digests:
 
 
 class Outside:
-    """The files of the user that the stages of a grid read, with their digests, each taken once."""
+    """The files of the user that stages read, with their digests, each taken once."""
 
-    def __init__(self, grid: Grid):
-        self.grid = grid
+    def __init__(self, presets: Labels):
+        self.presets = presets
         self.digests = Digests()
 
     @cache  # noqa: B019 - one lives as long as the process, in which all jobs see the same content
@@ -67,13 +69,13 @@ class Outside:
     @cache  # noqa: B019
     def task(self, evaluation: str) -> dict[str, str]:
         """The files that the tasks of an accuracy preset (by label) read."""
-        return self.of(*self.grid.task_files(evaluation))
+        return self.of(*self.presets.task_files(evaluation))
 
     @cache  # noqa: B019
     def model(self, label: str, manifest: str) -> dict[str, str]:
         """The files of a model (by label) as it was retrieved; `manifest` is the name of what says so."""
-        if self.grid.preset("models", label).local():
-            return self.of(*self.grid.local_model_files(label))
+        if self.presets.preset("models", label).local():
+            return self.of(*self.presets.local_model_files(label))
         return self._hub(Path("results", label, manifest))
 
     def _hub(self, manifest: Path) -> dict[str, str]:

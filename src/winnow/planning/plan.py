@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from winnow.metrics.base import METRICS
+from winnow.planning.cells import Cell, Cells
 from winnow.planning.config import Config
 from winnow.planning.fingerprints import CodeTracker, versions
-from winnow.planning.grid import Cell
+from winnow.planning.labels import Labels
 from winnow.planning.outside import Outside
+from winnow.planning.paths import Paths
 from winnow.planning.stages.base import stages_of
-from winnow.planning.study_grid import StudyGrid
+from winnow.planning.study_cells import StudyCells
 from winnow.structures.base import STRUCTURES
 
 
@@ -24,16 +26,24 @@ def _kinds(content: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys([*([content["kind"]] if "kind" in content else []), *inner]))
 
 
-class Plan(StudyGrid):
+class Plan(Labels):
     """Cells and stages of a validated configuration; knows nothing of Snakemake and starts no job."""
 
     def __init__(self, config: Config, root: Path, memory: Path | None = None):
         """`root`: the checkout, whose code is tracked; `memory`: a folder where digests of code are kept."""
         super().__init__(config)
+        self.cells, self.paths = Cells(self), Paths(self)
+        self.studies = StudyCells(self, self.paths)
         self.code = CodeTracker(root, memory)
         self.outside = Outside(self)
         self.stages = stages_of(self)
         self.stage_of_rule = {rule: stage.name for stage in self.stages.values() for rule in stage.rules}
+
+    @cached_property
+    def export_dtypes(self) -> dict[str, str]:
+        """{manifest of a dense export: the dtype that it is asked for in}"""
+        asked = [e for e in self.config.experiments.values() if e.export == "dense"]
+        return {self.paths.made(cell, "dense_export"): e.export_dtype for e in asked for cell in self.cells.asked(e)}
 
     def params(self, stage: str, wildcards: dict[str, str]) -> dict[str, Any]:
         """All that a stage is recorded with, besides its input files."""
@@ -76,10 +86,6 @@ class Plan(StudyGrid):
         """The modules of a method's metrics, by its label."""
         return [METRICS.module(kind) for kind in self._kinds_of(method) if kind in METRICS]
 
-    def study_measurement(self, study: str, cell: Cell) -> str:
-        """The path of what a study measures on a model's weights and statistics."""
-        return f"{self.folder(cell, 'models', 'calibrations')}/studies/{study}.json"
-
     def row(self, cell: Cell) -> dict[str, Any]:
         """What a table says of a cell before anything is measured."""
         method = self.config.methods[cell.method] if cell.method else None
@@ -98,5 +104,5 @@ class Plan(StudyGrid):
             "evaluation": cell.evaluation,
             "targets": "+".join(budget.targets) if budget else "none",
             "keep_requested": budget.keep_bytes if budget else 1.0,
-            "result": self.result(cell),
+            "result": self.paths.result(cell),
         }

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from winnow.allocation.base import ALLOCATIONS
 from winnow.planning.config import Calibration
-from winnow.planning.grid import EXECUTION
+from winnow.planning.labels import EXECUTION
 from winnow.planning.load import MB
 from winnow.planning.stages.base import TABLES, TORCH, Stage
 

@@ -21,9 +21,9 @@ class ConcludeStudy(Stage):
         plan, study = self.plan, w["study"]
         return {
             "claims": [c.model_dump() for c in read_claims(plan.code.root / CLAIMS) if c.study == study],
-            "rows": [{**plan.row(cell), **own} for cell, own in plan.study_cells(study)],
-            "scores": [{**plan.row(cell), **own} for cell, own in plan.study_scores(study)],
-            "measured": {model: plan.study_measurement(study, cell) for model, cell in plan.study_models().items()},
+            "rows": [{**plan.row(cell), **own} for cell, own in plan.studies.of(study)],
+            "scores": [{**plan.row(cell), **own} for cell, own in plan.studies.scores(study)],
+            "measured": {model: plan.paths.measurement(study, cell) for model, cell in plan.studies.models().items()},
             "template": [file_digest(TEMPLATES / f"{name}.html.j2") for name in ("study", "parts")],
         }
 

@@ -14,7 +14,7 @@ class MeasureStudy(Stage):
     def spec(self, w: dict[str, str]) -> dict[str, Any]:
         spec: dict[str, Any] = {"study": w["study"], "dtype": self.dtype(w)}
         if "checkpoints" in study_of(w["study"]).reads:
-            spec["checkpoints"] = self.plan.study_checkpoints(w["study"], w["model"])
+            spec["checkpoints"] = self.plan.studies.checkpoints(w["study"], w["model"])
         return spec
 
     def code(self, w: dict[str, str]) -> list[str]:

@@ -13,4 +13,4 @@ class Report(Stage):
     libraries = ("jinja2", *TABLES)
 
     def spec(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"template": file_digest(TEMPLATES / "report.html.j2"), "cells": len(self.plan.cells_of(PLAIN))}
+        return {"template": file_digest(TEMPLATES / "report.html.j2"), "cells": len(self.plan.cells.of(PLAIN))}

@@ -12,4 +12,4 @@ class Tables(Stage):
     libraries = TABLES
 
     def spec(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"rows": [self.plan.row(cell) for cell in self.plan.cells_of(PLAIN)]}
+        return {"rows": [self.plan.row(cell) for cell in self.plan.cells.of(PLAIN)]}

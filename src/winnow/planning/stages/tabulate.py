@@ -16,7 +16,7 @@ class Tabulate(Stage):
         return [kind for kind, evaluation in EVALUATIONS.items() if evaluation.table]
 
     def spec(self, w: dict[str, str]) -> dict[str, Any]:
-        return {"table": EVALUATIONS[self.of].table, "rows": [self.plan.row(cell) for cell in self.plan.cells_of(self.of)]}
+        return {"table": EVALUATIONS[self.of].table, "rows": [self.plan.row(cell) for cell in self.plan.cells.of(self.of)]}
 
     def code(self, w: dict[str, str]) -> list[str]:
         return [str(EVALUATIONS[self.of].table).split(":")[0]]
