@@ -528,7 +528,7 @@ def test_cells_and_tables_run_over_the_seeds():
     }
     more = plan_of(seeds(0, 1, 2))
     assert set(plan.cells) < set(more.cells)
-    assert {plan.paths.result(cell) for cell in plan.cells} < {more.result(cell) for cell in more.cells}
+    assert {plan.paths.result(cell) for cell in plan.cells} < {more.paths.result(cell) for cell in more.cells}
 
 
 def test_a_preset_cannot_pass_for_a_seed():
