@@ -229,10 +229,10 @@ def test_definitions_that_cannot_be_read_are_named(tmp_path):
         return str(caught.value).removeprefix(f"{tmp_path}/")
 
     assert refused("task: one\noutput_type: multiple_choice\ntask: two\n") == (
-        "own.yaml, line 3: task stands in line 1 already; keep one of them"
+        "own.yaml, line 3: task is already given in line 1; keep one of them"
     )
     assert refused("metadata: {version: 1, version: 2}\n").startswith(
-        "own.yaml, line 1: metadata.version stands in line 1 already"
+        "own.yaml, line 1: metadata.version is already given in line 1"
     )
     assert refused("task: [one\n").startswith("own.yaml, line 2: not YAML: ")
     assert refused("include: own.yaml\n").endswith("own.yaml: includes itself")

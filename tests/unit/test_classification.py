@@ -136,7 +136,7 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, train_rows, test_rows, 
             r"train: .*a\.jsonl: not readable as jsonl rows \(line 2: nested too deep to be read\)",
         ),
         ("a.json", "[" * 10**5, r"a\.json: not readable as json rows \(nested too deep to be read\)"),
-        ("a.json", '[{"sentence": "a", "label": 0, "label": 1}]', r"a\.json: .*\('label' stands twice in one object\)"),
+        ("a.json", '[{"sentence": "a", "label": 0, "label": 1}]', r"a\.json: .*\(duplicate key 'label' in an object\)"),
         ("a.jsonl", "\n3\n", r"a\.jsonl: not readable as jsonl rows \(line 2: an object is needed, not int\)"),
         (
             "a.csv",

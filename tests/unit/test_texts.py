@@ -183,7 +183,7 @@ def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path):
             r"HALF: row 1 holds \\ud83d, half of a pair of surrogates, which is no character",
         ),
         ({"files": ["DEEP"], "format": "jsonl"}, r"DEEP: not readable as jsonl with column 'text' \(line 2: nested too deep"),
-        ({"files": ["TWICE"], "format": "jsonl"}, r"\(line 2: 'text' stands twice in one object\)"),
+        ({"files": ["TWICE"], "format": "jsonl"}, r"\(line 2: duplicate key 'text' in an object\)"),
     ],
 )
 def test_bad_texts_are_named(tmp_path, given, message):

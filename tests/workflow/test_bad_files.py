@@ -32,7 +32,7 @@ CASES = {
     "an argument's key twice": (
         MINE,
         ["--config", "budgets={x: {keep_bytes: 0.4, keep_bytes: 0.6}}"],
-        "--config budgets, line 1: x.keep_bytes stands in line 1 already; keep one of them",
+        "--config budgets, line 1: x.keep_bytes is already given in line 1; keep one of them",
     ),
 }
 
