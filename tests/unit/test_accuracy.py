@@ -272,7 +272,7 @@ def test_tasks_that_cannot_be_loaded_are_named(world, tmp_path):
     (tmp_path / "cut.jsonl").write_text('{"activity_label": \n')
     files = {"hellaswag": {"validation": [str(tmp_path / "cut.jsonl")]}}
     assert "cannot load the task 'hellaswag': " in refused(tasks=["hellaswag"], files=files)
-    assert "'calls' comes twice" in refused(tasks=["calls", str(world / "calls.yaml")], include_path=str(world))
+    assert "duplicate task 'calls'" in refused(tasks=["calls", str(world / "calls.yaml")], include_path=str(world))
     with pytest.raises(ValueError, match="`files` has 'other', which is not in `tasks`"):
         spec(tasks=["hellaswag"], files={"other": {"test": [rows]}})
     with pytest.raises(ValueError, match="must end in one of"):
@@ -301,7 +301,7 @@ def test_documents_that_changed_since_they_were_retrieved_are_refused(world):
     facts = {name: documents_of(task, 10) for name, task in tasks.items()}
     assert facts["calls"]["documents"] == 10
     check_documents(tasks, facts, 10)
-    with pytest.raises(InputError, match="the documents of the task 'calls' are not those that were retrieved"):
+    with pytest.raises(InputError, match="the documents of the task 'calls' differ from the retrieved ones"):
         check_documents(tasks, facts, 11)
 
 

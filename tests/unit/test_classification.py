@@ -96,7 +96,7 @@ def test_a_hub_data_set_is_read_by_its_splits_and_names_its_classes(tmp_path, mo
     assert tables["test"]["label"].tolist() == [1, 0]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route")))
     with pytest.raises(
-        InputError, match=r"nyu-mll/glue, train: neither cached nor to be downloaded .no route.; run `snakemake pref"
+        InputError, match=r"nyu-mll/glue, train: not cached, and cannot be downloaded .no route.; run `snakemake pref"
     ):
         read_task(Classification.Options(kind="classification", columns=["sentence"], **hub).rows())
 
@@ -104,11 +104,11 @@ def test_a_hub_data_set_is_read_by_its_splits_and_names_its_classes(tmp_path, mo
 @pytest.mark.parametrize(
     ("train_rows", "test_rows", "options", "message"),
     [
-        (TRAIN, labelled(("x", 0), ("C  D", 1)), {}, r"row 1 of train stands in test too, as row 1 \('c d'\); 1 train rows do"),
-        (TRAIN, labelled(("x", -1)), {}, r"test, row 0: -1 is no class \(0, 1\); rows of GLUE's own `test` have no labels"),
-        (TRAIN, labelled(("x", 3.8)), {}, r"test, row 0: 3.8 is no class .* regression"),
-        (TRAIN, labelled(("x", 2)), {}, r"test, row 0: 2 is no class \(0, 1\)"),
-        (TRAIN, labelled(("x", "pos")), {"labels": ["good", "bad"]}, r"'pos' is no class \(good, bad\)"),
+        (TRAIN, labelled(("x", 0), ("C  D", 1)), {}, r"row 1 of train is also row 1 of test \('c d'\), and 1 train rows are"),
+        (TRAIN, labelled(("x", -1)), {}, r"test, row 0: -1 is not a class \(0, 1\); GLUE's own `test` has no labels"),
+        (TRAIN, labelled(("x", 3.8)), {}, r"test, row 0: 3.8 is not a class .* regression"),
+        (TRAIN, labelled(("x", 2)), {}, r"test, row 0: 2 is not a class \(0, 1\)"),
+        (TRAIN, labelled(("x", "pos")), {"labels": ["good", "bad"]}, r"'pos' is not a class \(good, bad\)"),
         ([*TRAIN, {"sentence": " ", "label": 0}], TEST, {}, r"train, row 3: no text in column 'sentence', but ' '"),
         ([*TRAIN, {"text": "a", "label": 0}], TEST, {}, r"train, row 3: there is no column 'sentence'; it has text, label"),
         ([{"text": "a", "label": 0}], TEST, {}, r"train, row 0: there is no column 'sentence'"),
@@ -128,7 +128,7 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, train_rows, test_rows, 
         (
             "a.jsonl",
             '{"sentence": "a \\udc00", "label": 0}\n',
-            r"train, row 0: column 'sentence' holds \\udc00, half of a pair of surrogates, which is no character; mend the text",
+            r"train, row 0: column 'sentence' contains \\udc00, a lone surrogate, which is not a character; fix the text",
         ),
         (
             "a.jsonl",
@@ -141,7 +141,7 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, train_rows, test_rows, 
         (
             "a.csv",
             "sentence,label\na,0\none, two,1\n",
-            r"a\.csv: .*\(row 1 has more fields than the header; a text with a comma in it",
+            r"a\.csv: .*\(row 1 has more fields than the header; quote texts that contain a comma",
         ),
     ],
     ids=["half a pair", "deep jsonl", "deep json", "twice", "no object", "commas"],
@@ -169,7 +169,7 @@ def test_shared_rows_are_dropped_from_training_where_that_is_asked_for(tmp_path)
 def test_a_calibration_text_that_holds_test_rows_is_refused():
     test = pd.DataFrame({"text": [f"row {i}" for i in range(100)], "label": [0] * 100})
     assert check_rows(["Row  3", "something else"], test, ("c", "t"))["common_rows"] == 1
-    with pytest.raises(InputError, match="calibration text c holds row 3 of the test rows t, and 2 of 100 in all"):
+    with pytest.raises(InputError, match="calibration text c contains row 3 of the test rows t, and 2 of 100 in total"):
         check_rows(["row 3", "row 7"], test, ("c", "t"))
 
 
@@ -311,7 +311,7 @@ def test_statistics_of_rows_are_those_of_their_tokens_alone(classifier, bert):
     got = found[1]["ffn_hidden"]
     assert int(got["count"]) == len(x) == sum(len(examples.ids[i]) for i in chosen)
     torch.testing.assert_close(got["gram"], x.T @ x / len(x), rtol=1e-5, atol=1e-8)
-    with pytest.raises(InputError, match="there are 12 train rows, but 13 windows are asked for"):
+    with pytest.raises(InputError, match="there are 12 train rows, but 13 windows are requested"):
         examples.windows(13, 0, PAD)
 
 

@@ -62,7 +62,7 @@ def test_what_cannot_be_clustered_is_refused(by):
     with pytest.raises(ValueError, match="not finite"):
         assign(normal(6, 24).fill_(float("nan")), {}, Clustering(by=by), UP)
     same = torch.ones(6, 24, dtype=torch.float64)
-    with pytest.raises(ValueError, match="only 1 distinct clusters by cosine, 4 are asked for"):
+    with pytest.raises(ValueError, match="only 1 distinct clusters by cosine, 4 are requested"):
         assign(same, {}, Clustering(by="cosine"), UP)
 
 

@@ -158,7 +158,7 @@ MISTAKES = [
     (lambda c: c["methods"]["coupled"].update(metric={"kind": "fisher"}), "methods.coupled: coupled cannot weigh outputs"),
     (
         lambda c: c["methods"]["tiers_activation"]["structure"].update(columns=[0.5, 0.4]),
-        "methods.tiers_activation.structure: `columns` and `ranks` are shares",
+        "methods.tiers_activation.structure: `columns` and `ranks` must have the same length",
     ),
     (lambda c: c["calibrations"]["demo"].update(seed=0, seeds=[0, 1]), "calibrations.demo: give either `seed` or `seeds`"),
     (lambda c: c["calibrations"]["demo"].update(seeds=[2, 2]), "calibrations.demo: `seeds` holds a seed twice"),

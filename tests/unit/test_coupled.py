@@ -379,7 +379,7 @@ def test_groups_are_roles_of_one_shape():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="one side has no output sections"):
+    with pytest.raises(ValueError, match="`sides: one` has no output sections"):
         coupled(sides="one", sections="chained")
     for strength in (-1.0, float("nan"), "much"):
         with pytest.raises(ValueError, match="anchor_strength"):

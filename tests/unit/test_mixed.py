@@ -198,7 +198,7 @@ def test_what_cannot_be_chosen_is_refused_by_its_key():
     where, low_rank = "methods.mixed.structure: ", {"kind": "low_rank"}
     assert f"{where}members hold low_rank twice" in refused(structure={"members": [low_rank, low_rank]})
     line = refused(structure={"members": [low_rank, {"kind": "split"}]})
-    assert f"{where}split has no predicted losses to be chosen by" in line
+    assert f"{where}split has no predicted losses to choose by" in line
     assert "mixed has no predicted losses" in refused(structure={"members": [low_rank, MIXED]})
     line = refused(structure={"members": [{"kind": "neuron_slice"}, {"kind": "affine_block"}]})
     assert f"{where}no member replaces single matrices" in line

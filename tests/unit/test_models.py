@@ -113,7 +113,7 @@ def test_only_the_files_that_transformers_reads_count(saved_llama, tmp_path):
 
 def test_one_tensor_under_two_names_is_refused(saved_llama, tmp_path):
     folder = copy_of(saved_llama, tmp_path, lambda t: t.update({"norm.weight": t["model.norm.weight"].clone()}))
-    with pytest.raises(InputError, match=r"norm\.weight .*both model\.norm\.weight"):
+    with pytest.raises(InputError, match=r"norm\.weight .*both the tensor model\.norm\.weight"):
         describe(folder)
 
 
@@ -129,9 +129,9 @@ def test_a_tied_head_that_differs_is_refused(saved_llama, tmp_path):
 
 def test_broken_configs_are_one_line(saved_llama, tmp_path):
     folder = shutil.copytree(saved_llama, tmp_path / "model")
-    for text, message in (("{", "a model's config"), (json.dumps({"model_type": "unheard_of"}), "'unheard_of'")):
+    for text, message in (("{", "not a model config"), (json.dumps({"model_type": "unheard_of"}), "not know .*'unheard_of'")):
         (folder / "config.json").write_text(text)
-        with pytest.raises(InputError, match=rf"config\.json: not .*{message}") as caught:
+        with pytest.raises(InputError, match=rf"config\.json: .*{message}") as caught:
             describe(folder)
         assert "\n" not in str(caught.value)
 

@@ -257,7 +257,7 @@ def test_predicted_losses_are_those_written_out_for_all_bits(scales):
         ([1], "bits.*greater than or equal to 2"),
         ([4, 9], "bits.*less than or equal to 8"),
         ([4, 4, 8], r"each once: \[4, 8\]"),
-        ([8, 4], r"from few to many and each once: \[4, 8\]"),
+        ([8, 4], r"in ascending order without duplicates: \[4, 8\]"),
         ([], "bits.*at least 1"),
     ],
 )
@@ -368,9 +368,9 @@ def test_every_form_is_stored_in_the_bytes_it_says(family, form, tmp_path):
     [
         ({"grids": ["full", "full"]}, "grids.*name each once"),
         ({"group": [32, None, 32]}, "group.*name each once"),
-        ({"group": []}, "group.*a list names one at least"),
-        ({"group": 2}, "group.*groups are of 4 inputs or more, or null"),
-        ({"group": [32, 2]}, "group.*groups are of 4 inputs or more, or null"),
+        ({"group": []}, "group.*a list must not be empty"),
+        ({"group": 2}, "group.*a group must have at least 4 inputs, or be null"),
+        ({"group": [32, 2]}, "group.*a group must have at least 4 inputs, or be null"),
         ({"grids": ["round"]}, "grids.*'symmetric', 'full' or 'asymmetric'"),
     ],
 )
