@@ -198,7 +198,7 @@ def test_requests_that_the_tokenizer_does_not_know_stop_the_job(world, tmp_path)
     with pytest.raises(InputError, match=r"8 of \d+ tokens of the text are unknown"):
         Harness(pretrained=model, tokenizer=tokenizer, batch_size=2).generate_until(asked)
     tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(InputError, match="the tokenizer has neither a BOS nor an EOS token, one of which lm-eval puts before"):
+    with pytest.raises(InputError, match="the tokenizer has neither a BOS nor an EOS token, which lm-eval puts before a text"):
         score(model, tokenizer, load_tasks(preset), None, 2, 4)
 
 

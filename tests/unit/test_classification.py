@@ -518,7 +518,7 @@ def test_labels_follow_what_is_learned_and_not_how_it_is_scored():
         ),
         ({"calibrations__rows": {"task": "t", "text": "words"}}, "give either `text` or `task`"),
         ({"calibrations__rows": {"task": "t", "length": 9}}, "leave `length` out"),
-        ({"evaluations__t__test": ["a.csv"]}, "a.csv: stands in both"),
+        ({"evaluations__t__test": ["a.csv"]}, "a.csv: in both"),
         ({"evaluations__t__test": []}, "give either `train` and `test`, or `dataset`"),
         ({"evaluations__t__train": ["a.tsv"]}, "a.tsv: the name must end in one of"),
         ({"recoveries__again": {"kind": "refine"}}, "recovery 'again' works on whole windows of a text"),

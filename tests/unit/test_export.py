@@ -134,7 +134,7 @@ def test_an_export_is_as_large_as_the_original_and_says_what_rounding_costs(in_h
     assert made.error == pytest.approx(float((torch.cat(near) - torch.cat(exact)).norm() / torch.cat(exact).norm()), rel=1e-9)
     assert 5e-4 < made.error < 2**-8
     card_text = (tmp_path / "dense" / "README.md").read_text()
-    assert f"stored in bfloat16, rounded to it with a relative error of {made.error:.1e}." in card_text
+    assert f"stored in bfloat16, with a relative rounding error of {made.error:.1e}." in card_text
 
 
 def test_in_float32_an_export_has_the_logits_of_its_checkpoint(in_half, tmp_path):
@@ -158,7 +158,7 @@ def test_a_number_that_the_dtype_cannot_hold_is_named(saved_llama, tmp_path):
         model.get_submodule(where).weight.data *= 1e7
         model.save_pretrained(source)
         checkpoint = build(source, tmp_path / where, ["ffn"], 0.6)
-        with pytest.raises(InputError, match=rf"{where}.*: not finite as torch\.float16; give another --dtype"):
+        with pytest.raises(InputError, match=rf"{where}.*: not finite as torch\.float16; use another --dtype"):
             export_dense(checkpoint, tmp_path / "dense", {}, dtype="float16")
         shutil.rmtree(tmp_path / "dense")
         shutil.rmtree(tmp_path / "source statistics")
@@ -182,7 +182,7 @@ def test_a_checkpoint_saved_again_and_one_in_shards_export_alike(saved_llama, tm
 
 
 def test_damaged_and_foreign_directories_are_refused_by_name(saved_llama, tmp_path):
-    with pytest.raises(InputError, match="no quantization_config of winnow; this is no compressed checkpoint"):
+    with pytest.raises(InputError, match="no quantization_config of winnow; it is not a compressed checkpoint"):
         Checkpoint(saved_llama)
     with pytest.raises(InputError, match=r"nowhere: no config\.json"):
         Checkpoint(tmp_path / "nowhere")
@@ -202,7 +202,7 @@ def test_damaged_and_foreign_directories_are_refused_by_name(saved_llama, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda layers: layers["up_proj"].update(out=60), r"down_proj: its parts do not fit"),
+        (lambda layers: layers["up_proj"].update(out=60), r"down_proj: its parts do not match"),
         (
             lambda layers: [layers[role].update({side: 97}) for role, side in SIDES],
             r"\(neuron_slice\) .* is 97 x 64, the dense",

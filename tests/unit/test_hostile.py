@@ -194,7 +194,7 @@ BOTH = [
 ]
 # (name, the checkpoint's structure, what is done to it, what the refusal says)
 CHECKPOINTS = [
-    ("code beside it", "low_rank", with_code("llama"), r"its config names code \(auto_map\)"),
+    ("code beside it", "low_rank", with_code("llama"), r"its config names custom code \(auto_map\)"),
     ("huge rank", "low_rank", layout(rank=HUGE), rf"layout of {MATRIX} .*a size of {HUGE}"),
     ("huge rank beyond integers", "low_rank", layout(rank=10**30), rf"layout of {MATRIX} .*a size of"),
     ("possible but wrong rank", "low_rank", layout(rank=50), "has shape .*the config says"),
@@ -203,13 +203,13 @@ CHECKPOINTS = [
     ("half a rank", "low_rank", layout(rank=1.5), f"layout of {MATRIX}"),
     ("no rank", "low_rank", layout(rank=None), f"layout of {MATRIX} .*no 'rank'"),
     ("huge outputs", "low_rank", layout(out=HUGE), rf"layout of {MATRIX} .*a size of {HUGE}"),
-    ("other outputs", "low_rank", layout(out=65), f"layout of {MATRIX} .*gives 65 outputs, not 64"),
-    ("unknown structure", "low_rank", layout(kind="origami"), "structure 'origami', which this winnow does not have"),
-    ("structure that is a list", "low_rank", layout(kind=["low_rank"]), "which this winnow does not have"),
+    ("other outputs", "low_rank", layout(out=65), f"layout of {MATRIX} .*has 65 outputs, not 64"),
+    ("unknown structure", "low_rank", layout(kind="origami"), "structure 'origami', which this version of winnow lacks"),
+    ("structure that is a list", "low_rank", layout(kind=["low_rank"]), "which this version of winnow lacks"),
     ("unknown module", "low_rank", layers(**{"model.layers.9.mlp.up_proj": {"kind": "low_rank"}}), "layers.9.mlp.up_proj"),
-    ("a whole block", "low_rank", layers(**{"model.layers.0": {"kind": "low_rank"}}), "is no matrix"),
-    ("the whole model", "low_rank", layers(**{"": {"kind": "low_rank"}}), "the whole model, which is no matrix"),
-    ("embeddings", "low_rank", layers(**{"model.embed_tokens": {"kind": "low_rank"}}), "is no matrix"),
+    ("a whole block", "low_rank", layers(**{"model.layers.0": {"kind": "low_rank"}}), "is not a compressible matrix"),
+    ("the whole model", "low_rank", layers(**{"": {"kind": "low_rank"}}), "the whole model, which is not a compressible matrix"),
+    ("embeddings", "low_rank", layers(**{"model.embed_tokens": {"kind": "low_rank"}}), "is not a compressible matrix"),
     ("layers that are a list", "low_rank", winnow(format_version=1, layers=[]),
      "does not map modules to layouts"),
     ("no layers", "low_rank", winnow(format_version=1), "does not map modules"),

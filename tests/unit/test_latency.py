@@ -165,7 +165,7 @@ def test_decoding_reads_every_weight_once(family):
 
 
 def test_lengths_beyond_the_model_are_refused():
-    with pytest.raises(InputError, match="prompts of 63 tokens and 2 \\+ 1 new ones are more than the 64 positions"):
+    with pytest.raises(InputError, match="prompts of 63 tokens and 2 \\+ 1 new ones exceed the 64 positions"):
         evaluate(pico("llama"), None, {**SPEC, "prompts": [63]}, "cpu")
 
 

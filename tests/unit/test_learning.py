@@ -245,7 +245,7 @@ def test_what_cannot_be_learned_is_refused(family, tmp_path):
     with pytest.raises(InputError, match="16 calibration windows, 2 of them held out, are too few for a batch of 15"):
         learned(family, 0.6, batch=15)
     expert = replace(groups[0].matrices[0], expert=0)
-    with pytest.raises(InputError, match="too few tokens reach an expert"):
+    with pytest.raises(InputError, match="experts of a mixture receive too few tokens"):
         learned((files, structure, [replace(groups[0], matrices=[expert]), *groups[1:]], factors), 0.6)
     write_json(tmp_path / "learned.json", {"sizes": {"a": None}, "held_out_start": 2.0, "held_out_best": 1.0, "best_step": 3}, {})
     choice = learned_choice(str(tmp_path / "learned.json"))

@@ -275,7 +275,7 @@ def test_a_fit_that_is_not_finite_stops_with_the_matrixs_name(structure, monkeyp
     def ruin(task):
         task.dense.get_submodule(name).weight.data[0, 0] = math.nan
 
-    with pytest.raises(FloatingPointError, match=rf"^{name}: its weight, or what it reads"):
+    with pytest.raises(FloatingPointError, match=rf"^{name}: its weight, or its inputs"):
         run(files, checkpoint, KINDS["sequential"], change=ruin)
     monkeypatch.setattr(sequential, "_fit_factors", lambda _task, _key, module, *_: module.left.weight.fill_(math.inf))
     with pytest.raises(FloatingPointError, match=r"left.weight is not finite after the fit"):
@@ -339,9 +339,9 @@ def test_a_block_that_gets_something_else_is_named():
     model.model.layers[0].register_forward_hook(lambda _m, _a, y: y + 1)
     Passage(model, names, WINDOWS[:4], 4)  # a block's hooks are part of it
     model.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] + 1, *args[1:]))
-    with pytest.raises(RuntimeError, match=r"layers\.1 is not called with what model\.layers\.0 gives"):
+    with pytest.raises(RuntimeError, match=r"layers\.1 is not called with the output of model\.layers\.0"):
         Passage(model, names, WINDOWS[:4], 4)
-    with pytest.raises(RuntimeError, match=r"layers\.0 is not called with what model\.layers\.1 gives"):
+    with pytest.raises(RuntimeError, match=r"layers\.0 is not called with the output of model\.layers\.1"):
         Passage(pico("llama"), names[::-1], WINDOWS[:4], 4)
 
 
@@ -353,7 +353,7 @@ def test_too_few_windows_are_refused(llama):
 
 def test_models_without_what_is_needed_are_refused(tmp_path):
     for name, options, message in (
-        ("bert_encoder", "distill", "BertModel has no logits to be compared; use `refine`"),
+        ("bert_encoder", "distill", "BertModel has no logits to compare; use `refine`"),
         ("bert_encoder", "weighted", "BertModel predicts no classes"),
         ("bert_masked", "nll", "BertForMaskedLM does not predict the text's next tokens"),
     ):

@@ -28,8 +28,8 @@ class Coupled(Structure):
     distances of all sections from anchors; A_l = W_l C^{1/2}, C the mean metric of the layers that share P_l.
 
     W_l is stored as Q_l core_l (C^{-1/2} P_l)^T; chained sections (square W, metric `weights`) share a tensor, Q_l = P_{l+1}.
-    With one side, (A_l P_l) (C^{-1/2} P_l)^T minimises sum_l ||A_l - A_l P_l P_l^T||^2 + the same term. `Fit.error` is that of the
-    initial values, an upper bound if lambda = 0 and starts >= 2; the sum of squares of `Fit.spectrum` beyond k is a lower
+    With one side, (A_l P_l) (C^{-1/2} P_l)^T minimises sum_l ||A_l - A_l P_l P_l^T||^2 + the same term. `Fit.error` is that of
+    the initial values, an upper bound if lambda = 0 and starts >= 2; the sum of squares of `Fit.spectrum` beyond k is a lower
     bound."""
 
     reference = "cross-layer subspace coupling, arXiv 2605.30836 (reconstructed)"

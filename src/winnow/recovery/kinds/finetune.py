@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class Finetune(Recovery):
-    """Fine-tuning again, with the labels of a classification task: all weights learn its train rows, as a model's `finetune`
-    does before compression, with options of its own."""
+    """Fine-tuning after compression with the labels of a classification task: all weights are trained on its train rows, as by a
+    model's `finetune` before compression, with separate options."""
 
     reference = "fine-tuning after compression, as in FWSVD, arXiv 2207.00112"
 
