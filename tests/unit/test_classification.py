@@ -514,14 +514,14 @@ def test_labels_follow_what_is_learned_and_not_how_it_is_scored():
         ({"evaluations__x": {"text": "words"}, "calibrations__rows": {"task": "x"}}, "calibrations.rows.task: there is no 'x'"),
         (
             {"experiments__e__evaluations": ["other"]},
-            "models.m.finetune.task learns other train rows than those of evaluation 'other'",
+            "models.m.finetune.task uses other train rows than evaluation 'other'",
         ),
         ({"calibrations__rows": {"task": "t", "text": "words"}}, "give either `text` or `task`"),
         ({"calibrations__rows": {"task": "t", "length": 9}}, "leave `length` out"),
         ({"evaluations__t__test": ["a.csv"]}, "a.csv: in both"),
         ({"evaluations__t__test": []}, "give either `train` and `test`, or `dataset`"),
         ({"evaluations__t__train": ["a.tsv"]}, "a.tsv: the name must end in one of"),
-        ({"recoveries__again": {"kind": "refine"}}, "recovery 'again' works on whole windows of a text"),
+        ({"recoveries__again": {"kind": "refine"}}, "recovery 'again' needs windows of a text"),
     ],
 )
 def test_bad_configurations_are_refused(changes, message):

@@ -82,7 +82,7 @@ def test_a_name_that_no_file_can_have_is_refused_with_its_section(tmp_path, leng
     name, mixed = "n" * length, "{structure: {kind: mixed}, metric: {kind: gram}}"
     text = f"methods: {{{name}: {mixed}}}\nrecoveries: {{{name}: {{kind: refine}}}}\n"
     if not ok:
-        said = f"a name has at most 150 letters, since files are called by it, and this one has {length}"
+        said = f"a name must have at most 150 characters, since it is part of file names; this one has {length}"
         assert refused(tmp_path, text) == f"a.yaml: methods.{name}: {said}"
         return
     (tmp_path / "a.yaml").write_text(text)
@@ -97,8 +97,8 @@ WHOSE = [
     (["budgets: {ffn-0.8: {keep_bytes: 1.2}}"], "a.yaml: budgets.ffn-0.8.keep_bytes: Input should be less"),
     (["experiments: {demo: {methods: [whitned]}}"], "a.yaml: experiments.demo.methods: there is no 'whitned'"),
     (["calibrations: {demo: {text: nowhere}}"], "a.yaml: calibrations.demo.text: there is no 'nowhere'"),
-    (["methods: {dense: {structure: {kind: low_rank}, metric: {kind: gram}}}"], "a.yaml: methods.dense: the name is taken"),
-    (["recoveries: {none: {kind: refine}}"], "a.yaml: recoveries.none: the name says"),
+    (["methods: {dense: {structure: {kind: low_rank}, metric: {kind: gram}}}"], "a.yaml: methods.dense: the name is reserved"),
+    (["recoveries: {none: {kind: refine}}"], "a.yaml: recoveries.none: the name is reserved"),
     (["methods: {asvd: {metric: {kind: gram}}}"], "a.yaml: methods.asvd.metric.alpha: unknown key"),  # the default's
     (
         ["methods: {svd: {structure: {kind: neuron_slice}, metric: null}}"],
@@ -126,7 +126,7 @@ def test_a_section_that_is_missing_is_missing_in_the_users_file(tmp_path):
 
 
 def test_files_that_hold_no_configuration(tmp_path):
-    assert refused(tmp_path, "- models\n") == "a.yaml: no map of sections, see config/README.md"
+    assert refused(tmp_path, "- models\n") == "a.yaml: not a mapping of sections, see config/README.md"
     assert refused(tmp_path, "budgets: {x: [}\n").startswith("a.yaml, line 1: not YAML: ")
     assert refused(tmp_path, "budgets: " + "[" * 2000) == "a.yaml: nested too deep to be read"
     with pytest.raises(InputError, match=r"nowhere\.yaml: not readable: No such file"):
@@ -160,7 +160,7 @@ def test_arguments_are_as_strict():
         ]
     )
     for arguments, line in (
-        (["--config", "prune=true", "prune=false"], "--config: prune stands twice; keep one of them"),
+        (["--config", "prune=true", "prune=false"], "--config: duplicate key prune; keep one of them"),
         (
             ["-C", "budgets={x: {rank: 3, rank: 4}}"],
             "--config budgets, line 1: x.rank is already given in line 1; keep one of them",

@@ -366,11 +366,13 @@ def test_the_commands(results, tmp_path, monkeypatch, capsys):
         main()
         assert f"{said}; 1 evaluations in its card" in capsys.readouterr().out
         assert "0.2500 ± 0.0100" in (tmp_path / command / "README.md").read_text()
-        with pytest.raises(SystemExit, match=rf"winnow: .*{command}: is there already; give a new directory"):
+        with pytest.raises(SystemExit, match=rf"winnow: .*{command}: exists already; use a new directory"):
             main()
     command = ["winnow", "export", "--dtype", "bfloat16", str(results / "checkpoint"), str(tmp_path / "half")]
     monkeypatch.setattr(sys, "argv", command)
     main()
     said = capsys.readouterr().out
-    assert re.search(r"half: [\d,]+ bytes, rounded to bfloat16 with a relative error of \d\.\de-04; dense, needs no winnow", said)
+    assert re.search(
+        r"half: [\d,]+ bytes, in bfloat16 with a relative rounding error of \d\.\de-04; dense, does not need winnow", said
+    )
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}

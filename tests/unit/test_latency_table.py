@@ -66,5 +66,5 @@ def test_losing_rows_are_printed_as_such(table, tmp_path):
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.splitlines() == printed
     done = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True)
-    assert "there is no such table; `snakemake latency` makes it" in done.stderr
+    assert "no such table; run `snakemake latency` with" in done.stderr
     assert "Traceback" not in done.stderr

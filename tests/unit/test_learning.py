@@ -262,7 +262,7 @@ def test_a_configuration_that_cannot_learn_is_refused_by_its_key():
         return change
 
     for method in ("ffsplit", "basis_sharing", "modegpt_mlp", "coupled", "bypass"):
-        assert "budget 'x' learns where to cut a product of two factors, which " in refused(of_structure(method))
+        assert "budget 'x' learns the rank of a product of two factors, which " in refused(of_structure(method))
     assert "did you mean 'start'" in refused(lambda c: c["budgets"].update(x=allocated("learned", starts="ilp")))
     assert ALLOCATIONS.build({"kind": "learned", "start": "ilp"}).predicts()
     assert not ALLOCATIONS.build({"kind": "learned"}).predicts()

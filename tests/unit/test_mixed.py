@@ -190,7 +190,7 @@ def refused(**changes):
 
 
 def test_what_cannot_be_chosen_is_refused_by_its_key():
-    no = "experiments.demo: mixed (mixed) chooses between structures by predicted loss, which budget 'x' does not; give it `keep_"
+    no = "experiments.demo: mixed (mixed) chooses between structures by predicted loss, which budget 'x' does not; set its `keep_"
     for kind in ("uniform", "greedy", "energy", "per_type"):
         assert no in refused(budget={"allocation": {"kind": kind}})
     assert no in refused(budget={"allocation": {**ILP, "objective": "metric"}})

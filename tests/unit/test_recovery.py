@@ -354,7 +354,7 @@ def test_too_few_windows_are_refused(llama):
 def test_models_without_what_is_needed_are_refused(tmp_path):
     for name, options, message in (
         ("bert_encoder", "distill", "BertModel has no logits to compare; use `refine`"),
-        ("bert_encoder", "weighted", "BertModel predicts no classes"),
+        ("bert_encoder", "weighted", "BertModel has no logits, and so no loss"),
         ("bert_masked", "nll", "BertForMaskedLM does not predict the text's next tokens"),
     ):
         pico(name).save_pretrained(tmp_path / name)
@@ -483,8 +483,8 @@ def test_options_are_checked_in_one_line():
 
     assert "recoveries.mine: there is no kind 'refin'; did you mean 'refine'?" in refused(kind="refin")
     assert "recoveries.mine.step: unknown key; did you mean 'steps'?" in refused(kind="distill", step=3)
-    assert "belong to `parameters: lora`" in refused(kind="distill", lora_rank=4)
-    with pytest.raises(InputError, match=r"recoveries\.none: the name says that nothing is done"):
+    assert "are only used with `parameters: lora`" in refused(kind="distill", lora_rank=4)
+    with pytest.raises(InputError, match=r"recoveries\.none: the name is reserved for no recovery"):
         plan_of(lambda c: c["recoveries"].update(none={"kind": "refine"}))
     for kind, cls in RECOVERIES.items():
         options = cls.Options(kind=kind, **({"task": "some"} if kind == "finetune" else {}))
@@ -702,7 +702,7 @@ def test_sequential_is_for_factors_of_their_own(saved_llama, kind, tmp_path):
     metric = {} if kind == "neuron_slice" else {"metric": {"kind": "weights"}}
     content["methods"]["mine"] = {"structure": {"kind": kind}, **metric}
     content["experiments"]["demo"] |= {"methods": ["mine"], "recoveries": ["none", "sequential"]}
-    with pytest.raises(InputError, match=r"'sequential' fits plain factors of low rank anew .*'mine' stores none; use `refine`"):
+    with pytest.raises(InputError, match=r"'sequential' refits low-rank factors .*'mine' stores none; use `refine`"):
         load(content)
     content["experiments"]["demo"] |= {"methods": ["winnow"]}
     load(content)
@@ -811,6 +811,6 @@ def test_a_chain_is_checked_in_one_line():
 
     wrong = refused(refined={"kind": "refine", "after": "fited"})
     assert "recoveries.refined.after: there is no 'fited'; did you mean 'fitted'?" in wrong
-    assert "would go on from itself" in refused(fitted={"kind": "sequential", "after": "learned"})
+    assert "would follow itself" in refused(fitted={"kind": "sequential", "after": "learned"})
     assert "there is no 'none'" in refused(refined={"kind": "refine", "after": "none"})
     assert "recoveries.none" in refused(none={"kind": "none", "after": "fitted"})

@@ -279,7 +279,7 @@ def test_training_integers_is_refused_and_norms_may_be_trained(saved_llama, tmp_
 
     with pytest.raises(InputError, match="'mine' has nothing to train in method 'rounded_4bit': rounded stores integers"):
         load(config("rounded_4bit"))
-    with pytest.raises(InputError, match=r"'mine' fits plain factors of low rank anew .*'rounded_4bit' stores none"):
+    with pytest.raises(InputError, match=r"'mine' refits low-rank factors .*'rounded_4bit' stores none"):
         load(config("rounded_4bit", kind="sequential"))
     load(config("rounded_4bit", norms=True))
     load(config("half"))

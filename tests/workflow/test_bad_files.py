@@ -27,7 +27,7 @@ CASES = {
     "a long name": (
         MINE.replace("x:", f"{NAME}:"),
         [],
-        f"mine.yaml: budgets.{NAME}: a name has at most 150 letters, since files are called by it, and this one has 260",
+        f"mine.yaml: budgets.{NAME}: a name must have at most 150 characters, since it is part of file names; this one has 260",
     ),
     "an argument's key twice": (
         MINE,

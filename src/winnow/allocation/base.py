@@ -44,7 +44,7 @@ class Predicting(AllocationOptions):
     @model_validator(mode="after")
     def _rounds_predict(self) -> Predicting:
         if self.rounds and self.objective != "predicted":
-            raise ValueError("`rounds` predict anew, so they need `objective: predicted`")
+            raise ValueError("`rounds` need `objective: predicted`")
         return self
 
 
