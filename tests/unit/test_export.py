@@ -361,7 +361,7 @@ def test_numbers_of_another_checkpoint_are_left_out(results, tmp_path):
 
 def test_the_commands(results, tmp_path, monkeypatch, capsys):
     """`python -m winnow export` and `share`, which a user has who has only the checkpoint."""
-    for command, said in (("export", "dense, needs no winnow"), ("share", "loads with winnow")):
+    for command, said in (("export", "dense, does not need winnow"), ("share", "loads with winnow")):
         monkeypatch.setattr(sys, "argv", ["winnow", command, str(results / "checkpoint"), str(tmp_path / command)])
         main()
         assert f"{said}; 1 evaluations in its card" in capsys.readouterr().out
