@@ -97,7 +97,7 @@ def test_resized_weights_differ_from_the_trained_in_direction_alone(family):
             assert float(torch.cosine_similarity(own.flatten(), before[name].flatten(), 0)) == pytest.approx(1, abs=1e-5), name
         else:
             assert not own.any(), "zeros have no direction"
-    with pytest.raises(ValueError, match="sizes are of another model"):
+    with pytest.raises(ValueError, match="sizes are from another model"):
         resize(pico("opt"), sizes_of(trained))
 
 

@@ -60,11 +60,11 @@ def test_a_verdict_follows_from_rule_and_number(check, number, answer, expected)
 
 
 def test_every_claim_needs_an_answer_of_its_kind():
-    with pytest.raises(InputError, match="a: the study gives no answer"):
+    with pytest.raises(InputError, match="a: the study has no answer"):
         judge([claim(NUMBER, 10)], {})
     with pytest.raises(InputError, match="a: its rule needs a measured number"):
         judge([claim(NUMBER, 10)], {"a": {"m": Answer(low=1, high=2)}})
-    with pytest.raises(InputError, match="range of what is possible"):
+    with pytest.raises(InputError, match="needs a possible range"):
         judge([claim({"kind": "reachable"}, 10)], {"a": {"m": Answer(3.0)}})
 
 

@@ -1,4 +1,4 @@
-"""Study of linear recoverability (R2_lin, arXiv 2606.19379): how much of an FFN is affine, and what a swap costs."""
+"""Study of linear recoverability (R2_lin, arXiv 2606.19379): how affine an FFN is, and the loss of replacing it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from winnow.studies.linearity.recoverability import Block, Sums
 
 FOLDS = 5
-ROWS = 15_000  # of the paper's survey: tokens for what is trained by gradient
-WINDOWS = 32  # of the evaluation, for swaps
-HEAL = {"steps": 200, "rate": 1e-4, "batch": 4}  # of the paper
-TRAINED, EVERY = 3000, 500  # steps of the trained baseline, and between its scores
+ROWS = 15_000  # tokens for gradient training, from the paper's survey
+WINDOWS = 32  # evaluation windows for swaps
+HEAL = {"steps": 200, "rate": 1e-4, "batch": 4}  # from the paper
+TRAINED, EVERY = 3000, 500  # steps of the trained baseline, and steps between its scores
 PROBES = {"rank": 16, "steps": 3000}
 ANSWERED = (
     *("highest", "lowest", "turns", "definition", "first_token", "trained", "standardised", "size", "swap", "heal"),
@@ -37,8 +37,8 @@ class LinearityStudy(Study):
     figures = ("profile", "swaps", "learned")
 
     def measure(self, given: Given) -> dict[str, Any]:
-        """R^2 of every block by all definitions, folds and token counts, and of untrained ones; probes of the most and least
-        linear; swaps."""
+        """R^2 of every block by all definitions, folds and token counts, also untrained; probes of the most and least linear
+        blocks; swaps."""
         import torch
 
         from winnow.checkpoint.loading import load_model
@@ -67,7 +67,7 @@ class LinearityStudy(Study):
                 healed[name] = _healed(model, block, sums[block.layer], given.windows, ids, first)
         found = {"blocks": rows, "probes": probes, "swaps": swaps, "healed": healed, "identities": _identities(sums)}
         sizes = sizes_of(model)
-        del model, sums  # before an untrained model takes as much memory
+        del model, sums  # frees memory for an untrained model
         learned = untrained_blocks(directory, sizes, blocks, given.windows, FOLDS, given.dtype, given.device)
         return {**found, "learned": learned}
 
@@ -104,7 +104,7 @@ class LinearityStudy(Study):
 
 
 def _block(block: Block, folds: list[tuple[Sums, Sums]]) -> dict[str, Any]:
-    """All that least squares says of a block; every fold is held out once, the last one for what has one number."""
+    """All least-squares results of a block; every fold is held out once, only the last one for single numbers."""
     from winnow.studies.linearity.recoverability import effective_rank, least_squares, reduced_rank, scores, total
 
     whole, without = [pair[0] for pair in folds], [pair[0] - pair[1] for pair in folds]
@@ -149,7 +149,7 @@ def _rows(model: PreTrainedModel, block: Block, windows: Tensor) -> tuple[Tensor
 
 
 def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> dict[str, Any]:
-    """The trained baseline against the closed form, on inputs as they are and standardised; the bilinear probe of the rest."""
+    """The trained baseline compared with the closed form, on raw and standardised inputs; the bilinear probe of the residual."""
     from winnow.studies.linearity.recoverability import Sums, bilinear_gain, least_squares, scores, train_affine
 
     x, y = _rows(model, block, windows)
@@ -177,7 +177,7 @@ def _loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[
 def _swaps(
     model: PreTrainedModel, blocks: list[Block], sums: dict[int, list[tuple[Sums, Sums]]], ids: Tensor, first: Tensor
 ) -> list[dict[str, Any]]:
-    """The loss with one block at a time replaced by its affine map, whole and cut to a quarter of its rank."""
+    """The loss with one block at a time replaced by its affine map, of full rank and truncated to a quarter of it."""
     import torch
 
     from winnow.evaluation.spread import paired
@@ -208,7 +208,7 @@ def _healed(
     ids: Tensor,
     first: Tensor,
 ) -> list[dict[str, Any]]:
-    """The affine map, and as a control the dense FFN itself, after the same steps of Adam on the calibration windows."""
+    """The affine map, and the dense FFN as control, after the same steps of Adam on the calibration windows."""
     from winnow.evaluation.spread import paired
     from winnow.studies.linearity.recoverability import affine_of, least_squares, swapped, total
 
@@ -233,7 +233,7 @@ def _healed(
 
 
 def _train(model: PreTrainedModel, parameters: list[Any], windows: Tensor) -> None:
-    """Adam on the next-token loss of calibration windows, in an order drawn by a fixed seed."""
+    """Adam on the next-token loss of calibration windows, in a random order with a fixed seed."""
     import torch
 
     optimizer = torch.optim.Adam(parameters, lr=HEAL["rate"])
@@ -252,7 +252,7 @@ def _train(model: PreTrainedModel, parameters: list[Any], windows: Tensor) -> No
 
 
 def _identities(sums: dict[int, list[tuple[Sums, Sums]]]) -> dict[str, float]:
-    """Residuals, the largest over blocks: what must hold exactly on the training tokens."""
+    """Largest residuals over blocks of identities that must hold exactly on the training tokens."""
     from winnow.studies.linearity.recoverability import least_squares, reduced_rank, scores, total
 
     worst = {"the residual is orthogonal to [X, 1]": 0.0, "reduced rank d is least squares": 0.0}
