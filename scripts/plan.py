@@ -13,7 +13,7 @@ from winnow.jobs.start import start_job
 from winnow.planning.config import load
 from winnow.planning.forecast import GB, arithmetic_rate, forecast, machine, misfit, shape_of
 from winnow.planning.plan import Plan
-from winnow.planning.preview import cells_table, duration, jobs_of, show, size, works_table
+from winnow.planning.preview import cells_table, duration, jobs_of, print_tables, size, works_table
 
 if __name__ == "__main__":
     job = start_job(snakemake)
@@ -38,7 +38,7 @@ if __name__ == "__main__":
             absent.append(name)
     works = forecast(plan, shapes)
     table, seconds = works_table(works, plan, to_run, Path("results"), arithmetic_rate())
-    show([cells_table(plan, shapes), table])
+    print_tables([cells_table(plan, shapes), table])
     here = machine()
     memory, disk = (float(given) * GB if given else found for given, found in zip(spec["limits"], here, strict=True))
     print(f"{len(plan.cells)} cells, {sum(to_run.values())} jobs to run, about {duration(seconds)} one after another")

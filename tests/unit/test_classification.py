@@ -24,12 +24,12 @@ from winnow.errors import InputError
 from winnow.evaluation.classification import scores
 from winnow.evaluation.classification_table import COLUMNS, classification_table
 from winnow.evaluation.kinds.classification import Classification
-from winnow.evaluation.predictions import outputs_of_classes, predict
+from winnow.evaluation.predictions import outputs_of_classes, predict_classes
 from winnow.io.resume import Resume
 from winnow.models.architectures import matrices_of
 from winnow.planning.config import load
 from winnow.planning.plan import Plan
-from winnow.training.finetune import _rows_of_step, load_base, train, write_tuned
+from winnow.training.finetune import _rows_of_step, load_base, train_classifier, write_tuned
 from winnow.training.options import Tuning
 
 
@@ -250,7 +250,7 @@ def test_pairs_are_encoded_and_cut_as_the_tokenizer_does(bert):
 
 def test_predictions_are_those_of_single_rows_whatever_the_batch(classifier, bert):
     examples = encode_rows(load_tokenizer(bert), table(pair=True), 24)
-    alone = predict(classifier, examples, [0, 1], 1)
+    alone = predict_classes(classifier, examples, [0, 1], 1)
     for i in range(len(examples.ids)):
         with torch.no_grad():
             ids, types = torch.tensor([examples.ids[i]]), torch.tensor([examples.types[i]])
@@ -258,10 +258,10 @@ def test_predictions_are_those_of_single_rows_whatever_the_batch(classifier, ber
         assert alone["predicted"][i] == int(logits.argmax())
         want = log_loss([int(examples.labels[i])], logits.softmax(1).numpy(), labels=[0, 1])
         assert alone["loss"][i] == pytest.approx(want, rel=1e-9)
-    together = predict(classifier, examples, [0, 1], 7)
+    together = predict_classes(classifier, examples, [0, 1], 7)
     assert together["predicted"] == alone["predicted"]
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
-    turned = predict(classifier, examples, [1, 0], 7)
+    turned = predict_classes(classifier, examples, [1, 0], 7)
     assert turned["predicted"] == [1 - p for p in together["predicted"]], "outputs stand for classes"
 
 
@@ -286,7 +286,7 @@ def test_a_logit_that_is_not_finite_is_named(classifier, bert):
         broken.bert.embeddings.word_embeddings.weight[token] = float("nan")
     first = next(i for i in sorted(range(12), key=lambda i: len(examples.ids[i])) if token in examples.ids[i])
     with pytest.raises(FloatingPointError, match=f"logits are not finite for row {first} of test"):
-        predict(broken, examples, [0, 1], 1)
+        predict_classes(broken, examples, [0, 1], 1)
 
 
 def test_statistics_of_rows_are_those_of_their_tokens_alone(classifier, bert):
@@ -337,7 +337,7 @@ def tuned(bert, tmp_path_factory):
     tokenizer, folder = load_tokenizer(bert), tmp_path_factory.mktemp("tuned") / "model"
     model = load_base(bert, ["bad", "good"], tokenizer, 0, "cpu")
     options = Tuning(task="t", steps=100, batch=32, rate=2e-3)
-    report = train(model, encode_rows(tokenizer, table(500), 24), [0, 1], options)
+    report = train_classifier(model, encode_rows(tokenizer, table(500), 24), [0, 1], options)
     write_tuned(folder, model, bert, [p.name for p in bert.iterdir()])
     return folder, report, tokenizer, table(200, seed=1)
 
@@ -349,7 +349,7 @@ def test_a_task_is_learned_and_the_directory_is_the_model(tuned):
     model = load_model(folder, "float32", "cpu")
     assert model.config.id2label == {0: "bad", 1: "good"}
     examples = encode_rows(load_tokenizer(folder), test, 24)
-    found = scores(examples.labels.tolist(), predict(model, examples, [0, 1], 32), 2)
+    found = scores(examples.labels.tolist(), predict_classes(model, examples, [0, 1], 32), 2)
     assert found["accuracy"]["value"] > 0.85
 
 
@@ -361,7 +361,7 @@ def test_training_that_was_cut_off_goes_on_to_the_same_bits(bert, tmp_path, monk
 
     def trained(resume):
         model = load_base(bert, ["bad", "good"], tokenizer, 0, "cpu")
-        return train(model, examples, [0, 1], options, resume), model
+        return train_classifier(model, examples, [0, 1], options, resume), model
 
     report, want = trained(None)
 
@@ -383,7 +383,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(bert):
     tokenizer = load_tokenizer(bert)
     model = load_base(bert, ["bad", "good"], tokenizer, 0, "cpu")
     with pytest.raises(InputError, match=r"the loss is nan at step \d of 5; lower `rate`"):
-        train(model, encode_rows(tokenizer, table(40), 24), [0, 1], Tuning(task="t", steps=5, batch=8, rate=1e30, clip=1e30))
+        train_classifier(
+            model, encode_rows(tokenizer, table(40), 24), [0, 1], Tuning(task="t", steps=5, batch=8, rate=1e30, clip=1e30)
+        )
 
 
 def test_a_head_of_another_task_is_replaced_and_a_missing_layer_refused(tmp_path, tuned):
@@ -409,9 +411,9 @@ def test_other_families_are_tuned_too(family, tmp_path):
     assert padding_of(model.config) is not None
     examples = encode_rows(tokenizer, table(16), 24)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train(model, examples, [0, 1], Tuning(task="t", steps=2, batch=4, rate=1e-3, warmup=0.0))
+    train_classifier(model, examples, [0, 1], Tuning(task="t", steps=2, batch=4, rate=1e-3, warmup=0.0))
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    alone, together = (predict(model, examples, [0, 1], batch) for batch in (1, 16))
+    alone, together = (predict_classes(model, examples, [0, 1], batch) for batch in (1, 16))
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
 
 

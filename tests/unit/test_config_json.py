@@ -14,7 +14,7 @@ from winnow.checkpoint.loading import load_model
 from winnow.checkpoint.streaming import Streamed
 from winnow.data.tokens import load_tokenizer
 from winnow.errors import InputError
-from winnow.models.retrieve import describe, files_of
+from winnow.models.retrieve import describe, model_digests
 from winnow.planning.forecast import shape_of
 from winnow.training.finetune import load_base
 
@@ -23,7 +23,7 @@ ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantizati
 METHODS = ["gptq", "awq", "torchao", "quanto", "hqq", "compressed-tensors", "bitsandbytes", "nonesuch"]
 WAYS = {
     "describe": describe,
-    "files_of": files_of,  # of a model that is tuned first
+    "files_of": model_digests,  # of a model that is tuned first
     "shape_of": shape_of,  # of `snakemake plan`
     "load_model": lambda folder: load_model(folder, "float32", "cpu"),
     "Streamed": lambda folder: Streamed(folder, "float32", "cpu", folder / "artefact", 8),
@@ -124,7 +124,7 @@ def test_masks_and_positions_of_old_files_are_no_quantised_weights(tmp_path):
         describe(with_keys(tmp_path / "source", tmp_path / "model", quantization_config=ONLINE))
 
 
-@pytest.mark.parametrize("way", [describe, files_of])
+@pytest.mark.parametrize("way", [describe, model_digests])
 def test_a_compressed_checkpoint_is_no_source(saved_llama, tmp_path, way):
     checkpoint = build(saved_llama, tmp_path / "work", ["ffn"], 0.6)
     with pytest.raises(InputError) as caught:

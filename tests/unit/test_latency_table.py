@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.conftest import pico
-from winnow.evaluation.latency import SLOWER, evaluate
+from winnow.evaluation.latency import SLOWER, evaluate_latency
 from winnow.evaluation.latency_table import COLUMNS, latency_table, lines
 
 SPEC = {"batches": [1, 2], "prompts": [4, 6], "decode": 1, "repeats": 6, "warm_up": 1}
@@ -35,8 +35,8 @@ def table():
     clock = Clock()
     dense, slow = clock.watch(pico("llama"), 1.0), clock.watch(pico("llama"), 2.0)
     record = {"protocol": {**SPEC, "dtype": "float32"}, "dense_bytes": 100, "stored_bytes": 50, "checkpoint": "somewhere"}
-    results = {"a": {**record, **evaluate(dense, None, SPEC, "cpu", clock)}}
-    results["b"] = {**record, **evaluate(dense, slow, SPEC, "cpu", clock)}
+    results = {"a": {**record, **evaluate_latency(dense, None, SPEC, "cpu", clock)}}
+    results["b"] = {**record, **evaluate_latency(dense, slow, SPEC, "cpu", clock)}
     return latency_table([{**NAMES, "method": "dense", "result": "a"}, {**NAMES, "result": "b"}], results)
 
 

@@ -27,7 +27,7 @@ from winnow.studies.linearity.learned import (
     untrained,
     untrained_blocks,
 )
-from winnow.studies.linearity.recoverability import blocks_of
+from winnow.studies.linearity.recoverability import ffn_blocks
 
 FOLDS = 5
 CLAIMS = [c for c in read_claims(ROOT / "resources" / "claims.yaml") if c.study == "linearity"]
@@ -42,7 +42,7 @@ def saved(folder, name, **options):
     cls(cls.config_class(**{**known, **options})).save_pretrained(folder)
     model = load_model(folder, "float32", "cpu")
     shapes = {n: {"shape": list(p.shape)} for n, p in model.named_parameters()}
-    return folder, sizes_of(model), blocks_of(matrices_of(model.config.model_type, shapes))
+    return folder, sizes_of(model), ffn_blocks(matrices_of(model.config.model_type, shapes))
 
 
 def measured(folder, sizes, blocks):

@@ -234,8 +234,8 @@ def test_bytes_go_to_the_matrix_that_matters(planted):
 
 
 def test_a_loss_that_is_not_finite_names_the_step(family, monkeypatch):
-    whole = learning.divergence
-    monkeypatch.setattr(learning, "divergence", lambda p, q: whole(p, q) * (float("nan") if q.requires_grad else 1.0))
+    whole = learning.kl_divergence
+    monkeypatch.setattr(learning, "kl_divergence", lambda p, q: whole(p, q) * (float("nan") if q.requires_grad else 1.0))
     with pytest.raises(FloatingPointError, match="learn_sizes: the loss is not finite at step 1"):
         learned(family, 0.6)
 

@@ -72,7 +72,7 @@ def test_claims_twice_or_not_whole_are_refused(tmp_path):
     path = tmp_path / "claims.yaml"
     one = "- {id: a, study: s, where: w, says: x, measured: m, check: {kind: bound, most: 0}}\n"
     path.write_text(one + one)
-    with pytest.raises(InputError, match="a stands twice"):
+    with pytest.raises(InputError, match="duplicate claim a"):
         read_claims(path)
     path.write_text(one.replace("most", "moist"))
     with pytest.raises(InputError, match="moist"):

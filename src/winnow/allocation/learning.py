@@ -96,7 +96,7 @@ def learn(
         masks, lacking = sizes.masks(WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** (step / max(1, options.steps - 1)))
         for module, mask, rest in zip(modules, masks, lacking, strict=True):
             module.put(mask.to(reference.dtype), rest.to(reference.dtype), decided=step >= round(DECIDED * options.steps))
-        found = divergence(reference, logits_of(model, ids))
+        found = kl_divergence(reference, logits_of(model, ids))
         if not found.requires_grad:  # everything is dense, and nothing remains to be trained
             found.requires_grad_()
         if not torch.isfinite(found):
@@ -139,7 +139,7 @@ def hard_loss(model: PreTrainedModel, sizes: Sizes, modules: list[Masked], chose
     for g, module in zip(sizes.groups, modules, strict=True):
         size = chosen[g.name]
         module.mask, module.lacking = None if size is None else module.left.new_ones(size), None
-    return float(divergence(reference, logits_of(model, ids)))
+    return float(kl_divergence(reference, logits_of(model, ids)))
 
 
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return logits
 
 
-def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """(): the mean over tokens of KL(reference || logits), nats; both (..., classes)."""
     p, q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean()

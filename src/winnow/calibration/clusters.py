@@ -150,7 +150,7 @@ def _k_means(points: Tensor, clustering: Clustering) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rank[found.labels_]), torch.from_numpy(distance)
 
 
-def rows_of(labels: Tensor, distance: Tensor, clustering: Clustering, matrix: Matrix) -> dict[str, Any]:
+def cluster_rows(labels: Tensor, distance: Tensor, clustering: Clustering, matrix: Matrix) -> dict[str, Any]:
     """Columns of clusters.parquet for one matrix, one row per channel."""
     count = len(labels)
     return {
@@ -181,4 +181,4 @@ def assign_all(files: ModelFiles, moments: Bundle | None, clustering: Clustering
             labels, distance = assign(files.weight(matrix), site, clustering, matrix)
         except ValueError as error:
             raise InputError(f"{matrix.module}: {error}") from error
-        yield rows_of(labels, distance, clustering, matrix)
+        yield cluster_rows(labels, distance, clustering, matrix)

@@ -38,7 +38,7 @@ def install(model: Any, layers: dict[str, dict[str, Any]]) -> None:
     shapes = {}
     for name, layout in layers.items():
         dense = _replaced(model, name)
-        shapes[name] = shape_of(dense)
+        shapes[name] = matrix_shape(dense)
         try:
             _check_numbers(layout, sum(shapes[name]) or 1 << 31)
             with torch.device("meta"):
@@ -76,7 +76,7 @@ def _replaced(model: Any, name: str) -> nn.Module:
     return dense
 
 
-def shape_of(dense: nn.Module) -> tuple[int, int]:
+def matrix_shape(dense: nn.Module) -> tuple[int, int]:
     """(out, in) of the module of a matrix; zeros for other modules."""
     if isinstance(dense, nn.Linear):
         return dense.out_features, dense.in_features

@@ -35,7 +35,7 @@ def measured_beside(checkpoint: Path) -> list[Measured]:
     return found
 
 
-def recipe_of(checkpoint: Path) -> dict:
+def read_recipe(checkpoint: Path) -> dict:
     """The content of recipe.yaml. Raises InputError if there is none."""
     path = checkpoint / "recipe.yaml"
     if not path.is_file():
@@ -46,7 +46,7 @@ def recipe_of(checkpoint: Path) -> dict:
 def share(checkpoint: Path, directory: Path, measured: list[Measured]) -> None:
     """Copy a checkpoint with the measured results in its card, and without local paths. Raises InputError if the checkpoint is
     damaged."""
-    recipe, bundle = recipe_of(checkpoint), Bundle(checkpoint / MANIFEST)
+    recipe, bundle = read_recipe(checkpoint), Bundle(checkpoint / MANIFEST)
     shutil.copytree(bundle.verify(), directory)
     clean(directory)
     (directory / "README.md").write_text(card(recipe, measured), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from winnow.data.texts import MOST_SHARED, broken, json_rows, load_hub
 from winnow.errors import InputError, first_line
-from winnow.io.strict import read_json
+from winnow.io.strict import parse_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +79,7 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
         content = stream.read()
     if path.suffix == ".jsonl":
         return json_rows(content)
-    rows = read_json(content)
+    rows = parse_json(content)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("a list of objects is needed")
     return rows

@@ -17,7 +17,7 @@ LOOKED_AT = 3  # lines that are checked for JSON objects in a plain text file
 LONGEST = 1 << 20  # characters of such a line
 
 
-def format_of(files: Sequence[str], given: str | None) -> str:
+def text_format_of(files: Sequence[str], given: str | None) -> str:
     """The format of the files; `given` is that of the configuration. Files with other endings than those above are plain text
     (`raw`) by default. Raises ValueError, with the file, if its ending contradicts `given`, if its format is not supported, or if
     the files have different formats."""
@@ -45,8 +45,8 @@ def _by_ending(file: str, given: str | None) -> str:
 
 
 def resolved(content: Any) -> Any:
-    """A text of the configuration with its format added unless that is `raw`. Raises ValueError as `format_of`, and for options
-    that have no effect with this format."""
+    """A text of the configuration with its format added unless that is `raw`. Raises ValueError as `text_format_of`, and for
+    options that have no effect with this format."""
     if not isinstance(content, dict):
         return content
     files, given = content.get("files"), content.get("format")
@@ -56,7 +56,7 @@ def resolved(content: Any) -> Any:
         return content
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files) or not isinstance(given, str | None):
         return content  # reported elsewhere
-    form = format_of(files, given)
+    form = text_format_of(files, given)
     if content.get("column") and form in ("raw", "lines"):
         raise ValueError(f"`column` is for jsonl and parquet, but {files[0]} is read as {form}; set its `format`")
     if content.get("separator") and form != "raw":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from winnow.errors import InputError, first_line
-from winnow.io.strict import read_json
+from winnow.io.strict import parse_json
 
 SHINGLE = 24  # words: long enough that documents have a common run only if they have text in common
 MOST_SHARED = 0.01
@@ -73,7 +73,7 @@ def json_rows(content: str, *columns: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = read_json(line)
+            row = parse_json(line)
         except ValueError as error:
             raise ValueError(f"line {number}: {first_line(error)}") from error
         if not isinstance(row, dict):

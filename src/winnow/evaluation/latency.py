@@ -82,7 +82,7 @@ def timed(call: Callable[[], Any], clock: Clock, calls: int) -> float:
     return clock(all_calls) / calls
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def quartiles(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     q1, median, q3 = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "q1": q1, "q3": q3}
@@ -106,10 +106,10 @@ def ratios(own: list[float], dense: list[float]) -> dict[str, float]:
     """Median and quartiles of the ratios of all repeats, and the interval of the median. Raises ValueError if not paired."""
     values = [a / b for a, b in zip(own, dense, strict=True)]
     low, high = interval(values)
-    return {**spread(values), "low": low, "high": high}
+    return {**quartiles(values), "low": low, "high": high}
 
 
-def verdict(ratio: Mapping[str, float], control: Mapping[str, float]) -> str:
+def latency_verdict(ratio: Mapping[str, float], control: Mapping[str, float]) -> str:
     """Faster or slower if the interval of the ratio's median excludes 1 and the median is outside of the control's quartiles;
     otherwise the difference is no larger than that of the dense model to itself."""
     if ratio["high"] < 1 and ratio["median"] < control["q1"]:
@@ -225,7 +225,9 @@ class Generation:
 
 
 @torch.no_grad()
-def evaluate(dense: Any, model: Any | None, spec: dict[str, Any], device: str, clock: Clock | None = None) -> dict[str, Any]:
+def evaluate_latency(
+    dense: Any, model: Any | None, spec: dict[str, Any], device: str, clock: Clock | None = None
+) -> dict[str, Any]:
     """Prefill and decoding of `model` (None: only the dense model) compared with the dense one, for every batch size and prompt
     length of `spec` (batches, prompts, decode, repeats, warm_up): {"cases": [...], "machine": {...}}.
 
@@ -254,7 +256,7 @@ def evaluate(dense: Any, model: Any | None, spec: dict[str, Any], device: str, c
             of_phase = {name: values[phase] for name, values in seconds.items()}
             own = {name: found[phase] for name, found in resources.items()}
             cases.append({"phase": phase, "batch": batch, "prompt": length, **compared(of_phase, own, tokens)})
-    return {"cases": cases, "machine": machine(device, dense)}
+    return {"cases": cases, "machine": machine_record(device, dense)}
 
 
 def compared(seconds: dict[str, list[float]], resources: dict[str, dict[str, float]], tokens: int) -> dict[str, Any]:
@@ -263,18 +265,18 @@ def compared(seconds: dict[str, list[float]], resources: dict[str, dict[str, flo
     control = ratios(seconds["control"], seconds["dense"])
     for name, values in seconds.items():
         found[name] = {
-            "seconds": spread(values),
-            "tokens_per_second": tokens / spread(values)["median"],
+            "seconds": quartiles(values),
+            "tokens_per_second": tokens / quartiles(values)["median"],
             **resources.get(name, {}),
         }
         if name != "dense":
             ratio = ratios(values, seconds["dense"])
-            found[name] |= {"ratio": ratio, "verdict": verdict(ratio, control)}
+            found[name] |= {"ratio": ratio, "verdict": latency_verdict(ratio, control)}
         found[name]["per_repeat"] = values
     return found
 
 
-def machine(device: str, model: Any) -> dict[str, Any]:
+def machine_record(device: str, model: Any) -> dict[str, Any]:
     """The hardware and software of the measurement; none of it is a parameter, but all of it affects the numbers."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():

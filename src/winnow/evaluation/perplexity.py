@@ -154,7 +154,7 @@ def _culprit(model: PreTrainedModel, x: Tensor) -> str:
     return f"the first module with such an output is {found[0]}" if found else "every module's output is finite"
 
 
-def summarize(rows: dict[str, list[float]], dense: dict[str, Any] | None) -> dict[str, Any]:
+def summarize_windows(rows: dict[str, list[float]], dense: dict[str, Any] | None) -> dict[str, Any]:
     """Totals, means and standard errors of per-window sums; differences to `dense` (its record) are paired."""
     counts = rows["tokens"]
     nll, nll_se = ratio(rows["nll"], counts)

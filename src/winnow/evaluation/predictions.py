@@ -44,7 +44,7 @@ def outputs_of_classes(model: PreTrainedModel, labels: list[str]) -> list[int]:
 
 
 @torch.no_grad()
-def predict(model: PreTrainedModel, examples: Examples, outputs: list[int], batch: int) -> dict[str, list]:
+def predict_classes(model: PreTrainedModel, examples: Examples, outputs: list[int], batch: int) -> dict[str, list]:
     """{predicted: class of every row, loss: its cross-entropy in nats}. Raises FloatingPointError, with the row, if a logit is
     not finite."""
     pad, types, device = padding_of(model.config), takes_types(model.config), str(model.device)

@@ -36,7 +36,7 @@ def factors_of(structure: Structure, paths: Sequence[str]) -> tuple[dict[str, Bu
     return found, dense
 
 
-def table_of(structure: Structure, paths: Sequence[str]) -> pd.DataFrame:
+def member_table(structure: Structure, paths: Sequence[str]) -> pd.DataFrame:
     """The rows of all members' tables (spectra or predicted losses) by name."""
     import pandas as pd
 

@@ -89,6 +89,6 @@ def unseen(site: dict[str, Tensor]) -> dict[str, Tensor]:
     return site | {"gram": gram}
 
 
-def table_of(predicted: dict[str, list[float]]) -> pd.DataFrame:
+def predicted_table(predicted: dict[str, list[float]]) -> pd.DataFrame:
     """The table predicted.parquet: group, predicted (nats per token by size)."""
     return pd.DataFrame([{"group": n, "predicted": losses} for n, losses in predicted.items()], columns=["group", "predicted"])

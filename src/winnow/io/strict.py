@@ -63,7 +63,7 @@ def _check_keys(node: yaml.Node, path: list[str], seen: set[int], where: str, na
         _check_keys(value, inner, seen, where, names)
 
 
-def read_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """The content of a JSON document. Raises ValueError if it is invalid, and InputError (a ValueError) for a duplicate key and
     for nesting that is too deep."""
     try:

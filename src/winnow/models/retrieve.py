@@ -40,7 +40,7 @@ def fetch(source: str, revision: str | None, cache: Path | None = None) -> Path:
         ) from error
 
 
-def files_of(directory: Path) -> dict[str, str]:
+def model_digests(directory: Path) -> dict[str, str]:
     """{name: digest} of the files of a model that a result can depend on. Raises InputError for a directory that is not a model,
     for an unsupported config.json, and for a compressed checkpoint."""
     return {path.name: file_digest(path) for path in _checked(directory)}
@@ -56,7 +56,7 @@ def describe(directory: Path) -> dict[str, Any]:
     """Description of a model directory: family, digests of files, and every tensor under its canonical name.
 
     Canonical names are those of the transformers model, not of the files. Raises InputError with the name of a tensor that is
-    missing, unexpected, of another shape than the config says, or not finite, and the errors of `files_of`.
+    missing, unexpected, of another shape than the config says, or not finite, and the errors of `model_digests`.
     """
     files = _checked(directory)
     model = empty_model(directory)

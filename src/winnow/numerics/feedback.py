@@ -109,7 +109,7 @@ def codes_of(
         errors.append(objective(fed, rows, columns))
         change = torch.where((errors[1] < errors[0])[:, None, None], fed, change)
         for _ in range(sweeps):
-            change = descend(weight, grids, rows, columns, change)
+            change = descend_codes(weight, grids, rows, columns, change)
         errors.append(objective(change, rows, columns))
         codes = grids.nearest(weight + change)
     for form, *found in zip(forms, *(error.tolist() for error in errors), strict=True):
@@ -220,7 +220,7 @@ def objective(change: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
     return ((change if rows is None else rows @ change) * (change @ columns)).sum((1, 2))
 
 
-def descend(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor, change: Tensor) -> Tensor:
+def descend_codes(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor, change: Tensor) -> Tensor:
     """Changes D (S, m, n) after one sweep of coordinate descent on tr(F D C D^T), which never raises it.
 
     Every column is updated in PARTS, each of every PARTS-th row. Either all numbers of a part move to their best codes at once,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.errors import InputError, first_line
-from winnow.io.strict import check_yaml, read_json, read_yaml
+from winnow.io.strict import check_yaml, parse_json, read_yaml
 
 ARGUMENTS = ("--config", "-C")
 Place = Sequence[str]  # a path of keys
@@ -31,7 +31,7 @@ def read_source(path: str | Path, own: bool = False) -> Source:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable: {getattr(error, 'strerror', None) or first_line(error)}") from error
     try:
-        content = read_json(text)
+        content = parse_json(text)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except ValueError:

@@ -87,7 +87,7 @@ def works_table(works: Iterable[Work], plan: Plan, to_run: dict[str, int], resul
     return table, total
 
 
-def show(tables: Iterable[Table]) -> None:
+def print_tables(tables: Iterable[Table]) -> None:
     from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 140)

@@ -23,7 +23,7 @@ from winnow.recovery.training import Progress, Saver, batches, train
 log = logging.getLogger(__name__)
 
 
-def recover(task: Task) -> dict[str, Any]:
+def distill(task: Task) -> dict[str, Any]:
     """Train `task.model` in place; returns held-out losses by step (nats per token). Resumes after the last saved step.
 
     Raises InputError for a model without logits, and FloatingPointError, naming the tensor, if a gradient is not finite."""

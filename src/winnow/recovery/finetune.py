@@ -10,10 +10,10 @@ from winnow.errors import InputError
 from winnow.evaluation.predictions import outputs_of_classes
 from winnow.io.artifacts import read_json, read_parquet
 from winnow.recovery.base import Task
-from winnow.training.finetune import train
+from winnow.training.finetune import train_classifier
 
 
-def recover(task: Task) -> dict[str, Any]:
+def finetune_again(task: Task) -> dict[str, Any]:
     """Train all weights of `task.model` in place; returns steps, rows and losses (nats). Resumes after the last saved step.
 
     Raises InputError if the model is not a classifier for the task's classes."""
@@ -24,4 +24,4 @@ def recover(task: Task) -> dict[str, Any]:
     for parameter in task.parameters().values():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    return train(task.model, examples, outputs, task.options, task.resume)
+    return train_classifier(task.model, examples, outputs, task.options, task.resume)

@@ -18,7 +18,7 @@ from winnow.recovery.training import batches, train
 log = logging.getLogger(__name__)
 
 
-def recover(task: Task) -> dict[str, Any]:
+def refine_blocks(task: Task) -> dict[str, Any]:
     """Refine the blocks of `task.model` in place; returns {blocks: {name: held-out losses, steps}}, the losses as shares of the
     mean square of the target.
 

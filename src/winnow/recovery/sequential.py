@@ -40,7 +40,7 @@ Factors = LowRankLinear | RowsLinear
 
 
 @torch.no_grad()
-def recover(task: Task) -> dict[str, Any]:
+def refit_factors(task: Task) -> dict[str, Any]:
     """Refit the low-rank factors of `task.model` in place; returns {blocks: {name: held-out losses}}, as `refine` does.
 
     A block is left unchanged if its error on the held-out windows does not decrease; with `outputs: gradient`, where such a block

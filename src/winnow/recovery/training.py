@@ -40,7 +40,7 @@ class Progress:
         }
 
 
-def rate_at(step: int, options: Trained) -> float:
+def learning_rate(step: int, options: Trained) -> float:
     """The learning rate of a step (from 0): linear warm-up, then cosine decay to 0."""
     warm = options.warmup * options.steps
     if step < warm:
@@ -102,7 +102,7 @@ def train(
         for name, parameter in parameters.items():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 raise FloatingPointError(f"{where}: the gradient of {name} is not finite at step {step + 1}; lower `rate`")
-        optimizer.param_groups[0]["lr"] = rate_at(step, options) * share
+        optimizer.param_groups[0]["lr"] = learning_rate(step, options) * share
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % options.every == 0 or step + 1 == options.steps:

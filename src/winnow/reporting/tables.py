@@ -22,7 +22,7 @@ SPREAD = [
     *("keep_bytes", "seeds", "delta_nll", "delta_nll_seed_se", "delta_nll_window_se", "delta_nll_se"),
     *("best", "above_best", "above_best_seed_se", "above_best_window_se", "above_best_se", "tie"),
 ]
-DENSE = {"delta_nll": 0.0, "delta_nll_se": 0.0, "kl": 0.0, "top1_agreement": 1.0}  # of the dense model compared with itself
+UNCHANGED = {"delta_nll": 0.0, "delta_nll_se": 0.0, "kl": 0.0, "top1_agreement": 1.0}  # of the dense model itself
 
 
 def is_dense(row: dict[str, Any]) -> bool:
@@ -40,7 +40,7 @@ def summary(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> p
     for row in rows:
         result = results[row["result"]]
         measured = {key: result[key] for key in COLUMNS if key in result}
-        own = DENSE if is_dense(row) else {}
+        own = UNCHANGED if is_dense(row) else {}
         table.append({**row, **measured, **own, "keep_bytes": result["stored_bytes"] / result["dense_bytes"]})
     frame = pd.DataFrame(table).reindex(columns=COLUMNS)
     return frame.astype({"keep_requested": "float64", "kl": "float64", "top1_agreement": "float64"})

@@ -30,8 +30,8 @@ def key_of(cell: Sequence[str]) -> tuple[str, str, str]:
 
 
 def speed(row: dict[str, Any], unit: float = 1.0) -> Answer:
-    """The speed from a row of `winnow.studies.trials.timed`, relative to dense times `unit` (100: in %); its 95 % interval is
-    taken as two standard errors on each side."""
+    """The speed from a row of `winnow.studies.trials.time_forms`, relative to dense times `unit` (100: in %); its 95 % interval
+    is taken as two standard errors on each side."""
     from winnow.studies.claims import Answer
 
     return Answer(unit / row["ratio"], unit * (1 / row["ratio_low"] - 1 / row["ratio_high"]) / 4)

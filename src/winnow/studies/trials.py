@@ -93,20 +93,20 @@ def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[f
         return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
 
 
-def timed(
+def time_forms(
     dense: PreTrainedModel, forms: Mapping[str, PreTrainedModel], spec: dict[str, Any], device: str
 ) -> list[dict[str, Any]]:
-    """Times of every form relative to the dense model, in turns with it, by the `spec` of `winnow.evaluation.latency.evaluate`
-    (prompts limited by the model's positions): a row per form, phase, batch and prompt with the median `ratio` and its 95 %
-    interval, the quartiles of dense against dense (`control_*`), the verdict, products and bytes read relative to dense, and the
-    machine."""
-    from winnow.evaluation.latency import evaluate
+    """Times of every form relative to the dense model, in turns with it, by the `spec` of
+    `winnow.evaluation.latency.evaluate_latency` (prompts limited by the model's positions): a row per form, phase, batch and
+    prompt with the median `ratio` and its 95 % interval, the quartiles of dense against dense (`control_*`), the verdict,
+    products and bytes read relative to dense, and the machine."""
+    from winnow.evaluation.latency import evaluate_latency
 
     held = getattr(dense.config.get_text_config(), "max_position_embeddings", None)
     prompts = [min(length, held - spec["decode"] - 1) if held else length for length in spec["prompts"]]
     rows = []
     for name, form in forms.items():
-        found = evaluate(dense, form, {**spec, "prompts": prompts}, device)
+        found = evaluate_latency(dense, form, {**spec, "prompts": prompts}, device)
         for case in found["cases"]:
             own, control = case["compressed"], case["control"]["ratio"]
             row = {"form": name, **{key: case[key] for key in ("phase", "batch", "prompt")}}

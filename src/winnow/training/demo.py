@@ -93,7 +93,7 @@ def split_documents(documents: dict[str, str]) -> dict[str, list[dict[str, str]]
     return rows
 
 
-def read_rows(path: Path) -> list[str]:
+def read_demo_rows(path: Path) -> list[str]:
     """The texts of a file of rows written by `split_documents`."""
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -223,7 +223,7 @@ def build(folder: Path, train: str, evaluation: str, spec: dict) -> None:
     """Train on the rows of `train`, store in float16, measure the stored model, write model, tokenizer and card."""
     import platform
 
-    texts = {"train": read_rows(Path(train)), "evaluation": read_rows(Path(evaluation))}
+    texts = {"train": read_demo_rows(Path(train)), "evaluation": read_demo_rows(Path(evaluation))}
     tokenizer = train_tokenizer(texts["train"], spec["vocab_size"])
     streams = {part: token_stream(tokenizer, rows) for part, rows in texts.items()}
     training = Training(**spec["training"])

@@ -72,7 +72,7 @@ def load_base(directory: Path, labels: list[str], tokenizer: Any, seed: int, dev
     return model.to(device)
 
 
-def train(
+def train_classifier(
     model: PreTrainedModel, examples: Examples, outputs: list[int], tuning: Tuning, resume: Resume | None = None
 ) -> dict[str, Any]:
     """Train all weights of the model in place; returns {steps, rows, loss of the first and the last steps (nats)}.

@@ -85,7 +85,7 @@ class IntegerProgramme(Allocation):
         offered = [_offer(o, index, options.sizes, options.near) for o, index in zip(every, picked.near, strict=True)]
 
         def solved(least: float) -> tuple[dict[str, int | None], str]:
-            chosen, status = solve(offered, blocks, least, allowed, options.gap, options.nodes)
+            chosen, status = solve_programme(offered, blocks, least, allowed, options.gap, options.nodes)
             sizes = _sizes(offered, chosen)
             spend(groups, sizes, allowed, costs)
             return sizes, status
@@ -180,7 +180,7 @@ def _offer(every: Options, picked: int, spread: int, near: int) -> Options:
     return Options(every.name, every.sizes[chosen], every.bytes[chosen], every.losses[chosen])
 
 
-def solve(
+def solve_programme(
     offered: list[Options], blocks: Blocks, least: float, allowed: float, gap: float, nodes: int
 ) -> tuple[dict[int, int], str]:
     """({chosen group, by index: its option}, status) with the lowest sum of losses and `least` to `allowed` bytes, by CBC on one

@@ -84,7 +84,7 @@ class Classification(Evaluation):
         from winnow.data.examples import encode_rows
         from winnow.data.tokens import check_length, load_tokenizer
         from winnow.evaluation.classification import scores
-        from winnow.evaluation.predictions import outputs_of_classes, predict
+        from winnow.evaluation.predictions import outputs_of_classes, predict_classes
         from winnow.io.artifacts import read_json, read_parquet
 
         spec, facts = given.spec, read_json(given.inputs["facts"])
@@ -92,7 +92,7 @@ class Classification(Evaluation):
         tokenizer, model = load_tokenizer(given.files.verify()), given.model()
         outputs = outputs_of_classes(model, facts["labels"])
         examples = encode_rows(tokenizer, read_parquet(given.inputs["test"]).head(spec["limit"]), spec["length"])
-        own, labels = predict(model, examples, outputs, given.resources["batch_rows"]), examples.labels.tolist()
+        own, labels = predict_classes(model, examples, outputs, given.resources["batch_rows"]), examples.labels.tolist()
         dense = given.dense()
         return {
             "protocol": {key: spec[key] for key in ("length", "limit", "dtype")},

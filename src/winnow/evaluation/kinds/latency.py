@@ -35,10 +35,10 @@ class Latency(Evaluation):
     def measure(cls, given: Given) -> dict[str, Any]:
         """Times (in turns with the dense model), memory, FLOPs and bytes read."""
         from winnow.checkpoint.loading import load_model
-        from winnow.evaluation.latency import evaluate
+        from winnow.evaluation.latency import evaluate_latency
 
         spec = given.spec
         dense = load_model(given.files.verify(), spec["dtype"], given.device)
         model = given.model() if given.checkpoint else None
         protocol = {key: spec[key] for key in ("batches", "prompts", "decode", "repeats", "warm_up", "dtype")}
-        return {"protocol": protocol, **evaluate(dense, model, spec, given.device)}
+        return {"protocol": protocol, **evaluate_latency(dense, model, spec, given.device)}

@@ -51,7 +51,7 @@ class Perplexity(Evaluation):
         """Loss per window, sums and means, compared with the dense model's."""
         from winnow.checkpoint.loading import load_model
         from winnow.checkpoint.streaming import NAMES, Streamed
-        from winnow.evaluation.perplexity import evaluate, evaluate_by_block, summarize
+        from winnow.evaluation.perplexity import evaluate, evaluate_by_block, summarize_windows
         from winnow.io.artifacts import read_tensors
         from winnow.io.resume import Resume
 
@@ -76,7 +76,7 @@ class Perplexity(Evaluation):
         return {
             "protocol": {key: spec[key] for key in protocol},
             "text": {key: facts[key] for key in ("text_digest", "text_tokens", "bos")},
-            **summarize(rows, given.dense()),
+            **summarize_windows(rows, given.dense()),
             "per_window": rows,
         }
 

@@ -44,6 +44,6 @@ class Distill(Recovery):
             return self
 
     def recover(self, task: Task) -> dict[str, Any]:
-        from winnow.recovery.distill import recover
+        from winnow.recovery.distill import distill
 
-        return recover(task)
+        return distill(task)

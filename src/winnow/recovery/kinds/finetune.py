@@ -22,6 +22,6 @@ class Finetune(Recovery):
         kind: Literal["finetune"] = Field(description="finetune")
 
     def recover(self, task: Task) -> dict[str, Any]:
-        from winnow.recovery.finetune import recover
+        from winnow.recovery.finetune import finetune_again
 
-        return recover(task)
+        return finetune_again(task)

@@ -38,6 +38,6 @@ class Refine(Recovery):
         )
 
     def recover(self, task: Task) -> dict[str, Any]:
-        from winnow.recovery.refine import recover
+        from winnow.recovery.refine import refine_blocks
 
-        return recover(task)
+        return refine_blocks(task)

@@ -44,6 +44,6 @@ class Sequential(Recovery):
             return self.outputs == "gradient"
 
     def recover(self, task: Task) -> dict[str, Any]:
-        from winnow.recovery.sequential import recover
+        from winnow.recovery.sequential import refit_factors
 
-        return recover(task)
+        return refit_factors(task)

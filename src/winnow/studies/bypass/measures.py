@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from winnow.models.files import ModelFiles
 
 
-def stored_bytes(files: ModelFiles, ranks: Ranks) -> int | None:
+def formula_bytes(files: ModelFiles, ranks: Ranks) -> int | None:
     """Bytes of q, k, v (shared basis) and the FFN (shared basis of gate and up, SVD of down, `kept` directions), as far as
     `ranks` compresses them, including biases. None for mixtures, whose experts may stay dense."""
     if any(m.expert is not None for m in files.matrices):

@@ -117,7 +117,7 @@ class BypassStudy(Study):
         dense, identities."""
         from winnow.models.architectures import FFN_ROLES, TARGETS
         from winnow.studies.bypass.accounting import dense, parameters, removed
-        from winnow.studies.bypass.measures import grc_numbers, identities, stored_bytes
+        from winnow.studies.bypass.measures import formula_bytes, grc_numbers, identities
         from winnow.studies.bypass.ranks import hourglasses, profile
 
         files, moments = given.files, given.moments
@@ -131,7 +131,7 @@ class BypassStudy(Study):
             "ranks": rows,
             "hourglass": hourglasses(rows, roles),
             "accounting": {name: removed(files.matrices, total, row.ranks) for name, row in ROWS.items()},
-            "stored_bytes": {name: stored_bytes(files, ROWS[name].ranks) for name in ("attention", "ffn", "both", "bypass")},
+            "stored_bytes": {name: formula_bytes(files, ROWS[name].ranks) for name in ("attention", "ffn", "both", "bypass")},
             "grc": grc_numbers(files),
             "latency": _latency(given),
             "identities": identities(files, moments, KEPT),
@@ -174,13 +174,13 @@ class BypassStudy(Study):
 def _latency(given: Given) -> list[dict[str, Any]]:
     """Times of the cell of row 1, GRC at k = d / 4, compared with dense."""
     from winnow.checkpoint.loading import load_model
-    from winnow.studies.trials import Trial, timed
+    from winnow.studies.trials import Trial, time_forms
 
     model = load_model(given.files.verify(), given.dtype, given.device).requires_grad_(False)
     row = ROWS["attention"]
     trial = Trial.of(given.files, given.moments, BypassStudy.methods[row.cell[0]], given.device, ["qkv"])
     form = trial.model(model, trial.of_rank(row.ranks.attention))
-    return timed(model, {PUBLISHED["attention"]: form}, TIMED, given.device)
+    return time_forms(model, {PUBLISHED["attention"]: form}, TIMED, given.device)
 
 
 def _of_llama(table: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Answer]], list[dict[str, Any]]]:

@@ -90,7 +90,7 @@ def without(model: PreTrainedModel, matrix: Matrix, column: int) -> Iterator[Non
 
 
 @torch.no_grad()
-def left_out(model: PreTrainedModel, matrix: Matrix, columns: list[int], windows: Tensor) -> list[float]:
+def losses_without(model: PreTrainedModel, matrix: Matrix, columns: list[int], windows: Tensor) -> list[float]:
     """KL (nats per token) between the model and the model with one input channel of the matrix set to 0, for every channel in
     `columns`, on windows (count, length)."""
     ids = windows.to(next(model.parameters()).device).long()

@@ -40,7 +40,7 @@ class Blocks:
         return [float(min(m, n)) if k * (m + n) >= m * n else k for k, (m, n) in pairs]
 
 
-def blocks_of(weight: Tensor, labels: Tensor | None = None, rows: bool = False) -> Blocks:
+def cluster_blocks(weight: Tensor, labels: Tensor | None = None, rows: bool = False) -> Blocks:
     """The clusters of the columns (or rows) of W (m, n) by `labels`; without labels W is one cluster."""
     if labels is None:
         parts = [weight]
@@ -79,7 +79,7 @@ def gains(clustered: Blocks, one: Blocks, k: int) -> dict[str, float] | None:
     return found
 
 
-def published(one: list[Blocks], many: list[Blocks], fraction: float) -> dict[str, float]:
+def published_comparison(one: list[Blocks], many: list[Blocks], fraction: float) -> dict[str, float]:
     """The comparison of the cluster paper's script, for an FFN [(gate,) up, down], each as one block and in the same clusters of
     the d_model axis (columns, and rows of down): clusters of rank int(hidden / clusters x fraction) against one SVD of rank int(d
     x fraction), or int(hidden x fraction) for down. Errors are means over the matrices; `gain` in %.

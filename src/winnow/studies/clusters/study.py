@@ -110,7 +110,7 @@ class ClustersStudy(Study):
         from winnow.checkpoint.loading import load_model
         from winnow.models.architectures import blocks_of
         from winnow.studies.clusters.correlation import spearman
-        from winnow.studies.clusters.proxies import left_out, matrix_errors, output_errors
+        from winnow.studies.clusters.proxies import losses_without, matrix_errors, output_errors
         from winnow.studies.clusters.reconstruction import outlying
 
         files, windows, moments = given.files, given.windows, given.moments
@@ -128,7 +128,7 @@ class ClustersStudy(Study):
         for down in downs:
             scores = {"activation": statistics(down)["mean_abs"], "weight norm": files.weight(down).norm(dim=0)}
             columns = torch.randperm(down.shape[1], generator=generator)[:COLUMNS].sort().values
-            lost = left_out(dense, down, columns.tolist(), windows[:LEFT_OUT])
+            lost = losses_without(dense, down, columns.tolist(), windows[:LEFT_OUT])
             for name, score in scores.items():
                 row = {"layer": down.layer, "score": name, "columns": down.shape[1], **outlying(score)}
                 massive.append({**row, "left_out": spearman(score[columns].tolist(), lost)})
@@ -174,15 +174,15 @@ class ClustersStudy(Study):
 def _cut(matrix: Matrix, weight: Tensor, site: dict[str, Tensor]) -> dict[str, Any]:
     """The singular values of a matrix and of its clusters for every clustering and count; `random` several times."""
     from winnow.calibration.clusters import Clustering, assign
-    from winnow.studies.clusters.reconstruction import blocks_of
+    from winnow.studies.clusters.reconstruction import cluster_blocks
 
     clustered = {}
     for by, count in product(WAYS, COUNTS):
         for seed in range(RANDOM_SEEDS if by == "random" else 1):
             clustering = Clustering.model_validate({"clusters": count, "by": by, "seed": seed})
             labels = assign(weight, site, clustering, matrix)[0]
-            clustered[by, count, seed] = blocks_of(weight, labels)
-    return {"shape": matrix.shape, "role": matrix.role, "one": blocks_of(weight), "clustered": clustered}
+            clustered[by, count, seed] = cluster_blocks(weight, labels)
+    return {"shape": matrix.shape, "role": matrix.role, "one": cluster_blocks(weight), "clustered": clustered}
 
 
 def _table(cut: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -213,16 +213,16 @@ def _table(cut: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _published(layers: list[list[Tensor]], shape: tuple[int, int] = PAPER) -> list[dict[str, Any]]:
     """The paper's comparison on the FFNs of some layers, and on unstructured matrices of the paper's shape."""
-    from winnow.studies.clusters.reconstruction import blocks_of, norm_bins, published, structureless
+    from winnow.studies.clusters.reconstruction import cluster_blocks, norm_bins, published_comparison, structureless
 
     rows = []
     for name, ffns in {"this model": layers, **{kind: [structureless(kind, *shape)] for kind in ("noise", "flat")}}.items():
-        one = [[blocks_of(w) for w in ffn] for ffn in ffns]
+        one = [[cluster_blocks(w) for w in ffn] for ffn in ffns]
         for count in (4, 8, 16):
             labels = [norm_bins(ffn[0], count) for ffn in ffns]
-            many = [[blocks_of(w, own, w is ffn[-1]) for w in ffn] for ffn, own in zip(ffns, labels, strict=True)]
+            many = [[cluster_blocks(w, own, w is ffn[-1]) for w in ffn] for ffn, own in zip(ffns, labels, strict=True)]
             for share in FRACTIONS:
-                found = [published(*pair, share) for pair in zip(one, many, strict=True)]
+                found = [published_comparison(*pair, share) for pair in zip(one, many, strict=True)]
                 mean = {key: sum(row[key] for row in found) / len(found) for key in found[0]}
                 if mean["global"] > 0:
                     mean["gain"] = 100 * (1 - mean["cluster"] / mean["global"])  # from the mean errors, as in the paper
@@ -245,7 +245,7 @@ def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> di
 
     from winnow.metrics.base import METRICS
     from winnow.structures.base import STRUCTURES, Problem
-    from winnow.studies.clusters.reconstruction import blocks_of, gains
+    from winnow.studies.clusters.reconstruction import cluster_blocks, gains
 
     excess = [
         found["excess"]
@@ -260,10 +260,10 @@ def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> di
     one = float(structure.fit(problem, k).error[k] / weight.square().sum())
     order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0))
     halves = torch.arange(weight.shape[1]) % 2
-    parts = [blocks_of(weight, halves), blocks_of(weight[:, order], halves[order])]
+    parts = [cluster_blocks(weight, halves), cluster_blocks(weight[:, order], halves[order])]
     lost = [part.lost([k / 2, k / 2]) for part in parts]
     return {
         "||W - W_clusters||^2 >= ||W - W_k||^2 at equal total rank": max(excess, default=0.0),
-        "one cluster is the truncated SVD": abs(one - blocks_of(weight).lost([float(k)])),
+        "one cluster is the truncated SVD": abs(one - cluster_blocks(weight).lost([float(k)])),
         "the order of the columns changes nothing": abs(lost[0] - lost[1]),
     }

@@ -156,7 +156,7 @@ def concentration(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, share: f
 
 
 @torch.no_grad()
-def identities(model: PreTrainedModel, files: ModelFiles, ffns: list[Ffn], ids: Tensor) -> dict[str, float]:
+def heavy_identities(model: PreTrainedModel, files: ModelFiles, ffns: list[Ffn], ids: Tensor) -> dict[str, float]:
     """Largest relative residuals over layers of exact identities, on the hidden units of one window, in float64."""
     worst = dict.fromkeys(
         (

@@ -43,7 +43,7 @@ def bits_of(shape: tuple[int, ...], bits: int, group: int | None = None) -> int:
     return rows * (columns * bits + -(-columns // (group or columns)) * SCALE)
 
 
-def compared(
+def quantised_pairs(
     dense: PreTrainedModel,
     split: Callable[[], PreTrainedModel],
     ffns: list[Ffn],

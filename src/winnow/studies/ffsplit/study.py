@@ -76,7 +76,7 @@ class FfsplitStudy(Study):
         from winnow.checkpoint.loading import load_model
         from winnow.models.classes import empty_model
         from winnow.structures.base import STRUCTURES
-        from winnow.studies.ffsplit.heavy import concentration, ffns_of, identities
+        from winnow.studies.ffsplit.heavy import concentration, ffns_of, heavy_identities
         from winnow.studies.ffsplit.sizes import PUBLISHED, counted, published
         from winnow.studies.trials import loss
 
@@ -100,7 +100,7 @@ class FfsplitStudy(Study):
             "sizes": sizes,
             "latency": _latency(given, model),
             "quantised": _quantised(given, model, ffns, ids, first, dense),
-            "identities": {**identities(model, files, ffns, ids), **_split_identities(given, ffns)},
+            "identities": {**heavy_identities(model, files, ffns, ids), **_split_identities(given, ffns)},
         }
 
     def conclude(self, evidence: Evidence) -> Conclusion:
@@ -245,24 +245,24 @@ class Sweeps:
 
 def _latency(given: Given, model: PreTrainedModel) -> list[dict[str, Any]]:
     """Times, compared with dense, of the split FFN and of FFNs with a single neuron; the latter is the time outside of FFNs."""
-    from winnow.studies.trials import Trial, timed
+    from winnow.studies.trials import Trial, time_forms
 
     split = Trial.of(given.files, given.moments, split_of(), given.device)
     one = {"structure": {"kind": "neuron_slice", "criterion": "activation", "correction": "none"}}
     bare = Trial.of(given.files, given.moments, one, given.device)
     forms = {"split": split.model(model, split.of_rank(LIGHT)), "one neuron": bare.model(model, {g.name: 1 for g in bare.groups})}
-    return timed(model, forms, TIMED, given.device)
+    return time_forms(model, forms, TIMED, given.device)
 
 
 def _quantised(
     given: Given, model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: dict[str, list[float]]
 ) -> list[dict[str, Any]]:
-    from winnow.studies.ffsplit.quantised import compared
+    from winnow.studies.ffsplit.quantised import quantised_pairs
     from winnow.studies.trials import Trial, loss
 
     trial = Trial.of(given.files, given.moments, split_of(), given.device)
     sizes = trial.of_rank(LIGHT)
-    return compared(model, lambda: trial.model(model, sizes), ffns, lambda form: loss(form, ids, first), dense)
+    return quantised_pairs(model, lambda: trial.model(model, sizes), ffns, lambda form: loss(form, ids, first), dense)
 
 
 def _split_identities(given: Given, ffns: list[Ffn]) -> dict[str, float]:

@@ -72,7 +72,7 @@ def untrained_blocks(
 ) -> list[dict[str, Any]]:
     """R^2 of every block on the last fold of windows (count, length), fitted on the others, for untrained models by seed: as
     initialised, and with the `sizes` of the trained model. Raises FloatingPointError as `collect_sums` does."""
-    from winnow.studies.linearity.recoverability import collect_sums, least_squares, scores, total
+    from winnow.studies.linearity.recoverability import collect_sums, least_squares, r2_scores, total
 
     found, batch = [], max(1, 4096 // windows.shape[1])
     for seed in SEEDS:
@@ -82,7 +82,7 @@ def untrained_blocks(
                 resize(model, sizes)
             for layer, parts in collect_sums(model, blocks, windows, folds, batch).items():
                 *train, test = (whole for whole, _ in parts)
-                r2 = scores(least_squares(total(train)), test)
+                r2 = r2_scores(least_squares(total(train)), test)
                 found.append({"weights": weights, "seed": seed, "layer": layer, **{key: r2[key] for key in KEYS}})
     return found
 
@@ -119,7 +119,7 @@ def change(found: dict[str, Any], weights: str, key: str) -> tuple[float, float]
     return sum(by_block) / len(by_block), math.hypot(over_seeds(by_block), over_seeds(by_seed))
 
 
-def spearman(one: list[float], other: list[float]) -> float:
+def rank_correlation(one: list[float], other: list[float]) -> float:
     """The rank correlation; NaN if one side is constant."""
     import pandas as pd
 
@@ -129,7 +129,7 @@ def spearman(one: list[float], other: list[float]) -> float:
 def correlation(found: dict[str, Any], weights: str, key: str) -> float:
     """Spearman's correlation over blocks of the trained R^2 and the untrained mean over seeds; NaN for a single block."""
     shown = profiles(found, key)
-    return spearman(shown[TRAINED][0], means(shown[weights]))
+    return rank_correlation(shown[TRAINED][0], means(shown[weights]))
 
 
 def change_rows(found: dict[str, Any]) -> list[dict[str, Any]]:

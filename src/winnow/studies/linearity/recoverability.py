@@ -68,7 +68,7 @@ def residual(fit: Tensor, test: Sums) -> Tensor:
     return left.clamp(min=0)
 
 
-def scores(fit: Tensor, test: Sums) -> dict[str, float]:
+def r2_scores(fit: Tensor, test: Sums) -> dict[str, float]:
     """R^2 on the test tokens by three definitions: relative to the grand mean of all outputs (`scalar`, as published), to every
     output's own mean (`feature`), and the median over outputs of their R^2 (`median`)."""
     left, n = residual(fit, test), test.count
@@ -102,7 +102,7 @@ def reduced_rank(train: Sums, test: Sums) -> list[float]:
     return (1 - left / own).tolist()
 
 
-def effective_rank(profile: list[float], share: float) -> int:
+def rank_for_share(profile: list[float], share: float) -> int:
     """The smallest rank that reaches `share` of the full rank's R^2."""
     return next(k for k, value in enumerate(profile) if value >= share * profile[-1])
 
@@ -117,7 +117,7 @@ class Block:
     numbers: int  # stored in its matrices and biases
 
 
-def blocks_of(matrices: list[Matrix]) -> list[Block]:
+def ffn_blocks(matrices: list[Matrix]) -> list[Block]:
     """The FFN of every layer; experts of mixtures are skipped."""
     found = []
     for group in ffn_groups([m for m in matrices if m.expert is None]):
@@ -195,7 +195,7 @@ def swapped(model: PreTrainedModel, block: Block, affine: nn.Linear, length: int
             hook.remove()
 
 
-def affine_of(fit: Tensor) -> nn.Linear:
+def affine_module(fit: Tensor) -> nn.Linear:
     """A module of [W; b] (d + 1, d)."""
     module = nn.Linear(fit.shape[0] - 1, fit.shape[1])
     module.weight.data, module.bias.data = fit[:-1].T.float().contiguous(), fit[-1].float().clone()
