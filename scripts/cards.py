@@ -1,4 +1,4 @@
-"""Rule `cards`: the README of every checkpoint with its numbers, to be handed on with it."""
+"""Rule `cards`: the README of every checkpoint with its measured results."""
 
 from winnow.checkpoint.card import Measured, card
 from winnow.checkpoint.share import read_recipe

@@ -1,4 +1,4 @@
-"""Rule `compress`: a size for every group of matrices, and a Hugging Face directory with the factors cut to them."""
+"""Rule `compress`: a size for every group of matrices, and a Hugging Face directory with the truncated factors."""
 
 from pathlib import Path
 

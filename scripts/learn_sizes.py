@@ -1,4 +1,4 @@
-"""Rule `learn_sizes`: a size for every group of matrices, learned on what the whole model loses, and a record of the looks."""
+"""Rule `learn_sizes`: a size for every group of matrices, trained on the loss of the whole model, and a record of evaluations."""
 
 from winnow.allocation.base import ALLOCATIONS
 from winnow.allocation.groups import chosen_groups

@@ -1,4 +1,4 @@
-"""Rule `plan`: what a run would do and need; fails with the number if it cannot fit here. Nothing is computed."""
+"""Rule `plan`: what a run would do and need; fails, with the number, if it does not fit. Nothing is computed."""
 
 import subprocess
 import sys

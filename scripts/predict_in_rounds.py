@@ -1,4 +1,4 @@
-"""Rule `predict_in_rounds`: predicted losses around the model as a budget compresses it, and a record of every round."""
+"""Rule `predict_in_rounds`: predicted losses around the model compressed to a budget, and a record of every round."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Rule `predict_losses`: one row per group of matrices, the loss that each of its sizes is predicted to cost."""
+"""Rule `predict_losses`: one row per group of matrices, with the predicted loss of every size."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Rule `retrieve_base`: where the model that is tuned lies, and the digests of its files."""
+"""Rule `retrieve_base`: the directory of the model to be fine-tuned, and the digests of its files."""
 
 from winnow.io.artifacts import write_json
 from winnow.jobs.start import start_job

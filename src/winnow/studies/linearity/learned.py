@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 TRAINED, FRESH, RESIZED = "trained", "untrained", "untrained, trained norms"
-KEYS = ("scalar", "feature")  # definitions of R^2, as in `recoverability.scores`
+KEYS = ("scalar", "feature")  # definitions of R^2, as in `recoverability.r2_scores`
 
 
 def untrained(directory: Path | str, dtype: str, device: str, seed: int) -> PreTrainedModel:
