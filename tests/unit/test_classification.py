@@ -270,7 +270,7 @@ def test_outputs_are_matched_by_name_where_both_have_names(classifier):
     assert outputs_of_classes(classifier, ["good", "bad"]) == [1, 0]
     assert outputs_of_classes(classifier, ["0", "1"]) == [0, 1]
     assert outputs_of_classes(pico("bert_classifier"), ["x", "y", "z"]) == [0, 1, 2], "LABEL_0 is no name"
-    with pytest.raises(InputError, match="the model's outputs are named bad, good, the task's classes no, yes"):
+    with pytest.raises(InputError, match="the model's outputs are named bad, good, but the task's classes no, yes"):
         outputs_of_classes(classifier, ["no", "yes"])
     with pytest.raises(InputError, match=r"the model has 2 outputs .*, the task 3"):
         outputs_of_classes(classifier, ["a", "b", "c"])
@@ -519,7 +519,7 @@ def test_labels_follow_what_is_learned_and_not_how_it_is_scored():
             "models.m.finetune.task uses other train rows than evaluation 'other'",
         ),
         ({"calibrations__rows": {"task": "t", "text": "words"}}, "give either `text` or `task`"),
-        ({"calibrations__rows": {"task": "t", "length": 9}}, "leave `length` out"),
+        ({"calibrations__rows": {"task": "t", "length": 9}}, "remove `length`"),
         ({"evaluations__t__test": ["a.csv"]}, "a.csv: in both"),
         ({"evaluations__t__test": []}, "give either `train` and `test`, or `dataset`"),
         ({"evaluations__t__train": ["a.tsv"]}, "a.tsv: the name must end in one of"),
