@@ -73,7 +73,7 @@ def show_spread(results: Path, rows: list[dict[str, str]]) -> None:
 
     table = Table(title=str(results / "tables" / "spread.csv"), title_justify="left")
     names = ("model", "calibration", "evaluation", "recovery", "budget", "method")
-    for column in (*names, "seeds", "nats above dense", "of seeds alone", "above the best"):
+    for column in (*names, "seeds", "nats above dense", "over seeds only", "above the best"):
         table.add_column(column, justify="left" if column in names else "right", no_wrap=True)
     for _, cells in groupby(sorted(rows, key=lambda row: [row[name] for name in names[:-1]]), key=itemgetter(*names[:-1])):
         ordered = sorted(cells, key=lambda row: float(row["above_best"]))

@@ -33,13 +33,13 @@ class Protocol:
 PROTOCOLS = {
     "p1": Protocol(
         1, True, False, False,
-        "Rows joined, tokenizer defaults (one leading BOS if it adds one); windows do not overlap, the rest is dropped; "
-        "each scores all but its first token (GPTQ, SparseGPT, SVD-LLM, SliceGPT).",
+        "Rows joined, tokenizer defaults (one leading BOS if it adds one); windows do not overlap, an incomplete last one is "
+        "dropped; all tokens but the first of a window are scored (GPTQ, SparseGPT, SVD-LLM, SliceGPT).",
     ),
     "p1_bos": Protocol(
         1, False, True, False,
-        "As p1 without leading BOS, but a BOS in front of every window, which then holds length - 1 tokens of text, all "
-        "scored (ASVD's use_bos; needed for Gemma).",
+        "As p1 without leading BOS, but with a BOS before every window, which then has length - 1 tokens of text, all scored "
+        "(ASVD's use_bos; needed for Gemma).",
     ),
     "p2": Protocol(
         1, True, False, True,

@@ -29,7 +29,7 @@ class Tiers(Cluster):
         score: Literal["mean_abs", "weight_norm", "random"] = Field(
             "mean_abs", description="importance of a column: mean absolute input, own L2 norm, or random"
         )
-        exact: int = Field(32, ge=0, description="columns kept as they are")
+        exact: int = Field(32, ge=0, description="columns kept unchanged")
         columns: list[float] = Field([0.15, 0.35, 0.5], min_length=1, description="shares of the other columns")
         ranks: list[float] = Field([0.5, 0.3, 0.2], min_length=1, description="shares of the remaining rank")
         seed: int = Field(0, ge=0, description="seed of the random importance")

@@ -27,8 +27,8 @@ class Sequential(Recovery):
         )
         outputs: Literal["equal", "gradient"] = Field(
             "equal",
-            description="equal: all errors of a matrix's output count alike, as published; gradient: by the second moment of the "
-            "loss's gradient in them, as in the metric `two_sided`, and the model is judged by its predictions, not by its "
+            description="equal: all errors of a matrix's output have equal weight, as published; gradient: by the second "
+            "moment of the gradient, as in the metric `two_sided`, and the model is evaluated by its predictions, not by its "
             "blocks",
         )
         biases: Literal["kept", "fitted"] = Field(
