@@ -174,7 +174,7 @@ BOTH = [
     ("empty huge shape", BROKEN_HEADER[1], "incomplete or not a safetensors file|has shape"),
     ("huge offsets", BROKEN_HEADER[2], "incomplete or not a safetensors file"),
     ("huge header", header(struct.pack("<Q", 2**50)), "incomplete or not a safetensors file"),
-    ("huge width", config(intermediate_size=HUGE), "has shape|can be made|does not fit"),
+    ("huge width", config(intermediate_size=HUGE), "has shape|cannot be created|does not fit"),
     ("width beyond integers", config(intermediate_size=10**30), r"config\.json: "),
     ("negative width", config(intermediate_size=-4), r"config\.json: |has shape|does not fit"),
     ("huge vocabulary", config(vocab_size=HUGE), "embed_tokens.weight has shape"),
