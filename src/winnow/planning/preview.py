@@ -38,7 +38,7 @@ def cells_table(plan: Plan, shapes: dict[str, Shape]) -> Table:
     from rich.table import Table
 
     table = Table(title="Cells", title_justify="left")
-    for column in ("model", "budget", "targets", "cells", "dense bytes", "asked for", "stored bytes"):
+    for column in ("model", "budget", "targets", "cells", "dense bytes", "requested", "stored bytes"):
         table.add_column(column, justify="left" if column in ("model", "budget", "targets") else "right")
     for model in dict.fromkeys(cell.model for cell in plan.cells):
         mine = [cell for cell in plan.cells if cell.model == model]
