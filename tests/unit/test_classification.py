@@ -272,7 +272,7 @@ def test_outputs_are_matched_by_name_where_both_have_names(classifier):
     assert outputs_of_classes(pico("bert_classifier"), ["x", "y", "z"]) == [0, 1, 2], "LABEL_0 is no name"
     with pytest.raises(InputError, match="the model's outputs are named bad, good, but the task's classes no, yes"):
         outputs_of_classes(classifier, ["no", "yes"])
-    with pytest.raises(InputError, match=r"the model has 2 outputs .*, the task 3"):
+    with pytest.raises(InputError, match=r"the model has 2 outputs .*, but the task has 3"):
         outputs_of_classes(classifier, ["a", "b", "c"])
     with pytest.raises(InputError, match="BertForMaskedLM has no classification head"):
         outputs_of_classes(pico("bert_masked"), ["a", "b"])
