@@ -1,4 +1,4 @@
-"""Rules `check_overlap` and `check_rows`: the job fails if a calibration text shares passages with what is evaluated."""
+"""Rules `check_overlap` and `check_rows`: the job fails if a calibration text shares passages with evaluation data."""
 
 from winnow.data.rows import check_rows, texts_of
 from winnow.data.texts import check_overlap

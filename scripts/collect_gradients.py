@@ -1,4 +1,4 @@
-"""Rule `collect_gradients`: per layer a file of `{role}.{statistic}` tensors of the loss's gradient."""
+"""Rule `collect_gradients`: a file of `{role}.{statistic}` tensors of gradients of the loss per layer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rule `collect_statistics`: per layer a file of `{site}.{statistic}` tensors, and a table with a row per channel."""
+"""Rule `collect_statistics`: a file of `{site}.{statistic}` tensors per layer, and a table with one row per channel."""
 
 import logging
 from contextlib import closing
@@ -35,7 +35,7 @@ if __name__ == "__main__":
         for layer, sites in found:
             tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
             write_tensors(folder / moments_file(layer), tensors, job.provenance)
-            del sites, tensors  # before the next layer's are made
+            del sites, tensors  # frees memory before the next layer
     channels, sites = [], []
     for layer in layers:
         for site in dict.fromkeys(m.site for m in files.matrices if m.layer == layer):

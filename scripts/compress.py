@@ -1,10 +1,10 @@
-"""Rule `compress`: a size for every group of matrices, and a Hugging Face directory with the factors cut to them."""
+"""Rule `compress`: a size for every group of matrices, and a Hugging Face directory with the truncated factors."""
 
 from pathlib import Path
 
 from winnow.allocation.groups import allocate, chosen_groups, experts_left_dense, learned_choice, summarize
 from winnow.checkpoint.writer import compressed, recipe_of, write_checkpoint
-from winnow.factors.members import factors_of, table_of
+from winnow.factors.members import factors_of, member_table
 from winnow.io.artifacts import atomic, write_json
 from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
@@ -16,8 +16,8 @@ if __name__ == "__main__":
     files = ModelFiles(snakemake.input.model)
     structure = STRUCTURES.build(presets["method"]["structure"])
     given = snakemake.input
-    chosen = (files, structure, presets["budget"]["targets"], table_of(structure, given.spectra))
-    groups = chosen_groups(*chosen, table_of(structure, given.predicted) if given.get("predicted") else None)
+    chosen = (files, structure, presets["budget"]["targets"], member_table(structure, given.spectra))
+    groups = chosen_groups(*chosen, member_table(structure, given.predicted) if given.get("predicted") else None)
     choice = learned_choice(given.learned) if given.get("learned") else allocate(groups, presets["budget"])
     factors, tokens = factors_of(structure, given.factors)
     left_dense = {name: tokens[name] for name in experts_left_dense(*chosen)}

@@ -1,4 +1,4 @@
-"""Rule `conclude_study`: tables, figures, a verdict per claim, and a page of all, from the cells and measurements of a study."""
+"""Rule `conclude_study`: tables, figures, a verdict per claim, and a page, from the cells and measurements of a study."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rules `evaluate_*`, of every kind of evaluation: the dense model, a compressed one, or the dense one after a recovery."""
+"""Rules `evaluate_*`, for every kind of evaluation: the dense model, a compressed one, or the dense one after a recovery."""
 
 from winnow.evaluation.base import EVALUATIONS, Given, measured
 from winnow.io.artifacts import Bundle, write_json

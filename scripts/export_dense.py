@@ -1,4 +1,4 @@
-"""Rule `export_dense`: a checkpoint multiplied out to a dense Hugging Face directory."""
+"""Rule `export_dense`: a checkpoint exported as a dense Hugging Face directory."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""Rule `learn_sizes`: a size for every group of matrices, learned on what the whole model loses, and a record of the looks."""
+"""Rule `learn_sizes`: a size for every group of matrices, trained on the loss of the whole model, and a record of evaluations."""
 
 from winnow.allocation.base import ALLOCATIONS
 from winnow.allocation.groups import chosen_groups
 from winnow.allocation.learning import learn
-from winnow.factors.members import factors_of, table_of
+from winnow.factors.members import factors_of, member_table
 from winnow.io.artifacts import read_tensors, write_json
 from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
@@ -14,8 +14,8 @@ if __name__ == "__main__":
     spec, given = job.spec, snakemake.input
     files, structure, budget = ModelFiles(given.model), STRUCTURES.build(spec["structure"]), spec["budget"]
     factors, _ = factors_of(structure, given.factors)
-    predicted = table_of(structure, given.predicted) if given.get("predicted") else None
-    groups = chosen_groups(files, structure, budget["targets"], table_of(structure, given.spectra), predicted)
+    predicted = member_table(structure, given.predicted) if given.get("predicted") else None
+    groups = chosen_groups(files, structure, budget["targets"], member_table(structure, given.spectra), predicted)
     windows = read_tensors(given.tokens, sealed=True)[0]["ids"]
     options = ALLOCATIONS.build(budget["allocation"]).options
     found = learn(files, factors, groups, budget, options, windows, spec["dtype"], job.device)

@@ -1,4 +1,4 @@
-"""Rule `measure_spectra`: one row per group of matrices, from the factors that hold its spectrum."""
+"""Rule `measure_spectra`: one row per group of matrices, from the spectrum in its factors."""
 
 import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Rule `measure_study`: what a study measures on a model's weights and statistics."""
+"""Rule `measure_study`: the measurements of a study on a model's weights and statistics."""
 
 from winnow.io.artifacts import Bundle, read_tensors, write_json
 from winnow.jobs.start import start_job

@@ -1,4 +1,4 @@
-"""Rule `plan`: what a run would do and need; fails with the number if it cannot fit here. Nothing is computed."""
+"""Rule `plan`: what a run would do and need; fails, with the number, if it does not fit. Nothing is computed."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from winnow.planning.config import load
 from winnow.planning.forecast import arithmetic_rate, forecast, machine, misfit
 from winnow.planning.load import GB
 from winnow.planning.plan import Plan
-from winnow.planning.preview import cells_table, duration, jobs_of, show, size, works_table
+from winnow.planning.preview import cells_table, duration, jobs_of, print_tables, size, works_table
 
 if __name__ == "__main__":
     job = start_job(snakemake)
@@ -40,7 +40,7 @@ if __name__ == "__main__":
             absent.append(name)
     works = forecast(plan, shapes)
     table, seconds = works_table(works, plan, to_run, Path("results"), arithmetic_rate())
-    show([cells_table(plan, shapes), table])
+    print_tables([cells_table(plan, shapes), table])
     here = machine()
     memory, disk = (float(given) * GB if given else found for given, found in zip(spec["limits"], here, strict=True))
     print(f"{len(plan.cells)} cells, {sum(to_run.values())} jobs to run, about {duration(seconds)} one after another")

@@ -1,12 +1,11 @@
-"""Rule `predict_in_rounds`: predicted losses around the model as a budget compresses it, and a record of every round."""
+"""Rule `predict_in_rounds`: predicted losses around the model compressed to a budget, and a record of every round."""
 
 import torch
 
 from winnow.allocation.groups import chosen_groups
 from winnow.allocation.rounds import Setting, predict_in_rounds
-from winnow.factors.members import factors_of
-from winnow.factors.members import table_of as read_tables
-from winnow.factors.predict import table_of
+from winnow.factors.members import factors_of, member_table
+from winnow.factors.predict import predicted_table
 from winnow.io.artifacts import read_tensors, write_json, write_parquet
 from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
@@ -17,7 +16,7 @@ if __name__ == "__main__":
     spec, given = job.spec, snakemake.input
     files, structure = ModelFiles(given.model), STRUCTURES.build(spec["structure"])
     factors, _ = factors_of(structure, given.factors)
-    tables = (read_tables(structure, paths) for paths in (given.spectra, given.predicted))
+    tables = (member_table(structure, paths) for paths in (given.spectra, given.predicted))
     groups = chosen_groups(files, structure, spec["budget"]["targets"], *tables)
     windows = read_tensors(given.tokens, sealed=True)[0]["ids"]
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
@@ -25,4 +24,4 @@ if __name__ == "__main__":
     setting = Setting(windows, batch, spec["dtype"], job.device, *options)
     found, records = predict_in_rounds(files, factors, structure, groups, spec["budget"], spec["rounds"], setting)
     write_json(snakemake.output.rounds, {"rounds": records}, job.provenance)
-    write_parquet(snakemake.output.predicted, table_of(found), job.provenance)
+    write_parquet(snakemake.output.predicted, predicted_table(found), job.provenance)

@@ -1,8 +1,8 @@
-"""Rule `predict_losses`: one row per group of matrices, the loss that each of its sizes is predicted to cost."""
+"""Rule `predict_losses`: one row per group of matrices, with the predicted loss of every size."""
 
 import logging
 
-from winnow.factors.predict import predict, table_of
+from winnow.factors.predict import predict, predicted_table
 from winnow.io.artifacts import Bundle, write_parquet
 from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
@@ -16,4 +16,4 @@ if __name__ == "__main__":
     for line in moments.manifest["few_tokens"]:
         logging.warning(line)
     found = predict(ModelFiles(given.model), moments, Bundle(given.gradients), *options)
-    write_parquet(snakemake.output[0], table_of({name: losses.tolist() for name, losses in found}), job.provenance)
+    write_parquet(snakemake.output[0], predicted_table({name: losses.tolist() for name, losses in found}), job.provenance)

@@ -1,4 +1,4 @@
-"""Rule `prune`: list the results that no preset reaches, with their bytes; remove them if asked to."""
+"""Rule `prune`: list the results that no preset uses, with their bytes; remove them if requested."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rules `recover` and `recover_dense`: a checkpoint, or the dense model, trained on the calibration windows at its own bytes."""
+"""Rules `recover` and `recover_dense`: a recovery of a checkpoint, or of the dense model, at the same bytes."""
 
 from pathlib import Path
 

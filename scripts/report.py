@@ -1,4 +1,4 @@
-"""Rule `report`: one HTML file with tables, figures, and how each number was made."""
+"""Rule `report`: one HTML file with tables, figures, and the provenance of every number."""
 
 from winnow.io.artifacts import read_json, read_markup, read_parquet, write_markup
 from winnow.jobs.start import start_job

@@ -1,10 +1,10 @@
-"""Rule `retrieve_base`: where the model that is tuned lies, and the digests of its files."""
+"""Rule `retrieve_base`: the directory of the model to be fine-tuned, and the digests of its files."""
 
 from winnow.io.artifacts import write_json
 from winnow.jobs.start import start_job
-from winnow.models.retrieve import fetch, files_of
+from winnow.models.retrieve import fetch, model_digests
 
 if __name__ == "__main__":
     job = start_job(snakemake)
     directory = fetch(job.spec["source"], job.spec["revision"])
-    write_json(snakemake.output[0], {"directory": str(directory), "files": files_of(directory)}, job.provenance)
+    write_json(snakemake.output[0], {"directory": str(directory), "files": model_digests(directory)}, job.provenance)

@@ -1,4 +1,4 @@
-"""Rule `retrieve_examples`: the rows of a classification task, numbered classes, train apart from test; may need the network."""
+"""Rule `retrieve_examples`: the train and test rows of a classification task with numbered classes; may need the network."""
 
 from winnow.data.rows import SPLITS, read_task
 from winnow.io.artifacts import write_json, write_parquet

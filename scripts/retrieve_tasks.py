@@ -1,4 +1,4 @@
-"""Rule `retrieve_tasks`: tasks of lm-eval that can be run, with the digest of their documents; needs the network for hub data."""
+"""Rule `retrieve_tasks`: checked tasks of lm-eval, with the digests of their documents; needs the network for hub data."""
 
 from winnow.data.tasks import documents_of, load_tasks
 from winnow.io.artifacts import write_json

@@ -1,4 +1,4 @@
-"""Rule `tables`: the summary, one row per evaluated cell, dense rows included; and the spread over calibration seeds."""
+"""Rule `tables`: the summary with one row per evaluated cell, including dense ones; and the table over calibration seeds."""
 
 from winnow.io.artifacts import read_json, write_parquet, write_text
 from winnow.jobs.start import start_job

@@ -1,4 +1,4 @@
-"""Rules `tabulate_*`, of every kind of evaluation with a table of its own: a row or more per cell, dense ones included."""
+"""Rules `tabulate_*`, for every kind of evaluation with a table: one or more rows per cell, including dense ones."""
 
 from winnow.evaluation.table import tabulated
 from winnow.io.artifacts import read_json, write_parquet, write_text

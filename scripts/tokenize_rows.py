@@ -1,4 +1,4 @@
-"""Rule `tokenize_rows`: train rows of a task as a classifier gets them, a window each (windows, longest) int32, padded behind."""
+"""Rule `tokenize_rows`: train rows of a task tokenized for a classifier, one window each (windows, longest) int32, padded."""
 
 import torch
 

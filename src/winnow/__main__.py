@@ -1,4 +1,4 @@
-"""`python -m winnow`: what people ask for outside of a workflow run."""
+"""`python -m winnow`: commands outside of a workflow run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT = Path("config/config.yaml")  # in the checkout
 
 
 def read_table(results: Path, name: str = "summary") -> list[dict[str, str]]:
-    """The rows of a table; none if there is no such table yet."""
+    """The rows of a table; empty if there is no such table yet."""
     path = results / "tables" / f"{name}.csv"
     if not path.is_file():
         return []
@@ -29,7 +29,7 @@ def read_table(results: Path, name: str = "summary") -> list[dict[str, str]]:
 
 def markdown(results: Path) -> None:
     """Print the loss above dense of every method (rows) at every budget (columns), as a table for a README. With several
-    calibration seeds it is their mean, with the error of seeds and windows."""
+    calibration seeds, the mean and the error over seeds and windows."""
     rows = read_table(results)
     compressed = several_seeds(results) or [row for row in rows if row["method"] != "dense"]
     shown = ("model", "calibration", "recovery", "evaluation", "budget")
@@ -53,19 +53,19 @@ def markdown(results: Path) -> None:
 
 
 def with_error(value: float, error: float) -> str:
-    """To three decimals, or as many more, up to six, as show a digit of the error."""
+    """Format with three decimals, or up to six such that one digit of the error is shown."""
     decimals = next((n for n in range(3, 6) if error >= 0.5 * 10**-n), 6 if error else 3)
     return f"{round(value, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}"  # + 0.0: no -0.0000
 
 
 def several_seeds(results: Path) -> list[dict[str, str]]:
-    """The rows of the spread table, if any of them has several calibration seeds."""
+    """The rows of the spread table, if any row has several calibration seeds."""
     rows = read_table(results, "spread")
     return rows if any(int(row["seeds"]) > 1 for row in rows) else []
 
 
 def show_spread(results: Path, rows: list[dict[str, str]]) -> None:
-    """Print means over seeds, the best method of every budget first, and which others cannot be told apart from it."""
+    """Print means over seeds, the best method of every budget first, and which others are tied with it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -73,7 +73,7 @@ def show_spread(results: Path, rows: list[dict[str, str]]) -> None:
 
     table = Table(title=str(results / "tables" / "spread.csv"), title_justify="left")
     names = ("model", "calibration", "evaluation", "recovery", "budget", "method")
-    for column in (*names, "seeds", "nats above dense", "of seeds alone", "above the best"):
+    for column in (*names, "seeds", "nats above dense", "over seeds only", "above the best"):
         table.add_column(column, justify="left" if column in names else "right", no_wrap=True)
     for _, cells in groupby(sorted(rows, key=lambda row: [row[name] for name in names[:-1]]), key=itemgetter(*names[:-1])):
         ordered = sorted(cells, key=lambda row: float(row["above_best"]))
@@ -114,22 +114,22 @@ def show(results: Path) -> None:
 
 
 def latency(results: Path) -> None:
-    """Print the latency table, a line per row. Raises InputError if there is none."""
+    """Print the latency table, one line per row. Raises InputError if there is none."""
     from winnow.evaluation.latency_table import lines
 
     path = results / "tables" / "latency.csv"
     if not path.is_file():
-        raise InputError(f"{path}: there is no such table; `snakemake latency` makes it where an experiment measures latency")
+        raise InputError(f"{path}: no such table; run `snakemake latency` with an experiment that measures latency")
     print("\n".join(lines(path)))
 
 
 def checkout() -> Path:
-    """Where the workflow, its code and its default configuration are: this folder, or the one that winnow was installed from with
-    --editable. Raises InputError elsewhere."""
+    """The folder of the workflow, its code and its default configuration: the current one, or that of an --editable installation.
+    Raises InputError if neither is a checkout."""
     for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (folder / DEFAULT).is_file() and (folder / "src" / "winnow").is_dir():
             return folder
-    raise InputError(f"{Path.cwd()}: no checkout of winnow, with whose code and configuration this compares; run it in one")
+    raise InputError(f"{Path.cwd()}: not a checkout of winnow, whose code and configuration are compared; run it in one")
 
 
 def plan_of(files: list[Path], replace: bool) -> Plan:
@@ -144,28 +144,28 @@ def plan_of(files: list[Path], replace: bool) -> Plan:
 
 
 def hand_on(command: str, checkpoint: Path, directory: Path, dtype: str) -> None:
-    """Write `directory` from a checkpoint, dense and in `dtype` (`export`) or as it is (`share`), with its measured numbers."""
+    """Write `directory` from a checkpoint, as a dense model in `dtype` (`export`) or unchanged (`share`), with its results."""
     from winnow.checkpoint.export import export_dense
     from winnow.checkpoint.share import measured_beside, share
     from winnow.io.artifacts import atomic
 
     if directory.exists():
-        raise InputError(f"{directory}: is there already; give a new directory")
+        raise InputError(f"{directory}: exists already; use a new directory")
     measured = measured_beside(checkpoint)
     said = "loads with winnow"
     with atomic(directory) as folder:
         if command == "export":
             made = export_dense(checkpoint, folder, {}, measured, dtype)
-            rounded = f"rounded to {made.dtype} with a relative error of {made.error:.1e}"
-            said = f"{made.bytes:,} bytes, {rounded}; dense, needs no winnow"
+            rounded = f"in {made.dtype} with a relative rounding error of {made.error:.1e}"
+            said = f"{made.bytes:,} bytes, {rounded}; dense, does not need winnow"
         else:
             share(checkpoint, folder, measured)
-    numbers = f"{len(measured)} evaluations in its card" if measured else "no numbers in its card: no evaluation stands beside it"
+    numbers = f"{len(measured)} evaluations in its card" if measured else "no results in its card, as there are no evaluations"
     print(f"{directory}: {said}; {numbers}")
 
 
 def lm_eval(options: list[str]) -> None:
-    """Run the command line of lm-eval in this process, whose transformers knows compressed checkpoints."""
+    """Run the command line of lm-eval in this process, in which transformers can load compressed checkpoints."""
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["lm-eval", *options]
@@ -178,26 +178,26 @@ def main() -> None:
     command = commands.add_parser("show", help="print the summary table of a results folder")
     command.add_argument("results", type=Path)
     command.add_argument("--markdown", action="store_true", help="a table of losses for a README")
-    command.add_argument("--latency", action="store_true", help="the latency table, a line per row")
-    command = commands.add_parser("explain", help="print what an artefact was made from, and what differs today")
+    command.add_argument("--latency", action="store_true", help="the latency table, one line per row")
+    command = commands.add_parser("explain", help="print what an artefact was made from, and what has changed since")
     command.add_argument("artefact", type=Path)
     command.add_argument("--configfile", type=Path, nargs="*", default=[], help="as given to snakemake")
     command.add_argument("--replace-workflow-config", action="store_true", help="as given to snakemake")
-    command = commands.add_parser("export", help="write a checkpoint as a dense model that needs no winnow")
+    command = commands.add_parser("export", help="export a checkpoint as a dense model that does not need winnow")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("directory", type=Path, help="a new directory")
     dtypes = ("original", "float32", "bfloat16", "float16")
     command.add_argument(
-        "--dtype", choices=dtypes, default="original", help="of its tensors; by default as in the original model"
+        "--dtype", choices=dtypes, default="original", help="dtype of its tensors (default: as in the original model)"
     )
-    command = commands.add_parser("share", help="copy a checkpoint with its measured numbers in the card")
+    command = commands.add_parser("share", help="copy a checkpoint with its measured results in the card")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("directory", type=Path, help="a new directory")
     commands.add_parser(
-        "lm-eval", help="the command line of lm-eval, whose --model hf then reads checkpoints too", add_help=False
+        "lm-eval", help="the command line of lm-eval; --model hf also loads compressed checkpoints", add_help=False
     )
-    command = commands.add_parser("config", help="write the files that are generated from the typed configuration, or check them")
-    command.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of step")
+    command = commands.add_parser("config", help="write or check the files generated from the typed configuration")
+    command.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     arguments, options = parser.parse_known_args()
     if options and arguments.command != "lm-eval":
         parser.error(f"unrecognized arguments: {' '.join(options)}")

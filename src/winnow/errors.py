@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong": shown to the user as a single line, without a traceback."""
+"""The exception for wrong input, shown to the user as a single line without a traceback."""
 
 import sys
 
@@ -8,17 +8,17 @@ class InputError(ValueError):
 
 
 def absent(library: str) -> str:
-    """What is said where a library that only some stages and commands use is not installed."""
-    return f"needs {library}, which is not installed; in winnow's checkout, `pip install '.[workflow]'` installs all that it uses"
+    """The message for a missing library that only some stages and commands use."""
+    return f"needs {library}, which is not installed; run `pip install '.[workflow]'` in winnow's checkout"
 
 
 def missing(error: BaseException) -> str | None:
-    """The library that an import did not find. None for other errors, and for a module that a library was to have."""
+    """The library that an import did not find. None for other errors, and for a missing module within a library."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     library = (name or "").partition(".")[0]
     return library if library and sys.modules.get(library) is None else None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
+    """The first line of an exception's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""What presets are typed with."""
+"""Base types of presets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# Letters of a preset's name. A file's name has 255 bytes at most, and one that is called by a preset holds more: what is
-# derived of it (`.random.neuron_slice`), a digest, and while it is written `.` and `.safetensors.partial-` with a number.
+# Longest name of a preset. File names have at most 255 bytes, and also contain suffixes of derived presets
+# (`.random.neuron_slice`), a digest, and, while being written, `.` and `.safetensors.partial-` with a number.
 LONGEST = 150
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=LONGEST)]
 

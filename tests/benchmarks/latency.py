@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from winnow.evaluation.latency import calls_of, clock_of, interleaved, ratios, timed, verdict, weight_bytes
+from winnow.evaluation.latency import calls_of, clock_of, interleaved, latency_verdict, ratios, timed, weight_bytes
 from winnow.models.architectures import SITES, Matrix
 from winnow.numerics import modules
 from winnow.structures.base import STRUCTURES
@@ -135,12 +135,14 @@ def measure(title: str, shape: tuple[int, int], keep: float, tokens: int, repeat
     control = ratios(seconds["control"], seconds["dense"])
     what = f"{tokens} sequences, 1 token" if tokens < 100 else f"a prompt of {tokens} tokens"
     print(f"{title}, keep {keep}, {what}: time over dense [quartiles]; fused over plain")
-    print(line("dense against dense", control, verdict(control, control)))
+    print(line("dense against dense", control, latency_verdict(control, control)))
     for name, block in blocks.items():
         ratio = ratios(seconds[name], seconds["dense"])
         share = weight_bytes(block) / weight_bytes(dense)
         fused = line("", ratios(seconds[name], seconds[f"{name}, plain"])).strip()
-        print(f"{line(name, ratio, f'{verdict(ratio, control):20s}')} bytes {share:.3f}   fused/plain {fused}", flush=True)
+        print(
+            f"{line(name, ratio, f'{latency_verdict(ratio, control):20s}')} bytes {share:.3f}   fused/plain {fused}", flush=True
+        )
 
 
 def main() -> None:

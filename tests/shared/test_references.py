@@ -14,7 +14,7 @@ from winnow.checkpoint.loading import load_model
 from winnow.data.texts import read_rows
 from winnow.data.tokens import encode, evaluation_windows, load_tokenizer
 from winnow.evaluation.kinds.perplexity import Perplexity
-from winnow.evaluation.perplexity import evaluate, summarize
+from winnow.evaluation.perplexity import evaluate, summarize_windows
 from winnow.io.artifacts import read_json
 from winnow.planning import presets
 from winnow.planning.config import Text
@@ -55,7 +55,7 @@ def test_dense_loss_is_the_known_one(model, text, tokens, nll):
     assert len(ids) == tokens
     windows, first = (torch.from_numpy(a) for a in evaluation_windows(ids, "plain", 256, None, 400, None))
     rows = evaluate(load_model(SHARED / "models" / model, "float32", "cpu"), None, windows, first, 16)
-    result = summarize(rows, None)
+    result = summarize_windows(rows, None)
     assert result["tokens"] == 102_000
     assert result["nll"] == pytest.approx(nll, abs=2e-6)
 

@@ -198,7 +198,7 @@ def test_requests_that_the_tokenizer_does_not_know_stop_the_job(world, tmp_path)
     with pytest.raises(InputError, match=r"8 of \d+ tokens of the text are unknown"):
         Harness(pretrained=model, tokenizer=tokenizer, batch_size=2).generate_until(asked)
     tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(InputError, match="the tokenizer has neither a BOS nor an EOS token, one of which lm-eval puts before"):
+    with pytest.raises(InputError, match="the tokenizer has neither a BOS nor an EOS token, which lm-eval puts before a text"):
         score(model, tokenizer, load_tasks(preset), None, 2, 4)
 
 
@@ -229,10 +229,10 @@ def test_definitions_that_cannot_be_read_are_named(tmp_path):
         return str(caught.value).removeprefix(f"{tmp_path}/")
 
     assert refused("task: one\noutput_type: multiple_choice\ntask: two\n") == (
-        "own.yaml, line 3: task stands in line 1 already; keep one of them"
+        "own.yaml, line 3: task is already given in line 1; keep one of them"
     )
     assert refused("metadata: {version: 1, version: 2}\n").startswith(
-        "own.yaml, line 1: metadata.version stands in line 1 already"
+        "own.yaml, line 1: metadata.version is already given in line 1"
     )
     assert refused("task: [one\n").startswith("own.yaml, line 2: not YAML: ")
     assert refused("include: own.yaml\n").endswith("own.yaml: includes itself")
@@ -272,7 +272,7 @@ def test_tasks_that_cannot_be_loaded_are_named(world, tmp_path):
     (tmp_path / "cut.jsonl").write_text('{"activity_label": \n')
     files = {"hellaswag": {"validation": [str(tmp_path / "cut.jsonl")]}}
     assert "cannot load the task 'hellaswag': " in refused(tasks=["hellaswag"], files=files)
-    assert "'calls' comes twice" in refused(tasks=["calls", str(world / "calls.yaml")], include_path=str(world))
+    assert "duplicate task 'calls'" in refused(tasks=["calls", str(world / "calls.yaml")], include_path=str(world))
     with pytest.raises(ValueError, match="`files` has 'other', which is not in `tasks`"):
         spec(tasks=["hellaswag"], files={"other": {"test": [rows]}})
     with pytest.raises(ValueError, match="must end in one of"):
@@ -301,7 +301,7 @@ def test_documents_that_changed_since_they_were_retrieved_are_refused(world):
     facts = {name: documents_of(task, 10) for name, task in tasks.items()}
     assert facts["calls"]["documents"] == 10
     check_documents(tasks, facts, 10)
-    with pytest.raises(InputError, match="the documents of the task 'calls' are not those that were retrieved"):
+    with pytest.raises(InputError, match="the documents of the task 'calls' differ from the retrieved ones"):
         check_documents(tasks, facts, 11)
 
 

@@ -265,10 +265,10 @@ def test_a_configuration_that_cannot_be_allocated_is_refused_by_its_key():
         c["budgets"]["x"] = allocated("ilp")
         c["experiments"]["demo"] |= {"methods": ["ffsplit"], "budgets": ["x"]}
 
-    assert "budgets.x: allocation: ilp spreads bytes; give `keep_bytes`" in refused(of_rank)
-    assert "budget 'x' reads predicted losses, which split (ffsplit) does not have" in refused(of_structure)
+    assert "budgets.x: allocation: ilp distributes bytes; give `keep_bytes`" in refused(of_rank)
+    assert "budget 'x' needs predicted losses, which split (ffsplit) does not have" in refused(of_structure)
     line = refused(lambda c: c["budgets"].update(x=allocated("ilp", objective="metric", rounds=1)))
-    assert "budgets.x.allocation: `rounds` predict anew" in line
+    assert "budgets.x.allocation: `rounds` need `objective: predicted`" in line
     assert "did you mean 'greedy'" in refused(lambda c: c["budgets"].update(x=allocated("gredy")))
     assert "did you mean 'nodes'" in refused(lambda c: c["budgets"].update(x=allocated("ilp", node=3)))
 

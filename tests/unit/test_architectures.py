@@ -249,7 +249,7 @@ def test_encoders_have_no_perplexity(tmp_path):
         if TINY[name][1].get("is_decoder"):
             check_causal(facts)
         else:
-            with pytest.raises(InputError, match=f"next token, which {facts['class']} does not do"):
+            with pytest.raises(InputError, match=f"next-token prediction, which {facts['class']} does not do"):
                 check_causal(facts)
     assert facts["max_length"] == 62, "RoBERTa's position embeddings have two rows that no token uses"
 

@@ -241,10 +241,13 @@ def edited(checkpoint: Path, tmp_path: Path, change) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=3), "format 3, this installation reads formats 1, 2; .*pip install --upgrade winnow"),
+        (
+            lambda q: q.update(format_version=3),
+            "format 3, but this installation reads formats 1, 2; .*pip install --upgrade winnow",
+        ),
         (
             lambda q: next(iter(q["layers"].values())).update(kind="origami"),
-            "structure 'origami', which this winnow does not have",
+            "structure 'origami', which this version of winnow lacks",
         ),
         (
             lambda q: q["layers"].update({"model.layers.7.mlp.up_proj": {"kind": "low_rank", "in": 2, "out": 2, "rank": 1}}),

@@ -24,12 +24,12 @@ from winnow.errors import InputError
 from winnow.evaluation.classification import scores
 from winnow.evaluation.classification_table import COLUMNS, classification_table
 from winnow.evaluation.kinds.classification import Classification
-from winnow.evaluation.predictions import outputs_of_classes, predict
+from winnow.evaluation.predictions import outputs_of_classes, predict_classes
 from winnow.io.resume import Resume
 from winnow.models.architectures import matrices_of
 from winnow.planning.config import load
 from winnow.planning.plan import Plan
-from winnow.training.finetune import _rows_of_step, load_base, train, write_tuned
+from winnow.training.finetune import _rows_of_step, load_base, train_classifier, write_tuned
 from winnow.training.options import Tuning
 
 
@@ -96,7 +96,7 @@ def test_a_hub_data_set_is_read_by_its_splits_and_names_its_classes(tmp_path, mo
     assert tables["test"]["label"].tolist() == [1, 0]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route")))
     with pytest.raises(
-        InputError, match=r"nyu-mll/glue, train: neither cached nor to be downloaded .no route.; run `snakemake pref"
+        InputError, match=r"nyu-mll/glue, train: not cached, and cannot be downloaded .no route.; run `snakemake pref"
     ):
         read_task(Classification.Options(kind="classification", columns=["sentence"], **hub).rows())
 
@@ -104,11 +104,11 @@ def test_a_hub_data_set_is_read_by_its_splits_and_names_its_classes(tmp_path, mo
 @pytest.mark.parametrize(
     ("train_rows", "test_rows", "options", "message"),
     [
-        (TRAIN, labelled(("x", 0), ("C  D", 1)), {}, r"row 1 of train stands in test too, as row 1 \('c d'\); 1 train rows do"),
-        (TRAIN, labelled(("x", -1)), {}, r"test, row 0: -1 is no class \(0, 1\); rows of GLUE's own `test` have no labels"),
-        (TRAIN, labelled(("x", 3.8)), {}, r"test, row 0: 3.8 is no class .* regression"),
-        (TRAIN, labelled(("x", 2)), {}, r"test, row 0: 2 is no class \(0, 1\)"),
-        (TRAIN, labelled(("x", "pos")), {"labels": ["good", "bad"]}, r"'pos' is no class \(good, bad\)"),
+        (TRAIN, labelled(("x", 0), ("C  D", 1)), {}, r"row 1 of train is also row 1 of test \('c d'\), and 1 train rows are"),
+        (TRAIN, labelled(("x", -1)), {}, r"test, row 0: -1 is not a class \(0, 1\); GLUE's own `test` has no labels"),
+        (TRAIN, labelled(("x", 3.8)), {}, r"test, row 0: 3.8 is not a class .* regression"),
+        (TRAIN, labelled(("x", 2)), {}, r"test, row 0: 2 is not a class \(0, 1\)"),
+        (TRAIN, labelled(("x", "pos")), {"labels": ["good", "bad"]}, r"'pos' is not a class \(good, bad\)"),
         ([*TRAIN, {"sentence": " ", "label": 0}], TEST, {}, r"train, row 3: no text in column 'sentence', but ' '"),
         ([*TRAIN, {"text": "a", "label": 0}], TEST, {}, r"train, row 3: there is no column 'sentence'; it has text, label"),
         ([{"text": "a", "label": 0}], TEST, {}, r"train, row 0: there is no column 'sentence'"),
@@ -128,7 +128,7 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, train_rows, test_rows, 
         (
             "a.jsonl",
             '{"sentence": "a \\udc00", "label": 0}\n',
-            r"train, row 0: column 'sentence' holds \\udc00, half of a pair of surrogates, which is no character; mend the text",
+            r"train, row 0: column 'sentence' contains \\udc00, a lone surrogate, which is not a character; fix the text",
         ),
         (
             "a.jsonl",
@@ -136,12 +136,12 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, train_rows, test_rows, 
             r"train: .*a\.jsonl: not readable as jsonl rows \(line 2: nested too deep to be read\)",
         ),
         ("a.json", "[" * 10**5, r"a\.json: not readable as json rows \(nested too deep to be read\)"),
-        ("a.json", '[{"sentence": "a", "label": 0, "label": 1}]', r"a\.json: .*\('label' stands twice in one object\)"),
+        ("a.json", '[{"sentence": "a", "label": 0, "label": 1}]', r"a\.json: .*\(duplicate key 'label' in an object\)"),
         ("a.jsonl", "\n3\n", r"a\.jsonl: not readable as jsonl rows \(line 2: an object is needed, not int\)"),
         (
             "a.csv",
             "sentence,label\na,0\none, two,1\n",
-            r"a\.csv: .*\(row 1 has more fields than the header; a text with a comma in it",
+            r"a\.csv: .*\(row 1 has more fields than the header; quote texts that contain a comma",
         ),
     ],
     ids=["half a pair", "deep jsonl", "deep json", "twice", "no object", "commas"],
@@ -169,7 +169,7 @@ def test_shared_rows_are_dropped_from_training_where_that_is_asked_for(tmp_path)
 def test_a_calibration_text_that_holds_test_rows_is_refused():
     test = pd.DataFrame({"text": [f"row {i}" for i in range(100)], "label": [0] * 100})
     assert check_rows(["Row  3", "something else"], test, ("c", "t"))["common_rows"] == 1
-    with pytest.raises(InputError, match="calibration text c holds row 3 of the test rows t, and 2 of 100 in all"):
+    with pytest.raises(InputError, match="calibration text c contains row 3 of the test rows t, and 2 of 100 in total"):
         check_rows(["row 3", "row 7"], test, ("c", "t"))
 
 
@@ -250,7 +250,7 @@ def test_pairs_are_encoded_and_cut_as_the_tokenizer_does(bert):
 
 def test_predictions_are_those_of_single_rows_whatever_the_batch(classifier, bert):
     examples = encode_rows(load_tokenizer(bert), table(pair=True), 24)
-    alone = predict(classifier, examples, [0, 1], 1)
+    alone = predict_classes(classifier, examples, [0, 1], 1)
     for i in range(len(examples.ids)):
         with torch.no_grad():
             ids, types = torch.tensor([examples.ids[i]]), torch.tensor([examples.types[i]])
@@ -258,10 +258,10 @@ def test_predictions_are_those_of_single_rows_whatever_the_batch(classifier, ber
         assert alone["predicted"][i] == int(logits.argmax())
         want = log_loss([int(examples.labels[i])], logits.softmax(1).numpy(), labels=[0, 1])
         assert alone["loss"][i] == pytest.approx(want, rel=1e-9)
-    together = predict(classifier, examples, [0, 1], 7)
+    together = predict_classes(classifier, examples, [0, 1], 7)
     assert together["predicted"] == alone["predicted"]
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
-    turned = predict(classifier, examples, [1, 0], 7)
+    turned = predict_classes(classifier, examples, [1, 0], 7)
     assert turned["predicted"] == [1 - p for p in together["predicted"]], "outputs stand for classes"
 
 
@@ -270,9 +270,9 @@ def test_outputs_are_matched_by_name_where_both_have_names(classifier):
     assert outputs_of_classes(classifier, ["good", "bad"]) == [1, 0]
     assert outputs_of_classes(classifier, ["0", "1"]) == [0, 1]
     assert outputs_of_classes(pico("bert_classifier"), ["x", "y", "z"]) == [0, 1, 2], "LABEL_0 is no name"
-    with pytest.raises(InputError, match="the model's outputs are named bad, good, the task's classes no, yes"):
+    with pytest.raises(InputError, match="the model's outputs are named bad, good, but the task's classes no, yes"):
         outputs_of_classes(classifier, ["no", "yes"])
-    with pytest.raises(InputError, match=r"the model has 2 outputs .*, the task 3"):
+    with pytest.raises(InputError, match=r"the model has 2 outputs .*, but the task has 3"):
         outputs_of_classes(classifier, ["a", "b", "c"])
     with pytest.raises(InputError, match="BertForMaskedLM has no classification head"):
         outputs_of_classes(pico("bert_masked"), ["a", "b"])
@@ -286,7 +286,7 @@ def test_a_logit_that_is_not_finite_is_named(classifier, bert):
         broken.bert.embeddings.word_embeddings.weight[token] = float("nan")
     first = next(i for i in sorted(range(12), key=lambda i: len(examples.ids[i])) if token in examples.ids[i])
     with pytest.raises(FloatingPointError, match=f"logits are not finite for row {first} of test"):
-        predict(broken, examples, [0, 1], 1)
+        predict_classes(broken, examples, [0, 1], 1)
 
 
 def test_statistics_of_rows_are_those_of_their_tokens_alone(classifier, bert):
@@ -311,7 +311,7 @@ def test_statistics_of_rows_are_those_of_their_tokens_alone(classifier, bert):
     got = found[1]["ffn_hidden"]
     assert int(got["count"]) == len(x) == sum(len(examples.ids[i]) for i in chosen)
     torch.testing.assert_close(got["gram"], x.T @ x / len(x), rtol=1e-5, atol=1e-8)
-    with pytest.raises(InputError, match="there are 12 train rows, but 13 windows are asked for"):
+    with pytest.raises(InputError, match="there are 12 train rows, but 13 windows are requested"):
         examples.windows(13, 0, PAD)
 
 
@@ -337,7 +337,7 @@ def tuned(bert, tmp_path_factory):
     tokenizer, folder = load_tokenizer(bert), tmp_path_factory.mktemp("tuned") / "model"
     model = load_base(bert, ["bad", "good"], tokenizer, 0, "cpu")
     options = Tuning(task="t", steps=100, batch=32, rate=2e-3)
-    report = train(model, encode_rows(tokenizer, table(500), 24), [0, 1], options)
+    report = train_classifier(model, encode_rows(tokenizer, table(500), 24), [0, 1], options)
     write_tuned(folder, model, bert, [p.name for p in bert.iterdir()])
     return folder, report, tokenizer, table(200, seed=1)
 
@@ -349,7 +349,7 @@ def test_a_task_is_learned_and_the_directory_is_the_model(tuned):
     model = load_model(folder, "float32", "cpu")
     assert model.config.id2label == {0: "bad", 1: "good"}
     examples = encode_rows(load_tokenizer(folder), test, 24)
-    found = scores(examples.labels.tolist(), predict(model, examples, [0, 1], 32), 2)
+    found = scores(examples.labels.tolist(), predict_classes(model, examples, [0, 1], 32), 2)
     assert found["accuracy"]["value"] > 0.85
 
 
@@ -361,7 +361,7 @@ def test_training_that_was_cut_off_goes_on_to_the_same_bits(bert, tmp_path, monk
 
     def trained(resume):
         model = load_base(bert, ["bad", "good"], tokenizer, 0, "cpu")
-        return train(model, examples, [0, 1], options, resume), model
+        return train_classifier(model, examples, [0, 1], options, resume), model
 
     report, want = trained(None)
 
@@ -383,7 +383,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(bert):
     tokenizer = load_tokenizer(bert)
     model = load_base(bert, ["bad", "good"], tokenizer, 0, "cpu")
     with pytest.raises(InputError, match=r"the loss is nan at step \d of 5; lower `rate`"):
-        train(model, encode_rows(tokenizer, table(40), 24), [0, 1], Tuning(task="t", steps=5, batch=8, rate=1e30, clip=1e30))
+        train_classifier(
+            model, encode_rows(tokenizer, table(40), 24), [0, 1], Tuning(task="t", steps=5, batch=8, rate=1e30, clip=1e30)
+        )
 
 
 def test_a_head_of_another_task_is_replaced_and_a_missing_layer_refused(tmp_path, tuned):
@@ -409,9 +411,9 @@ def test_other_families_are_tuned_too(family, tmp_path):
     assert padding_of(model.config) is not None
     examples = encode_rows(tokenizer, table(16), 24)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train(model, examples, [0, 1], Tuning(task="t", steps=2, batch=4, rate=1e-3, warmup=0.0))
+    train_classifier(model, examples, [0, 1], Tuning(task="t", steps=2, batch=4, rate=1e-3, warmup=0.0))
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    alone, together = (predict(model, examples, [0, 1], batch) for batch in (1, 16))
+    alone, together = (predict_classes(model, examples, [0, 1], batch) for batch in (1, 16))
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
 
 
@@ -514,14 +516,14 @@ def test_labels_follow_what_is_learned_and_not_how_it_is_scored():
         ({"evaluations__x": {"text": "words"}, "calibrations__rows": {"task": "x"}}, "calibrations.rows.task: there is no 'x'"),
         (
             {"experiments__e__evaluations": ["other"]},
-            "models.m.finetune.task learns other train rows than those of evaluation 'other'",
+            "models.m.finetune.task uses other train rows than evaluation 'other'",
         ),
         ({"calibrations__rows": {"task": "t", "text": "words"}}, "give either `text` or `task`"),
-        ({"calibrations__rows": {"task": "t", "length": 9}}, "leave `length` out"),
-        ({"evaluations__t__test": ["a.csv"]}, "a.csv: stands in both"),
+        ({"calibrations__rows": {"task": "t", "length": 9}}, "remove `length`"),
+        ({"evaluations__t__test": ["a.csv"]}, "a.csv: in both"),
         ({"evaluations__t__test": []}, "give either `train` and `test`, or `dataset`"),
         ({"evaluations__t__train": ["a.tsv"]}, "a.tsv: the name must end in one of"),
-        ({"recoveries__again": {"kind": "refine"}}, "recovery 'again' works on whole windows of a text"),
+        ({"recoveries__again": {"kind": "refine"}}, "recovery 'again' needs windows of a text"),
     ],
 )
 def test_bad_configurations_are_refused(changes, message):

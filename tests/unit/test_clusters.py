@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from winnow.calibration.clusters import Clustering, assign, assign_all, rows_of
+from winnow.calibration.clusters import Clustering, assign, assign_all, cluster_rows
 from winnow.errors import InputError
 from winnow.factors.fit import labels_by_matrix
 from winnow.io.artifacts import Bundle, write_json, write_manifest, write_tensors
@@ -62,7 +62,7 @@ def test_what_cannot_be_clustered_is_refused(by):
     with pytest.raises(ValueError, match="not finite"):
         assign(normal(6, 24).fill_(float("nan")), {}, Clustering(by=by), UP)
     same = torch.ones(6, 24, dtype=torch.float64)
-    with pytest.raises(ValueError, match="only 1 distinct clusters by cosine, 4 are asked for"):
+    with pytest.raises(ValueError, match="only 1 distinct clusters by cosine, 4 are requested"):
         assign(same, {}, Clustering(by="cosine"), UP)
 
 
@@ -76,7 +76,7 @@ def test_the_table_gives_back_the_labels(saved_llama, tmp_path):
     assert set(labels) == {m.name for m in files.matrices}
     matrix = next(m for m in files.matrices if m.role == "up_proj")
     assert torch.equal(labels[matrix.name], assign(files.weight(matrix), {}, clustering, matrix)[0])
-    assert rows_of(labels[matrix.name], torch.zeros(96), clustering, matrix)["axis"][0] == "rows"
+    assert cluster_rows(labels[matrix.name], torch.zeros(96), clustering, matrix)["axis"][0] == "rows"
 
 
 def test_a_matrix_that_cannot_be_clustered_is_named(saved_llama, tmp_path):

@@ -22,7 +22,7 @@ def test_generated_files_are_in_step():
 def test_a_file_out_of_step_is_named(tmp_path):
     generate(tmp_path, check=False)
     (tmp_path / "config" / "config.yaml").write_text("models: {}\n")
-    with pytest.raises(InputError, match=r"config/config\.yaml is out of step"):
+    with pytest.raises(InputError, match=r"config/config\.yaml is out of date"):
         generate(tmp_path, check=True)
 
 
@@ -88,7 +88,7 @@ MISTAKES = [
     (lambda c: c["budgets"]["ffn-0.8"].update(targets=["fnn"]), "budgets.ffn-0.8.targets.0: Input should be"),
     (lambda c: c["budgets"].update(x={"rank": 0}), "budgets.x.rank: Input should be greater than or equal to 1"),
     (lambda c: c["budgets"].update(x={"rank": {"ffn": 0}}), "budgets.x.rank.ffn: Input should be greater than or equal to 1"),
-    (lambda c: c["budgets"].update(x={"targets": ["ffn"], "rank": {"qkv": 4}}), "budgets.x: ranks are given by target; leave"),
+    (lambda c: c["budgets"].update(x={"targets": ["ffn"], "rank": {"qkv": 4}}), "budgets.x: ranks are given by target; remove"),
     (
         lambda c: c["budgets"].update(x={"rank_fraction": {"qkv": 0.5, "attention": 0.2}}),
         "budgets.x: q_proj is named by both 'qkv' and 'attention'",
@@ -111,7 +111,7 @@ MISTAKES = [
         "texts.demo_evaluation: give either `files` or `dataset`",
     ),
     (lambda c: c["texts"].update(hub={"dataset": "wikitext", "split": "test"}), "texts.hub: a hub data set needs"),
-    (lambda c: c["evaluations"]["demo"].update(protocol="p2"), "evaluations.demo: `stride` belongs to protocol p2"),
+    (lambda c: c["evaluations"]["demo"].update(protocol="p2"), "evaluations.demo: `stride` is required by protocol p2"),
     (lambda c: c["evaluations"]["demo"].update(lenght=8), "evaluations.demo.lenght: unknown key; did you mean 'length'?"),
     (lambda c: c["evaluations"]["demo"].update(protocol="p3"), "evaluations.demo.protocol: Input should be 'p1'"),
     (lambda c: c["evaluations"]["demo"].update(kind="acuracy"), "there is no kind 'acuracy'; did you mean 'accuracy'?"),
@@ -134,7 +134,7 @@ MISTAKES = [
         lambda c: c["evaluations"]["demo"].update(text="demo_calibration"),
         "read the same text; calibrate on a text that is not evaluated",
     ),
-    (lambda c: c["methods"].update(dense=c["methods"]["svd"]), "methods.dense: the name is taken"),
+    (lambda c: c["methods"].update(dense=c["methods"]["svd"]), "methods.dense: the name is reserved"),
     (
         lambda c: c["methods"]["r2lin"].update(metric={"kind": "gram"}),
         "methods.r2lin: affine_block minimises the error of the FFN",
@@ -148,36 +148,36 @@ MISTAKES = [
             c["methods"]["ffsplit"].update(allocation={"kind": "ilp"}),
             c["experiments"]["demo"].update(methods=["ffsplit"]),
         ),
-        "experiments.demo: budget 'ffn-0.9' reads predicted losses, which split (ffsplit) does not have",
+        "experiments.demo: budget 'ffn-0.9' needs predicted losses, which split (ffsplit) does not have",
     ),
     (lambda c: c["methods"]["svd"].pop("metric"), "methods.svd: low_rank needs a `metric`"),
     (
         lambda c: c["methods"]["bypass"]["structure"].update(remainder={"kind": "split"}),
         "methods.bypass.structure: split replaces a whole FFN",
     ),
-    (lambda c: c["methods"]["coupled"].update(metric={"kind": "fisher"}), "methods.coupled: coupled cannot weigh outputs"),
+    (lambda c: c["methods"]["coupled"].update(metric={"kind": "fisher"}), "methods.coupled: coupled cannot weight outputs"),
     (
         lambda c: c["methods"]["tiers_activation"]["structure"].update(columns=[0.5, 0.4]),
-        "methods.tiers_activation.structure: `columns` and `ranks` are shares",
+        "methods.tiers_activation.structure: `columns` and `ranks` must have the same length",
     ),
     (lambda c: c["calibrations"]["demo"].update(seed=0, seeds=[0, 1]), "calibrations.demo: give either `seed` or `seeds`"),
-    (lambda c: c["calibrations"]["demo"].update(seeds=[2, 2]), "calibrations.demo: `seeds` holds a seed twice"),
+    (lambda c: c["calibrations"]["demo"].update(seeds=[2, 2]), "calibrations.demo: `seeds` has duplicates"),
     (lambda c: c["calibrations"]["demo"].update(seeds=[]), "calibrations.demo.seeds: List should have at least 1 item"),
     (lambda c: c["calibrations"]["demo"].update(seds=[1]), "calibrations.demo.seds: unknown key; did you mean 'seeds'?"),
     (
         lambda c: c["experiments"]["demo"].update(methods=["ffsplit_affine"], export="dense"),
-        "experiments.demo.export: 'ffsplit_affine' cannot be written as a dense model: split_affine has channels",
+        "experiments.demo.export: 'ffsplit_affine' cannot be exported as a dense model: split_affine has channels",
     ),
     (
         lambda c: c["experiments"]["demo"].update(methods=["svd", "modegpt_mlp"], budgets=["ffn-0.8", "all-0.8"]),
-        "experiments.demo: neuron_slice (modegpt_mlp) does not apply to 'attention', a target of budget 'all-0.8'; give",
+        "experiments.demo: neuron_slice (modegpt_mlp) does not apply to 'attention', a target of budget 'all-0.8'; use",
     ),
     (
         lambda c: (
             c["methods"]["bypass"].update(structure={"kind": "by_target", "parts": {"ffn": {"kind": "low_rank"}}}),
             c["experiments"]["demo"].update(methods=["bypass"], budgets=["all-0.8"]),
         ),
-        "experiments.demo: by_target (bypass) does not apply to 'attention', a target of budget 'all-0.8'; give",
+        "experiments.demo: by_target (bypass) does not apply to 'attention', a target of budget 'all-0.8'; use",
     ),
     (
         lambda c: (
@@ -185,11 +185,14 @@ MISTAKES = [
             c["methods"]["clusters_activation"]["structure"].update(axis="neurons"),
             c["experiments"]["demo"].update(methods=["clusters_activation"], budgets=["attention"]),
         ),
-        "experiments.demo: cluster (clusters_activation) does not apply to 'q_proj', a target of budget 'attention'; give",
+        "experiments.demo: cluster (clusters_activation) does not apply to 'q_proj', a target of budget 'attention'; use",
     ),
     (lambda c: c["models"].update({"a/b": {"source": "x"}}), "models.a/b"),
-    (lambda c: c["models"].update({"a/b": {"source": "x"}}), "models.a/b: a name is of letters, digits, `_`, `.` and `-`, and"),
-    (lambda c: c["budgets"].update({2024: {"rank": 3}}), "budgets.2024: a name is a text: quote it"),
+    (
+        lambda c: c["models"].update({"a/b": {"source": "x"}}),
+        "models.a/b: a name must consist of letters, digits, `_`, `.` and `-`, and",
+    ),
+    (lambda c: c["budgets"].update({2024: {"rank": 3}}), "budgets.2024: a name must be a string: quote it"),
     (
         lambda c: c["methods"]["svd"].update(structure={"kind": "by_target", "parts": {"fnn": {"kind": "low_rank"}}}),
         "methods.svd.structure.parts.fnn: Input should be 'ffn', ",

@@ -14,7 +14,7 @@ from winnow.checkpoint.loading import load_model
 from winnow.checkpoint.streaming import Streamed
 from winnow.data.tokens import load_tokenizer
 from winnow.errors import InputError
-from winnow.models.retrieve import describe, files_of
+from winnow.models.retrieve import describe, model_digests
 from winnow.models.shape import shape_of
 from winnow.training.finetune import load_base
 
@@ -23,7 +23,7 @@ ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantizati
 METHODS = ["gptq", "awq", "torchao", "quanto", "hqq", "compressed-tensors", "bitsandbytes", "nonesuch"]
 WAYS = {
     "describe": describe,
-    "files_of": files_of,  # of a model that is tuned first
+    "files_of": model_digests,  # of a model that is tuned first
     "shape_of": shape_of,  # of `snakemake plan`
     "load_model": lambda folder: load_model(folder, "float32", "cpu"),
     "Streamed": lambda folder: Streamed(folder, "float32", "cpu", folder / "artefact", 8),
@@ -54,8 +54,8 @@ def test_a_quantisation_left_behind_is_refused_by_every_way_of_loading(saved_lla
     with pytest.raises(InputError) as caught:
         WAYS[way](folder)
     assert str(caught.value) == (
-        f"{folder}/config.json: quantization_config asks for bitnet, but the weights are stored plain: transformers would load "
-        "another model than the one whose tensors are compressed; delete the key, which tools leave behind when they merge to 16 "
+        f"{folder}/config.json: quantization_config asks for bitnet, but the weights are not quantised: transformers would load "
+        "another model than the one that is compressed; delete the key, which tools leave when they merge to 16 "
         "bits"
     )
     WAYS[way](edited(folder, lambda config: config.pop("quantization_config")))  # which is the cure
@@ -64,7 +64,7 @@ def test_a_quantisation_left_behind_is_refused_by_every_way_of_loading(saved_lla
 @pytest.mark.parametrize("value", [*({"quant_method": method, "bits": 4} for method in METHODS), {}, {"bits": 4}])
 def test_every_method_is_refused_where_the_model_is_retrieved(saved_llama, tmp_path, value):
     method = value.get("quant_method", "an unnamed method")
-    with pytest.raises(InputError, match=rf"config\.json: quantization_config asks for {method}, but .* stored plain"):
+    with pytest.raises(InputError, match=rf"config\.json: quantization_config asks for {method}, but .* not quantised"):
         describe(with_keys(saved_llama, tmp_path / "model", quantization_config=value))
     assert describe(with_keys(saved_llama, tmp_path / "none", quantization_config=None))["tensors"]
 
@@ -87,9 +87,9 @@ def test_weights_that_are_stored_quantised_are_refused_with_the_cure(saved_llama
     tensors[f"{matrix}.{suffix}"] = tensors.pop(f"{matrix}.weight").to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     message = (
-        rf"the weights are quantised by {method} \(quantization_config in config.json; {matrix}.{suffix} is \w+\), and plain "
+        rf"the weights are quantised by {method} \(quantization_config in config.json; {matrix}.{suffix} is \w+\), but only "
     )
-    message += r"ones are compressed; give the model that they were made from, or .*model.dequantize\(\), then save_pretrained$"
+    message += r"dense weights can be compressed; use the original model, or .*model.dequantize\(\), then save_pretrained$"
     for way in (describe, shape_of):
         with pytest.raises(InputError, match=message):
             way(folder)
@@ -120,18 +120,18 @@ def test_masks_and_positions_of_old_files_are_no_quantised_weights(tmp_path):
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
     tensors["transformer.position_ids"] = torch.arange(4)[None]
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="the weights are stored plain"):
+    with pytest.raises(InputError, match="the weights are not quantised"):
         describe(with_keys(tmp_path / "source", tmp_path / "model", quantization_config=ONLINE))
 
 
-@pytest.mark.parametrize("way", [describe, files_of])
+@pytest.mark.parametrize("way", [describe, model_digests])
 def test_a_compressed_checkpoint_is_no_source(saved_llama, tmp_path, way):
     checkpoint = build(saved_llama, tmp_path / "work", ["ffn"], 0.6)
     with pytest.raises(InputError) as caught:
         way(checkpoint)
     assert str(caught.value) == (
-        f"{checkpoint}: a compressed checkpoint of winnow, not a dense model; give the model that it was made from, or a dense "
-        "model that `python -m winnow export` writes of it"
+        f"{checkpoint}: a compressed checkpoint of winnow, not a dense model; use the model that it was made from, or export it "
+        "as a dense model with `python -m winnow export`"
     )
     export_dense(checkpoint, tmp_path / "dense", {})
     assert way(tmp_path / "dense")
@@ -150,8 +150,8 @@ def test_a_compressed_checkpoint_is_no_source(saved_llama, tmp_path, way):
             r"config\.json: attn_implementation names code of a hub repository, which is never run; delete the key",
         ),
         ({"_attn_implementation": {"": "someone/kernel"}}, r"config\.json: _attn_implementation names code of a hub"),
-        ({"attn_implementation": "flash_attention_4"}, r"config\.json: no LlamaForCausalLM can be made of it: Flash"),
-        ({"pad_token_id": 5000}, r"config\.json: no LlamaForCausalLM can be made of it: Padding_idx must be within"),
+        ({"attn_implementation": "flash_attention_4"}, r"config\.json: LlamaForCausalLM cannot be created from it: Flash"),
+        ({"pad_token_id": 5000}, r"config\.json: LlamaForCausalLM cannot be created from it: Padding_idx must be within"),
     ],
 )
 def test_other_keys_that_change_what_is_computed(saved_llama, tmp_path, keys, message):
@@ -185,5 +185,5 @@ def test_a_distributed_checkpoint_beside_the_weights_is_refused(saved_llama, tmp
     """transformers reads it in place of model.safetensors."""
     folder = shutil.copytree(saved_llama, tmp_path / "model")
     shutil.copyfile(folder / "model.safetensors", folder / "shard-00001-model-00001-of-00001.safetensors")
-    with pytest.raises(InputError, match=r"holds a distributed checkpoint \(shard-00001-model-00001-of-00001\.safetensors\)"):
+    with pytest.raises(InputError, match=r"contains a distributed checkpoint \(shard-00001-model-00001-of-00001\.safetensors\)"):
         describe(folder)

@@ -25,15 +25,15 @@ def refused(tmp_path, *texts: str, ending: str = "yaml") -> str:
 
 def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path):
     twice = "budgets:\n  x:\n    targets: [ffn]\n    keep_bytes: 0.5\n    keep_bytes: 0.6\n"
-    assert refused(tmp_path, twice) == "a.yaml, line 5: budgets.x.keep_bytes stands in line 4 already; keep one of them"
+    assert refused(tmp_path, twice) == "a.yaml, line 5: budgets.x.keep_bytes is already given in line 4; keep one of them"
     sections = f"budgets:\n  x: {BUDGET}\ntexts: {{}}\nbudgets:\n  y: {BUDGET}\n"
-    assert refused(tmp_path, sections) == "a.yaml, line 4: budgets stands in line 1 already; keep one of them"
+    assert refused(tmp_path, sections) == "a.yaml, line 4: budgets is already given in line 1; keep one of them"
     quoted = "methods: {m: {structure: {kind: low_rank, 'kind': gauge_fixed}, metric: {kind: gram}}}\n"
-    assert refused(tmp_path, quoted).startswith("a.yaml, line 1: methods.m.structure.kind stands in line 1 already")
+    assert refused(tmp_path, quoted).startswith("a.yaml, line 1: methods.m.structure.kind is already given in line 1")
     inside = "methods: {m: {structure: {kind: mixed, members: [{kind: low_rank}, {kind: rounded, bits: [8], bits: [4]}]}}}\n"
-    assert "methods.m.structure.members.1.bits stands in line 1 already" in refused(tmp_path, inside)
+    assert "methods.m.structure.members.1.bits is already given in line 1" in refused(tmp_path, inside)
     merges = "texts:\n  a: &a {dataset: x}\n  b: &b {dataset: y}\n  c:\n    <<: *a\n    <<: *b\n"
-    assert "texts.c.<< stands in line 5 already" in refused(tmp_path, merges)
+    assert "texts.c.<< is already given in line 5" in refused(tmp_path, merges)
 
 
 def test_a_merge_is_no_second_key(tmp_path):
@@ -55,7 +55,7 @@ def test_files_of_the_checkout_are_read_as_before(path):
 
 def test_json_is_as_strict(tmp_path):
     text = '{"budgets": {"x": {"keep_bytes": 0.5,\t"keep_bytes": 0.6}}}'
-    assert refused(tmp_path, text, ending="json") == "a.json: 'keep_bytes' stands twice in one object"
+    assert refused(tmp_path, text, ending="json") == "a.json: duplicate key 'keep_bytes' in an object"
     (tmp_path / "b.json").write_text(json.dumps({"budgets": {"x": {"targets": ["ffn"], "keep_bytes": 0.5}}}, indent="\t"))
     assert "x" in plan_of([tmp_path / "b.json"], replace=False).config.budgets
 
@@ -82,7 +82,7 @@ def test_a_name_that_no_file_can_have_is_refused_with_its_section(tmp_path, leng
     name, mixed = "n" * length, "{structure: {kind: mixed}, metric: {kind: gram}}"
     text = f"methods: {{{name}: {mixed}}}\nrecoveries: {{{name}: {{kind: refine}}}}\n"
     if not ok:
-        said = f"a name has at most 150 letters, since files are called by it, and this one has {length}"
+        said = f"a name must have at most 150 characters, since it is part of file names; this one has {length}"
         assert refused(tmp_path, text) == f"a.yaml: methods.{name}: {said}"
         return
     (tmp_path / "a.yaml").write_text(text)
@@ -97,8 +97,8 @@ WHOSE = [
     (["budgets: {ffn-0.8: {keep_bytes: 1.2}}"], "a.yaml: budgets.ffn-0.8.keep_bytes: Input should be less"),
     (["experiments: {demo: {methods: [whitned]}}"], "a.yaml: experiments.demo.methods: there is no 'whitned'"),
     (["calibrations: {demo: {text: nowhere}}"], "a.yaml: calibrations.demo.text: there is no 'nowhere'"),
-    (["methods: {dense: {structure: {kind: low_rank}, metric: {kind: gram}}}"], "a.yaml: methods.dense: the name is taken"),
-    (["recoveries: {none: {kind: refine}}"], "a.yaml: recoveries.none: the name says"),
+    (["methods: {dense: {structure: {kind: low_rank}, metric: {kind: gram}}}"], "a.yaml: methods.dense: the name is reserved"),
+    (["recoveries: {none: {kind: refine}}"], "a.yaml: recoveries.none: the name is reserved"),
     (["methods: {asvd: {metric: {kind: gram}}}"], "a.yaml: methods.asvd.metric.alpha: unknown key"),  # the default's
     (
         ["methods: {svd: {structure: {kind: neuron_slice}, metric: null}}"],
@@ -126,7 +126,7 @@ def test_a_section_that_is_missing_is_missing_in_the_users_file(tmp_path):
 
 
 def test_files_that_hold_no_configuration(tmp_path):
-    assert refused(tmp_path, "- models\n") == "a.yaml: no map of sections, see config/README.md"
+    assert refused(tmp_path, "- models\n") == "a.yaml: not a mapping of sections, see config/README.md"
     assert refused(tmp_path, "budgets: {x: [}\n").startswith("a.yaml, line 1: not YAML: ")
     assert refused(tmp_path, "budgets: " + "[" * 2000) == "a.yaml: nested too deep to be read"
     with pytest.raises(InputError, match=r"nowhere\.yaml: not readable: No such file"):
@@ -160,14 +160,14 @@ def test_arguments_are_as_strict():
         ]
     )
     for arguments, line in (
-        (["--config", "prune=true", "prune=false"], "--config: prune stands twice; keep one of them"),
+        (["--config", "prune=true", "prune=false"], "--config: duplicate key prune; keep one of them"),
         (
             ["-C", "budgets={x: {rank: 3, rank: 4}}"],
-            "--config budgets, line 1: x.rank stands in line 1 already; keep one of them",
+            "--config budgets, line 1: x.rank is already given in line 1; keep one of them",
         ),
         (
             ["--config=budgets={x: {rank: 3, rank: 4}}"],
-            "--config budgets, line 1: x.rank stands in line 1 already; keep one of them",
+            "--config budgets, line 1: x.rank is already given in line 1; keep one of them",
         ),
     ):
         with pytest.raises(InputError) as caught:

@@ -379,13 +379,13 @@ def test_groups_are_roles_of_one_shape():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="one side has no output sections"):
+    with pytest.raises(ValueError, match="`sides: one` has no output sections"):
         coupled(sides="one", sections="chained")
     for strength in (-1.0, float("nan"), "much"):
         with pytest.raises(ValueError, match="anchor_strength"):
             coupled(anchor_strength=strength)
     problem = family()
-    with pytest.raises(ValueError, match="cannot weigh outputs, as two_sided does"):
+    with pytest.raises(ValueError, match="cannot weight outputs, as two_sided does"):
         Method.model_validate({"structure": {"kind": "coupled"}, "metric": {"kind": "two_sided"}})
     zero = {m.name: {"gram": torch.zeros(12, 12, dtype=torch.float64)} for m in problem.group}
     with pytest.raises(FloatingPointError, match=r"the inputs' metric of 000\.o_proj"):

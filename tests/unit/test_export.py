@@ -134,7 +134,7 @@ def test_an_export_is_as_large_as_the_original_and_says_what_rounding_costs(in_h
     assert made.error == pytest.approx(float((torch.cat(near) - torch.cat(exact)).norm() / torch.cat(exact).norm()), rel=1e-9)
     assert 5e-4 < made.error < 2**-8
     card_text = (tmp_path / "dense" / "README.md").read_text()
-    assert f"stored in bfloat16, rounded to it with a relative error of {made.error:.1e}." in card_text
+    assert f"stored in bfloat16, with a relative rounding error of {made.error:.1e}." in card_text
 
 
 def test_in_float32_an_export_has_the_logits_of_its_checkpoint(in_half, tmp_path):
@@ -158,7 +158,7 @@ def test_a_number_that_the_dtype_cannot_hold_is_named(saved_llama, tmp_path):
         model.get_submodule(where).weight.data *= 1e7
         model.save_pretrained(source)
         checkpoint = build(source, tmp_path / where, ["ffn"], 0.6)
-        with pytest.raises(InputError, match=rf"{where}.*: not finite as torch\.float16; give another --dtype"):
+        with pytest.raises(InputError, match=rf"{where}.*: not finite as torch\.float16; use another --dtype"):
             export_dense(checkpoint, tmp_path / "dense", {}, dtype="float16")
         shutil.rmtree(tmp_path / "dense")
         shutil.rmtree(tmp_path / "source statistics")
@@ -182,7 +182,7 @@ def test_a_checkpoint_saved_again_and_one_in_shards_export_alike(saved_llama, tm
 
 
 def test_damaged_and_foreign_directories_are_refused_by_name(saved_llama, tmp_path):
-    with pytest.raises(InputError, match="no quantization_config of winnow; this is no compressed checkpoint"):
+    with pytest.raises(InputError, match="no quantization_config of winnow; it is not a compressed checkpoint"):
         Checkpoint(saved_llama)
     with pytest.raises(InputError, match=r"nowhere: no config\.json"):
         Checkpoint(tmp_path / "nowhere")
@@ -202,7 +202,7 @@ def test_damaged_and_foreign_directories_are_refused_by_name(saved_llama, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda layers: layers["up_proj"].update(out=60), r"down_proj: its parts do not fit"),
+        (lambda layers: layers["up_proj"].update(out=60), r"down_proj: its parts do not match"),
         (
             lambda layers: [layers[role].update({side: 97}) for role, side in SIDES],
             r"\(neuron_slice\) .* is 97 x 64, the dense",
@@ -361,16 +361,18 @@ def test_numbers_of_another_checkpoint_are_left_out(results, tmp_path):
 
 def test_the_commands(results, tmp_path, monkeypatch, capsys):
     """`python -m winnow export` and `share`, which a user has who has only the checkpoint."""
-    for command, said in (("export", "dense, needs no winnow"), ("share", "loads with winnow")):
+    for command, said in (("export", "dense, does not need winnow"), ("share", "loads with winnow")):
         monkeypatch.setattr(sys, "argv", ["winnow", command, str(results / "checkpoint"), str(tmp_path / command)])
         main()
         assert f"{said}; 1 evaluations in its card" in capsys.readouterr().out
         assert "0.2500 ± 0.0100" in (tmp_path / command / "README.md").read_text()
-        with pytest.raises(SystemExit, match=rf"winnow: .*{command}: is there already; give a new directory"):
+        with pytest.raises(SystemExit, match=rf"winnow: .*{command}: exists already; use a new directory"):
             main()
     command = ["winnow", "export", "--dtype", "bfloat16", str(results / "checkpoint"), str(tmp_path / "half")]
     monkeypatch.setattr(sys, "argv", command)
     main()
     said = capsys.readouterr().out
-    assert re.search(r"half: [\d,]+ bytes, rounded to bfloat16 with a relative error of \d\.\de-04; dense, needs no winnow", said)
+    assert re.search(
+        r"half: [\d,]+ bytes, in bfloat16 with a relative rounding error of \d\.\de-04; dense, does not need winnow", said
+    )
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}

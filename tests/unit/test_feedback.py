@@ -12,7 +12,7 @@ from tests.unit.worlds import World
 from winnow.metrics.base import METRICS
 from winnow.models.architectures import Matrix
 from winnow.numerics import feedback
-from winnow.numerics.feedback import both_feedback, codes_of, damped, descend, grids_of, metric_for, objective
+from winnow.numerics.feedback import both_feedback, codes_of, damped, descend_codes, grids_of, metric_for, objective
 from winnow.numerics.grids import Form, forms_of, scaled
 from winnow.numerics.rounding import multiplied
 from winnow.structures.base import STRUCTURES, Problem
@@ -105,7 +105,7 @@ def test_the_descent_never_raises_the_objective(m, n, bits, grid, seed, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feedback, "BLOCK", block)
         for _ in range(3):
-            lower = descend(w, grids, metric.rows, metric.columns, change)
+            lower = descend_codes(w, grids, metric.rows, metric.columns, change)
             before, after = (float(objective(d, metric.rows, metric.columns)) for d in (change, lower))
             assert after <= before * (1 + 1e-12)
             codes = grids.nearest(w + lower)

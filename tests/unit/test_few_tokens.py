@@ -11,8 +11,8 @@ from winnow.models.shape import shape_of
 
 DEMO = ROOT / "resources" / "models" / "demo"
 HIDDEN = (
-    "ffn_hidden: 2,048 calibration tokens for 2,048 channels, whose second moment is a rough estimate, so that fits lose more on "
-    "other text than on this; 16 windows would do in the place of 1 (16 tokens per channel)"
+    "ffn_hidden: 2,048 calibration tokens for 2,048 channels, whose second moment is a rough estimate: fits lose more on "
+    "other text than on this; use 16 windows instead of 1 (16 tokens per channel)"
 )
 
 
@@ -20,10 +20,10 @@ def test_the_sentence_says_where_how_few_and_what_would_do():
     assert few_tokens([("ffn_hidden", 2048, 2048)] * 18, 1) == [HIDDEN]
     (line,) = few_tokens([("attention_input", 640, 600), ("ffn_input", 640, 600)], 2)
     assert line.startswith("attention_input, ffn_input: 600 calibration tokens for 640 channels, whose second moment cannot have")
-    assert "; 35 windows would do in the place of 2 " in line
+    assert "; use 35 windows instead of 2 " in line
     assert few_tokens([("ffn_input", 64, 1024)], 4) == []
     (line,) = few_tokens([("ffn_input", 64, 1023)], 4)
-    assert "; 5 windows would do in the place of 4 " in line
+    assert "; use 5 windows instead of 4 " in line
     experts = [(f"expert{i:03d}.ffn_input", 8, tokens) for i, tokens in enumerate((1000, 100, 0))]
     (line,) = few_tokens(experts, 4)
     assert line.startswith("ffn_input of 2 of 3 experts: 0 calibration tokens for 8 channels")
@@ -40,7 +40,7 @@ def test_a_plan_says_it_of_every_calibration():
         "demo, calibration demo: attention_input, attention_output, ffn_input: 348 calibration tokens for 128 channels",
         "demo, calibration demo: ffn_hidden: 348 calibration tokens for 352 channels",
     ]
-    assert "; 65 windows would do in the place of 4 " in lines[1]
+    assert "; use 65 windows instead of 4 " in lines[1]
 
     def weights_only(c):
         change(c)

@@ -184,7 +184,7 @@ def test_what_cannot_fit_is_refused_with_the_number():
 def test_a_damaged_header_is_refused_by_name(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
-    with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors: incomplete or not a safetensors file"):
         read_header(path)
 
 

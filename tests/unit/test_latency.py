@@ -15,13 +15,13 @@ from winnow.evaluation.latency import (
     SLOWER,
     Tally,
     compared,
-    evaluate,
+    evaluate_latency,
     interleaved,
     interval,
+    latency_verdict,
+    quartiles,
     ratios,
-    spread,
     timed,
-    verdict,
     weight_bytes,
 )
 from winnow.numerics import modules
@@ -54,7 +54,7 @@ def test_dense_against_dense_is_one_and_a_slower_model_is_called_so():
     machine = Machine()
     dense, slower, faster = (machine.watch(pico("llama"), cost) for cost in (1.0, 1.25, 0.5))
     for model, expected, words in ((slower, 1.25, SLOWER), (faster, 0.5, FASTER), (dense, 1.0, SAME)):
-        found = evaluate(dense, model, SPEC, "cpu", machine)
+        found = evaluate_latency(dense, model, SPEC, "cpu", machine)
         assert [(c["phase"], c["batch"]) for c in found["cases"]] == [
             ("prefill", 1),
             ("decode", 1),
@@ -72,7 +72,7 @@ def test_dense_against_dense_is_one_and_a_slower_model_is_called_so():
 
 
 def test_a_dense_cell_has_its_control_alone():
-    found = evaluate(pico("llama"), None, {**SPEC, "batches": [1]}, "cpu")
+    found = evaluate_latency(pico("llama"), None, {**SPEC, "batches": [1]}, "cpu")
     for case in found["cases"]:
         assert "compressed" not in case
         assert case["dense"]["seconds"]["q1"] <= case["dense"]["seconds"]["median"] <= case["dense"]["seconds"]["q3"]
@@ -101,10 +101,10 @@ def test_verdicts_need_the_interval_and_the_control():
     loud = ratios([0.7, 1.3, 0.8, 1.2, 1.0, 0.75, 1.25], [1.0] * 7)
     slower = ratios([1.1, 1.12, 1.09, 1.1, 1.11, 1.1, 1.1], [1.0] * 7)
     mixed = ratios([0.9, 1.2, 1.2, 1.2, 1.2, 0.9, 0.9], [1.0] * 7)
-    assert verdict(slower, quiet) == SLOWER
-    assert verdict(slower, loud) == SAME, "the machine cannot tell 10 % apart"
-    assert verdict(mixed, quiet) == SAME, "its own repeats do not agree"
-    assert verdict(ratios([0.8] * 7, [1.0] * 7), quiet) == FASTER
+    assert latency_verdict(slower, quiet) == SLOWER
+    assert latency_verdict(slower, loud) == SAME, "the machine cannot tell 10 % apart"
+    assert latency_verdict(mixed, quiet) == SAME, "its own repeats do not agree"
+    assert latency_verdict(ratios([0.8] * 7, [1.0] * 7), quiet) == FASTER
 
 
 def test_interval_is_that_of_the_sign_test():
@@ -113,7 +113,7 @@ def test_interval_is_that_of_the_sign_test():
     assert interval([float(v) for v in range(9)]) == (1.0, 7.0)
     assert interval([5.0, 3.0, 1.0, 2.0, 4.0, 0.0]) == (0.0, 5.0)
     assert interval([2.0]) == (2.0, 2.0)
-    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
     with pytest.raises(ValueError, match="zip"):
         ratios([1.0], [1.0, 2.0])
 
@@ -153,7 +153,7 @@ def test_reads_flops_and_peak_by_hand():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_reads_every_weight_once(family):
     model = pico(family)
-    found = evaluate(model, None, {**SPEC, "batches": [1], "repeats": 1, "warm_up": 0}, "cpu")
+    found = evaluate_latency(model, None, {**SPEC, "batches": [1], "repeats": 1, "warm_up": 0}, "cpu")
     decode = found["cases"][1]["dense"]
     with torch.no_grad(), FlopCounterMode(display=False) as library:
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
@@ -165,8 +165,8 @@ def test_decoding_reads_every_weight_once(family):
 
 
 def test_lengths_beyond_the_model_are_refused():
-    with pytest.raises(InputError, match="prompts of 63 tokens and 2 \\+ 1 new ones are more than the 64 positions"):
-        evaluate(pico("llama"), None, {**SPEC, "prompts": [63]}, "cpu")
+    with pytest.raises(InputError, match="prompts of 63 tokens and 2 \\+ 1 new ones exceed the 64 positions"):
+        evaluate_latency(pico("llama"), None, {**SPEC, "prompts": [63]}, "cpu")
 
 
 # Fused forward passes.

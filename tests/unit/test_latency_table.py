@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.conftest import pico
-from winnow.evaluation.latency import SLOWER, evaluate
+from winnow.evaluation.latency import SLOWER, evaluate_latency
 from winnow.evaluation.latency_table import COLUMNS, latency_table, lines
 
 SPEC = {"batches": [1, 2], "prompts": [4, 6], "decode": 1, "repeats": 6, "warm_up": 1}
@@ -35,8 +35,8 @@ def table():
     clock = Clock()
     dense, slow = clock.watch(pico("llama"), 1.0), clock.watch(pico("llama"), 2.0)
     record = {"protocol": {**SPEC, "dtype": "float32"}, "dense_bytes": 100, "stored_bytes": 50, "checkpoint": "somewhere"}
-    results = {"a": {**record, **evaluate(dense, None, SPEC, "cpu", clock)}}
-    results["b"] = {**record, **evaluate(dense, slow, SPEC, "cpu", clock)}
+    results = {"a": {**record, **evaluate_latency(dense, None, SPEC, "cpu", clock)}}
+    results["b"] = {**record, **evaluate_latency(dense, slow, SPEC, "cpu", clock)}
     return latency_table([{**NAMES, "method": "dense", "result": "a"}, {**NAMES, "result": "b"}], results)
 
 
@@ -66,5 +66,5 @@ def test_losing_rows_are_printed_as_such(table, tmp_path):
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.splitlines() == printed
     done = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True)
-    assert "there is no such table; `snakemake latency` makes it" in done.stderr
+    assert "no such table; run `snakemake latency` with" in done.stderr
     assert "Traceback" not in done.stderr

@@ -27,7 +27,7 @@ from winnow.studies.linearity.learned import (
     untrained,
     untrained_blocks,
 )
-from winnow.studies.linearity.recoverability import blocks_of
+from winnow.studies.linearity.recoverability import ffn_blocks
 
 FOLDS = 5
 CLAIMS = [c for c in read_claims(ROOT / "resources" / "claims.yaml") if c.study == "linearity"]
@@ -42,7 +42,7 @@ def saved(folder, name, **options):
     cls(cls.config_class(**{**known, **options})).save_pretrained(folder)
     model = load_model(folder, "float32", "cpu")
     shapes = {n: {"shape": list(p.shape)} for n, p in model.named_parameters()}
-    return folder, sizes_of(model), blocks_of(matrices_of(model.config.model_type, shapes))
+    return folder, sizes_of(model), ffn_blocks(matrices_of(model.config.model_type, shapes))
 
 
 def measured(folder, sizes, blocks):
@@ -97,7 +97,7 @@ def test_resized_weights_differ_from_the_trained_in_direction_alone(family):
             assert float(torch.cosine_similarity(own.flatten(), before[name].flatten(), 0)) == pytest.approx(1, abs=1e-5), name
         else:
             assert not own.any(), "zeros have no direction"
-    with pytest.raises(ValueError, match="sizes are of another model"):
+    with pytest.raises(ValueError, match="sizes are from another model"):
         resize(pico("opt"), sizes_of(trained))
 
 

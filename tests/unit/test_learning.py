@@ -234,8 +234,8 @@ def test_bytes_go_to_the_matrix_that_matters(planted):
 
 
 def test_a_loss_that_is_not_finite_names_the_step(family, monkeypatch):
-    whole = learning.divergence
-    monkeypatch.setattr(learning, "divergence", lambda p, q: whole(p, q) * (float("nan") if q.requires_grad else 1.0))
+    whole = learning.kl_divergence
+    monkeypatch.setattr(learning, "kl_divergence", lambda p, q: whole(p, q) * (float("nan") if q.requires_grad else 1.0))
     with pytest.raises(FloatingPointError, match="learn_sizes: the loss is not finite at step 1"):
         learned(family, 0.6)
 
@@ -245,7 +245,7 @@ def test_what_cannot_be_learned_is_refused(family, tmp_path):
     with pytest.raises(InputError, match="16 calibration windows, 2 of them held out, are too few for a batch of 15"):
         learned(family, 0.6, batch=15)
     expert = replace(groups[0].matrices[0], expert=0)
-    with pytest.raises(InputError, match="too few tokens reach an expert"):
+    with pytest.raises(InputError, match="experts of a mixture receive too few tokens"):
         learned((files, structure, [replace(groups[0], matrices=[expert]), *groups[1:]], factors), 0.6)
     write_json(tmp_path / "learned.json", {"sizes": {"a": None}, "held_out_start": 2.0, "held_out_best": 1.0, "best_step": 3}, {})
     choice = learned_choice(str(tmp_path / "learned.json"))
@@ -262,7 +262,7 @@ def test_a_configuration_that_cannot_learn_is_refused_by_its_key():
         return change
 
     for method in ("ffsplit", "basis_sharing", "modegpt_mlp", "coupled", "bypass"):
-        assert "budget 'x' learns where to cut a product of two factors, which " in refused(of_structure(method))
+        assert "budget 'x' learns the rank of a product of two factors, which " in refused(of_structure(method))
     assert "did you mean 'start'" in refused(lambda c: c["budgets"].update(x=allocated("learned", starts="ilp")))
     assert ALLOCATIONS.build({"kind": "learned", "start": "ilp"}).predicts()
     assert not ALLOCATIONS.build({"kind": "learned"}).predicts()

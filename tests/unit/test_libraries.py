@@ -24,7 +24,7 @@ from winnow.planning.explain import differences
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "lm_eval": "lm-eval", "yaml": "pyyaml"}  # of modules with another name
-LINE = "needs {}, which is not installed; in winnow's checkout, `pip install '.[workflow]'` installs all that it uses"
+LINE = "needs {}, which is not installed; run `pip install '.[workflow]'` in winnow's checkout"
 
 
 def required(extra: str = "") -> dict[str, str]:
@@ -116,7 +116,7 @@ def test_explain_uses_the_checkout_that_it_is_run_in(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     assert command_line.plan_of([], replace=False).code.root == ROOT
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path}: no checkout of winnow")):
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}: not a checkout of winnow")):
         command_line.plan_of([], replace=False)
 
 

@@ -8,14 +8,14 @@ from tests.conftest import pico
 from winnow.models.architectures import matrices_of
 from winnow.studies.linearity.recoverability import (
     Sums,
-    affine_of,
+    affine_module,
     bilinear_gain,
-    blocks_of,
     collect_sums,
-    effective_rank,
+    ffn_blocks,
     least_squares,
+    r2_scores,
+    rank_for_share,
     reduced_rank,
-    scores,
     swapped,
     total,
     train_affine,
@@ -46,7 +46,7 @@ def test_moments_give_what_rows_give():
     fit = least_squares(total(Sums.of(x, part) for x, part in zip(X.split(150), y.split(150), strict=True)))
     torch.testing.assert_close(fit, direct)
     left = (y_test - ones(TEST) @ direct).square()
-    found = scores(fit, Sums.of(TEST, y_test))
+    found = r2_scores(fit, Sums.of(TEST, y_test))
     assert found["scalar"] == pytest.approx(1 - float(left.sum() / (y_test - y_test.mean()).square().sum()))
     assert found["feature"] == pytest.approx(1 - float(left.sum() / (y_test - y_test.mean(0)).square().sum()))
     assert found["scalar"] >= found["feature"] - 1e-12, "offsets of outputs count as explained"
@@ -56,10 +56,10 @@ def test_moments_give_what_rows_give():
 
 def test_a_linear_block_is_recovered_and_a_change_of_inputs_changes_nothing():
     train, test = Sums.of(X, outputs(X, 0.0)), Sums.of(TEST, outputs(TEST, 0.0))
-    assert all(value == pytest.approx(1, abs=1e-10) for value in scores(least_squares(train), test).values())
+    assert all(value == pytest.approx(1, abs=1e-10) for value in r2_scores(least_squares(train), test).values())
     noisy, mixing = (outputs(X, 1.0), outputs(TEST, 1.0)), randn(D, D, seed=9)
-    plain = scores(least_squares(Sums.of(X, noisy[0])), Sums.of(TEST, noisy[1]))
-    mixed = scores(least_squares(Sums.of(X @ mixing, noisy[0])), Sums.of(TEST @ mixing, noisy[1]))
+    plain = r2_scores(least_squares(Sums.of(X, noisy[0])), Sums.of(TEST, noisy[1]))
+    mixed = r2_scores(least_squares(Sums.of(X @ mixing, noisy[0])), Sums.of(TEST @ mixing, noisy[1]))
     assert mixed == pytest.approx(plain)
 
 
@@ -68,7 +68,7 @@ def test_reduced_rank_of_full_rank_is_least_squares_and_train_error_falls():
     train, test = Sums.of(X, y), Sums.of(TEST, y_test)
     profile = reduced_rank(train, test)
     assert len(profile) == D + 1
-    assert profile[-1] == pytest.approx(scores(least_squares(train), test)["feature"])
+    assert profile[-1] == pytest.approx(r2_scores(least_squares(train), test)["feature"])
     own = reduced_rank(train, train)
     assert own == sorted(own)
     assert own[0] == pytest.approx(0, abs=1e-12)
@@ -78,14 +78,14 @@ def test_reduced_rank_of_full_rank_is_least_squares_and_train_error_falls():
     shown = y_test.mean(0) * 0 + y.mean(0) + (TEST - X.mean(0)) @ fit @ v @ v.T
     by_rows = 1 - float((y_test - shown).square().sum() / (y_test - y_test.mean(0)).square().sum())
     assert profile[2] == pytest.approx(by_rows)
-    assert effective_rank([0.0, 0.5, 0.95, 1.0], 0.9) == 2
+    assert rank_for_share([0.0, 0.5, 0.95, 1.0], 0.9) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
 def test_blocks_are_tapped_and_swapped_in_every_family(family):
     model = pico(family).eval()
     shapes = {name: {"shape": list(p.shape)} for name, p in model.named_parameters()}
-    blocks = blocks_of(matrices_of(model.config.model_type, shapes))
+    blocks = ffn_blocks(matrices_of(model.config.model_type, shapes))
     assert len(blocks) == model.config.num_hidden_layers
     ids = torch.randint(0, 60, (6, 12), generator=torch.Generator().manual_seed(0))
     sums = collect_sums(model, blocks, ids, 3, 2)
@@ -93,7 +93,7 @@ def test_blocks_are_tapped_and_swapped_in_every_family(family):
         assert [round(pair[0].count) for pair in sums[block.layer]] == [24, 24, 24]
         assert [round(pair[1].count) for pair in sums[block.layer]] == [2, 2, 2]
     width = model.config.hidden_size
-    zero = affine_of(torch.zeros(width + 1, width, dtype=torch.float64))
+    zero = affine_module(torch.zeros(width + 1, width, dtype=torch.float64))
     with torch.no_grad():
         before = model(input_ids=ids).logits
         with swapped(model, blocks[0], zero, 12):
@@ -113,7 +113,7 @@ def test_the_trained_map_nears_least_squares_and_a_bilinear_residual_is_found():
     x, y = X.float(), outputs(X, 0.0).float()
     steps = train_affine(x, y, 1000, 500, 0.02, 0)
     test = Sums.of(TEST, outputs(TEST, 0.0))
-    values = [scores(fit, test)["feature"] for _, fit in steps]
+    values = [r2_scores(fit, test)["feature"] for _, fit in steps]
     assert values[0] < 0.9 < values[-1]
 
     def curved(x):
@@ -124,4 +124,4 @@ def test_the_trained_map_nears_least_squares_and_a_bilinear_residual_is_found():
     assert bilinear_gain(parts, fit, 4, 1500, 0) > 0.05
     straight = [(x, (x.double() @ TRUE).float()) for x, _ in parts]
     assert abs(bilinear_gain(straight, least_squares(Sums.of(*straight[0])), 4, 400, 0)) < 1e-3
-    assert isinstance(affine_of(fit), nn.Linear)
+    assert isinstance(affine_module(fit), nn.Linear)

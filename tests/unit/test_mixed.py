@@ -172,7 +172,7 @@ def test_the_bound_is_that_of_the_linear_relaxation():
 
 @pytest.mark.parametrize("kind", ["uniform", "greedy", "energy", "per_type"])
 def test_other_allocations_do_not_choose(kind):
-    with pytest.raises(InputError, match=f"{kind} does not choose between structures; spread `keep_bytes` by `ilp`"):
+    with pytest.raises(InputError, match=f"{kind} cannot choose between structures; use `keep_bytes` with the allocation `ilp`"):
         allocate(random_groups(0, 2, 2), {"keep_bytes": 0.6, "allocation": {"kind": kind}})
 
 
@@ -191,15 +191,15 @@ def refused(**changes):
 
 
 def test_what_cannot_be_chosen_is_refused_by_its_key():
-    no = "experiments.demo: mixed (mixed) chooses between structures by predicted loss, which budget 'x' does not; give it `keep_"
+    no = "experiments.demo: mixed (mixed) chooses between structures by predicted loss, which budget 'x' does not; set its `keep_"
     for kind in ("uniform", "greedy", "energy", "per_type"):
         assert no in refused(budget={"allocation": {"kind": kind}})
     assert no in refused(budget={"allocation": {**ILP, "objective": "metric"}})
     assert no in refused(budget={"rank": 4}, without=("keep_bytes",))
     where, low_rank = "methods.mixed.structure: ", {"kind": "low_rank"}
-    assert f"{where}members hold low_rank twice" in refused(structure={"members": [low_rank, low_rank]})
+    assert f"{where}duplicate member low_rank" in refused(structure={"members": [low_rank, low_rank]})
     line = refused(structure={"members": [low_rank, {"kind": "split"}]})
-    assert f"{where}split has no predicted losses to be chosen by" in line
+    assert f"{where}split has no predicted losses to choose by" in line
     assert "mixed has no predicted losses" in refused(structure={"members": [low_rank, MIXED]})
     line = refused(structure={"members": [{"kind": "neuron_slice"}, {"kind": "affine_block"}]})
     assert f"{where}no member replaces single matrices" in line

@@ -66,7 +66,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t[NAME].__setitem__((2, 3), float("nan")), rf"{NAME} holds 1 values that are not finite"),
+        (lambda t: t[NAME].__setitem__((2, 3), float("nan")), rf"{NAME} has 1 values that are not finite"),
         (lambda t: t.pop(NAME), rf"{NAME} is missing"),
         (lambda t: t.__setitem__("model.layers.1.mlp.extra.weight", t.pop(NAME)), r"unexpected tensor model.layers.1.mlp.extra"),
         (lambda t: t.__setitem__(NAME, t[NAME][:-1].clone()), rf"{NAME} has shape \[95, 64\], the config says \[96, 64\]"),
@@ -89,7 +89,7 @@ def test_directories_that_are_no_models(saved_llama, tmp_path):
         model_files(tmp_path / "pickled")
     broken = shutil.copytree(saved_llama, tmp_path / "broken") / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-100])
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="incomplete or not a safetensors file"):
         describe(tmp_path / "broken")
 
 
@@ -113,7 +113,7 @@ def test_only_the_files_that_transformers_reads_count(saved_llama, tmp_path):
 
 def test_one_tensor_under_two_names_is_refused(saved_llama, tmp_path):
     folder = copy_of(saved_llama, tmp_path, lambda t: t.update({"norm.weight": t["model.norm.weight"].clone()}))
-    with pytest.raises(InputError, match=r"norm\.weight .*both model\.norm\.weight"):
+    with pytest.raises(InputError, match=r"norm\.weight .*both the tensor model\.norm\.weight"):
         describe(folder)
 
 
@@ -129,9 +129,9 @@ def test_a_tied_head_that_differs_is_refused(saved_llama, tmp_path):
 
 def test_broken_configs_are_one_line(saved_llama, tmp_path):
     folder = shutil.copytree(saved_llama, tmp_path / "model")
-    for text, message in (("{", "a model's config"), (json.dumps({"model_type": "unheard_of"}), "'unheard_of'")):
+    for text, message in (("{", "not a model config"), (json.dumps({"model_type": "unheard_of"}), "not know .*'unheard_of'")):
         (folder / "config.json").write_text(text)
-        with pytest.raises(InputError, match=rf"config\.json: not .*{message}") as caught:
+        with pytest.raises(InputError, match=rf"config\.json: .*{message}") as caught:
             describe(folder)
         assert "\n" not in str(caught.value)
 
@@ -174,7 +174,7 @@ def hub_cache(saved_llama, tmp_path, monkeypatch):
 def test_hub_snapshot_is_found_without_network(hub_cache, saved_llama, tmp_path):
     folder = fetch("someone/pico", hub_cache, cache=tmp_path / "hub")
     assert describe(folder)["tensors"].keys() == describe(saved_llama)["tensors"].keys()
-    with pytest.raises(InputError, match="someone/other@01234567: neither in the local hub cache"):
+    with pytest.raises(InputError, match="someone/other@01234567: not in the local hub cache"):
         fetch("someone/other", hub_cache, cache=tmp_path / "hub")
 
 

@@ -162,7 +162,9 @@ LAYER = "model.layers.{}.mlp.up_proj"
 def test_what_the_model_would_compute_with_is_not_passed_over(saved_llama, tmp_path, change, unexpected):
     """More layers than the config has, factors of an adapter, scales of quantised weights, a norm or a bias of another model."""
     rewritten(shutil.copytree(saved_llama, tmp_path / "model"), change)
-    with pytest.raises(InputError, match=rf"model\.safetensors: unexpected tensor {unexpected}: LlamaForCausalLM has none"):
+    with pytest.raises(
+        InputError, match=rf"model\.safetensors: unexpected tensor {unexpected}: LlamaForCausalLM has no such tensor"
+    ):
         describe(tmp_path / "model")
 
 

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from tests.conftest import VOCABULARY, pico
 from winnow.data.tokens import PAD
-from winnow.evaluation.perplexity import evaluate, summarize
+from winnow.evaluation.perplexity import evaluate, summarize_windows
 from winnow.evaluation.spread import ratio
 
 
@@ -50,7 +50,7 @@ def test_agrees_with_transformers_and_with_any_batch():
         assert one[key] == pytest.approx(all_at_once[key], rel=1e-5)
     with torch.no_grad():
         loss = model(input_ids=ids.long(), labels=ids.long()).loss
-    assert summarize(one, None)["nll"] == pytest.approx(float(loss), rel=1e-6)
+    assert summarize_windows(one, None)["nll"] == pytest.approx(float(loss), rel=1e-6)
 
 
 def test_padded_last_window_scores_only_its_tokens():
@@ -93,9 +93,9 @@ def test_standard_error_is_that_of_the_mean_of_equal_windows():
 
 def test_differences_are_paired():
     dense = {"per_window": {"nll": [10.0, 20.0, 30.0], "tokens": [9.0, 9.0, 9.0]}}
-    result = summarize({"nll": [19.0, 29.0, 39.0], "tokens": [9.0, 9.0, 9.0]}, dense)
+    result = summarize_windows({"nll": [19.0, 29.0, 39.0], "tokens": [9.0, 9.0, 9.0]}, dense)
     assert result["delta_nll"] == pytest.approx(1.0)
     assert result["delta_nll_se"] == pytest.approx(0.0, abs=1e-12)
     assert result["nll_se"] > 0.5
     with pytest.raises(ValueError, match="other windows"):
-        summarize({"nll": [1.0, 2.0, 3.0], "tokens": [9.0, 9.0, 8.0]}, dense)
+        summarize_windows({"nll": [1.0, 2.0, 3.0], "tokens": [9.0, 9.0, 8.0]}, dense)

@@ -254,7 +254,7 @@ LOADERS = MODELS | {"export_dense"}
 NAMES = LOADERS | {"retrieve_model", "retrieve_base"}
 EDITS = [
     ("src/winnow/numerics/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
-    ("src/winnow/numerics/linalg.py", '"""Directions that solve', '"""Other words that solve', set()),
+    ("src/winnow/numerics/linalg.py", '"""Directions that minimise', '"""Other words that solve', set()),
     ("src/winnow/numerics/linalg.py", "return (vectors * values", "return  (\n        vectors * values", set()),
     ("src/winnow/numerics/linalg.py", "clamp(min=0).sqrt()) @", "clamp(min=1e-9).sqrt()) @", OF_METHODS | STUDY),
     (
@@ -461,7 +461,7 @@ def test_a_dense_export_is_asked_for_by_name_and_moves_nothing_else():
     assert set(after.cells.exported()) < set(after.cells)
     seeded = plan_of(lambda c: (change(c), c["calibrations"]["demo"].update(seeds=[0, 1])))
     assert {cell.calibration for cell in seeded.cells.exported()} == {"demo.seed-0", "demo.seed-1"}
-    with pytest.raises(InputError, match=r"experiments\.demo\.export: 'r2lin' cannot be written as a dense model: affine_block"):
+    with pytest.raises(InputError, match=r"experiments\.demo\.export: 'r2lin' cannot be exported as a dense model: affine_block"):
         plan_of(lambda c: c["experiments"]["demo"].update(export="dense", methods=["svd", "r2lin"]))
 
 

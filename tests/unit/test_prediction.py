@@ -259,7 +259,7 @@ def test_a_checkpoint_keeps_matrices_dense_and_counts_their_bytes(predicted_llam
     assert counts["stored_bytes"] == sum(g.bytes(sizes[g.name]) for g in groups)
     assert counts["dense_bytes"] - counts["stored_bytes"] == files.manifest["bytes"] - counts["model_stored_bytes"]
     card = (tmp_path / "checkpoint" / "README.md").read_text()
-    assert f"{len(groups) // 2} matrices or groups of them stay dense" in card
+    assert f"The allocation keeps {len(groups) // 2} matrices or groups dense" in card
     model, expected = load_model(tmp_path / "checkpoint", "float32", "cpu"), load_model(saved_llama, "float32", "cpu")
     for g in groups:
         module = model.get_submodule(g.matrices[0].module)

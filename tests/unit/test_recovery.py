@@ -37,7 +37,7 @@ from winnow.recovery import refine, sequential
 from winnow.recovery.base import RECOVERIES, recovery_of
 from winnow.recovery.blocks import Passage, outputs_of
 from winnow.recovery.recover import task_of, write_recovered
-from winnow.recovery.training import Progress, batches, rate_at
+from winnow.recovery.training import Progress, batches, learning_rate
 
 WINDOWS = torch.randint(0, 64, (60, 12), generator=torch.Generator().manual_seed(5))
 SHORT = {"steps": 12, "batch": 8, "every": 6, "rate": 1e-3}
@@ -275,7 +275,7 @@ def test_a_fit_that_is_not_finite_stops_with_the_matrixs_name(structure, monkeyp
     def ruin(task):
         task.dense.get_submodule(name).weight.data[0, 0] = math.nan
 
-    with pytest.raises(FloatingPointError, match=rf"^{name}: its weight, or what it reads"):
+    with pytest.raises(FloatingPointError, match=rf"^{name}: its weight, or its inputs"):
         run(files, checkpoint, KINDS["sequential"], change=ruin)
     monkeypatch.setattr(sequential, "_fit_factors", lambda _task, _key, module, *_: module.left.weight.fill_(math.inf))
     with pytest.raises(FloatingPointError, match=r"left.weight is not finite after the fit"):
@@ -339,9 +339,9 @@ def test_a_block_that_gets_something_else_is_named():
     model.model.layers[0].register_forward_hook(lambda _m, _a, y: y + 1)
     Passage(model, names, WINDOWS[:4], 4)  # a block's hooks are part of it
     model.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] + 1, *args[1:]))
-    with pytest.raises(RuntimeError, match=r"layers\.1 is not called with what model\.layers\.0 gives"):
+    with pytest.raises(RuntimeError, match=r"layers\.1 is not called with the output of model\.layers\.0"):
         Passage(model, names, WINDOWS[:4], 4)
-    with pytest.raises(RuntimeError, match=r"layers\.0 is not called with what model\.layers\.1 gives"):
+    with pytest.raises(RuntimeError, match=r"layers\.0 is not called with the output of model\.layers\.1"):
         Passage(pico("llama"), names[::-1], WINDOWS[:4], 4)
 
 
@@ -353,8 +353,8 @@ def test_too_few_windows_are_refused(llama):
 
 def test_models_without_what_is_needed_are_refused(tmp_path):
     for name, options, message in (
-        ("bert_encoder", "distill", "BertModel has no logits to be compared; use `refine`"),
-        ("bert_encoder", "weighted", "BertModel predicts no classes"),
+        ("bert_encoder", "distill", "BertModel has no logits to compare; use `refine`"),
+        ("bert_encoder", "weighted", "BertModel has no logits, and so no loss"),
         ("bert_masked", "nll", "BertForMaskedLM does not predict the text's next tokens"),
     ):
         pico(name).save_pretrained(tmp_path / name)
@@ -374,7 +374,7 @@ def test_windows_and_rates_of_the_steps():
         assert len(set(rows[first] + rows[first + 1])) == 8, "no window twice before all have been seen"
     assert batches(10, 4, 3, seed=3) == rows[:3] != batches(10, 4, 3, seed=4)
     options = recovery_of({"kind": "refine", "steps": 100, "warmup": 0.1, "rate": 1.0}).options
-    rates = [rate_at(step, options) for step in range(100)]
+    rates = [learning_rate(step, options) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == rates[10] == 1
     assert rates[55] == pytest.approx(0.5)
@@ -483,8 +483,8 @@ def test_options_are_checked_in_one_line():
 
     assert "recoveries.mine: there is no kind 'refin'; did you mean 'refine'?" in refused(kind="refin")
     assert "recoveries.mine.step: unknown key; did you mean 'steps'?" in refused(kind="distill", step=3)
-    assert "belong to `parameters: lora`" in refused(kind="distill", lora_rank=4)
-    with pytest.raises(InputError, match=r"recoveries\.none: the name says that nothing is done"):
+    assert "are only used with `parameters: lora`" in refused(kind="distill", lora_rank=4)
+    with pytest.raises(InputError, match=r"recoveries\.none: the name is reserved for no recovery"):
         plan_of(lambda c: c["recoveries"].update(none={"kind": "refine"}))
     for kind, cls in RECOVERIES.items():
         options = cls.Options(kind=kind, **({"task": "some"} if kind == "finetune" else {}))
@@ -702,7 +702,7 @@ def test_sequential_is_for_factors_of_their_own(saved_llama, kind, tmp_path):
     metric = {} if kind == "neuron_slice" else {"metric": {"kind": "weights"}}
     content["methods"]["mine"] = {"structure": {"kind": kind}, **metric}
     content["experiments"]["demo"] |= {"methods": ["mine"], "recoveries": ["none", "sequential"]}
-    with pytest.raises(InputError, match=r"'sequential' fits plain factors of low rank anew .*'mine' stores none; use `refine`"):
+    with pytest.raises(InputError, match=r"'sequential' refits low-rank factors .*'mine' stores none; use `refine`"):
         load(content)
     content["experiments"]["demo"] |= {"methods": ["winnow"]}
     load(content)
@@ -811,6 +811,6 @@ def test_a_chain_is_checked_in_one_line():
 
     wrong = refused(refined={"kind": "refine", "after": "fited"})
     assert "recoveries.refined.after: there is no 'fited'; did you mean 'fitted'?" in wrong
-    assert "would go on from itself" in refused(fitted={"kind": "sequential", "after": "learned"})
+    assert "would follow itself" in refused(fitted={"kind": "sequential", "after": "learned"})
     assert "there is no 'none'" in refused(refined={"kind": "refine", "after": "none"})
     assert "recoveries.none" in refused(none={"kind": "none", "after": "fitted"})

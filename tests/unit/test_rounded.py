@@ -162,11 +162,11 @@ def group_of(structure, layer: int = 0, losses=(1.0, 0.1)) -> Group:
 def test_other_sizes_are_refused_in_one_line():
     group = group_of(STRUCTURES.build({"kind": "rounded"}))
     budget = {"keep_bytes": 0.5, "rank": None, "rank_fraction": None, "allocation": {"kind": "uniform"}}
-    one = r"layers\.0\.up_proj \(64 x 96\) has one size, which `rank_fraction: 1` asks for"
+    one = r"layers\.0\.up_proj \(64 x 96\) has only one size, `rank_fraction: 1`"
     for keep in (0.2, 0.5):
         with pytest.raises(InputError, match=rf"^keep_bytes {keep} cannot be met within 0\.5%: the nearest is 0\.2656; {one}$"):
             allocate([group], {**budget, "keep_bytes": keep})
-    with pytest.raises(InputError, match=f"^rank 2 cannot be met: {one}$"):
+    with pytest.raises(InputError, match=f"^rank 2 is not possible: {one}$"):
         allocate([group], {**budget, "keep_bytes": None, "rank": 2})
     for asked in ({"rank": 1}, {"rank_fraction": 1.0}, {"keep_bytes": 0.27}):  # the last: at its own bytes, beside other methods
         assert allocate([group], {**budget, "keep_bytes": None, **asked}).sizes == {group.name: 1}
@@ -185,7 +185,7 @@ def test_a_size_is_a_number_of_bits():
     assert allocate([group], budget | {"rank": 3}).sizes == {group.name: 3}
     assert allocate([group], budget | {"rank_fraction": 1.0}).sizes == {group.name: 7}
     assert allocate([group], budget | {"keep_bytes": group.bytes(4) / group.dense}).sizes == {group.name: 4}
-    with pytest.raises(InputError, match=f"^rank 8 cannot be met: {short}, which `rank: 1` to `rank: 7` ask for$"):
+    with pytest.raises(InputError, match=f"^rank 8 is not possible: {short}, `rank: 1` to `rank: 7`$"):
         allocate([group], budget | {"rank": 8})
     with pytest.raises(InputError, match=rf"^keep_bytes 0\.2 cannot be met within 0\.5%: the nearest is 0\.1719; {short}"):
         allocate([group], budget | {"keep_bytes": 0.2})
@@ -256,8 +256,8 @@ def test_predicted_losses_are_those_written_out_for_all_bits(scales):
     [
         ([1], "bits.*greater than or equal to 2"),
         ([4, 9], "bits.*less than or equal to 8"),
-        ([4, 4, 8], r"each once: \[4, 8\]"),
-        ([8, 4], r"from few to many and each once: \[4, 8\]"),
+        ([4, 4, 8], r"without duplicates: \[4, 8\]"),
+        ([8, 4], r"in ascending order without duplicates: \[4, 8\]"),
         ([], "bits.*at least 1"),
     ],
 )
@@ -279,7 +279,7 @@ def test_training_integers_is_refused_and_norms_may_be_trained(saved_llama, tmp_
 
     with pytest.raises(InputError, match="'mine' has nothing to train in method 'rounded_4bit': rounded stores integers"):
         load(config("rounded_4bit"))
-    with pytest.raises(InputError, match=r"'mine' fits plain factors of low rank anew .*'rounded_4bit' stores none"):
+    with pytest.raises(InputError, match=r"'mine' refits low-rank factors .*'rounded_4bit' stores none"):
         load(config("rounded_4bit", kind="sequential"))
     load(config("rounded_4bit", norms=True))
     load(config("half"))
@@ -366,11 +366,11 @@ def test_every_form_is_stored_in_the_bytes_it_says(family, form, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grids": ["full", "full"]}, "grids.*name each once"),
-        ({"group": [32, None, 32]}, "group.*name each once"),
-        ({"group": []}, "group.*a list names one at least"),
-        ({"group": 2}, "group.*groups are of 4 inputs or more, or null"),
-        ({"group": [32, 2]}, "group.*groups are of 4 inputs or more, or null"),
+        ({"grids": ["full", "full"]}, "grids.*remove the duplicates"),
+        ({"group": [32, None, 32]}, "group.*remove the duplicates"),
+        ({"group": []}, "group.*a list must not be empty"),
+        ({"group": 2}, "group.*a group must have at least 4 inputs, or be null"),
+        ({"group": [32, 2]}, "group.*a group must have at least 4 inputs, or be null"),
         ({"grids": ["round"]}, "grids.*'symmetric', 'full' or 'asymmetric'"),
     ],
 )

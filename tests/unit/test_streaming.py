@@ -206,7 +206,7 @@ def test_numbers_that_are_not_finite_name_the_block(dense, tmp_path):
     tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("inf")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     streamed = Streamed(folder, "float32", "cpu", tmp_path / "result", LENGTH)
-    with pytest.raises(FloatingPointError, match=r"model\.layers\.1 gives is not finite in windows 0 to 1"):
+    with pytest.raises(FloatingPointError, match=r"the output of model\.layers\.1 is not finite in windows 0 to 1"):
         evaluate_by_block(streamed, None, WINDOWS, FIRST, BATCH)
 
 

@@ -25,7 +25,7 @@ from winnow.studies.bypass import figures as bypass_figures
 from winnow.studies.bypass import study as bypass_study
 from winnow.studies.bypass.accounting import LLAMA_8B, Ranks, dense, llama_tensors, parameters, reachable, removed, stored
 from winnow.studies.bypass.grc import basis, projected_error, sink_gain
-from winnow.studies.bypass.measures import identities, stored_bytes
+from winnow.studies.bypass.measures import formula_bytes, identities
 from winnow.studies.bypass.ranks import ends, hourglass, hourglasses, profile
 from winnow.studies.bypass.study import ROWS
 from winnow.studies.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
@@ -120,7 +120,7 @@ def test_formulas_count_what_structures_store(files):
             qkv = stored([m for m in files.matrices if m.role in TARGETS["qkv"]], "qkv", ranks)
             assert qkv == expected["qkv"]
             biases = sum(m.shape[0] for m in files.matrices if m.role != "o_proj" and m.bias)
-            assert stored_bytes(files, ranks) == 4 * (qkv + expected["ffn"] + biases)
+            assert formula_bytes(files, ranks) == 4 * (qkv + expected["ffn"] + biases)
 
 
 def test_effective_ranks_by_hand(files):

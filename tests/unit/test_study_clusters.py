@@ -21,8 +21,8 @@ from winnow.studies.base import Evidence
 from winnow.studies.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UNTESTED, judge, read_claims
 from winnow.studies.clusters.correlation import jackknife, spearman
 from winnow.studies.clusters.counts import counts, savings
-from winnow.studies.clusters.proxies import left_out, matrix_of, output_errors
-from winnow.studies.clusters.reconstruction import blocks_of, gains, norm_bins, outlying, published, structureless
+from winnow.studies.clusters.proxies import losses_without, matrix_of, output_errors
+from winnow.studies.clusters.reconstruction import cluster_blocks, gains, norm_bins, outlying, published_comparison, structureless
 from winnow.studies.clusters.study import _cut, _identities, _published, _table
 
 STUDY = studies.study_of("clusters")
@@ -37,8 +37,8 @@ def truncated(weight: np.ndarray, k: int) -> np.ndarray:
 
 def by_the_script(ffn: list, count: int, fraction: float) -> dict:
     labels = norm_bins(ffn[0], count)
-    many = [blocks_of(w, labels, rows=w is ffn[-1]) for w in ffn]
-    return published([blocks_of(w) for w in ffn], many, fraction)
+    many = [cluster_blocks(w, labels, rows=w is ffn[-1]) for w in ffn]
+    return published_comparison([cluster_blocks(w) for w in ffn], many, fraction)
 
 
 def test_the_published_gain_stands_in_noise():
@@ -68,7 +68,7 @@ def test_the_published_gain_stands_in_noise():
 def test_gains_at_equal_rank_and_numbers_are_those_of_matrices():
     (weight, *_), k = structureless("noise", 16, 40, seed=3), 8
     labels = norm_bins(weight, 4)
-    found, w = gains(blocks_of(weight, labels), blocks_of(weight), k), weight.numpy()
+    found, w = gains(cluster_blocks(weight, labels), cluster_blocks(weight), k), weight.numpy()
     many = np.zeros(w.shape)
     for c in range(4):
         own = (labels == c).numpy()
@@ -82,7 +82,9 @@ def test_gains_at_equal_rank_and_numbers_are_those_of_matrices():
     other = below + (size - int(size)) * (above - below)
     assert found["equal_bytes"] == pytest.approx(100 * (1 - error / other**0.5))
     assert found["stored"] == pytest.approx(numbers / w.size)
-    assert gains(blocks_of(weight, labels), blocks_of(weight), 16) is None, "one SVD of full rank has no error to compare with"
+    assert gains(cluster_blocks(weight, labels), cluster_blocks(weight), 16) is None, (
+        "one SVD of full rank has no error to compare with"
+    )
 
 
 def test_identities_hold_and_tables_compare_with_random_clusters():
@@ -99,7 +101,7 @@ def test_identities_hold_and_tables_compare_with_random_clusters():
     rows = {(r["by"], r["clusters"], r["k"]): r for r in _table(cut)}
     assert rows["random", 4, 0.25]["over_random"] == 0
     assert all(r["equal_rank"] < 0 for r in rows.values() if r["equal_rank"] is not None)
-    means = [gains(blocks_of(w, norm_bins(w, 4)), blocks_of(w), 4)["equal_bytes"] for w in weights]
+    means = [gains(cluster_blocks(w, norm_bins(w, 4)), cluster_blocks(w), 4)["equal_bytes"] for w in weights]
     assert rows["norm", 4, 0.25]["equal_bytes"] == pytest.approx(np.mean(means))
     assert rows["norm", 4, 0.25]["equal_bytes_se"] == pytest.approx(np.std(means, ddof=1) / 2**0.5)
 
@@ -165,7 +167,7 @@ def test_blocks_of_every_form_are_compared(family, layers, down):
 def test_a_column_left_out_is_a_column_at_zero():
     model, ids = pico("llama"), torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(1))
     down = Matrix(0, "down_proj", "model.layers.0.mlp.down_proj", "ffn_hidden", (64, 96), False, False)
-    (found,) = left_out(model, down, [5], ids)
+    (found,) = losses_without(model, down, [5], ids)
     other = copy.deepcopy(model)
     other.model.layers[0].mlp.down_proj.weight.data[:, 5] = 0
     with torch.no_grad():

@@ -21,7 +21,7 @@ from winnow.studies.claims import FAILS, HOLDS, IMPOSSIBLE, OTHER, UNDECIDED, UN
 from winnow.studies.ffsplit import study as ffsplit
 from winnow.studies.ffsplit.figures import drawn
 from winnow.studies.ffsplit.heavy import Ffn, concentration, count_of, ffns_of, zeroed
-from winnow.studies.ffsplit.quantised import answered, bits_of, compared, rounded
+from winnow.studies.ffsplit.quantised import answered, bits_of, quantised_pairs, rounded
 from winnow.studies.ffsplit.sizes import counted, published
 from winnow.studies.trials import Trial, loss
 
@@ -157,7 +157,7 @@ def test_rounding_takes_the_bits_that_it_says_and_with_many_loses_nothing(case):
     given, model, ffns = case
     trial = Trial.of(given.files, given.moments, ffsplit.split_of(), "cpu")
     sizes, dense = trial.of_rank(0.1), logits_of(model)
-    rows = compared(model, lambda: trial.model(model, sizes), ffns, logits_of, dense)
+    rows = quantised_pairs(model, lambda: trial.model(model, sizes), ffns, logits_of, dense)
     split = trial.model(model, sizes)
     shapes = [(m.module, n, p.shape) for f in ffns for m in f.group for n, p in split.get_submodule(m.module).named_parameters()]
     shapes = [(name, shape) for _, name, shape in shapes if len(shape) == 2]
@@ -184,7 +184,7 @@ def test_rounding_takes_the_bits_that_it_says_and_with_many_loses_nothing(case):
     unrounded = paired(logits_of(split), dense)[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("winnow.studies.ffsplit.quantised.PAIRS", ((15, 15),))
-        (fine, *_) = compared(model, lambda: trial.model(model, sizes), ffns, logits_of, dense)
+        (fine, *_) = quantised_pairs(model, lambda: trial.model(model, sizes), ffns, logits_of, dense)
     assert fine["split_nll"] == pytest.approx(unrounded, rel=0.01)
     assert rows[-1]["split_nll"] != pytest.approx(unrounded, rel=0.01), "four bits change something"
 

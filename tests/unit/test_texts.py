@@ -52,36 +52,36 @@ def test_the_ending_says_the_format_where_nothing_else_does(tmp_path):
 CONTRADICTIONS = [
     (
         {"files": ["x.jsonl"], "format": "raw"},
-        "x.jsonl: `format: raw` is not what its name ends in; leave `format` out, or rename",
+        "x.jsonl: `format: raw` contradicts the file's ending; remove `format`, or rename",
     ),
-    ({"files": ["x.jsonl"], "format": "lines"}, "x.jsonl: `format: lines` is not what its name ends in"),
-    ({"files": ["x.parquet"], "format": "lines"}, "x.parquet: `format: lines` is not what its name ends in"),
-    ({"files": ["x.parquet"], "format": "jsonl"}, "x.parquet: `format: jsonl` is not what its name ends in"),
-    ({"files": ["x.txt", "y.jsonl"], "format": "lines"}, "y.jsonl: `format: lines` is not what its name ends in"),
-    ({"files": ["x.json"]}, "x.json: if it has an object per line, say `format: jsonl`; if it is one list, write it so"),
-    ({"files": ["x.json"], "format": "lines"}, "x.json: if it has an object per line, say `format: jsonl`"),
+    ({"files": ["x.jsonl"], "format": "lines"}, "x.jsonl: `format: lines` contradicts the file's ending"),
+    ({"files": ["x.parquet"], "format": "lines"}, "x.parquet: `format: lines` contradicts the file's ending"),
+    ({"files": ["x.parquet"], "format": "jsonl"}, "x.parquet: `format: jsonl` contradicts the file's ending"),
+    ({"files": ["x.txt", "y.jsonl"], "format": "lines"}, "y.jsonl: `format: lines` contradicts the file's ending"),
+    ({"files": ["x.json"]}, "x.json: if it has one object per line, set `format: jsonl`; if it is one list, convert it to that"),
+    ({"files": ["x.json"], "format": "lines"}, "x.json: if it has one object per line, set `format: jsonl`"),
     (
         {"files": ["a/wiki.test.raw"]},
-        "a/wiki.test.raw: say `format: lines` for rows as papers have them of WikiText, or `raw` for",
+        "a/wiki.test.raw: set `format: lines` for the rows of WikiText as papers use them, or `raw` for",
     ),
-    ({"files": ["x.jsonl.gz"]}, "x.jsonl.gz: packed files are not read; unpack it"),
-    ({"files": ["x.jsonl.gz"], "format": "jsonl"}, "x.jsonl.gz: packed files are not read; unpack it"),
-    ({"files": ["x.CSV"]}, "x.CSV: tables are read from parquet or jsonl; write its column of text as one of these"),
-    ({"files": ["x.csv"], "format": "lines"}, "x.csv: tables are read from parquet or jsonl"),
+    ({"files": ["x.jsonl.gz"]}, "x.jsonl.gz: compressed files are not supported; decompress it"),
+    ({"files": ["x.jsonl.gz"], "format": "jsonl"}, "x.jsonl.gz: compressed files are not supported; decompress it"),
+    ({"files": ["x.CSV"]}, "x.CSV: tables are only read from parquet or jsonl; convert its text column to one of these"),
+    ({"files": ["x.csv"], "format": "lines"}, "x.csv: tables are only read from parquet or jsonl"),
     (
         {"files": ["x.jsonl", "y.txt"]},
-        "the files are of several formats (x.jsonl as jsonl, y.txt as raw); make a text of each, or say `format` if it",
+        "the files have different formats (x.jsonl as jsonl, y.txt as raw); use one text for each, or set `format` if it",
     ),
     ({"files": ["x.txt"], "format": "text"}, "Input should be 'raw', 'lines', 'jsonl' or 'parquet'"),
     (
         {"files": ["x.txt"], "column": "body"},
-        "`column` is of jsonl and parquet, but x.txt is read as raw; say which `format` it has",
+        "`column` is for jsonl and parquet, but x.txt is read as raw; set its `format`",
     ),
     (
         {"files": ["x.jsonl"], "separator": "|"},
-        "`separator` cuts raw files into rows, but x.jsonl is read as jsonl; leave one of",
+        "`separator` splits raw files into rows, but x.jsonl is read as jsonl; remove one of",
     ),
-    ({"dataset": "x", "split": "test", "revision": "0" * 40, "format": "lines"}, "`format` is of local files; leave it out"),
+    ({"dataset": "x", "split": "test", "revision": "0" * 40, "format": "lines"}, "`format` is only for local files; remove it"),
 ]
 
 
@@ -141,7 +141,7 @@ def test_a_data_set_is_read_by_the_datasets_library(tmp_path, monkeypatch):
     assert read_rows(spec(**hub)) == rows
     with pytest.raises(InputError, match="no column 'body'; it has text"):
         read_rows(spec(**hub, column="body"))
-    with pytest.raises(InputError, match="neither cached nor to be downloaded") as caught:
+    with pytest.raises(InputError, match="not cached, and cannot be downloaded") as caught:
         read_rows(spec(dataset="nobody/nothing", split="test", revision="0" * 40))
     assert "\n" not in str(caught.value)
 
@@ -164,7 +164,7 @@ def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"files": ["NUMBERS"], "format": "jsonl"}, "row 1 holds int, not text, in column 'text'"),
+        ({"files": ["NUMBERS"], "format": "jsonl"}, "row 1 has int, not text, in column 'text'"),
         ({"files": ["STRINGS"], "format": "jsonl"}, "not readable as jsonl with column 'text'"),
         ({"files": ["nowhere.txt"]}, "nowhere.txt: there is no such text file"),
         ({"files": ["EMPTY"]}, "no text in rows"),
@@ -180,10 +180,10 @@ def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path):
         ({"files": ["STRINGS"], "format": "parquet"}, "STRINGS: not readable as parquet with column 'text'"),
         (
             {"files": ["HALF"], "format": "jsonl"},
-            r"HALF: row 1 holds \\ud83d, half of a pair of surrogates, which is no character",
+            r"HALF: row 1 contains \\ud83d, a lone surrogate, which is not a character",
         ),
         ({"files": ["DEEP"], "format": "jsonl"}, r"DEEP: not readable as jsonl with column 'text' \(line 2: nested too deep"),
-        ({"files": ["TWICE"], "format": "jsonl"}, r"\(line 2: 'text' stands twice in one object\)"),
+        ({"files": ["TWICE"], "format": "jsonl"}, r"\(line 2: duplicate key 'text' in an object\)"),
     ],
 )
 def test_bad_texts_are_named(tmp_path, given, message):

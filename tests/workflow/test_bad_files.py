@@ -27,12 +27,12 @@ CASES = {
     "a long name": (
         MINE.replace("x:", f"{NAME}:"),
         [],
-        f"mine.yaml: budgets.{NAME}: a name has at most 150 letters, since files are called by it, and this one has 260",
+        f"mine.yaml: budgets.{NAME}: a name must have at most 150 characters, since it is part of file names; this one has 260",
     ),
     "an argument's key twice": (
         MINE,
         ["--config", "budgets={x: {keep_bytes: 0.4, keep_bytes: 0.6}}"],
-        "--config budgets, line 1: x.keep_bytes stands in line 1 already; keep one of them",
+        "--config budgets, line 1: x.keep_bytes is already given in line 1; keep one of them",
     ),
 }
 

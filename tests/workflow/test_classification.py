@@ -67,7 +67,7 @@ def test_a_row_in_both_splits_stops_the_run(tmp_path):
     workspace = Reviews(tmp_path)
     train = rows(500, 0)
     write_rows(tmp_path / "test.jsonl", [*rows(5, 1), train[7]])
-    assert "row 7 of train stands in test too, as row 5" in refused(workspace, "--until", "retrieve_examples")
+    assert "row 7 of train is also row 5 of test" in refused(workspace, "--until", "retrieve_examples")
 
 
 @pytest.mark.slow

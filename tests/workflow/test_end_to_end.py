@@ -108,8 +108,8 @@ def test_the_run_ends_with_table_figures_and_report(finished):
     assert "Report: results/report.html" in finished.output
 
 
-FEW = "ffn_hidden: 256 calibration tokens for 96 channels, whose second moment is a rough estimate, so that fits lose more on "
-FEW += "other text than on this; 48 windows would do in the place of 8 (16 tokens per channel)"
+FEW = "ffn_hidden: 256 calibration tokens for 96 channels, whose second moment is a rough estimate: fits lose more on "
+FEW += "other text than on this; use 48 windows instead of 8 (16 tokens per channel)"
 
 
 def test_too_few_calibration_tokens_are_told_of_in_log_and_report(finished):
@@ -246,11 +246,11 @@ def test_bad_input_that_a_job_finds(workspace):
 def test_bad_input_that_later_jobs_find(workspace):
     """The tests of texts, tokens and allocation have the same lines."""
     workspace.config["calibrations"]["few"]["windows"] = 10**6
-    assert "but 1000000 are asked for" in refused(workspace, "--until=tokenize")
+    assert "but 1000000 are requested" in refused(workspace, "--until=tokenize")
     workspace.config = configuration(workspace.folder)
     both = workspace.config["texts"]
     both["calibration"] = {**both["evaluation"], "start": 2}
     assert "overlap" in refused(workspace, "--until=check_overlap")
     workspace.config = configuration(workspace.folder)
     workspace.config["budgets"]["ffn-0.5"] = {"targets": ["ffn"], "rank": 60}
-    assert "its break-even rank is 38" in refused(workspace, "--until=compress")
+    assert "its break-even rank, 38" in refused(workspace, "--until=compress")

@@ -1,6 +1,6 @@
-"""The interface of an allocation: from a share of bytes to a size for every group of matrices, or to leaving it dense.
+"""The interface of an allocation: from a share of bytes to a size (or dense) for every group of matrices.
 
-Files of `kinds` are read when a workflow is planned, so libraries that solve are imported inside functions only.
+`kinds` is imported when a workflow is planned, so solver libraries are only imported inside functions.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 Objective = Literal["predicted", "metric", "relative"]
 OBJECTIVE = (
     "what is summed over matrices: `predicted`, the predicted loss in nats (needs a backward pass); `metric`, the error that the "
-    "method minimises; `relative`, the same as a share of each matrix's own"
+    "method minimises; `relative`, this error as a share of each matrix's largest"
 )
 ROUNDS = (
-    "how often the loss is predicted anew around the model as compressed so far, for `predicted` only; the round that loses "
-    "least on the calibration windows is kept. Each is a pass there and back over them, for every method and budget"
+    "number of times the loss is predicted again around the compressed model, only for `predicted`; the round with the lowest "
+    "loss on the calibration windows is kept. Each is a forward and a backward pass over them, for every method and budget"
 )
-LEAVE_DENSE = "whether a matrix may stay dense, at no loss and its dense bytes"
+LEAVE_DENSE = "whether a matrix may stay dense, without loss and with its dense bytes"
 
 
 class AllocationOptions(Options):
@@ -44,70 +44,70 @@ class Predicting(AllocationOptions):
     @model_validator(mode="after")
     def _rounds_predict(self) -> Predicting:
         if self.rounds and self.objective != "predicted":
-            raise ValueError("`rounds` predict anew, so they need `objective: predicted`")
+            raise ValueError("`rounds` need `objective: predicted`")
         return self
 
 
 @dataclass(frozen=True)
 class Choice:
-    """{group name: size, or None where it stays dense}, and what allocation.json says of how it was found."""
+    """{group name: size, or None if it stays dense}, and the record of the choice for allocation.json."""
 
     sizes: dict[str, int | None]
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Allocation(Plugin):
-    """A way to spread a budget over groups of matrices. Deterministic, and independent of the order of the groups."""
+    """A way to distribute a budget over groups of matrices. Deterministic, and independent of the order of the groups."""
 
-    chooses: ClassVar[bool] = False  # whether groups may be alternatives to each other, of which it takes some
-    learns: ClassVar[bool] = False  # whether sizes are made by a job of their own (`learn_sizes`), which starts from `allocate`
-    libraries: ClassVar[tuple[str, ...]] = ()  # whose version can change what it chooses
+    chooses: ClassVar[bool] = False  # whether it can choose between alternative groups
+    learns: ClassVar[bool] = False  # whether sizes are trained by a separate job (`learn_sizes`), which starts from `allocate`
+    libraries: ClassVar[tuple[str, ...]] = ()  # whose version can change its choice
     Options: ClassVar[type[AllocationOptions]]
 
     def predicts(self) -> bool:
-        """Whether it reads the predicted loss of every size, which takes a backward pass over the calibration windows."""
+        """Whether it needs the predicted loss of every size, and so a backward pass over the calibration windows."""
         return getattr(self.options, "objective", None) == "predicted"
 
     def rounds(self) -> int:
-        """How often the loss is predicted anew, around the model as it was allocated before."""
+        """The number of times the loss is predicted again, around the previously allocated model."""
         return getattr(self.options, "rounds", 0)
 
     @abstractmethod
     def allocate(self, groups: list[Group], keep: float) -> Choice:
-        """Sizes whose bytes are at most `keep` of the dense bytes of the groups, and as near to it as they can be; of groups that
-        are alternatives to each other, of the chosen ones. Where even the smallest sizes store more, these; the caller then
-        refuses. Raises InputError for a group that it has no size for."""
+        """Sizes whose bytes are at most `keep` of the dense bytes of the groups, and as close to it as possible; for alternative
+        groups, those of the chosen ones. If even the smallest sizes store more, these are returned and the caller raises an
+        error. Raises InputError for a group without a size."""
 
 
 ALLOCATIONS: Registry[Allocation] = Registry("winnow.allocation.kinds", Allocation)
 
 
 def losses(group: Group, objective: str) -> list[float]:
-    """What size s of a group costs, by size, in the units of the objective. Raises InputError where it is not known."""
+    """The loss of every size of a group in units of the objective. Raises InputError if it is unknown."""
     if objective == "metric":
         return group.error
     if objective == "relative":
         return [error / group.error[0] for error in group.error] if group.error[0] > 0 else group.error
     if group.predicted is None:
         raise InputError(
-            f"the loss of {group.describe()} is not predicted: experts of a mixture have no gradients; take them out of the "
+            f"the loss of {group.describe()} is not predicted: experts of a mixture have no gradients; remove them from the "
             "budget's targets, or choose another `objective` or allocation"
         )
     return group.predicted
 
 
 def smallest(groups: list[Group]) -> dict[str, int | None]:
-    """Size 1 for every group, or dense where the structure never stores less."""
+    """Size 1 for every group, or dense if the structure never stores less."""
     return {g.name: 1 if g.largest else None for g in groups}
 
 
 def stored_bytes(groups: list[Group], sizes: dict[str, int | None]) -> int:
-    """The bytes that the groups of `sizes` take, dense ones included."""
+    """The bytes of the groups in `sizes`, including dense ones."""
     return sum(g.bytes(sizes[g.name]) for g in groups if g.name in sizes)
 
 
 def dense_bytes(groups: list[Group]) -> int:
-    """The dense bytes of the groups' matrices, each counted once: where groups are alternatives, every matrix is in one alone."""
+    """The dense bytes of the groups' matrices, each counted once: every matrix of alternatives is also in a group by itself."""
     seen: set[str] = set()
     total = 0
     for g in sorted(groups, key=lambda g: len(g.matrices)):
@@ -119,8 +119,8 @@ def dense_bytes(groups: list[Group]) -> int:
 
 
 def spend(groups: list[Group], sizes: dict[str, int | None], allowed: float, costs: dict[str, list[float]]) -> None:
-    """Spend what is left of `allowed` bytes in single steps of size, each time on the group that gains most per byte of those
-    that still fit; changes `sizes`."""
+    """Spend the remaining bytes of `allowed` in single size steps, each on the group with the largest gain per byte that still
+    fits; changes `sizes`."""
     left = allowed - stored_bytes(groups, sizes)
     while True:
         best: tuple[float, str, int] | None = None

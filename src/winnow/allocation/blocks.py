@@ -1,7 +1,7 @@
-"""Blocks of groups of matrices of which an allocation takes some: those that store every matrix of the block once.
+"""Blocks of alternative groups of matrices, of which an allocation chooses some such that every matrix is stored once.
 
-A place is a set of matrices; the groups at it are alternatives, and one of them is taken if the place is. A way to store a block
-is a list of places that share no matrix and hold all of the block: of an FFN, itself as a whole, or its matrices one by one.
+A place is a set of matrices; the groups at a place are alternatives, one of which is chosen if the place is used. A way to store
+a block is a list of disjoint places that cover the block: for an FFN, the whole FFN, or its matrices one by one.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from winnow.allocation.groups import Group
 
-Place = frozenset[str]  # of the names of matrices
+Place = frozenset[str]  # names of matrices
 Way = tuple[Place, ...]
 
 
 def places_of(groups: Sequence[Group]) -> dict[Place, list[int]]:
-    """{place: the indices of the groups at it}"""
+    """{place: indices of the groups at it}"""
     found: dict[Place, list[int]] = {}
     for index, g in enumerate(groups):
         found.setdefault(frozenset(m.name for m in g.matrices), []).append(index)
@@ -25,8 +25,8 @@ def places_of(groups: Sequence[Group]) -> dict[Place, list[int]]:
 
 
 def ways_of(places: Sequence[Place]) -> list[list[Way]]:
-    """The ways to store each block; blocks are the least sets of matrices that no place leaves. There are as many ways as exact
-    covers, so places of a block should be few, as they are within a layer."""
+    """The ways to store each block; blocks are the smallest sets of matrices such that no place crosses two. Ways are exact
+    covers, so a block should have few places, as within a layer."""
     blocks: list[tuple[set[str], list[Place]]] = []
     for place in places:
         joined = [block for block in blocks if block[0] & place]

@@ -1,4 +1,4 @@
-"""Budgets: from bytes, a rank or a share of rank to one size per group of matrices, or to leaving it dense."""
+"""Budgets: from bytes, a rank or a share of rank to one size (or dense) per group of matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from winnow.structures.base import Structure
 if TYPE_CHECKING:
     import pandas as pd
 
-TOLERANCE = 0.005  # of the dense bytes of the chosen matrices
+TOLERANCE = 0.005  # as a share of the dense bytes of the chosen matrices
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Group:
     unit: int
     fixed: int
     dense: int
-    numbers: list[int]  # stored at every size, up to the largest that stores less than dense
-    error: list[float]  # left at every size
-    predicted: list[float] | None = None  # increase of the loss at every size, nats per token; None where it is not known
+    numbers: list[int]  # stored numbers at every size, up to the largest that stores less than dense
+    error: list[float]  # error at every size
+    predicted: list[float] | None = None  # increase of the loss at every size, nats per token; None if unknown
 
     def bytes(self, size: int | None) -> int:
         """Stored bytes at a size; None is dense."""
@@ -45,11 +45,11 @@ class Group:
         return len(self.numbers) - 1
 
     def offered(self) -> str:
-        """What can be asked of it, for refusals."""
+        """The possible sizes, for error messages."""
         if self.largest == self.structure.limit(self.matrices):
-            sizes = "one size, which `rank_fraction: 1` asks for"
+            sizes = "only one size, `rank_fraction: 1`"
             if self.largest > 1:
-                sizes = f"{self.largest} sizes, which `rank: 1` to `rank: {self.largest}` ask for"
+                sizes = f"{self.largest} sizes, `rank: 1` to `rank: {self.largest}`"
             return f"{self.describe()} has {sizes}"
         return f"{self.describe()} can store rank 1 to {self.largest}, its break-even rank; choose a keep_bytes in between"
 
@@ -61,16 +61,16 @@ class Group:
 def chosen_groups(
     files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame, predicted: pd.DataFrame | None = None
 ) -> list[Group]:
-    """The groups of matrices that `targets` name, whole groups only; `spectra` (index: name of a fit) has what each stores,
-    `predicted` (likewise) the loss of every size, where the allocation asks for it. Of a structure with alternatives, a matrix
-    is in several groups, and in one by itself that has the size 0 alone, which is dense."""
+    """The groups of matrices named by `targets`, whole groups only; `spectra` (index: name of a fit) has the stored numbers of
+    each, `predicted` (same index) the loss of every size, if the allocation needs it. For a structure with alternatives, a matrix
+    is in several groups, and in one by itself whose only size is 0, which is dense."""
     chosen = {m.name: m for m in select(files.matrices, targets)}
     several, left, groups = len(structure.alternatives()) > 1, dict(chosen), []
     for name, own, matrices in structure.fits(files.matrices):
         if name not in spectra.index and matrices[0].expert is not None:
             for m in matrices:
                 left.pop(m.name, None)
-            continue  # too few tokens: it stays dense, and counts in no budget
+            continue  # too few tokens: it stays dense, and is not part of the budget
         inside = [m for m in matrices if m.name in chosen]
         if inside and len(inside) < len(matrices) and not several:
             raise InputError(
@@ -83,13 +83,13 @@ def chosen_groups(
     if left:
         missed = next(iter(left.values()))
         where = f"{missed.role} ({missed.module})"
-        raise InputError(f"{structure.kind()} does not apply to {where}; take it out of the budget's targets")
+        raise InputError(f"{structure.kind()} does not apply to {where}; remove it from the budget's targets")
     if several:
         alone = {m.name: m for g in groups for m in g.matrices}.values()
         groups = [g for g in groups if g.largest]
         groups += [Group(m.name, [m], structure, 0, 0, files.dense_bytes([m]), [0], [0.0], [0.0]) for m in alone]
     if not groups:
-        raise InputError(f"every expert stays dense, and {', '.join(targets)} names nothing else; calibrate on more tokens")
+        raise InputError(f"every expert stays dense, and {', '.join(targets)} names nothing else; use more calibration tokens")
     return groups
 
 
@@ -98,7 +98,7 @@ def _group(
 ) -> Group:
     record = files.tensors[f"{matrices[0].module}.weight"]
     unit = tensor_bytes({"shape": [1], "dtype": record["dtype"]})
-    counted = own.bias_name is None  # then its numbers count the biases
+    counted = own.bias_name is None  # then its numbers include the biases
     fixed = 0 if counted else sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in matrices if m.bias)
     numbers, error = (np.asarray(spectra.at[name, key]).tolist() for key in ("numbers", "error"))
     known = predicted is not None and name in predicted.index
@@ -107,21 +107,23 @@ def _group(
 
 
 def experts_left_dense(files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame) -> list[str]:
-    """The groups of experts that `targets` name and that were not fitted, for want of calibration tokens."""
+    """The groups of experts named by `targets` that were not fitted, for lack of calibration tokens."""
     roles = {m.role for m in select(files.matrices, targets)}
     fits = [(name, g) for name, _, g in structure.fits(files.matrices) if g[0].expert is not None and g[0].role in roles]
     return list(dict.fromkeys(name.partition("@")[0] for name, _ in fits if name not in spectra.index))
 
 
 def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
-    """A size for every group, or dense, for a resolved budget (see `winnow.planning.config.Budget`); of groups that are
-    alternatives to each other, for the chosen ones.
+    """A size (or dense) for every group, for a resolved budget (see `winnow.planning.config.Budget`); for alternative groups, for
+    the chosen ones.
 
-    Raises InputError, with the break-even size, for a size that stores more than dense and for bytes that cannot be met.
+    Raises InputError, with the break-even size, if a size stores more than dense or if the bytes cannot be met.
     """
     named = [m.name for g in groups for m in g.matrices]
     if len(set(named)) < len(named) and not ALLOCATIONS.build(budget["allocation"]).chooses:
-        raise InputError(f"{budget['allocation']['kind']} does not choose between structures; spread `keep_bytes` by `ilp`")
+        raise InputError(
+            f"{budget['allocation']['kind']} cannot choose between structures; use `keep_bytes` with the allocation `ilp`"
+        )
     if budget["keep_bytes"] is not None:
         return _spread(groups, budget["keep_bytes"], budget["allocation"])
     sizes: dict[str, int | None] = {}
@@ -130,25 +132,25 @@ def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
         size = rank or max(1, round(of_target(g, budget["rank_fraction"]) * g.structure.whole(g.matrices)))
         if size > g.largest:
             if g.largest == g.structure.limit(g.matrices):
-                raise InputError(f"rank {size} cannot be met: {g.offered()}")
+                raise InputError(f"rank {size} is not possible: {g.offered()}")
             raise InputError(
-                f"rank {size} of {g.describe()} would store no less than dense, which stores {g.dense:,} bytes; "
-                f"its break-even rank is {g.largest}: ask for no more than that"
+                f"rank {size} of {g.describe()} would store no less than the {g.dense:,} bytes of the dense matrix; use at most "
+                f"its break-even rank, {g.largest}"
             )
         sizes[g.name] = size
     return Choice(sizes)
 
 
 def learned_choice(path: str) -> Choice:
-    """The sizes of a learned.json, and of its record what allocation.json says: nats lost on windows held out, by the sizes that
-    learning began with and by these."""
+    """The sizes of a learned.json, and its record for allocation.json: held-out losses in nats of the initial and the learned
+    sizes."""
     found = read_json(path)
     return Choice(found["sizes"], {key: found[key] for key in ("held_out_start", "held_out_best", "best_step")})
 
 
 def of_target(group: Group, ranks: Any) -> Any:
-    """What a budget's `rank` or `rank_fraction` says of a group: the value itself, or that of the target that names the group.
-    Raises InputError where the group's matrices have different ones."""
+    """The `rank` or `rank_fraction` of a budget for a group: the value itself, or that of the group's target. Raises InputError
+    if the group's matrices have different values."""
     if not isinstance(ranks, dict):
         return ranks
     found = {ranks[str(named_by(m.role, ranks))] for m in group.matrices}
@@ -160,7 +162,7 @@ def of_target(group: Group, ranks: Any) -> Any:
 
 
 def _spread(groups: list[Group], keep: float, allocation: dict[str, Any]) -> Choice:
-    """The allocation's choice; refused if its bytes are over the budget, or under it by more than the tolerance."""
+    """The allocation's choice. Raises InputError if its bytes exceed the budget, or are lower by more than the tolerance."""
     dense = dense_bytes(groups)
     choice = ALLOCATIONS.build(allocation).allocate(groups, keep)
     stored = stored_bytes(groups, choice.sizes)
@@ -174,8 +176,8 @@ def _spread(groups: list[Group], keep: float, allocation: dict[str, Any]) -> Cho
 
 
 def summarize(groups: list[Group], sizes: dict[str, int | None]) -> dict[str, Any]:
-    """What allocation.json holds: sizes (null: stays dense), bytes, the share of the objective that is lost in each group, and
-    the predicted loss where it is known."""
+    """The content of allocation.json: sizes (null: stays dense), bytes, the lost share of the objective in each group, and the
+    predicted loss if known."""
     rows: list[dict[str, Any]] = []
     for g in (g for g in groups if g.name in sizes):
         size = sizes[g.name]

@@ -1,8 +1,7 @@
-"""Learning a size for every group of matrices, or to leave it dense, on what the whole model loses: for `learned` allocations.
+"""Trains a size (or dense) for every group of matrices on the loss of the whole model: for `learned` allocations.
 
-The dense model is loaded once and nothing of it is trained: every chosen matrix has its factors beside it
-(`winnow.allocation.masks`), and what learns are two numbers a matrix. Sizes that come of it are judged as they would be stored,
-on windows that no step sees.
+The dense model is loaded once and not trained: every chosen matrix also has its factors (`winnow.allocation.masks`), and only two
+parameters per matrix are trained. The resulting sizes are evaluated as they would be stored, on held-out windows.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-WIDTHS = (0.02, 0.005)  # of a cut, as a share of the largest size: in the first step and in the last
-DECIDED = 0.5  # share of the steps after which gates are open or shut, so that cuts learn what is left to them
+WIDTHS = (0.02, 0.005)  # widths of a cut, as a share of the largest size, in the first and the last step
+DECIDED = 0.5  # share of the steps after which gates are fixed and only cuts are trained
 
 
 @dataclass(frozen=True)
 class Learned:
-    """Sizes (None: dense), and what learned.json says of how they were found."""
+    """Sizes (None: dense), and the record of training for learned.json."""
 
     sizes: dict[str, int | None]
     record: dict[str, Any]
 
 
 def put_masked(model: PreTrainedModel, groups: list[Group], factors: dict[str, Bundle]) -> list[Masked]:
-    """Put every group's factors beside its dense matrix, in the model's dtype; returns the modules, which start dense."""
+    """Add every group's factors to its dense matrix, in the model's dtype; returns the modules, initially dense."""
     first, found = next(model.parameters()), []
     for g in groups:
         (matrix,) = g.matrices
@@ -65,21 +64,21 @@ def learn(
     dtype: str,
     device: str,
 ) -> Learned:
-    """Learn sizes for a budget of kind `learned` (`options`: its allocation's) on calibration windows (count, length).
+    """Train sizes for a budget with the allocation `learned` (`options`) on calibration windows (count, length).
 
-    Raises InputError for experts of a mixture, for a model without logits, for too few windows and for bytes that cannot be met;
-    FloatingPointError, naming the step, for a loss or a gradient that is not finite."""
+    Raises InputError for experts of a mixture, a model without logits, too few windows, or bytes that cannot be met, and
+    FloatingPointError, naming the step, if a loss or gradient is not finite."""
     for g in groups:
         if g.matrices[0].expert is not None:
             raise InputError(
-                f"the size of {g.describe()} cannot be learned: too few tokens reach an expert of a mixture; take experts out of "
+                f"the size of {g.describe()} cannot be learned: experts of a mixture receive too few tokens; remove experts from "
                 "the budget's targets, or choose another allocation"
             )
     held = max(1, round(len(windows) * options.held_out))
     if len(windows) - held < options.batch:
         raise InputError(
-            f"{len(windows)} calibration windows, {held} of them held out, are too few for a batch of {options.batch}; calibrate "
-            "on more windows or make the batch smaller"
+            f"{len(windows)} calibration windows, {held} of them held out, are too few for a batch of {options.batch}; use more "
+            "calibration windows or a smaller `batch`"
         )
     start = allocate(groups, budget).sizes
     dense = sum(g.dense for g in groups)
@@ -87,7 +86,7 @@ def learn(
     model = load_model(files.verify(), dtype, device).requires_grad_(False)
     modules = put_masked(model, sizes.groups, factors)
     order = batches(len(windows) - held, options.batch, options.steps, options.seed)
-    judged: list[dict[str, int | None]] = []  # by look
+    judged: list[dict[str, int | None]] = []  # by evaluation
 
     def loss(step: int) -> Tensor:
         if step == round(DECIDED * options.steps):
@@ -97,11 +96,11 @@ def learn(
         masks, lacking = sizes.masks(WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** (step / max(1, options.steps - 1)))
         for module, mask, rest in zip(modules, masks, lacking, strict=True):
             module.put(mask.to(reference.dtype), rest.to(reference.dtype), decided=step >= round(DECIDED * options.steps))
-        found = divergence(reference, logits_of(model, ids))
-        if not found.requires_grad:  # all is dense, and nothing is left to learn
+        found = kl_divergence(reference, logits_of(model, ids))
+        if not found.requires_grad:  # everything is dense, and nothing remains to be trained
             found.requires_grad_()
         if not torch.isfinite(found):
-            raise FloatingPointError(f"learn_sizes: the loss is not finite at step {step + 1}; make `rate` smaller")
+            raise FloatingPointError(f"learn_sizes: the loss is not finite at step {step + 1}; lower `rate`")
         return found
 
     def held_out() -> float:
@@ -127,7 +126,7 @@ def names_of_dense(sizes: dict[str, int | None]) -> list[str]:
 
 @torch.no_grad()
 def reference_of(model: PreTrainedModel, modules: list[Masked], ids: Tensor) -> Tensor:
-    """The dense model's logits of windows (count, length)."""
+    """The dense model's logits for windows (count, length)."""
     for module in modules:
         module.mask = None
     return logits_of(model, ids)
@@ -135,23 +134,23 @@ def reference_of(model: PreTrainedModel, modules: list[Masked], ids: Tensor) -> 
 
 @torch.no_grad()
 def hard_loss(model: PreTrainedModel, sizes: Sizes, modules: list[Masked], chosen: dict[str, int | None], ids: Tensor) -> float:
-    """Nats per token that the model loses on windows (count, length) with its factors cut to sizes."""
+    """KL divergence, in nats per token, on windows (count, length) with the factors truncated to the sizes."""
     reference = reference_of(model, modules, ids)
     for g, module in zip(sizes.groups, modules, strict=True):
         size = chosen[g.name]
         module.mask, module.lacking = None if size is None else module.left.new_ones(size), None
-    return float(divergence(reference, logits_of(model, ids)))
+    return float(kl_divergence(reference, logits_of(model, ids)))
 
 
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits of windows (count, length). Raises InputError for a model that has none."""
+    """Logits for windows (count, length). Raises InputError for a model without logits."""
     logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
     if logits is None:
-        raise InputError(f"{type(model).__name__} has no logits to learn sizes by; choose another allocation")
+        raise InputError(f"{type(model).__name__} has no logits, which `learned` needs; choose another allocation")
     return logits
 
 
-def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """(): the mean over tokens of KL(reference || logits), nats; both (..., classes)."""
     p, q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean()

@@ -1,10 +1,11 @@
-"""Sizes as real numbers: masks over the singular directions of every matrix, its dense self behind a gate, and bytes that are
-those of the budget whatever the parameters are.
+"""Continuous sizes: masks over the singular directions of every matrix and a gate to its dense form, always with exactly the
+budget's bytes.
 
-A group has a cut c between 1 and its largest size, and a gate: the chance p that it stays dense. Direction i is there with the
-chance q_i = sigmoid((c + 1/2 - i) / tau), which is the cut at size c as tau goes to 0. A change of what is missing by a factor a
-changes a quadratic loss by a^2, so directions are multiplied by 1 - sqrt(1 - q_i), and what a matrix lacks of its dense self by
-sqrt(1 - p): then the loss is the mean over draws of cuts and gates, as bytes are, and fractions are worth no more than choices.
+A group has a cut c between 1 and its largest size, and a gate: the probability p that it stays dense. Direction i is kept with
+probability q_i = sigmoid((c + 1/2 - i) / tau), which becomes truncation at size c as tau goes to 0. A quadratic loss scales with
+a^2 if the missing part scales with a, so directions are multiplied by 1 - sqrt(1 - q_i), and the difference of a matrix to its
+dense form by sqrt(1 - p): then the loss, like the bytes, is the mean over sampled cuts and gates, and fractional choices have no
+advantage over discrete ones.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from winnow.allocation.base import stored_bytes
 from winnow.allocation.groups import TOLERANCE, Group
 from winnow.allocation.kinds.uniform import by_share
 
-ENDS = 0.02  # parameters start no nearer to their limits than this, as gradients vanish there
-SURE = 3.0  # log-odds of a gate at the start
-SPREAD = 40.0  # log-odds by which all may have to be shifted
-LEAST = 0.25  # of a cut's width: then a size and the next one are told apart
+ENDS = 0.02  # smallest distance of initial parameters to their limits, where gradients vanish
+SURE = 3.0  # initial log-odds of a gate
+SPREAD = 40.0  # largest common shift of the log-odds
+LEAST = 0.25  # smallest width of a cut, at which neighbouring sizes are distinguished
 
 
 class Masked(nn.Module):
-    """A dense matrix with its factors beside it, frozen: y = W x + lacking (left (mask * right x) + b - W x), with left (out, K),
-    right (K, in) and mask (K,). Dense without a mask; where `lacking` is None, only what the factors give is computed."""
+    """A frozen dense matrix and its factors: y = W x + lacking (left (mask * right x) + b - W x), with left (out, K), right (K,
+    in) and mask (K,). Dense without a mask; if `lacking` is None, only the factors are computed."""
 
     def __init__(self, dense: nn.Module, left: Tensor, right: Tensor):
         super().__init__()
@@ -35,8 +36,8 @@ class Masked(nn.Module):
         self.lacking: Tensor | None = None
 
     def put(self, mask: Tensor, lacking: Tensor, decided: bool) -> None:
-        """Set both, without what makes no difference and would be computed: directions that are masked to 0, and, once gates are
-        decided, the side that is not chosen."""
+        """Set both, and skip computations without effect: directions masked to 0, and, once gates are decided, the side that is
+        not chosen."""
         self.mask, self.lacking = mask[: int(mask.count_nonzero())], lacking
         if decided:
             if lacking < 0.5:
@@ -55,9 +56,9 @@ class Masked(nn.Module):
 
 
 class Sizes:
-    """Cuts and gates of groups by two vectors of log-odds, `cut` and `gate` (groups,), of which one common shift is taken so that
-    bytes are exactly `allowed`. Groups that store less than dense at no size stay dense. Starts at `sizes`; a dense group's cut
-    starts at the share of bytes that all keep."""
+    """Cuts and gates of groups from two vectors of log-odds, `cut` and `gate` (groups,), with a common shift such that the bytes
+    are exactly `allowed`. Groups without a size smaller than dense stay dense. Initialised with `sizes`; the cut of a dense group
+    is initialised with the overall share of bytes."""
 
     def __init__(self, groups: list[Group], sizes: dict[str, int | None], allowed: float, device: str = "cpu"):
         self.every, self.start, self.allowed = groups, sizes, allowed
@@ -77,7 +78,7 @@ class Sizes:
         self.gate = nn.Parameter(torch.tensor(odds, dtype=torch.float64, device=device))
 
     def at(self, cut: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(cuts (groups,), chances of staying dense (groups,), bytes of all ()) of log-odds; bytes between two sizes are
+        """(cuts (groups,), probabilities of staying dense (groups,), total bytes ()) from log-odds; bytes between two sizes are
         interpolated."""
         sizes = 1 + (self.largest - 1) * cut.sigmoid()
         dense = gate.sigmoid()
@@ -87,12 +88,12 @@ class Sizes:
         return sizes, dense, self.fixed + (dense * self.dense + (1 - dense) * stored).sum()
 
     def spread(self) -> tuple[Tensor, Tensor]:
-        """(cuts, chances of staying dense), differentiable, of the parameters shifted to the bytes that are allowed."""
+        """(cuts, probabilities of staying dense), differentiable, from the parameters shifted to the allowed bytes."""
         return self.shifted(self.cut, self.gate, torch.ones_like(self.gate))
 
     def shifted(self, cut: Tensor, gate: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of any log-odds, with the gates shifted where `moved` is 1: by bisection, as bytes fall with the shift. Its
-        derivative is that of an implicit function: minus the bytes' by the log-odds, over theirs by the shift."""
+        """The same for any log-odds, with gates shifted where `moved` is 1; by bisection, as bytes decrease with the shift. The
+        gradient of the shift is that of an implicit function: -(d bytes / d log-odds) / (d bytes / d shift)."""
         with torch.no_grad():
             low, high = -SPREAD, SPREAD
             for _ in range(60):
@@ -109,8 +110,8 @@ class Sizes:
         return sizes, dense
 
     def masks(self, share: float) -> tuple[list[Tensor], Tensor]:
-        """(mask (K,) of every group, what each lacks of its dense self (groups,)), differentiable, in float32. A cut's width tau
-        is a `share` of the largest size, and no less than LEAST."""
+        """(mask (K,) of every group, factor of each difference to dense (groups,)), differentiable, in float32. The width tau of
+        a cut is a `share` of the largest size, at least LEAST."""
         sizes, dense = self.spread()
         tau = (share * self.largest).clamp(min=LEAST)
         numbers = torch.arange(1, self.table.shape[1], dtype=torch.float64, device=sizes.device)
@@ -121,8 +122,8 @@ class Sizes:
 
     @torch.no_grad()
     def decided(self) -> Tensor:
-        """(groups,): log-odds of gates that are open or shut: open where the chance is above a half, or of more or fewer of the
-        likeliest groups as far as the bytes ask for it."""
+        """(groups,): log-odds of gates after the decision: dense if the probability is above a half, or more or fewer of the most
+        probable groups if the bytes require it."""
         _, chances = self.spread()
         order = chances.argsort(descending=True, stable=True)
         count = int((chances > 0.5).sum())
@@ -139,8 +140,8 @@ class Sizes:
 
     @torch.no_grad()
     def rounded(self) -> dict[str, int | None]:
-        """Sizes for every group, or dense as the gates are decided; by the cuts, shifted to the bytes that are left to them.
-        Those of the start where this misses the bytes."""
+        """Sizes for every group, or dense by the decided gates; from the cuts, shifted to the remaining bytes. The initial sizes
+        if these miss the bytes."""
         gates = self.decided()
         cuts, _ = self.shifted(self.cut, gates, torch.zeros_like(gates))
         cut = [(g, size) for g, size, gate in zip(self.groups, cuts.tolist(), gates.tolist(), strict=True) if gate < 0]
@@ -154,7 +155,7 @@ class Sizes:
 
 
 def bytes_at(g: Group, size: float) -> float:
-    """Bytes of a group at a size that may lie between two."""
+    """Bytes of a group at a fractional size."""
     below = min(int(size), g.largest - 1)
     return g.bytes(below) + (size - below) * (g.bytes(below + 1) - g.bytes(below))
 

@@ -1,8 +1,8 @@
-"""Predicting anew around the compressed model: the quadratic model of the loss is good near where it was made, and a small budget
-leads far from the dense model.
+"""Repeated predictions around the compressed model: the quadratic model of the loss is accurate near its origin, and a small
+budget leads far from the dense model.
 
-Along the way from the dense model to the compressed one the loss is the integral of (1 - t) times the curvature at t; with a
-curvature that changes linearly, that is 2/3 of the prediction around the dense model and 1/3 of the one around the compressed.
+On the path from the dense model to the compressed one the loss is the integral of (1 - t) times the curvature at t; with a
+linearly changing curvature, this is 2/3 of the prediction around the dense model plus 1/3 of that around the compressed one.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-AROUND_DENSE = 2  # how often the prediction around the dense model counts, beside one for every round
+AROUND_DENSE = 2  # weight of the prediction around the dense model, relative to that of a round
 
 
 class Held:
-    """Statistics in memory, read like a bundle of files."""
+    """Statistics in memory, with the interface of a bundle of files."""
 
     def __init__(self, layers: Iterator[tuple[int, dict[str, dict[str, Tensor]]]]):
         self.files = {
@@ -52,7 +52,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a model is run on: calibration windows (count, length), windows at a time, and the options of their statistics."""
+    """The data that a model is run on: calibration windows (count, length), batch size, and options of their statistics."""
 
     windows: Tensor
     batch: int
@@ -67,8 +67,8 @@ class Setting:
 def compressed_model(
     files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None], setting: Setting
 ) -> PreTrainedModel:
-    """The model with its groups at these sizes, in memory, as a checkpoint would load; FFNs that are replaced as a whole have
-    their dense matrices beside them, for statistics."""
+    """The model with its groups at these sizes, in memory, as loaded from a checkpoint; FFNs that are replaced as a whole also
+    run their dense matrices, for statistics."""
     stored, layouts = compress(files, factors, structure, sizes)
     model = load_model(files.verify(), setting.dtype, setting.device)
     whole = [g for name, own, g in structure.fits(files.matrices) if own.bias_name is None and sizes.get(name) is not None]
@@ -81,7 +81,7 @@ def compressed_model(
 
 
 def calibration_loss(model: PreTrainedModel, setting: Setting) -> float:
-    """Nats per token of the calibration text's own next tokens."""
+    """Next-token loss on the calibration windows, nats per token."""
     windows = setting.windows
     rows = evaluate(model, None, windows, torch.ones(len(windows), dtype=torch.int64), setting.batch)
     return sum(rows["nll"]) / sum(rows["tokens"])
@@ -90,8 +90,8 @@ def calibration_loss(model: PreTrainedModel, setting: Setting) -> float:
 def around(
     model: PreTrainedModel, files: ModelFiles, factors: dict[str, Bundle], structure: Structure, setting: Setting
 ) -> dict[str, Tensor]:
-    """{name of a fit: predicted loss of every size} with the second moments of inputs and gradients of `model`, compressed or
-    not."""
+    """{name of a fit: predicted loss of every size} with the second moments of inputs and gradients in `model`, dense or
+    compressed."""
     s = setting
     moments = Held(collect(model, files.matrices, s.windows, s.batch, s.precision, s.first_token))
     gradients = Held(collect_gradients(model, files.matrices, s.windows, s.batch, s.precision, s.labels, s.seed, s.first_token))
@@ -111,16 +111,16 @@ def predict_in_rounds(
     rounds: int,
     setting: Setting,
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-    """({group: predicted loss of every size}, a record per round): of `rounds` more predictions, the one whose allocation loses
-    least on the calibration windows, the first included. `groups` hold the prediction around the dense model.
+    """({group: predicted loss of every size}, a record per round): of the first and `rounds` further predictions, the one whose
+    allocation has the lowest loss on the calibration windows. `groups` have the prediction around the dense model.
 
-    Raises InputError for a model that predicts no next token.
+    Raises InputError for a model without next-token prediction.
     """
     check_causal(files.manifest)
     current = {
         g.name: torch.tensor(g.predicted, dtype=torch.float64)
         for g in groups
-        if g.predicted is not None and g.name in factors  # not the dense alternatives, which lose nothing
+        if g.predicted is not None and g.name in factors  # without the dense alternatives, which have no loss
     }
     found: list[dict[str, Tensor]] = []
     records: list[dict[str, Any]] = []

@@ -1,1 +1,1 @@
-"""What a calibration text tells of a model: statistics of activations and gradients, clusters of channels."""
+"""Statistics of a model on a calibration text: of activations and gradients, and clusters of channels."""

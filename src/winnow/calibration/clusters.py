@@ -1,7 +1,7 @@
-"""Assignments of channels to clusters, for structures that store clusters apart.
+"""Assignments of channels to clusters, for structures that store clusters separately.
 
-A channel is a column of W (its input) or a row (its output). `neurons` and `d_model` name the axis by what it is: the
-neurons of an FFN (or heads' channels of attention) are rows of gate, up, q, k, v and columns of down and o.
+A channel is a column of W (its input) or a row (its output). `neurons` and `d_model` name an axis of the model: the neurons of an
+FFN (or head channels of attention) are rows of gate, up, q, k, v and columns of down and o.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from winnow.io.artifacts import Bundle
     from winnow.models.files import ModelFiles
 
-WRITERS = ("o_proj", "down_proj")  # matrices whose outputs are on the d_model axis
+WRITERS = ("o_proj", "down_proj")  # roles whose outputs are on the d_model axis
 PROFILE = ("rms", "mean_abs", "max_abs", "active", "mean")
 
 
@@ -30,14 +30,14 @@ class Clustering(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     clusters: int = Field(4, ge=1, description="number of clusters")
     axis: Literal["columns", "rows", "d_model", "neurons"] = Field(
-        "columns", description="columns or rows of every matrix; or the axis of d_model, or of neurons, wherever it is"
+        "columns", description="columns or rows of every matrix; or the d_model axis or the neurons, be it rows or columns"
     )
     by: Literal["norm", "cosine", "activation", "co_activation", "random"] = Field(
         "norm",
-        description="norm: equal bins of channels ordered by L2 norm; cosine: k-means on channels of unit norm; activation: "
-        "k-means on a channel's activation statistics; co_activation: k-means on its correlations; random: equal bins",
+        description="norm: equal bins of channels ordered by L2 norm; cosine: k-means on normalised channels; activation: "
+        "k-means on activation statistics; co_activation: k-means on correlations; random: equal bins",
     )
-    seed: int = Field(0, ge=0, description="of k-means and of random bins")
+    seed: int = Field(0, ge=0, description="seed of k-means and of random bins")
 
     def on_rows(self, matrix: Matrix) -> bool:
         """Whether the clustered channels are rows of W."""
@@ -51,7 +51,7 @@ class Clustering(BaseModel):
 
 
 def site_of(clustering: Clustering, matrix: Matrix) -> str | None:
-    """The site whose channels are clustered; None for rows that no site records."""
+    """The site whose channels are clustered; None for rows without a recorded site."""
     if not clustering.on_rows(matrix):
         return matrix.site
     return matrix.beside("ffn_hidden") if matrix.role in ("gate_proj", "up_proj") else None  # their rows are the neurons
@@ -60,13 +60,13 @@ def site_of(clustering: Clustering, matrix: Matrix) -> str | None:
 def assign(weight: Tensor, site: dict[str, Tensor], clustering: Clustering, matrix: Matrix) -> tuple[Tensor, Tensor]:
     """(labels (channels,) int64, distance (channels,) to the cluster's centre) of the channels of W (out, in).
 
-    `site` holds the statistics that `clustering.needs()` names, of these channels. Bins have centres on the line that they
-    are cut from. Raises ValueError if there are fewer distinct channels than clusters.
+    `site` has the statistics `clustering.needs()` of these channels. The centre of a bin is the mean score of its channels.
+    Raises ValueError if there are fewer distinct channels than clusters.
     """
     import torch
 
     if not all(torch.isfinite(value).all() for value in (weight, *site.values())):
-        raise ValueError("the weights or statistics to be clustered are not finite")
+        raise ValueError("the weights or statistics to cluster are not finite")
     channels = weight if clustering.on_rows(matrix) else weight.T
     if len(channels) < clustering.clusters:
         raise ValueError(f"{len(channels)} channels cannot form {clustering.clusters} clusters")
@@ -74,7 +74,7 @@ def assign(weight: Tensor, site: dict[str, Tensor], clustering: Clustering, matr
 
 
 def _bins(score: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Equal bins of the channels in the order of their score, the largest first; ties by position."""
+    """Equal bins of the channels by descending score; ties by position."""
     import torch
 
     order = score.argsort(descending=True, stable=True)
@@ -130,7 +130,7 @@ _WAYS: dict[str, Callable[[Tensor, dict[str, Tensor], Clustering], tuple[Tensor,
 
 
 def _k_means(points: Tensor, clustering: Clustering) -> tuple[Tensor, Tensor]:
-    """k-means++ with 5 starts (as the cluster paper's script); clusters are numbered from the largest to the smallest."""
+    """k-means++ with 5 starts (as in the cluster paper's script); clusters are numbered from the largest to the smallest."""
     import warnings
 
     import numpy as np
@@ -139,19 +139,19 @@ def _k_means(points: Tensor, clustering: Clustering) -> tuple[Tensor, Tensor]:
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # too few distinct points: refused below
+        warnings.simplefilter("ignore", ConvergenceWarning)  # too few distinct points: an error below
         found = KMeans(clustering.clusters, n_init=5, max_iter=100, random_state=clustering.seed).fit(points.cpu().numpy())
     counts = np.bincount(found.labels_, minlength=clustering.clusters)
     if (counts == 0).any():
-        raise ValueError(f"only {(counts > 0).sum()} distinct clusters by {clustering.by}, {clustering.clusters} are asked for")
+        raise ValueError(f"only {(counts > 0).sum()} distinct clusters by {clustering.by}, {clustering.clusters} are requested")
     rank = np.empty(clustering.clusters, dtype=np.int64)
     rank[np.argsort(-counts, kind="stable")] = np.arange(clustering.clusters)
     distance = np.linalg.norm(points.cpu().numpy() - found.cluster_centers_[found.labels_], axis=1)
     return torch.from_numpy(rank[found.labels_]), torch.from_numpy(distance)
 
 
-def rows_of(labels: Tensor, distance: Tensor, clustering: Clustering, matrix: Matrix) -> dict[str, Any]:
-    """Columns of clusters.parquet for one matrix: a row per channel."""
+def cluster_rows(labels: Tensor, distance: Tensor, clustering: Clustering, matrix: Matrix) -> dict[str, Any]:
+    """Columns of clusters.parquet for one matrix, one row per channel."""
     count = len(labels)
     return {
         "layer": [matrix.layer] * count,
@@ -164,8 +164,8 @@ def rows_of(labels: Tensor, distance: Tensor, clustering: Clustering, matrix: Ma
 
 
 def assign_all(files: ModelFiles, moments: Bundle | None, clustering: Clustering) -> Iterator[dict[str, Any]]:
-    """Columns of clusters.parquet, matrix by matrix. Matrices whose channels are not recorded are left out where the
-    clustering needs statistics: only the FFN's rows and all columns are. Raises InputError naming the matrix."""
+    """Columns of clusters.parquet, matrix by matrix. If the clustering needs statistics, matrices without statistics of the
+    clustered channels are skipped: columns have them, rows only in the FFN. Raises InputError naming the matrix."""
     layers: dict[int, dict[str, Tensor]] = {}
     for matrix in files.matrices:
         site: dict[str, Tensor] = {}
@@ -181,4 +181,4 @@ def assign_all(files: ModelFiles, moments: Bundle | None, clustering: Clustering
             labels, distance = assign(files.weight(matrix), site, clustering, matrix)
         except ValueError as error:
             raise InputError(f"{matrix.module}: {error}") from error
-        yield rows_of(labels, distance, clustering, matrix)
+        yield cluster_rows(labels, distance, clustering, matrix)

@@ -1,8 +1,8 @@
-"""Whether calibration tokens are enough for second moments, in the sentences of logs, plans and the report.
+"""Whether there are enough calibration tokens for second moments; the sentences of logs, plans and the report.
 
-A least-squares fit to n channels of T independent tokens keeps about 1 - n / T of its true error on these tokens, and has
-1 + n / T of it on others: their ratio is (1 - n / T)^-2, which is 1.14 at 16 tokens per channel, 1.8 at 4, and has no bound at 1.
-Below 1 the second moment has not even full rank, and a fit to all channels can meet it exactly.
+The error of a least-squares fit to n channels of T independent tokens is about 1 - n / T of the irreducible error on these tokens
+and 1 + n / T of it on others. Their ratio is about (1 - n / T)^-2: 1.14 at 16 tokens per channel, 1.8 at 4, unbounded at 1. Below
+1 the second moment does not have full rank, and a fit to all channels can be exact on these tokens.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from winnow.planning.forecast import Shape
+    from winnow.models.shape import Shape
     from winnow.planning.plan import Plan
 
 ENOUGH = 16  # tokens per channel
 
 
 def too_few(width: int, tokens: int) -> bool:
-    """Whether tokens are so few for so many channels that what is fitted to their second moment loses more on other text."""
+    """Whether there are so few tokens per channel that a fit to their second moment is clearly worse on other text."""
     return tokens < ENOUGH * width
 
 
 def few_tokens(sites: Iterable[tuple[str, int, int]], windows: int) -> list[str]:
-    """A sentence for all inputs of one width that got equally few tokens. `sites`: (site, width, counted tokens) of all layers;
-    `windows`: how many the tokens are of. Experts get tokens of their own; the sentence has the fewest that one of them got."""
+    """One sentence for all inputs of one width with equally few tokens. `sites`: (site, width, counted tokens) of all layers;
+    `windows`: the number of calibration windows. Of experts, which receive different tokens, the smallest count is named."""
     found: dict[tuple[int, int], dict[str, None]] = {}
     experts: dict[tuple[str, int], list[int]] = {}
     for site, width, tokens in sites:
@@ -44,14 +44,14 @@ def _sentence(name: str, width: int, tokens: int, windows: int) -> str:
     rank = "cannot have full rank" if tokens < width else "is a rough estimate"
     needed = f"{math.ceil(windows * ENOUGH * width / tokens):,} windows" if tokens else "more windows"
     return (
-        f"{name}: {tokens:,} calibration tokens for {width:,} channels, whose second moment {rank}, so that fits lose more on "
-        f"other text than on this; {needed} would do in the place of {windows:,} ({ENOUGH} tokens per channel)"
+        f"{name}: {tokens:,} calibration tokens for {width:,} channels, whose second moment {rank}: fits lose more on other "
+        f"text than on this; use {needed} instead of {windows:,} ({ENOUGH} tokens per channel)"
     )
 
 
 def planned(plan: Plan, shapes: dict[str, Shape]) -> list[str]:
-    """The sentences of all calibrations that second moments are taken of, for the models (by preset name) that have a shape. A
-    token is counted where it may be padding; experts are left out, as their tokens are not known yet."""
+    """The sentences of all calibrations with second moments, for the models (by preset name) with a shape. Padding is counted as
+    tokens; experts are skipped, as their tokens are not known yet."""
     found: dict[str, None] = {}
     for cell in (cell for cell in plan.cells if cell.model in shapes and plan.cells.reads_moments(cell)):
         preset = plan.config.calibrations[str(cell.calibration)]

@@ -1,7 +1,7 @@
-"""Second moments of the loss's gradient in the output of every matrix, from one forward and backward pass.
+"""Second moments of the gradient of the loss at the output of every matrix, from one forward and backward pass.
 
-The loss of a window is the sum over its tokens; labels are drawn from the model (then the moments are those of the Fisher
-information) or are the text's next tokens (the empirical Fisher).
+The loss of a window is the sum over its tokens; labels are sampled from the model (Fisher information) or are the next tokens of
+the text (empirical Fisher).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class OutputMoments:
-    """Sums of one matrix (m, n), float64; products are made in `precision`."""
+    """Sums of one matrix (m, n), float64; products are computed in `precision`."""
 
     precision: torch.dtype
     count: Tensor  # (): tokens
@@ -50,19 +50,19 @@ class OutputMoments:
 
 
 def sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One label per position (tokens,) drawn from logits (tokens, vocabulary); the same for every batch size and device."""
+    """One label per position (tokens,), sampled from logits (tokens, vocabulary); the same for every batch size and device."""
     uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
     below = torch.softmax(logits.double(), dim=-1).cumsum(-1)
     return torch.searchsorted(below, uniform * below[:, -1:]).flatten().clamp(max=logits.shape[-1] - 1)
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, labels: str) -> Tensor:
-    """(windows, labelled places, classes): a place per token, or one per window for a classifier. Raises InputError for a model
-    that gives none, or none that the text has labels for."""
+    """Logits (windows, labelled positions, classes): one position per token, or per window for a classifier. Raises InputError
+    for a model without logits, or with logits that the text has no labels for."""
     found = getattr(model(input_ids=ids, use_cache=False), "logits", None)
     name = type(model).__name__
     if found is None or found.shape[-1] < 2:
-        raise InputError(f"{name} predicts no classes, so it has no loss to take gradients of; use a metric without gradients")
+        raise InputError(f"{name} has no logits, and so no loss for gradients; use a metric without gradients")
     if labels == "text" and not is_causal(model.config):
         raise InputError(f"gradient_labels: {name} does not predict the text's next tokens; use `model`")
     return found if found.dim() == 3 else found[:, None]
@@ -79,14 +79,14 @@ def collect_gradients(
     first_token: bool = True,
     resume: Resume | None = None,
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """Yield (layer, {role: statistics}) after one pass of `windows` (count, length) there and back.
+    """Yield (layer, {role: statistics}) after a forward and a backward pass of `windows` (count, length).
 
-    `labels`: `model` (drawn with `seed`) or `text`. Experts of a mixture are left out: what a window's loss says of one rests on
-    few tokens. With `resume`, goes on after the last window whose sums were saved. Raises FloatingPointError with the module's
-    name if a gradient is not finite.
+    `labels`: `model` (sampled with `seed`) or `text`. Experts of a mixture are skipped: their gradients come from few tokens.
+    With `resume`, continues after the last window in the saved sums. Raises FloatingPointError, naming the module, if a gradient
+    is not finite.
     """
     if (windows < 0).any():
-        raise InputError("gradients are taken of whole windows of a text, not of rows of a task; use a metric without gradients")
+        raise InputError("gradients need windows of a text, not rows of a task; use a metric without gradients")
     matrices = [m for m in matrices if m.expert is None]
     model.requires_grad_(False)
     device = next(model.parameters()).device

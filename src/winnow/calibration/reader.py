@@ -1,4 +1,4 @@
-"""Statistics of matrices by layer, read from what holds them: a bundle of files, or memory."""
+"""Reads statistics of matrices by layer, from a bundle of files or from memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from winnow.models.architectures import Matrix, moments_file
 
 
 class Layers(Protocol):
-    """What has the tensors of a layer by the name of their file: a bundle, or statistics in memory."""
+    """A source of a layer's tensors by file name: a bundle, or statistics in memory."""
 
     def tensors(self, name: str) -> dict[str, Tensor]: ...
 
 
 class Statistics:
-    """Statistics of a bundle; a layer is read once for consecutive groups that need it."""
+    """Statistics of a bundle; a layer is read once for all consecutive groups that need it."""
 
     def __init__(self, bundle: Layers | None, device: str):
         self.bundle, self.device = bundle, device
@@ -25,12 +25,12 @@ class Statistics:
         self.layers: dict[int, dict[str, Tensor]] = {}
 
     def keep(self, group: list[Matrix]) -> None:
-        """Forget layers that the group does not have."""
+        """Free the layers that are not in the group."""
         layers = {m.layer for m in group}
         self.layers = {layer: tensors for layer, tensors in self.layers.items() if layer in layers}
 
     def of(self, matrix: Matrix, prefix: str, needs: list[str]) -> dict[str, Tensor]:
-        """{need: float64 tensor}, from the tensors `prefix.need` of the matrix's layer."""
+        """{need: float64 tensor} from the tensors `prefix.need` of the matrix's layer."""
         if not needs:
             return {}
         assert self.bundle is not None

@@ -1,6 +1,6 @@
 """Statistics of the inputs of every matrix, from one forward pass over the calibration windows.
 
-State is kept as empty -> accumulate -> merge; merging parts is exact up to rounding, so windows may be split over jobs.
+The sums support empty -> accumulate -> merge; merging is exact up to rounding, so windows may be split over jobs.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
     from winnow.checkpoint.streaming import Streamed
 
 log = logging.getLogger(__name__)
-ROWS = 256  # of a Gram matrix that are finished at a time
+ROWS = 256  # rows of a Gram matrix that are finished at a time
 PRODUCT = 1 << 22  # numbers of a product that are added at a time
-ROWS_OF_GPU = 2048  # of a product; as fast as any more (H200), and half of a symmetric one is not made
-TOGETHER = 8  # batches whose parts are given out together, since threads wait for each other at the end; no more are in memory
-PIECE = 1 << 20  # numbers that are worked on at a time: copies of more are fetched from the system anew each time, which is slow
-TOKENS = 2048  # of a batch that one thread runs, of a model whose products are small; fixed, so that sums are
+ROWS_OF_GPU = 2048  # rows of a product: as fast as more (H200), and half of a symmetric product is skipped
+TOGETHER = 8  # batches in memory whose parts are distributed together, since threads wait for each other at the end
+PIECE = 1 << 20  # numbers processed at a time: larger copies are allocated by the system anew each time, which is slow
+TOKENS = 2048  # tokens per thread, for models with small products; fixed, so that sums do not depend on the number of threads
 Turn = Callable[[str], AbstractContextManager[Any]]
-CHANNELS = ("mean", "mean_abs", "rms", "max_abs", "active")  # statistics with a number per channel
+CHANNELS = ("mean", "mean_abs", "rms", "max_abs", "active")  # statistics with one number per channel
 
 
 @dataclass
 class Moments:
-    """Sums over tokens (not sequences) of the inputs x (n,) of one site, float64; what a batch adds is made in `precision`."""
+    """Sums over tokens (not sequences) of the inputs x (n,) of one site, float64; products of a batch are in `precision`."""
 
     precision: torch.dtype
     count: Tensor  # (): tokens
-    gram: Tensor  # (n, n): sum x x^T; what is above the diagonal need not be filled in
+    gram: Tensor  # (n, n): sum x x^T; only the lower triangle is always filled in
     sums: Tensor  # (3, n): sum x, sum |x|, and how often x > 0
     largest: Tensor  # (n,): max |x|
     cross: Tensor  # (n, d): sum x z^T with z the FFN's input, for its hidden units; (n, 0) elsewhere
@@ -58,11 +58,11 @@ class Moments:
         return cls(precision, torch.tensor(0), gram, sums, largest[0], cross)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums by name; adding tokens changes these very tensors."""
+        """The sums by name; they are updated in place."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "precision"}
 
     def accumulate(self, x: Tensor, other: Tensor | None = None, turn: Turn = nullcontext) -> None:
-        """Add inputs x (tokens, n), and their products with `other` (tokens, d); each sum by name, when it is its `turn`."""
+        """Add inputs x (tokens, n), and their products with `other` (tokens, d); each sum is added within its `turn`."""
         x = x.detach()
         if not len(x):
             return
@@ -88,11 +88,11 @@ class Moments:
         )
 
     def finish(self) -> dict[str, Tensor]:
-        """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active, and cross where
-        there is one; and count (int64)."""
-        n = self.count.clamp(min=1)  # an expert may have seen none: all are 0 then
+        """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active, and cross if there is one;
+        and count (int64)."""
+        n = self.count.clamp(min=1)  # an expert may have seen no tokens: all sums are 0 then
         gram = torch.empty_like(self.gram, dtype=self.precision)
-        for begin in range(0, len(gram), ROWS):  # with no second copy of the sums
+        for begin in range(0, len(gram), ROWS):  # without a second copy of the sums
             part, end = slice(begin, begin + ROWS), min(begin + ROWS, len(gram))
             lower = (self.gram[part, :end] / n).to(self.precision)
             lower[:, begin:] = lower[:, begin:].tril() + lower[:, begin:].tril(-1).T
@@ -112,12 +112,12 @@ class Moments:
 
 
 def counted_of(x: Tensor, counted: Tensor) -> Tensor:
-    """The tokens (t, n) of x (windows, length, n) that are counted; no copy if all are."""
+    """The counted tokens (t, n) of x (windows, length, n); not a copy if all are counted."""
     return x.flatten(0, 1) if bool(counted.all()) else x[counted]
 
 
 def _channels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of x (tokens, n): sums of x, of |x| and of x > 0 (3, n), and the largest |x| (n,) in float64."""
+    """(sums of x, |x| and x > 0 (3, n), largest |x| (n,)) of x (tokens, n), in float64."""
     total, own = x.sum(0), x.abs()
     total_abs, largest = own.sum(0), own.amax(0)
     active = torch.gt(x, 0, out=own).sum(0)  # as numbers: sums of bools are many times slower
@@ -127,8 +127,8 @@ def _channels(x: Tensor) -> tuple[Tensor, Tensor]:
 def _add_product(
     total: Tensor, x: Tensor, y: Tensor, precision: torch.dtype, turn: Callable[[], AbstractContextManager[Any]]
 ) -> None:
-    """total += x^T y, made in `precision`; a large one by rows, as the product and its float64 copy would be as large as it, and
-    of x^T x the lower half, and not with other threads beside it."""
+    """total += x^T y, computed in `precision`. Large products are added in blocks of rows, since the product and its float64 copy
+    would be as large as `total`; of x^T x only the lower half, and without other threads in parallel."""
     cpu = total.device.type == "cpu"
     if cpu and total.numel() <= PRODUCT:
         product = gram_of(x, None if y is x else y, precision)
@@ -145,14 +145,14 @@ def _add_product(
 
 
 class Seen(Exception):
-    """All sites have been watched: what is left of the model would be run for nothing."""
+    """Raised when all sites have been seen: the rest of the forward pass is not needed."""
 
 
 class Watch:
-    """Sums of the inputs of matrices, added up by hooks while a model runs: {(layer, site): sums} in `sites`.
+    """Forward hooks that sum the inputs of matrices: {(layer, site): sums} in `sites`.
 
-    A thread that runs the model says by `counts` which tokens are counted. The hook of the site that comes last raises `Seen` if
-    `ends`.
+    A thread that runs the model calls `counts` to set which tokens are counted. With `ends`, the hook of the last site raises
+    `Seen`.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Watch:
         ends: bool = False,
     ):
         self.model, self.ends = model, ends
-        self.own = threading.local()  # counted; inputs of the FFN that runs, by layer; how many sites are left
+        self.own = threading.local()  # counted tokens; inputs of the current FFN by layer; number of remaining sites
         self.sites: dict[tuple[int, str], Moments] = {}
         self.hooks = []
         self.lanes = Lanes(lanes)
@@ -178,7 +178,7 @@ class Watch:
                 self.hooks.append(model.get_submodule(matrix.module).register_forward_pre_hook(self._hook(matrix)))
 
     def counts(self, counted: Tensor) -> None:
-        """`counted` (windows, length): which tokens are counted of the windows that this thread runs next."""
+        """`counted` (windows, length): mask of the counted tokens of the windows that this thread runs next."""
         self.own.counted, self.own.inputs, self.own.left = counted, {}, len(self.hooks)
 
     def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -189,7 +189,7 @@ class Watch:
             counted, inputs = self.own.counted, self.own.inputs
             if expert is None:
                 x = counted_of(tokens_of(args[0], counted.shape[1]), counted)
-            else:  # gets some tokens of the batch, and knows which
+            else:  # an expert: receives some tokens of the batch, and stores which
                 x = args[0][counted.flatten()[expert.tokens]]
             if site.endswith("ffn_input"):
                 inputs[layer] = x
@@ -202,26 +202,26 @@ class Watch:
         return hook
 
     def remove(self) -> None:
-        """Stop watching."""
+        """Remove the hooks."""
         for hook in self.hooks:
             hook.remove()
 
     def finished(self, layer: int, expected: int) -> dict[str, dict[str, Tensor]]:
-        """{site: statistics} of a layer, whose sums are given up. Raises RuntimeError if a site, other than an expert's, has not
-        seen the `expected` tokens, and FloatingPointError if an input was not finite."""
+        """{site: statistics} of a layer; its sums are freed. Raises RuntimeError if a site, other than an expert's, has not seen
+        the `expected` tokens, and FloatingPointError if an input was not finite."""
         found = {}
         for where, site in [key for key in self.sites if key[0] == layer]:
             moments = self.sites.pop((where, site))
             if int(moments.count) != expected and not site.startswith("expert"):
                 raise RuntimeError(f"layer {layer}, {site}: saw {int(moments.count)} tokens of {expected}")
-            if not moments.gram.sum().isfinite():  # many times faster than to look at every number
+            if not moments.gram.sum().isfinite():  # many times faster than checking every number
                 raise FloatingPointError(f"layer {layer}, {site}: inputs are not finite")
             found[site] = moments.finish()
         return found
 
 
 class Batches:
-    """Windows (count, length) in batches, as a model takes them; ids below 0 are neither attended to nor counted."""
+    """Batches of windows (count, length) as model inputs; ids below 0 are padding, neither attended to nor counted."""
 
     def __init__(self, windows: Tensor, batch: int, first_token: bool, types: Tensor | None):
         self.windows, self.batch, self.types = windows, batch, types
@@ -234,12 +234,12 @@ class Batches:
         return range(done, len(self.windows), self.batch)
 
     def parts(self, start: int, most: int) -> list[slice]:
-        """The batch that begins with window `start`, by at most so many windows."""
+        """The batch that begins with window `start`, in parts of at most `most` windows."""
         end = min(start + self.batch, len(self.windows))
         return [slice(begin, min(begin + most, end)) for begin in range(start, end, most)]
 
     def inputs(self, chosen: slice, device: str) -> dict[str, Tensor]:
-        """What the model takes of the windows `chosen`."""
+        """The model inputs for the windows `chosen`."""
         given = {"input_ids": self.windows[chosen].clamp(min=0).to(device).long()}
         if not self.real[chosen].all():
             given["attention_mask"] = self.real[chosen].to(device).long()
@@ -259,15 +259,14 @@ def collect(
     resume: Resume | None = None,
     types: Tensor | None = None,
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """Yield (layer, {site: statistics}) after one pass of `windows` (count, length) through the model.
+    """Yield (layer, {site: statistics}) after one forward pass of `windows` (count, length).
 
-    Windows may be padded behind with ids below 0, which are neither attended to nor counted; `types` (count, length) tell the
-    texts of a pair apart. Without `first_token`, the first token of every window is run but not counted. With `resume`, goes on
-    after the last window whose sums were saved. Raises FloatingPointError with the layer's and site's name if an input is not
-    finite.
+    Windows may be padded at the end with ids below 0, which are neither attended to nor counted; `types` (count, length) are
+    token type ids. Without `first_token`, the first token of every window is run but not counted. With `resume`, continues after
+    the last window in the saved sums. Raises FloatingPointError, naming layer and site, if an input is not finite.
     """
     device = str(next(model.parameters()).device)
-    # an expert's tokens are the module's, so there is one thread in it at a time
+    # an expert's token indices are stored in its module, so only one thread may run it at a time
     small = device == "cpu" and all(m.shape[1] ** 2 <= PARTED and m.expert is None for m in matrices)
     part = min(max(1, batch // 2), max(1, TOKENS // windows.shape[1])) if small else batch
     watch = Watch(model, matrices, precision, device, batch // part, ends=True)
@@ -283,7 +282,7 @@ def collect(
     sums = {f"{layer}.{site}.{name}": t for (layer, site), m in watch.sites.items() for name, t in m.tensors().items()}
     try:
         done = resume.restore(sums) if resume else 0
-        with one_thread_of_blas() if small else nullcontext():  # more of them and torch's wait for each other
+        with one_thread_of_blas() if small else nullcontext():  # otherwise BLAS's threads and torch's wait for each other
             for start in every(batches.starts(done), "calibration batches"):
                 watch.lanes.run([partial(run, chosen) for chosen in batches.parts(start, part)])
                 if resume:
@@ -305,8 +304,8 @@ def collect_by_block(
     first_token: bool = True,
     types: Tensor | None = None,
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """As `collect`, with the weights and the sums of one layer at a time in memory. Layers whose hidden states an earlier process
-    has stored are left out; those of a layer are stored once its statistics have been taken."""
+    """Like `collect`, with the weights and sums of only one layer in memory at a time. Layers whose hidden states an earlier
+    process has stored are skipped; hidden states of a layer are stored after its statistics."""
     batches = Batches(windows, batch, first_token, types)
     for layer in streamed.remaining():
         watch = Watch(streamed.model, [m for m in matrices if m.layer == layer], precision, streamed.device)
@@ -323,8 +322,8 @@ def collect_by_block(
 
 
 def channel_rows(layer: int, site: str, values: dict[str, Tensor], readers: Iterable[Tensor]) -> dict[str, Any]:
-    """Columns of channels.parquet for one site: a row per channel; `weight_norm` is the norm of the columns (of all
-    matrices that read the site, each W (out, in) in any dtype) that multiply the channel."""
+    """Columns of channels.parquet for one site, one row per channel; `weight_norm` is the norm of the channel's columns in all
+    matrices that read the site (`readers`, each W (out, in) in any dtype)."""
     width = len(values["mean"])
     squares = torch.zeros(width, dtype=torch.float64)
     for weight in readers:
@@ -341,7 +340,7 @@ def channel_rows(layer: int, site: str, values: dict[str, Tensor], readers: Iter
 
 
 def channel_table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """The table channels.parquet, of the rows of every site."""
-    import pandas as pd  # here, so that its absence is said in one line
+    """The table channels.parquet from the rows of every site."""
+    import pandas as pd  # here, so that a missing pandas is reported in one line
 
     return pd.concat(map(pd.DataFrame, rows), ignore_index=True)

@@ -1,7 +1,6 @@
-"""Parts of a batch side by side, a thread each, where a model is so small that its operations keep one thread busy and no more.
+"""Runs parts of a batch in parallel threads, for models so small that their operations cannot keep more than one thread busy.
 
-Torch and BLAS share every operation out among threads of their own, which wait for each other after each, and for the other
-library's.
+Torch and BLAS each distribute every operation over their own threads, which wait for each other after every operation.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from winnow.numerics.products import one_thread_of_blas
 
 
 class Lanes:
-    """Runs parts and has them add in their order, since the last digits of a sum depend on it: sums are the same with any
-    number of lanes. A thread that runs no part may add whenever it likes."""
+    """Runs parts in parallel and makes them add to sums in a fixed order, so that sums are bit-identical with any number of
+    lanes. A thread that runs no part may add at any time."""
 
     def __init__(self, most: int) -> None:
-        """`most`: so many parts at a time, where torch has as many threads."""
+        """`most`: the largest number of parallel parts, at most torch's number of threads."""
         self.most = most
-        self.own = threading.local()  # the number of the part that a thread runs
+        self.own = threading.local()  # the part that a thread runs
         self.changed = threading.Condition()
-        self.added: set[tuple[int, Hashable]] = set()  # parts, and sums that they have added to
+        self.added: set[tuple[int, Hashable]] = set()  # (part, sum it has added to)
         self.ended: set[int] = set()
         self.failed = False
 
     def run(self, parts: Sequence[Callable[[], None]]) -> None:
-        """Run all; the first error of a part is raised when all have ended."""
+        """Run all parts; the first error is raised when all have ended."""
         threads = torch.get_num_threads()
         lanes = min(self.most, threads, len(parts))
         if lanes == 1:
@@ -46,7 +45,7 @@ class Lanes:
             with one_thread_of_blas(), ThreadPoolExecutor(lanes, initializer=begin) as pool:
                 ends = [pool.submit(self._part, number, part) for number, part in enumerate(parts)]
         finally:
-            torch.set_num_threads(threads)  # torch keeps a number for the process beside that of each thread
+            torch.set_num_threads(threads)  # torch has a number per process and one per thread
         errors = [error for end in ends if (error := end.exception()) is not None]
         if errors:
             raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
@@ -65,7 +64,7 @@ class Lanes:
 
     @contextmanager
     def turn(self, name: Hashable) -> Iterator[None]:
-        """Held while a part adds to the sum of that name, which it does once; begins when all parts before have or are over."""
+        """Context manager in which a part adds, once, to the sum `name`; waits until all earlier parts have added or ended."""
         number = getattr(self.own, "number", None)
         if number is None:
             yield

@@ -1,5 +1,5 @@
-"""README of a checkpoint: its recipe, its bytes, how to load it, and, once they are measured, its numbers beside the dense
-model's. A Hugging Face model card, so that the folder can be uploaded as it is."""
+"""README of a checkpoint: recipe, bytes, how to load it, and, once measured, its results beside those of the dense model. It is
+a Hugging Face model card, so that the folder can be uploaded as it is."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import yaml
 
 from winnow.io.local_paths import named
 
-UNMEASURED = """Numbers are measured on the finished checkpoint, so they cannot stand in what is written before. `snakemake cards`
-writes this card with them beside the evaluations; `python -m winnow {command} <checkpoint> <new directory>`, where evaluations
-stand beside the checkpoint, a folder that has them in its README.md."""
+UNMEASURED = """Results are measured on the finished checkpoint, after this card is written. `snakemake cards` writes a card with
+results beside the evaluations; `python -m winnow {command} <checkpoint> <new directory>` writes a folder with results in its
+README.md, if there are evaluations beside the checkpoint."""
 WITH_WINNOW = """```python
-import winnow  # makes transformers know the format
+import winnow  # registers the format with transformers
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("this directory")
 ```
 
-Needs winnow {winnow} or a newer version that reads checkpoint format {format}; plain transformers refuses the directory."""
+Needs winnow {winnow} or a newer version that reads checkpoint format {format}; transformers alone refuses the directory."""
 WITHOUT_WINNOW = """```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("this directory")
 ```
 
-Needs no winnow: every compressed matrix is multiplied out to its dense shape, so whatever reads the dense model reads this. It
-is as large and as slow as the dense model again: {exported:,} bytes of weights (dense {dense:,}, compressed {compressed:,}). The
-matrices are stored in {dtype}, rounded to it with a relative error of {error:.1e}."""
+Does not need winnow: every compressed matrix is expanded to its dense shape, so any tool that reads the dense model reads this
+one. It is as large and as slow as the dense model: {exported:,} bytes of weights (dense {dense:,}, compressed {compressed:,}).
+The matrices are stored in {dtype}, with a relative rounding error of {error:.1e}."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One evaluation of a checkpoint: the artefacts of `evaluate_perplexity` for it and for the dense model."""
+    """One evaluation of a checkpoint: the results of `evaluate_perplexity` for it and for the dense model."""
 
     evaluation: str
     compressed: dict[str, Any]
@@ -44,7 +44,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Exported:
-    """A dense export: the bytes of its weights, the dtype of its matrices, and the rounding to it, relative."""
+    """A dense export: bytes of its weights, dtype of its matrices, and their relative rounding error."""
 
     bytes: int
     dtype: str
@@ -52,7 +52,7 @@ class Exported:
 
 
 def card(recipe: dict[str, Any], measured: list[Measured] | None = None, exported: Exported | None = None) -> str:
-    """The text. `recipe` is the content of recipe.yaml; `exported` says that the card is for a dense export."""
+    """The text of the card. `recipe`: content of recipe.yaml; `exported`: given if the card is for a dense export."""
     dense, recipe = exported is not None, named(recipe)
     how = WITHOUT_WINNOW if dense else WITH_WINNOW
     sizes = {"dense": recipe["model_dense_bytes"], "compressed": recipe["model_stored_bytes"]}
@@ -72,7 +72,7 @@ def card(recipe: dict[str, Any], measured: list[Measured] | None = None, exporte
 
 
 def _front_matter(recipe: dict[str, Any]) -> str:
-    """What a hub reads: the base model only where it is one of a hub (then it is pinned to a revision)."""
+    """The metadata for a hub; the base model only if it is from a hub (then it has a pinned revision)."""
     facts: dict[str, Any] = {"library_name": "transformers", "tags": ["winnow", "compressed"]}
     if recipe["model"].get("revision"):
         facts["base_model"] = recipe["model"]["source"]
@@ -80,7 +80,7 @@ def _front_matter(recipe: dict[str, Any]) -> str:
 
 
 def _options(preset: dict[str, Any] | None) -> str:
-    """`kind` and its options in one line."""
+    """`kind` and options in one line."""
     if preset is None:
         return "none: the error of the FFN's output is minimised"
     given = ", ".join(f"{key} {_short(value)}" for key, value in preset.items() if key != "kind" and value is not None)
@@ -115,7 +115,7 @@ def _recovery(recipe: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _sizes(recipe: dict[str, Any]) -> str:
-    """The sizes by role, as a range over layers; which layer has which stands in recipe.yaml."""
+    """The sizes by role, as ranges over layers; recipe.yaml has the size of every layer."""
     by_role: dict[str, list[int]] = {}
     for group, size in recipe["sizes"].items():
         by_role.setdefault(re.sub(r"^[\d-]+\.", "", group), []).append(size)
@@ -138,21 +138,21 @@ def _recipe(recipe: dict[str, Any], dense: bool) -> list[str]:
         ("budget", ", ".join([*asked, *allocation]) or "none"),
         *_calibration(recipe),
         *_recovery(recipe),
-        ("sizes (ranks, neurons, places among `bits`)", _sizes(recipe) or "none"),
+        ("sizes (ranks, neurons, positions in `bits`)", _sizes(recipe) or "none"),
         ("bytes of the compressed matrices", f"{recipe['stored_bytes']:,} of {recipe['dense_bytes']:,} ({share:.2%})"),
         ("bytes of all weights", whole),
         ("written by", f"winnow {recipe['winnow']}, checkpoint format {recipe.get('format_version', 1)}"),
     ]
     table = "\n".join(["| what | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
-    own = "Bytes are those of the compressed checkpoint that this export was made from.\n" if dense else ""
+    own = "Bytes are those of the compressed checkpoint of this export.\n" if dense else ""
     left = [f"- `{name}`: {tokens:,} tokens" for name, tokens in recipe.get("left_dense", {}).items()]
     kept = recipe.get("kept_dense", {})
-    few = "Parts of experts that stay dense, since fewer calibration tokens than they have inputs reached them:"
+    few = "Parts of experts that stay dense, since they received fewer calibration tokens than they have inputs:"
     return [
         table,
-        *([f"By the allocation {len(kept)} matrices or groups of them stay dense: {', '.join(kept)}."] if kept else []),
+        *([f"The allocation keeps {len(kept)} matrices or groups dense: {', '.join(kept)}."] if kept else []),
         *(["\n".join([few, "", *left])] if left else []),
-        own + "`recipe.yaml` holds every parameter, `manifest.json` the digests of all files and of what they were made from.",
+        own + "`recipe.yaml` has every parameter, `manifest.json` the digests of all files and of their inputs.",
     ]
 
 
@@ -173,10 +173,10 @@ def _numbers(measured: list[Measured], dense: bool) -> list[str]:
             f"{'with' if text['bos'] else 'without'} a leading BOS; text of {text['text_tokens']:,} tokens, "
             f"SHA-256 {text['text_digest'][:16]}"
         )
-    note = "± is one standard error, windows as the independent unit; above dense is paired by window."
+    note = "± is one standard error over windows; the difference to dense is paired by window."
     if dense:
         note += (
-            " Measured on the compressed checkpoint; the logits of this export are its logits, to the rounding said above, where "
-            "both compute in the same dtype."
+            " Measured on the compressed checkpoint; the logits of this export are the same up to the rounding given above if "
+            "both are run in the same dtype."
         )
     return ["\n".join(rows), note, "\n".join(protocols)]

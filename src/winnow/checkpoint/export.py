@@ -1,5 +1,5 @@
-"""A compressed checkpoint written as the dense model that it computes: plain transformers, and whatever reads its files, loads
-it without winnow."""
+"""Exports a compressed checkpoint as a dense model with the same outputs, which transformers and other tools load without
+winnow."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from winnow.models.naming import stored_tensors
 from winnow.models.weights import SHARD_BYTES, copy_files, write_weights
 
 ORIGINAL = "original"  # the dtype that the dense model stores a tensor in
-COLUMNS = 1024  # of a matrix that are multiplied out at a time
-CHUNK = 1 << 22  # numbers whose rounding is looked at together
-ROUNDING = 1e-9  # of float64 products, relative; more is no rounding
+COLUMNS = 1024  # columns of a matrix computed at a time
+CHUNK = 1 << 22  # numbers whose rounding is measured at a time
+ROUNDING = 1e-9  # largest relative rounding error of float64 products
 
 
 class Checkpoint:
     """A compressed checkpoint on disk: its dense model without weights, the same with compressed modules, and its tensors."""
 
     def __init__(self, directory: Path):
-        """Raises InputError if the directory is not a whole checkpoint of this format."""
+        """Raises InputError if the directory is not a complete checkpoint of a supported format."""
         if not (directory / "config.json").is_file():
-            raise InputError(f"{directory}: no config.json; a checkpoint of winnow is needed")
+            raise InputError(f"{directory}: no config.json; a winnow checkpoint is needed")
         self.directory = directory
-        if (directory / MANIFEST).is_file():  # one that was saved again by `save_pretrained` has none
+        if (directory / MANIFEST).is_file():  # a checkpoint saved by `save_pretrained` has none
             Bundle(directory / MANIFEST).verify()
         self.config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         stored = self.config.pop("quantization_config", None) or {}
         if stored.get("quant_method") != METHOD:
-            raise InputError(f"{directory / 'config.json'}: no quantization_config of winnow; this is no compressed checkpoint")
+            raise InputError(f"{directory / 'config.json'}: no quantization_config of winnow; it is not a compressed checkpoint")
         self.layouts = WinnowConfig(**stored).layers
         self.dense = _skeleton(directory, self.layouts)
         self.compressed = deepcopy(self.dense)
@@ -59,14 +59,13 @@ class Checkpoint:
         self.places = stored_tensors(self.compressed, weight_files(directory))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by its canonical name, as stored; of tied ones, the one that is stored."""
+        """A tensor by its canonical name, as stored; tied tensors are resolved."""
         place = self.places[name if name in self.places else self.compressed.all_tied_weights_keys[name]]
         with safe_open(place.file, framework="pt") as stream:
             return stream.get_tensor(place.key)
 
     def module(self, name: str) -> tuple[nn.Module, torch.dtype]:
-        """(a compressed module by itself with its tensors in float64, the dtype that they are stored in), which is that of the
-        dense matrix."""
+        """(a compressed module with its tensors in float64, their stored dtype, which is that of the dense matrix)."""
         module = deepcopy(self.compressed.get_submodule(name))
         stored = {key: self.tensor(f"{name}.{key}") for key in module.state_dict()}
         dtype = next(t.dtype for t in stored.values() if t.is_floating_point())
@@ -75,8 +74,8 @@ class Checkpoint:
 
 
 def _skeleton(directory: Path, layouts: dict[str, Any]) -> Any:
-    """The dense model without memory for its weights, of the class that config.json names, or else a causal language model:
-    whichever has the compressed modules."""
+    """The dense model on `meta`, of the class that config.json names or else a causal language model, whichever has the
+    compressed modules."""
     config = read_config(directory)
     del config.quantization_config
     named = getattr(transformers, (config.architectures or [""])[0], None)
@@ -89,12 +88,12 @@ def _skeleton(directory: Path, layouts: dict[str, Any]) -> Any:
         names = {name for name, _ in model.named_modules()}
         if names >= set(layouts):
             return model
-    raise InputError(f"{directory}: the model class has no {sorted(set(layouts) - names)[0]}, which the checkpoint compresses")
+    raise InputError(f"{directory}: the model class has no {sorted(set(layouts) - names)[0]}, a module that is compressed")
 
 
 def widths_of(checkpoint: Checkpoint, matrices: list[Matrix]) -> dict[str, tuple[int, int]]:
-    """{module: (outputs, inputs)} of the compressed modules, found without memory; an FFN's last matrix reads what is left of
-    the neurons. Raises InputError if a module's parts do not fit each other."""
+    """{module: (outputs, inputs)} of the compressed modules, found on `meta`; the inputs of an FFN's last matrix are the kept
+    neurons. Raises InputError if the parts of a module do not match."""
     found: dict[str, tuple[int, int]] = {}
     hidden: dict[str, int] = {}  # by the FFN's activation
     for m in matrices:
@@ -104,7 +103,7 @@ def widths_of(checkpoint: Checkpoint, matrices: list[Matrix]) -> dict[str, tuple
         try:
             outputs = checkpoint.compressed.get_submodule(m.module)(torch.empty(1, inputs, device="meta")).shape[-1]
         except RuntimeError as error:
-            raise InputError(f"{checkpoint.directory}: {m.module}: its parts do not fit: {first_line(error)}") from error
+            raise InputError(f"{checkpoint.directory}: {m.module}: its parts do not match: {first_line(error)}") from error
         if m.role in ("gate_proj", "up_proj"):
             hidden[m.activation] = outputs
         found[m.module] = (outputs, inputs)
@@ -113,7 +112,7 @@ def widths_of(checkpoint: Checkpoint, matrices: list[Matrix]) -> dict[str, tuple
 
 @torch.no_grad()
 def affine_of(module: nn.Module, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """(W (outputs, inputs), b (outputs,)) with module(x) = W x + b, in float64, by what it makes of unit vectors.
+    """(W (outputs, inputs), b (outputs,)) with module(x) = W x + b, in float64, from its outputs for unit vectors.
 
     Raises ValueError if the module is not affine."""
     offset = module(torch.zeros(1, inputs, dtype=torch.float64))[0]
@@ -130,15 +129,15 @@ def affine_of(module: nn.Module, outputs: int, inputs: int) -> tuple[Tensor, Ten
 
 
 class Rounding:
-    """What casting to the export's dtype costs: the squared error, and the squared size, of all that is rounded."""
+    """Casts to the export's dtype and sums the squared error and the squared norm of all rounded numbers."""
 
     def __init__(self, dtype: str):
         self.asked = None if dtype == ORIGINAL else getattr(torch, dtype)
         self.lost = self.size = 0.0
-        self.dtypes: set[torch.dtype] = set()  # of the matrices that were multiplied out
+        self.dtypes: set[torch.dtype] = set()  # of the expanded matrices
 
     def cast(self, tensor: Tensor, original: torch.dtype) -> Tensor:
-        """The tensor in the dtype asked for. Raises ValueError if a number is not finite in it."""
+        """The tensor in the requested dtype. Raises ValueError if a number is not finite in it."""
         dtype = self.asked or original
         cast = tensor.to(dtype).contiguous()
         if torch.promote_types(tensor.dtype, dtype) != dtype:
@@ -146,20 +145,20 @@ class Rounding:
                 self.lost += float((near.double() - exact.double()).square().sum())
                 self.size += float(exact.double().square().sum())
             if not math.isfinite(self.lost):
-                raise ValueError(f"not finite as {dtype}; give another --dtype")
+                raise ValueError(f"not finite as {dtype}; use another --dtype")
         return cast
 
     def error(self) -> float:
-        """The rounding error, as a share of the size of what was rounded."""
+        """The relative rounding error (Frobenius norm)."""
         return math.sqrt(self.lost / self.size) if self.size else 0.0
 
 
 def _expanded(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int], rounding: Rounding) -> dict[str, Tensor]:
-    """{weight, bias: the tensor as the dense model stores it}. Neurons that were left out come back as zeros, which add nothing.
+    """{weight, bias: tensor of the dense model}. Dropped neurons become zeros, which do not change the output.
 
-    Raises InputError, naming the module, if the dense module cannot hold what the compressed one computes."""
+    Raises InputError, naming the module, if no dense module computes the same."""
     kind = checkpoint.layouts[matrix.module]["kind"]
-    problem = f"{checkpoint.directory}: {matrix.module} ({kind}) cannot be written as the dense module: "
+    problem = f"{checkpoint.directory}: {matrix.module} ({kind}) cannot be exported as a dense module: "
     (outputs, inputs), (rows, columns) = shape, matrix.shape
     neurons = {"gate_proj": (True, False), "up_proj": (True, False), "down_proj": (False, True)}.get(matrix.role, (False, False))
     fits = outputs == rows or (neurons[0] and outputs < rows), inputs == columns or (neurons[1] and inputs < columns)
@@ -184,15 +183,15 @@ def _expanded(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int], ro
 
 
 def _dense_tensors(checkpoint: Checkpoint, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the dense model, one module at a time, under the names that `save_pretrained` gives them."""
+    """Every tensor of the dense model, one module at a time, with the names of `save_pretrained`."""
     shapes = {name: {"shape": list(tensor.shape)} for name, tensor in checkpoint.dense.state_dict().items()}
     matrices = matrices_of(checkpoint.dense.config.model_type, shapes)
     widths = widths_of(checkpoint, matrices)
     for name in sorted(set(checkpoint.layouts) - set(widths)):
         kind = checkpoint.layouts[name]["kind"]
         raise InputError(
-            f"{checkpoint.directory}: {name}: {kind} replaces the FFN's activation, so no dense module can stand in its place; "
-            "this checkpoint loads with winnow only"
+            f"{checkpoint.directory}: {name}: {kind} replaces the FFN's activation, so it cannot be exported as a dense module; "
+            "this checkpoint can only be loaded with winnow"
         )
     tied = set(checkpoint.dense.all_tied_weights_keys)
 
@@ -221,11 +220,11 @@ def export_dense(
     measured: list[Measured] | None = None,
     dtype: str = ORIGINAL,
 ) -> Exported:
-    """Write the checkpoint `source` as a dense Hugging Face directory; returns its bytes, its dtype, and what rounding cost.
+    """Write the checkpoint `source` as a dense Hugging Face directory; returns its bytes, dtype, and rounding error.
 
-    Products are taken in float64 and rounded once, to `dtype`, which is then that of all tensors and the one to compute in; by
-    default to that of the dense matrix, and all else is as stored. Raises InputError for a checkpoint that is damaged, or that
-    computes what the dense model cannot."""
+    Products are computed in float64 and rounded once to `dtype`, which becomes the dtype of all tensors and of the config; by
+    default to the dtype of the dense matrix, with all other tensors unchanged. Raises InputError for a checkpoint that is damaged
+    or that has no dense equivalent."""
     checkpoint, rounding = Checkpoint(source), Rounding(dtype)
     directory.mkdir(parents=True)
     total = write_weights(directory, _dense_tensors(checkpoint, rounding), SHARD_BYTES)
@@ -234,7 +233,7 @@ def export_dense(
     config = {key: value for key, value in without_local(checkpoint.config).items() if key != "torch_dtype"} | {"dtype": widest}
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     copy_files([path.name for path in sorted(source.iterdir())], source, directory)
-    if (source / "recipe.yaml").is_file():  # not after `save_pretrained`, which writes what transformers knows
+    if (source / "recipe.yaml").is_file():  # `save_pretrained` does not write it
         recipe = named(yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")))
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         (directory / "README.md").write_text(card(recipe, measured, exported), encoding="utf-8")

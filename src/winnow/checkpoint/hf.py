@@ -1,6 +1,6 @@
-"""The loader that transformers finds after `import winnow`: builds the compressed modules, and loads strictly.
+"""The loader that `import winnow` registers with transformers: builds the compressed modules and loads strictly.
 
-A compressed checkpoint says in `config.json` what its modules are:
+The `config.json` of a compressed checkpoint describes its modules:
 `quantization_config: {quant_method: winnow, format_version: 1 or 2, layers: {module: layout}}`.
 """
 
@@ -36,8 +36,8 @@ class WinnowConfig(QuantizationConfigMixin):
         if format_version not in FORMATS:
             known = ", ".join(map(str, FORMATS))
             raise InputError(
-                f"the checkpoint has winnow format {format_version}, this installation reads formats {known}; "
-                "install the version that wrote it (its README.md names it), or the newest: pip install --upgrade winnow"
+                f"the checkpoint has winnow format {format_version}, but this installation reads formats {known}; "
+                "install the version that wrote it (see its README.md), or the newest: pip install --upgrade winnow"
             )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
@@ -48,17 +48,15 @@ class WinnowConfig(QuantizationConfigMixin):
 
 
 class WinnowQuantizer(HfQuantizer):
-    """Puts the compressed modules into the empty model, and refuses files that lack a tensor of the class that wrote them or hold
-    one that it does not know. A model of another class (the encoder alone, or another head on it) takes from them what it has."""
+    """Puts the compressed modules into the empty model, and refuses files with missing or unexpected tensors of the class that
+    wrote them. A model of another class (the encoder alone, or with another head) loads the tensors that it has."""
 
     requires_calibration = True
     quantization_config: WinnowConfig
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         if checkpoint_files is None:
-            raise InputError(
-                "this transformers does not say which files it loads, so they cannot be checked; upgrade transformers"
-            )
+            raise InputError("transformers does not report which files it loads, so they cannot be checked; upgrade transformers")
         _check_files(model.config, checkpoint_files)
         files = [Path(file) for file in checkpoint_files]
         unfuse(model)
@@ -75,11 +73,11 @@ class WinnowQuantizer(HfQuantizer):
         install(model, self.quantization_config.layers)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Without those that make one parameter of the matrices of all experts, which are modules of their own here."""
+        """Removes conversions that fuse the matrices of all experts, which are separate modules here."""
         return [t for t in weight_conversions if isinstance(t, WeightRenaming)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        model.is_quantized = False  # nothing is: `.half()` and `.to(dtype)` work as on any model
+        model.is_quantized = False  # so that `.half()` and `.to(dtype)` work as on any model
 
     def is_serializable(self) -> bool:
         return True
@@ -94,7 +92,7 @@ class WinnowQuantizer(HfQuantizer):
 
 
 def _base(model: Any) -> str:
-    """What the names of the modules below a head begin with; nothing if there is no head."""
+    """The prefix of the base model's modules in a model with a head; empty if there is no head."""
     prefix = model.base_model_prefix
     return f"{prefix}." if hasattr(model, prefix) else ""
 
@@ -102,16 +100,16 @@ def _base(model: Any) -> str:
 def _check_files(config: Any, files: list[str]) -> None:
     """Raise InputError for files that are not safetensors or not of the model's directory, and for code beside them."""
     if getattr(config, "auto_map", None):
-        raise InputError(f"{config.name_or_path}: its config names code (auto_map); a checkpoint has none, and none is run")
+        raise InputError(f"{config.name_or_path}: its config names custom code (auto_map), which is never run; delete the key")
     folder = Path(config.name_or_path)
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise InputError(f"{file}: a winnow checkpoint is stored in safetensors; other files are refused")
         inside = Path(file).is_relative_to(folder) and ".." not in Path(file).relative_to(folder).parts
         if folder.is_dir() and not inside:
-            raise InputError(f"{file}: not a file of {folder}; a checkpoint's index cannot name files elsewhere")
+            raise InputError(f"{file}: not a file of {folder}; the index of a checkpoint must not name files elsewhere")
 
 
-if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reloaded module finds itself registered
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # already registered if the module is reloaded
     register_quantization_config(METHOD)(WinnowConfig)
     register_quantizer(METHOD)(WinnowQuantizer)

@@ -1,4 +1,4 @@
-"""Compressed modules in a model that is loaded already."""
+"""Compressed modules in a model in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def put(model: PreTrainedModel, stored: dict[str, dict[str, Tensor]], layouts: dict[str, dict[str, Any]]) -> None:
-    """Replace modules of a model in memory by those of `layouts`, with the tensors that a checkpoint would hold: what several of
-    them share stands there once, and is one tensor here as well."""
+    """Replace modules of a model in memory by those of `layouts`, with the tensors of a checkpoint. Shared tensors are stored
+    once there, and are one tensor here too."""
     first = next(model.parameters())
     device, dtype = first.device, first.dtype
     install(model, layouts)

@@ -1,8 +1,8 @@
-"""Building the modules that a checkpoint's config describes, on a model without memory, after a check of every number in it.
+"""Builds the modules described in a checkpoint's config on an empty (meta) model, after checking every number in it.
 
-A config can come from anywhere: nothing in it may make the loader run code, replace what is no matrix, or ask for memory that
-the weight files do not account for. Sizes are bounded here by the dense matrix's own, and every stored tensor's shape is then
-compared with the file's before any memory is asked for.
+A config is untrusted: nothing in it may make the loader run code, replace a module that is not a matrix or activation, or
+allocate more memory than the weight files justify. Sizes are bounded by those of the dense matrix, and the shapes of all stored
+tensors are compared with the files before memory is allocated.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, Runtim
 
 
 def check_layouts(layers: Any) -> dict[str, dict[str, Any]]:
-    """`layers` itself, if it maps modules to layouts of known structures; raises InputError otherwise."""
+    """Returns `layers` if it maps modules to layouts of known structures; raises InputError otherwise."""
     if not isinstance(layers, dict) or not all(isinstance(layout, dict) for layout in layers.values()):
-        raise InputError("the checkpoint's config: quantization_config.layers does not map modules to layouts; it is damaged")
+        raise InputError("the checkpoint's config is damaged: quantization_config.layers does not map modules to layouts")
     for layout in layers.values():
         kind = layout.get("kind")
         if not isinstance(kind, str) or kind not in STRUCTURES:
-            raise InputError(f"the checkpoint uses the structure {kind!r}, which this winnow does not have; upgrade winnow")
+            raise InputError(f"the checkpoint uses the structure {kind!r}, which this version of winnow lacks; upgrade winnow")
     return layers
 
 
 def install(model: Any, layers: dict[str, dict[str, Any]]) -> None:
-    """Put an empty module of its layout in the place of every module that `layers` names, and share what they share.
+    """Replace every module in `layers` by an empty module of its layout, and tie shared tensors.
 
-    Raises InputError, naming the module, for a layout that does not fit the module.
+    Raises InputError, naming the module, if a layout does not fit the module.
     """
     shapes = {}
     for name, layout in layers.items():
         dense = _replaced(model, name)
-        shapes[name] = shape_of(dense)
+        shapes[name] = matrix_shape(dense)
         try:
             _check_numbers(layout, sum(shapes[name]) or 1 << 31)
             with torch.device("meta"):
@@ -65,44 +65,44 @@ def _misfit(name: str, layout: dict[str, Any], error: Exception) -> InputError:
 
 
 def _replaced(model: Any, name: str) -> nn.Module:
-    """The module called `name`, which must be a matrix or an activation."""
+    """The module `name`, which must be a matrix or an activation."""
     try:
         dense = model.get_submodule(name)
     except AttributeError as error:
         raise InputError(f"the checkpoint's config names {name}, which {type(model).__name__} does not have") from error
     leaf = not list(dense.children()) and not list(dense.parameters())
     if not name or not (isinstance(dense, nn.Linear | Conv1D) or leaf):
-        raise InputError(f"the checkpoint's config names {name or 'the whole model'}, which is no matrix that can be compressed")
+        raise InputError(f"the checkpoint's config names {name or 'the whole model'}, which is not a compressible matrix")
     return dense
 
 
-def shape_of(dense: nn.Module) -> tuple[int, int]:
-    """(out, in) of a matrix's module; zeros for one without a matrix."""
+def matrix_shape(dense: nn.Module) -> tuple[int, int]:
+    """(out, in) of the module of a matrix; zeros for other modules."""
     if isinstance(dense, nn.Linear):
         return dense.out_features, dense.in_features
     return (dense.nf, dense.nx) if isinstance(dense, Conv1D) else (0, 0)
 
 
 def _check_numbers(value: Any, limit: int) -> None:
-    """Raise ValueError for a number in a layout that is not between 0 and `limit`, and for lists longer than that."""
+    """Raise ValueError for a number in a layout that is not between 0 and `limit`, and for a list longer than `limit`."""
     if isinstance(value, dict | list):
         if len(value) > limit:
             raise ValueError(f"a list of {len(value)} entries")
         for part in value.values() if isinstance(value, dict) else value:
             _check_numbers(part, limit)
     elif isinstance(value, float) or (isinstance(value, int) and not 0 <= value <= limit):
-        raise ValueError(f"a size of {value}, where {limit} is the most that is possible")
+        raise ValueError(f"a size of {value}, but at most {limit} is possible")
 
 
 def _check_shape(module: nn.Module, rows: int, columns: int) -> None:
-    """Raise ValueError unless the module maps `columns` inputs to `rows` outputs; on empty tensors, so nothing is computed."""
+    """Raise ValueError unless the module maps `columns` inputs to `rows` outputs; with meta tensors, without computation."""
     found = tuple(module(torch.empty(1, columns, device="meta")).shape)
     if found != (1, rows):
-        raise ValueError(f"it gives {found[-1]} outputs, not {rows}")
+        raise ValueError(f"it has {found[-1]} outputs, not {rows}")
 
 
 def moved(layers: dict[str, dict[str, Any]], source: str, target: str) -> dict[str, dict[str, Any]]:
-    """The same layouts for a model whose modules are called `target...` where they were `source...`, references included."""
+    """The same layouts with the prefix `source` of module names, also in references, replaced by `target`."""
 
     def rename(value: Any) -> Any:
         if isinstance(value, dict):
@@ -115,5 +115,5 @@ def moved(layers: dict[str, dict[str, Any]], source: str, target: str) -> dict[s
 
 
 def _ends(name: str) -> list[int]:
-    """Where a part of a dotted name ends."""
+    """The positions at which a component of a dotted name ends."""
     return [i for i, letter in enumerate(name) if letter == "."] + [len(name)]

@@ -1,4 +1,4 @@
-"""Loading models for computation: strictly, and without a network."""
+"""Loads models for computation: strictly, and without network access."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-import winnow.checkpoint.hf  # noqa: F401 - registers the loader of compressed checkpoints, and makes it part of the fingerprint
+import winnow.checkpoint.hf  # noqa: F401 - registers the loader of compressed checkpoints and is part of the fingerprint
 from winnow.errors import InputError
 from winnow.models.classes import empty_model
 from winnow.models.experts import unfuse
 from winnow.models.files import weight_files
 
-logging.disable_progress_bar()  # a bar per model says nothing in a log
+logging.disable_progress_bar()  # progress bars are useless in a log
 
 
 def load_model(directory: Path | str, dtype: str, device: str) -> PreTrainedModel:
-    """The model of a directory, dense or compressed, of the class that its config names, with no random weight in it.
+    """The model of a directory, dense or compressed, of the class that its config names, without randomly initialised weights.
 
-    Raises InputError if a tensor is missing or of another shape. (Unexpected ones are refused at retrieval for a dense model,
-    and by the loader of checkpoints for a compressed one.)
+    Raises InputError if a tensor is missing or has another shape. (Unexpected tensors are refused at retrieval for dense models,
+    and by the checkpoint loader for compressed ones.)
     """
     weight_files(directory)
     loaded: Any = type(empty_model(directory)).from_pretrained(

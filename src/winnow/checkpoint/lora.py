@@ -1,9 +1,9 @@
-"""LoRA of peft on compressed models; `import winnow` makes peft know it, as it makes transformers know the format.
+"""LoRA of peft on compressed models; `import winnow` registers it with peft, and the format with transformers.
 
 `target_modules` names the matrices as in the dense model, or is `all-linear`. A compressed matrix is adapted as one linear map,
-y = module(x) + s B A x, whatever it is stored as. Merged, B A becomes a map of low rank beside what is stored (`added` in the
-module and in its layout), so that no form has to be left for it, no factor that other matrices share is touched, and the
-logits are those before. A factor can also be adapted by its own name (`q_proj.left`), and merged where it serves one matrix.
+y = module(x) + s B A x, in whatever form it is stored. Merging stores B A as a low-rank map beside it (`added` in the module and
+in its layout): the stored form and factors shared with other matrices do not change, and neither do the logits. A factor can also
+be adapted by its own name (`q_proj.left`), and merged if it belongs to one matrix.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from winnow.errors import InputError
 from winnow.models.experts import Experts
 from winnow.numerics.modules import CompressedLinear, Constant
 
-OLDEST = "0.21"  # whose classes are extended here
-STARTS = (True, False, "gaussian", "orthogonal")  # of adapters that need no dense weight
+OLDEST = "0.21"  # oldest peft version whose classes are extended here
+STARTS = (True, False, "gaussian", "orthogonal")  # initialisations of adapters that do not need the dense weight
 
 
 def supported() -> bool:
@@ -56,25 +56,25 @@ class CompressedLora(Linear):
             asked.append(f"init_lora_weights={config.init_lora_weights!r}")
         if asked:
             raise InputError(
-                f"{kwargs.get('target_name')}: {asked[0]} needs a dense weight, and this matrix is compressed; leave it out, or "
-                "adapt what `python -m winnow export` writes"
+                f"{kwargs.get('target_name')}: {asked[0]} needs a dense weight, but this matrix is compressed; remove it, or "
+                "adapt the dense model that `python -m winnow export` writes"
             )
         self.name = kwargs.get("target_name", "")
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises ValueError, with `safe_merge`, for an adapter that is not finite, and InputError for more ranks than a layout
-        can have."""
+        """Raises ValueError, with `safe_merge`, if an adapter is not finite, and InputError if the merged rank is larger than a
+        layout allows."""
         module: Any = self.base_layer
         most = module.in_features + module.out_features
         for name in (name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A):
             a, b = (adapters[name].get_parameter("weight").detach() for adapters in (self.lora_A, self.lora_B))
-            stored = module.weight  # empty, of the dtype and on the device of what the module holds
+            stored = module.weight  # empty, with the dtype and device of the module's tensors
             right, left = a.to(stored, copy=True), (b * self.scaling[name]).to(stored)
             if safe_merge and not all(torch.isfinite(factor).all() for factor in (right, left)):
                 raise ValueError(f"the adapter {name} is not finite")
             if (rank := len(right) + (module.added.right.out_features if module.added else 0)) > most:
-                raise InputError(f"{self.name}: with this adapter {rank} ranks are merged, more than {most}; leave it unmerged")
+                raise InputError(f"{self.name}: with this adapter the merged rank is {rank}, more than {most}; do not merge it")
             module.add(right, left)
             module.added.requires_grad_(False)
             self.merged_adapters.append(name)
@@ -85,7 +85,7 @@ class CompressedLora(Linear):
 
 
 class CompressedLoraModel(LoraModel):
-    """LoRA of models that have compressed matrices; of others, what it is in peft."""
+    """LoRA of models with compressed matrices; for other models the same as in peft."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Raises InputError for a compressed model with a peft that is too old."""
@@ -100,11 +100,11 @@ class CompressedLoraModel(LoraModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        """A pattern that matches a compressed matrix and its factors means the matrix; constants are no matrices."""
+        """A pattern that matches a compressed matrix and its factors selects the matrix; constants are not matrices."""
         matches = super()._check_target_module_exists
         found = matches(peft_config, key)
         if found and key in self._constants:
-            warnings.warn(f"{key}: there is no matrix left, the layer is compressed to one behind it; no adapter", stacklevel=2)
+            warnings.warn(f"{key}: no adapter, since compression has merged this matrix into another of the layer", stacklevel=2)
             return False
         return found and not any(name in self._maps and matches(peft_config, name) for name in _above(key))
 
@@ -115,7 +115,7 @@ class CompressedLoraModel(LoraModel):
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        """As in peft; the layouts say what was merged, so that `save_pretrained` writes a checkpoint."""
+        """Like in peft, but records merged adapters in the layouts, so that `save_pretrained` writes a checkpoint."""
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         layers = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "layers", {})
         for name, layout in layers.items():
@@ -130,13 +130,13 @@ def _stored(module: Any) -> nn.Module:
 
 
 def _above(name: str) -> list[str]:
-    """The names of the modules that hold the one of this name."""
+    """The names of all parent modules of a module."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def compressed_matrices(model: nn.Module) -> set[str]:
-    """The names of the compressed matrices of a model; not of what they consist of."""
+    """The names of the compressed matrices of a model, without those of their factors."""
     found: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(_stored(module), CompressedLinear) and not found & set(_above(name)):
@@ -145,7 +145,7 @@ def compressed_matrices(model: nn.Module) -> set[str]:
 
 
 def _check_factors(check: Callable[[], None], tuner: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Before any method of peft merges. Raises InputError for an adapter of a factor that other matrices share."""
+    """Check before any merge of peft. Raises InputError for an adapter of a factor that other matrices share."""
     check(*args, **kwargs)
     users: dict[int, list[str]] = {}
     for name, parameter in tuner.model.named_parameters(remove_duplicate=False):
@@ -158,13 +158,13 @@ def _check_factors(check: Callable[[], None], tuner: Any, args: tuple, kwargs: d
         others = [other for other in users.get(id(getattr(_stored(module), "weight", None)), []) if other != name]
         if others:
             raise InputError(
-                f"{name}: {others[0]} is the same factor, which the adapter is not for, and merging would change both; adapt the "
-                f"matrix ({own[0].rpartition('.')[2]!r} or 'all-linear' in `target_modules`), or leave the adapter unmerged"
+                f"{name}: {others[0]} shares this factor, and merging the adapter would change both; adapt the matrix "
+                f"({own[0].rpartition('.')[2]!r} or 'all-linear' in `target_modules`), or do not merge the adapter"
             )
 
 
 def _unless_apart(convert: Callable[..., Any], _: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """peft renames what is for an expert's matrices to the one parameter that transformers makes of them; here they are apart."""
+    """peft renames targets in experts to the fused parameter of transformers; here experts have separate matrices."""
     if any(isinstance(module, Experts) for module in kwargs["model"].modules()):
         return kwargs.get("adapter_state_dict")
     return convert(*args, **kwargs)

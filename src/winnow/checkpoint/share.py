@@ -1,4 +1,4 @@
-"""A checkpoint as people hand it on: one folder with a card that holds its measured numbers."""
+"""Copies a checkpoint for sharing: one folder with its measured results in the card."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from winnow.io.local_paths import clean, named
 
 
 def measured_beside(checkpoint: Path) -> list[Measured]:
-    """The evaluations that stand beside a checkpoint in a results folder; none where it stands alone.
+    """The evaluations beside a checkpoint in a results folder; empty if there are none.
 
-    An evaluation counts if its provenance holds the digests of this very checkpoint and of the dense model's evaluation."""
+    An evaluation is used if its provenance has the digests of this checkpoint and of the dense model's evaluation."""
     checkpoint = checkpoint.resolve()
     if not (checkpoint / MANIFEST).is_file():
         return []
@@ -35,18 +35,18 @@ def measured_beside(checkpoint: Path) -> list[Measured]:
     return found
 
 
-def recipe_of(checkpoint: Path) -> dict:
-    """The content of recipe.yaml; InputError where there is none."""
+def read_recipe(checkpoint: Path) -> dict:
+    """The content of recipe.yaml. Raises InputError if there is none."""
     path = checkpoint / "recipe.yaml"
     if not path.is_file():
-        raise InputError(f"{path}: there is none; a checkpoint as `compress` writes it is needed")
+        raise InputError(f"{path}: no such file; a checkpoint as written by the rule `compress` is needed")
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def share(checkpoint: Path, directory: Path, measured: list[Measured]) -> None:
-    """Copy a checkpoint with the measured numbers in its card, and without paths of this machine. Raises InputError if the
-    checkpoint is damaged."""
-    recipe, bundle = recipe_of(checkpoint), Bundle(checkpoint / MANIFEST)
+    """Copy a checkpoint with the measured results in its card, and without local paths. Raises InputError if the checkpoint is
+    damaged."""
+    recipe, bundle = read_recipe(checkpoint), Bundle(checkpoint / MANIFEST)
     shutil.copytree(bundle.verify(), directory)
     clean(directory)
     (directory / "README.md").write_text(card(recipe, measured), encoding="utf-8")

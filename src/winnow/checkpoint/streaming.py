@@ -1,8 +1,8 @@
-"""Running a model that is larger than memory: the weights of one block are read, all windows pass it, the next block is read.
+"""Runs a model that is larger than memory block by block: load the weights of a block, pass all windows, load the next block.
 
-The model's own forward runs for every block, so masks, positions and rotary embeddings are its own: the blocks before and after
-the one that is loaded hand on hidden states that are stored in files, and compute nothing. What stands outside of the blocks is
-read when it is first called; the embeddings are given up after the first block.
+For every block the model's own forward runs, so that masks, positions and rotary embeddings are correct; blocks that are not
+loaded compute nothing and pass on hidden states from files. Modules outside of the blocks are loaded on first use; the embeddings
+are freed after the first block.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from winnow.models.naming import stored_tensors
 
 log = logging.getLogger(__name__)
 M_MMAP_THRESHOLD = -3  # of malloc.h
-NAMES = ("hidden", "compared")  # of the models that one artefact is made with
+NAMES = ("hidden", "compared")  # file names for the models of one artefact
 
 
 def give_back_memory() -> None:
-    """Have memory given back when it is freed. Otherwise glibc keeps blocks of up to 32 MB for later ones, hundreds of MB in all,
-    and the peak is more than what is held. Other C libraries are left as they are."""
+    """Make glibc return freed memory to the system. By default it caches blocks of up to 32 MB, hundreds of MB in total, which
+    raises the peak. Other C libraries are left unchanged."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, 1 << 17)
 
 
 class HiddenStates:
-    """Hidden states (windows, length, width) in a file, read and written by rows; nothing of it is mapped into memory."""
+    """Hidden states (windows, length, width) in a file, read and written by rows without memory mapping."""
 
     def __init__(self, path: Path, length: int, width: int, dtype: torch.dtype):
         self.path, self.length, self.width, self.dtype = path, length, width, dtype
         self.token = width * dtype.itemsize
 
     def write(self, first: int, x: Tensor) -> None:
-        """Store x (windows, at most length, width) as that of the windows from `first` on."""
+        """Store x (windows, at most length, width) for the windows from `first` on."""
         path = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             for row, window in enumerate(x.to("cpu", self.dtype).contiguous()):
@@ -67,15 +67,15 @@ class HiddenStates:
             for row, window in enumerate(x):
                 stream.seek(((first + row) * self.length + tokens.start) * self.token)
                 if not fill(window, stream):
-                    raise InputError(f"{self.path}: cut short while it was in use; run snakemake again")
+                    raise InputError(f"{self.path}: truncated while in use; run snakemake again")
         return x
 
 
 class Streamed:
-    """A model of a directory, dense or compressed, that is run block by block; `device` is where a block computes.
+    """A model from a directory, dense or compressed, that is run block by block on `device`.
 
-    Hidden states lie beside `artefact` under names with a dot, until `clear`. With a `provenance`, a process goes on after the
-    last block that one of the same provenance has passed. Raises InputError as `load_model` does.
+    Hidden states are stored beside `artefact` in hidden files until `clear`. With a `provenance`, a process continues after the
+    last block that was completed by a process of the same provenance. Raises InputError as `load_model` does.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Streamed:
         files = weight_files(directory)
         self.dtype, self.device, self.length = getattr(torch, dtype), device, length
         self.model = empty_model(directory, dtype).eval().requires_grad_(False)
-        if config := getattr(self.model.config, "quantization_config", None):  # winnow's own: others are refused
+        if config := getattr(self.model.config, "quantization_config", None):  # of winnow: others are refused
             install(self.model, WinnowConfig(**config).layers)
         self.places = stored_tensors(self.model, files)
         self.files = {file: TensorFile(file) for file in files}
@@ -101,8 +101,8 @@ class Streamed:
         self.blocks = {layer: self.model.get_submodule(name) for layer, name in names.items()}
         self.embeddings: nn.Module = self.model.get_input_embeddings()
         self.vocabulary = self.embeddings.get_parameter("weight").shape[0]
-        self._given: Tensor = torch.empty(0)  # what blocks that are not loaded hand on
-        self._others: int | None = None  # how many values a block gives beside hidden states; None before one ran, or for none
+        self._given: Tensor = torch.empty(0)  # output of blocks that are not loaded
+        self._others: int | None = None  # number of outputs of a block besides hidden states; None if unknown or without any
         self._prepare()
         self.prefix = Path(artefact).with_name(f".{Path(artefact).name}.{name}")
         self.provenance = None if provenance is None else json.loads(json.dumps(provenance))
@@ -111,8 +111,8 @@ class Streamed:
         self.done = self._restore()
 
     def _prepare(self) -> None:
-        """Buffers that files hold are emptied, others go to the device; modules outside of the blocks read what they hold when
-        they are called."""
+        """Empty the stored buffers and move the others to the device; modules outside of the blocks load their tensors when they
+        are called."""
         inside = tuple(f"{name}." for name in self.names.values())
         for name, module in self.model.named_modules():
             for key, buffer in module.named_buffers(recurse=False):
@@ -124,13 +124,13 @@ class Streamed:
 
     def _reader(self, name: str) -> Any:
         def read(module: nn.Module, _args: Any) -> None:
-            if "forward" not in vars(module):  # it computes, and is not replaced
+            if "forward" not in vars(module):  # its forward is not replaced
                 self._load(name, module, {})
 
         return read
 
     def _load(self, name: str, module: nn.Module, read: dict[str, nn.Parameter]) -> None:
-        """Read what a module itself holds; `read` are parameters that others have read, by name, which are shared."""
+        """Load the tensors of a module itself; `read`: parameters already loaded by other modules, by name, which are shared."""
         prefix = f"{name}." if name else ""
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if not tensor.is_meta:
@@ -149,7 +149,7 @@ class Streamed:
             module._parameters[key] = read[whole]
 
     def _unload(self, module: nn.Module) -> None:
-        """Give up what a module and those below it have read."""
+        """Free the tensors of a module and its submodules."""
         for part in module.modules():
             for key, parameter in part.named_parameters(recurse=False):
                 part._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -161,22 +161,22 @@ class Streamed:
         return self._given if self._others is None else (self._given, *[None] * self._others)
 
     def _take(self, module: nn.Module, _args: Any, output: Any) -> None:
-        """Keep the hidden states that a block gave. Raises InputError if it gives other tensors, too."""
+        """Keep the hidden states that a block outputs. Raises InputError if it also outputs other tensors."""
         if isinstance(output, Tensor):
             self._given, self._others = output, None
             return
         if any(value is not None for value in output[1:]):
-            raise InputError(f"{type(module).__name__} gives more than hidden states; models of this kind cannot be streamed")
+            raise InputError(f"{type(module).__name__} outputs more than hidden states; such models cannot be streamed")
         self._given, self._others = output[0], len(output) - 1
 
     def _no_embedding(self, ids: Tensor) -> Tensor:
-        """In the place of embeddings that are not needed any more: what is made of them is thrown away by the first block."""
+        """Replaces embeddings that are no longer needed: the first block ignores its input."""
         width = self.embeddings.get_parameter("weight").shape[1]
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(*ids.shape, width)
 
     @contextmanager
     def _replaced(self, modules: dict[nn.Module, Any]) -> Iterator[None]:
-        """Let modules do something else than they would."""
+        """Context manager that replaces the forward of modules."""
         for module, function in modules.items():
             module.forward = function
         try:
@@ -186,12 +186,12 @@ class Streamed:
                 del module.forward
 
     def remaining(self) -> list[int]:
-        """The layers that are to be passed, in order."""
+        """The layers still to be run, in order."""
         return list(self.blocks)[self.done :]
 
     @contextmanager
     def block(self, layer: int) -> Iterator[None]:
-        """Within it, the block of `layer` is loaded, and `run` passes windows through it."""
+        """Context manager in which the block of `layer` is loaded and `run` passes windows through it."""
         block, first = self.blocks[layer], next(iter(self.blocks)) == layer
         others: dict[nn.Module, Any] = {other: self._hand_on for other in self.blocks.values() if other is not block}
         if not first:
@@ -211,8 +211,8 @@ class Streamed:
                 self._unload(self.embeddings)
 
     def run(self, first: int, given: dict[str, Tensor]) -> Tensor:
-        """Hidden states (windows, length, width) behind the block that is loaded, of windows from `first` on; they are stored.
-        `given` is what the model takes, with `input_ids` (windows, length)."""
+        """Run windows from `first` on through the loaded block; stores and returns the hidden states (windows, length, width).
+        `given`: the model inputs, with `input_ids` (windows, length)."""
         count, length = given["input_ids"].shape
         if self.stored is not None:
             self._given = self.stored.read(first, count, slice(0, length)).to(self.device)
@@ -220,7 +220,9 @@ class Streamed:
         x = self._given
         if x.is_meta or x.shape[:2] != (count, length):
             of = f"{count} windows of {length} tokens"
-            raise InputError(f"{type(self.model).__name__} gives hidden states {tuple(x.shape)} for {of}; it cannot be streamed")
+            raise InputError(
+                f"{type(self.model).__name__} outputs hidden states {tuple(x.shape)} for {of}; it cannot be streamed"
+            )
         if self.written is None:
             path = self.prefix.with_name(f"{self.prefix.name}-{self.done % 2}")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +232,7 @@ class Streamed:
         return x
 
     def advance(self, layer: int) -> None:
-        """All windows have passed the block of `layer`, and what was to be learned there is safe."""
+        """Mark the block of `layer` as done: all windows have passed it, and its results are saved."""
         assert self.written is not None
         assert list(self.blocks)[self.done] == layer
         old, self.stored, self.written, self.done = self.stored, self.written, None, self.done + 1
@@ -246,7 +248,7 @@ class Streamed:
         return self.prefix.with_name(f"{self.prefix.name}.json")
 
     def _restore(self) -> int:
-        """How many blocks a process of the same provenance has passed; its hidden states are taken over."""
+        """The number of blocks completed by a process of the same provenance, whose hidden states are reused."""
         if self.provenance is None or not self._state().is_file():
             return 0
         try:
@@ -256,41 +258,41 @@ class Streamed:
             return 0
         path = self.prefix.with_name(f"{self.prefix.name}-{(state['done'] - 1) % 2}")
         if state["of"] != self.provenance or not path.is_file() or file_digest(path) != state["digest"]:
-            log.info("starting over: the hidden states in %s are of something else, or damaged", path)
+            log.info("starting over: the hidden states in %s are from another job, or damaged", path)
             return 0
-        log.info("going on after block %d", state["done"])
+        log.info("resuming after block %d", state["done"])
         self.stored = HiddenStates(path, self.length, state["width"], getattr(torch, state["dtype"]))
         self._others = state["others"]
         return int(state["done"])
 
     def trust(self, safe: Collection[int]) -> None:
-        """Start over from the first block unless what was learned of all layers that have been passed is among the `safe`."""
+        """Start over from the first block unless the results of all completed layers are in `safe`."""
         if not set(list(self.blocks)[: self.done]) <= set(safe):
-            log.info("starting over: what was learned before is not there any more")
+            log.info("starting over: the results of earlier blocks are missing")
             self.stored, self.done = None, 0
 
     @contextmanager
     def passed(self) -> Iterator[None]:
-        """Within it, `logits` gives what the model makes of the hidden states behind its last block."""
+        """Context manager in which `logits` computes logits from the hidden states of the last block."""
         others: dict[nn.Module, Any] = {block: self._hand_on for block in self.blocks.values()}
         with self._replaced({**others, self.embeddings: self._no_embedding}):
             yield
 
     def logits(self, window: int, ids: Tensor, tokens: slice) -> Tensor:
-        """(tokens, vocabulary): logits behind some tokens of a window, whose `ids` (length,) are given; those of a token depend
-        on its own hidden state alone."""
+        """(tokens, vocabulary): logits at some tokens of a window with `ids` (length,); they depend only on the hidden states of
+        these tokens."""
         assert self.stored is not None
         self._given = self.stored.read(window, 1, tokens).to(self.device)
         return self.model(input_ids=ids[None, tokens].to(self.device).long(), use_cache=False).logits[0]
 
     def clear(self) -> None:
-        """Remove what lies beside the artefact."""
+        """Remove the files beside the artefact."""
         for path in (self._state(), *(self.prefix.with_name(f"{self.prefix.name}-{n}") for n in (0, 1))):
             path.unlink(missing_ok=True)
 
 
 def clear_left(artefact: Path | str) -> None:
-    """Remove the hidden states of all models that lie beside an artefact, which is finished, by whatever process."""
+    """Remove all hidden states beside a finished artefact, whichever process wrote them."""
     for path in Path(artefact).parent.glob(f".{Path(artefact).name}.*"):
         if path.name.endswith((*(f".{name}-{n}" for name in NAMES for n in (0, 1)), *(f".{name}.json" for name in NAMES))):
             path.unlink()

@@ -1,4 +1,4 @@
-"""Writing a compressed model as a Hugging Face directory that loads by `from_pretrained` after `import winnow`."""
+"""Writes a compressed model as a Hugging Face directory, loadable with `from_pretrained` after `import winnow`."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from winnow.structures.base import Structure, format_of
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a checkpoint holds of one group of matrices."""
+    """The content of a checkpoint for one group of matrices."""
 
     group: str
     stored: dict[str, dict[str, Tensor]]  # {module: {name below it: tensor}}, in the dtype of the dense weights
     layouts: dict[str, dict[str, Any]]  # {module: layout}
-    report: dict[str, Any]  # of its optimisation; empty where there is none
+    report: dict[str, Any]  # of its optimisation; empty if there is none
 
 
 def compressed(
     files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None]
 ) -> Iterator[Compressed]:
-    """Every group of `sizes` that does not stay dense, one at a time.
+    """Yields every group of `sizes` that does not stay dense.
 
-    `factors` maps the name of a fit (see `winnow.factors.members`) to the bundle that holds it. Raises InputError, naming the
-    module, if a number is not finite in the stored dtype or a decomposition fails.
+    `factors` maps the name of a fit (see `winnow.factors.members`) to its bundle. Raises InputError, naming the module, if a
+    number is not finite in the stored dtype or a decomposition fails.
     """
     for name, own, group in structure.fits(files.matrices):
         size = sizes.get(name)
         if size is None:
-            continue  # not in the budget, dense by its allocation, or stored in another way
+            continue  # not in the budget, dense by its allocation, or stored by another member
         fit = factors[name].tensors(fit_file(name))
         dtype = getattr(torch, NAMES[files.tensors[f"{group[0].module}.weight"]["dtype"]])
         stored: dict[str, dict[str, Tensor]] = {}
@@ -72,7 +72,7 @@ def compressed(
 def compress(
     files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
-    """({module: {name below it: tensor}}, {module: layout}) of all groups together, for a model in memory."""
+    """({module: {name below it: tensor}}, {module: layout}) of all groups, for a model in memory."""
     stored: dict[str, dict[str, Tensor]] = {}
     layouts: dict[str, dict[str, Any]] = {}
     for group in compressed(files, factors, structure, sizes):
@@ -89,11 +89,11 @@ def write_checkpoint(
     recipe: dict[str, Any],
     provenance: dict[str, Any],
 ) -> dict[str, int]:
-    """Write the directory (config, weights, tokenizer, card, recipe, manifest); returns its byte counts. Each group is given up
-    once it is written.
+    """Write the directory (config, weights, tokenizer, card, recipe, manifest); returns its byte counts. Each group is freed
+    after it is written.
 
-    `dtype` is what `from_pretrained` computes in by default: the one that the evaluation uses. Raises RuntimeError if the bytes
-    are others than the recipe says.
+    `dtype` is the default dtype of `from_pretrained`: that of the evaluation. Raises RuntimeError if the bytes differ from the
+    recipe.
     """
     directory.mkdir(parents=True)
     layouts: dict[str, dict[str, Any]] = {}
@@ -101,7 +101,7 @@ def write_checkpoint(
     own = 0
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the compressed model by its canonical name: replaced modules first, then what stays."""
+        """Every tensor of the compressed model by its canonical name: replaced modules first, then the unchanged ones."""
         nonlocal own
         for group in groups:
             layouts.update(group.layouts)
@@ -118,11 +118,11 @@ def write_checkpoint(
     total = write_weights(directory, tensors(), SHARD_BYTES)
     stored = own + sum(recipe.get("kept_dense", {}).values())
     if stored != recipe["stored_bytes"]:
-        raise RuntimeError(f"{stored} bytes are stored, the allocation counted {recipe['stored_bytes']}")
+        raise RuntimeError(f"{stored} bytes are stored, but the allocation counted {recipe['stored_bytes']}")
     sizes = {"dense_bytes": recipe["dense_bytes"], "stored_bytes": stored, "model_stored_bytes": total}
     source = files.verify()
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    for key in ("torch_dtype", "auto_map"):  # the second names code, which no checkpoint needs
+    for key in ("torch_dtype", "auto_map"):  # auto_map names custom code, which no checkpoint needs
         config.pop(key, None)
     config = without_local(config) | {
         "dtype": dtype,
@@ -141,8 +141,8 @@ def write_checkpoint(
 
 
 def recipe_of(names: dict[str, str], presets: dict[str, Any], allocation: dict[str, Any]) -> dict[str, Any]:
-    """The content of recipe.yaml: preset names, resolved presets, the size of every group, the bytes of those that the allocation
-    keeps dense, and the experts that stay dense outside of the budget."""
+    """The content of recipe.yaml: preset names, resolved presets, the size of every group, the bytes of groups that the
+    allocation keeps dense, and the experts that stay dense outside of the budget."""
     sizes = {row["group"]: row["size"] for row in allocation["groups"] if row["size"] is not None}
     counts = {key: allocation[key] for key in ("dense_bytes", "stored_bytes")}
     kept = {row["group"]: row["stored_bytes"] for row in allocation["groups"] if row["size"] is None}

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows as token ids, of their own length each, with special tokens; `types` tell the texts of a pair apart."""
+    """Rows as token ids of varying length, with special tokens; `types`: token type ids of the texts of a pair."""
 
     ids: list[list[int]]
     types: list[list[int]]
     labels: np.ndarray  # (rows,)
 
     def batch(self, rows: Sequence[int], pad: int, types: bool, device: str) -> dict[str, torch.Tensor]:
-        """The inputs of a model for some rows, padded behind to the longest of them; `types`: whether the model takes types."""
+        """The model inputs for some rows, padded at the end to the longest; `types`: whether the model has token type ids."""
         import torch
 
         width = max(len(self.ids[row]) for row in rows)
@@ -39,9 +39,9 @@ class Examples:
         return {**found, "attention_mask": (torch.arange(width, device=device)[None] < lengths).long()}
 
     def windows(self, count: int, seed: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, types) (count, longest) int32 of rows drawn without replacement by `seed`, in order, filled with `pad`."""
+        """(ids, types) (count, longest) int32 of rows sampled without replacement with `seed`, in order, padded with `pad`."""
         if len(self.ids) < count:
-            raise InputError(f"there are {len(self.ids)} train rows, but {count} windows are asked for; lower `windows`")
+            raise InputError(f"there are {len(self.ids)} train rows, but {count} windows are requested; lower `windows`")
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self.ids))[:count])
         width = max(len(self.ids[row]) for row in chosen)
         ids, types = (np.full((count, width), fill, dtype=np.int32) for fill in (pad, 0))
@@ -51,28 +51,28 @@ class Examples:
 
 
 def encode_rows(tokenizer: Any, table: pd.DataFrame, length: int) -> Examples:
-    """The rows as the tokenizer gives them to a classifier, cut to `length` tokens (the longer text of a pair first). Raises
-    InputError for a row without a token, and for rows that the tokenizer does not know or tell apart."""
+    """The rows tokenized for a classifier, truncated to `length` tokens (the longer text of a pair first). Raises InputError for
+    a row without tokens, for mostly unknown tokens, and if all rows have the same tokens."""
     texts = [table[name].tolist() for name in ("text", "pair") if name in table]
     found = tokenizer(*texts, truncation=True, max_length=length, padding=False, return_token_type_ids=True)
     empty = next((i for i, ids in enumerate(found["input_ids"]) if not ids), None)
     if empty is not None:
-        raise InputError(f"row {empty}: the tokenizer makes no token of {table['text'][empty][:60]!r}")
+        raise InputError(f"row {empty}: the tokenizer outputs no token for {table['text'][empty][:60]!r}")
     check_known(tokenizer, found["input_ids"], tokenizer(*[[""]] * len(texts)).input_ids[0])
     check_different(found["input_ids"], "rows")
     return Examples(found["input_ids"], found["token_type_ids"], table["label"].to_numpy())
 
 
 def takes_types(config: Any) -> bool:
-    """Whether a model tells the texts of a pair apart by an input of its own."""
+    """Whether a model has an input of token type ids for the texts of a pair."""
     return (getattr(config, "type_vocab_size", 0) or 0) > 1
 
 
 def padding_of(config: Any) -> int:
-    """The id that fills batches up. Raises InputError if the config names none, or one without an embedding: a decoder finds the
-    end of a text by it."""
+    """The padding id. Raises InputError if the config has none, or one without an embedding: decoders find the end of a text by
+    it."""
     if config.pad_token_id is None:
-        raise InputError(f"{config.name_or_path}: config.json has no pad_token_id, which batches need; set it there")
+        raise InputError(f"{config.name_or_path}: config.json has no pad_token_id, which padding of batches needs; set it there")
     if not 0 <= config.pad_token_id < config.get_text_config().vocab_size:
-        raise InputError(f"{config.name_or_path}: pad_token_id in config.json is {config.pad_token_id}, which is no token's id")
+        raise InputError(f"{config.name_or_path}: pad_token_id in config.json is {config.pad_token_id}, which is not a token id")
     return int(config.pad_token_id)

@@ -1,4 +1,4 @@
-"""Rows of a classification task: read, their classes numbered, train and test kept apart."""
+"""Rows of a classification task: reading, numbering of classes, and the check that train and test share no row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from winnow.data.texts import MOST_SHARED, broken, json_rows, load_hub
 from winnow.errors import InputError, first_line
-from winnow.io.strict import read_json
+from winnow.io.strict import parse_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,11 +18,11 @@ SPLITS = ("train", "test")
 
 
 def read_task(spec: dict[str, Any]) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-    """({split: table with columns text, pair (of a task on pairs), label (number)}, facts) of a resolved task (see
+    """({split: table with columns text, pair (for tasks on pairs), label (number)}, facts) of a resolved task (see
     `winnow.evaluation.kinds.classification`).
 
-    Raises InputError, with the split and the row, for a missing column, a text that is none, a class that is none (GLUE's own
-    `test` has -1), and a train row that stands in the test rows too, unless those are dropped.
+    Raises InputError, with the split and the row, for a missing column, a value that is not text, an invalid class (GLUE's own
+    `test` has -1), and a train row that is also a test row, unless those are dropped.
     """
     raw, names = _hub_rows(spec) if spec["dataset"] else ({s: _file_rows(s, spec[s]) for s in SPLITS}, None)
     for split, rows in raw.items():
@@ -39,8 +39,8 @@ def read_task(spec: dict[str, Any]) -> tuple[dict[str, pd.DataFrame], dict[str, 
         one, other = next(iter(shared.items()))
         text = tables["train"]["text"][one][:60]
         raise InputError(
-            f"row {one} of train stands in test too, as row {other} ({text!r}); {len(shared)} train rows do: remove them, or say "
-            "`shared_rows: drop` to leave them out of training"
+            f"row {one} of train is also row {other} of test ({text!r}), and {len(shared)} train rows are in test: remove them, "
+            "or set `shared_rows: drop` to leave them out of training"
         )
     tables["train"] = tables["train"].drop(index=list(shared)).reset_index(drop=True)
     absent = sorted(set(range(len(classes))) - set(tables["train"]["label"]))
@@ -74,19 +74,19 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
         if path.suffix == ".csv":
             table = list(csv.DictReader(stream, strict=True))
             if (long := next((i for i, row in enumerate(table) if None in row), None)) is not None:
-                raise ValueError(f"row {long} has more fields than the header; a text with a comma in it stands in quotes")
+                raise ValueError(f"row {long} has more fields than the header; quote texts that contain a comma")
             return table
         content = stream.read()
     if path.suffix == ".jsonl":
         return json_rows(content)
-    rows = read_json(content)
+    rows = parse_json(content)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("a list of objects is needed")
     return rows
 
 
 def _hub_rows(spec: dict[str, Any]) -> tuple[dict[str, list[dict[str, Any]]], list[str] | None]:
-    """The rows of both splits, and the names of the classes where the data set has them."""
+    """The rows of both splits, and the names of the classes if the data set has them."""
     found: dict[str, list[dict[str, Any]]] = {}
     names = None
     for split in SPLITS:
@@ -97,14 +97,14 @@ def _hub_rows(spec: dict[str, Any]) -> tuple[dict[str, list[dict[str, Any]]], li
 
 
 def _number(value: Any) -> int | None:
-    """The number that a class is given as, which csv holds as a text."""
+    """The number of a class, also from a string, as in csv; None if it is not a number."""
     if isinstance(value, str) and value.strip().lstrip("-").isdigit():
         return int(value)
     return int(value) if isinstance(value, int) else None
 
 
 def _classes(values: list[Any]) -> list[str]:
-    """Names of the classes in the order of their numbers, from the labels of the train rows."""
+    """The names of the classes, in the order of their numbers, from the labels of the train rows."""
     numbers = [_number(value) for value in values]
     known = [number for number in numbers if number is not None]
     if len(known) == len(values):
@@ -120,46 +120,46 @@ def _table(split: str, rows: list[dict[str, Any]], spec: dict[str, Any], classes
             if not isinstance(row[column], str) or not row[column].strip():
                 raise InputError(f"{split}, row {i}: no text in column {column!r}, but {row[column]!r}")
             if what := broken(row[column]):
-                raise InputError(f"{split}, row {i}: column {column!r} holds {what}; mend the text")
+                raise InputError(f"{split}, row {i}: column {column!r} contains {what}; fix the text")
             columns[name].append(row[column])
         value = row[spec["label"]]
         number = classes.index(value) if value in classes and not isinstance(value, bool) else _number(value)
         if number is None or not 0 <= number < len(classes):
-            hidden = "; rows of GLUE's own `test` have no labels, use its validation rows" if number == -1 else ""
-            score = "; numbers in between are a regression, which is not classification" if isinstance(value, float) else ""
-            raise InputError(f"{split}, row {i}: {value!r} is no class ({', '.join(classes)}){hidden}{score}")
+            hidden = "; GLUE's own `test` has no labels, use its validation rows" if number == -1 else ""
+            score = "; fractional labels are a regression task, which is not supported" if isinstance(value, float) else ""
+            raise InputError(f"{split}, row {i}: {value!r} is not a class ({', '.join(classes)}){hidden}{score}")
         columns["label"].append(number)
-    import pandas as pd  # here, since some only read the table
+    import pandas as pd  # here, since some callers only read the table
 
     return pd.DataFrame(columns)
 
 
 def _keys(table: pd.DataFrame) -> list[tuple[str, ...]]:
-    """Of every row what makes it the same as another: its words, whatever their case and space; a pair in either order."""
+    """A key per row by which equal rows are found: its words without regard to case and whitespace, pairs in either order."""
     texts = [table[name] for name in ("text", "pair") if name in table]
     return [tuple(sorted(" ".join(text.lower().split()) for text in row)) for row in zip(*texts, strict=True)]
 
 
 def shared_rows(train: pd.DataFrame, test: pd.DataFrame) -> dict[int, int]:
-    """{train row: the test row of the same texts}"""
+    """{train row: test row with the same texts}"""
     places = {key: i for i, key in enumerate(_keys(test))}
     return {i: places[key] for i, key in enumerate(_keys(train)) if key in places}
 
 
 def check_rows(calibration: list[str], test: pd.DataFrame, names: tuple[str, str]) -> dict[str, Any]:
-    """How many test rows have a text that is a row of a calibration text. Runs of words (`winnow.data.texts`) miss short rows in
-    another order. Raises InputError, with the row, if more than `MOST_SHARED` of them do."""
+    """Counts the test rows with a text that is a row of the calibration text; the check of `winnow.data.texts` misses short rows
+    in another order. Raises InputError, with the row, if their share exceeds `MOST_SHARED`."""
     known = {" ".join(text.lower().split()) for text in calibration}
     found = [i for i, key in enumerate(_keys(test)) if known & set(key)]
     if len(found) > MOST_SHARED * len(test):
         raise InputError(
-            f"calibration text {names[0]} holds row {found[0]} of the test rows {names[1]}, and {len(found)} of {len(test)} in "
-            f"all (allowed: {MOST_SHARED:.0%}); calibrate on the train rows: `task` in the place of `text`"
+            f"calibration text {names[0]} contains row {found[0]} of the test rows {names[1]}, and {len(found)} of {len(test)} "
+            f"in total (allowed: {MOST_SHARED:.0%}); calibrate on the train rows: `task` instead of `text`"
         )
     return {"test_rows": len(test), "common_rows": len(found)}
 
 
 def texts_of(table: pd.DataFrame) -> list[str]:
-    """All texts of a table of rows (those of `read_task`, or of a text), row by row."""
+    """All texts of a table of rows (from `read_task` or a text), row by row."""
     columns = [table[name] for name in ("text", "pair") if name in table]
     return [text for row in zip(*columns, strict=True) for text in row]

@@ -1,10 +1,10 @@
-"""Which local files a preset of lm-eval's tasks reads: definitions, their code, and their data."""
+"""The local files that a preset of lm-eval tasks reads: definitions, their code, and their data."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
-from os.path import isdir, isfile  # unlike Path's, they take names that no file can have
+from os.path import isdir, isfile  # unlike Path's, they accept invalid names
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `!function module.name` as that text; lm-eval imports it, a plan does not."""
+    """Reads `!function module.name` as a string; lm-eval imports the function, a plan does not."""
 
 
 _Loader.add_constructor("!function", lambda _, node: f"!function {node.value}")
 
 
 def is_file(task: str) -> bool:
-    """Whether an entry of `tasks` is the path of a definition, not the name of a task."""
+    """Whether an entry of `tasks` is the path of a definition rather than the name of a task."""
     return task.endswith((".yaml", ".yml"))
 
 
 def is_group(path: Path) -> bool:
-    """Whether a definition is of a group of tasks."""
+    """Whether a definition describes a group of tasks."""
     content = _read(path)
     return isinstance(content, dict) and "group" in content
 
 
 def _read(path: Path) -> Any:
-    """A definition. Raises InputError, with the line, for what is none and for a key that stands twice."""
+    """A task definition. Raises InputError, with the line, if it is invalid or has a duplicate key."""
     try:
         return read_yaml(path.read_text(encoding="utf-8"), str(path), _Loader)
     except UnicodeDecodeError as error:
@@ -46,8 +46,8 @@ def _read(path: Path) -> Any:
 def files_of(name: str, preset: Accuracy.Options) -> list[str]:
     """All local files that the preset `name` reads, each once.
 
-    They are those in `files`, every file below `include_path`, the definitions among `tasks` with what they include and the
-    code beside them that they name, and local `data_files` of any of these definitions. Raises InputError for a missing one.
+    These are the `files`, every file below `include_path`, the definitions among `tasks` with their includes and the code that
+    they name, and the local `data_files` of all these definitions. Raises InputError for a missing file.
     """
     found: dict[str, None] = {}
     for splits in preset.files.values():

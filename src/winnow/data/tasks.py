@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: loaded from its own definitions or the user's, on local data where they are given."""
+"""Tasks of lm-eval, loaded from its own or the user's definitions, optionally on local data."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from winnow.data.task_files import is_file, is_group
 from winnow.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}  # of `datasets`, by a file's ending
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}  # builders of `datasets` by file ending
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 FACTS = ("output_type", "dataset_path", "dataset_name", "num_fewshot", "doc_to_text", "doc_to_target", "doc_to_choice")
 
 
 def stay_offline() -> None:
-    """No library asks the network from here on; a data set of the hub is read from its cache."""
+    """Disable all network access of libraries; hub data sets are read from the cache."""
     import datasets.config
     import huggingface_hub.constants
 
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts; it was read when the libraries were imported
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes; this process has read it when the libraries were imported
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
 
 
 def load_tasks(spec: dict[str, Any]) -> dict[str, Any]:
-    """{name: task}, with their documents, of a resolved preset of accuracy; groups are taken apart.
+    """{name: task}, with documents, of a resolved accuracy preset; groups are replaced by their tasks.
 
-    Raises InputError, with the task's name, for one that lm-eval does not know, cannot read, or that has no data.
+    Raises InputError, with the name of the task, if lm-eval does not know it, cannot read it, or has no data for it.
     """
     import datasets
     from datasets.exceptions import DatasetsError
@@ -48,14 +48,14 @@ def load_tasks(spec: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"lm-eval cannot load the task {entry!r}: {type(error).__name__}: {_reason(error)}") from error
         for name, one in loaded.items():
             if name in found:
-                raise InputError(f"the task {name!r} comes twice, the second time from {entry!r}; leave one of them out")
+                raise InputError(f"duplicate task {name!r}, the second one from {entry!r}; remove one of them")
             found[name] = one
     return found
 
 
 def _manager(spec: dict[str, Any]) -> Any:
-    """lm-eval's index of tasks. Reading all its definitions takes seconds, so those in folders of the tasks' names come first;
-    they will do where every task is found there and none is a group, whose members may be anywhere."""
+    """lm-eval's index of tasks. Reading all definitions takes seconds, so only the folders named like the tasks are read first;
+    they suffice if every task is found there and none is a group, whose members may be anywhere."""
     import lm_eval.tasks
 
     names = [task for task in spec["tasks"] if not is_file(task)]
@@ -74,16 +74,16 @@ def _is_task(manager: Any, name: str) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error, or of what it came from: `datasets` wraps the one that says what is wrong."""
+    """The first line of an error, or of its cause: `datasets` wraps the informative error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
 
 
 def _on_files(manager: Any, name: str, files: dict[str, list[str]]) -> dict[str, Any]:
-    """The definition of a task with its data set replaced by local files. Raises InputError if there is no such task."""
+    """The definition of a task, with its data set replaced by local files. Raises InputError if there is no such task."""
     if not _is_task(manager, name):
-        raise InputError(f"`files`: lm-eval has no task {name!r}, or it is a group; name its tasks one by one")
+        raise InputError(f"`files`: lm-eval has no task {name!r}, or it is a group; list its tasks one by one")
     definition = manager.task_index[name].cfg
     used = {key: split for key in SPLITS if (split := definition.get(key))}
     unknown = sorted(set(files) - set(used.values()))
@@ -94,15 +94,15 @@ def _on_files(manager: Any, name: str, files: dict[str, list[str]]) -> dict[str,
     paths = {split: [str(Path(file).absolute()) for file in given] for split, given in files.items()}
     kinds = {BUILDERS[Path(path).suffix] for given in paths.values() for path in given}
     if len(kinds) > 1:
-        raise InputError(f"`files`: the files of the task {name!r} are of several formats: {', '.join(sorted(kinds))}")
+        raise InputError(f"`files`: the files of the task {name!r} have different formats: {', '.join(sorted(kinds))}")
     without = {key: None for key, split in used.items() if split not in files}
     data = {"dataset_path": kinds.pop(), "dataset_name": None, "dataset_kwargs": {"data_files": paths}}
     return {"task": name, **data, **without, **({"process_docs": hellaswag_documents} if name == "hellaswag" else {})}
 
 
 def hellaswag_documents(rows: Any) -> Any:
-    """Documents of HellaSwag by lm-eval's own rule. A row with one cleaned context `ctx`, instead of `ctx_a` and `ctx_b`, keeps
-    it as it is: lm-eval would write the first letter of `ctx_b` as a capital."""
+    """Documents of HellaSwag by lm-eval's own rule. Rows with one cleaned context `ctx` instead of `ctx_a` and `ctx_b` keep it
+    unchanged: lm-eval would capitalise the first letter of `ctx_b`."""
     from lm_eval.tasks.hellaswag.utils import process_docs
 
     if "ctx_a" not in rows.column_names:
@@ -111,9 +111,9 @@ def hellaswag_documents(rows: Any) -> Any:
 
 
 def documents_of(task: Any, limit: int | None) -> dict[str, Any]:
-    """How many documents of a task are evaluated, the digest of their content, and how they are asked.
+    """The number of evaluated documents of a task, the digest of their content, and the prompt settings.
 
-    Prompts that are code are not told; the digest of the documents and the version of the task stand for them.
+    Prompts that are code are not included; the digest of the documents and the version of the task identify them.
     """
     documents = task.eval_docs
     digest = hashlib.sha256()
@@ -130,7 +130,7 @@ def documents_of(task: Any, limit: int | None) -> dict[str, Any]:
 
 
 def check_documents(tasks: dict[str, Any], facts: dict[str, Any], limit: int | None) -> None:
-    """Raise InputError unless the tasks have the documents that `facts` were noted of."""
+    """Raise InputError unless the documents of the tasks match `facts`."""
     for name, task in tasks.items():
         if documents_of(task, limit)["digest"] != facts.get(name, {}).get("digest"):
-            raise InputError(f"the documents of the task {name!r} are not those that were retrieved; run retrieve_tasks again")
+            raise InputError(f"the documents of the task {name!r} differ from the retrieved ones; run retrieve_tasks again")

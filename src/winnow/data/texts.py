@@ -1,18 +1,18 @@
-"""Texts: rows read from files or a hub data set, and the guard that keeps calibration out of evaluation text."""
+"""Texts: rows read from files or a hub data set, and the check that calibration and evaluation texts do not overlap."""
 
 from __future__ import annotations
 
 import hashlib
-from os.path import isfile  # unlike Path's, it takes names that no file can have
+from os.path import isfile  # unlike Path's, it accepts invalid names
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from winnow.errors import InputError, first_line
-from winnow.io.strict import read_json
+from winnow.io.strict import parse_json
 
-SHINGLE = 24  # words: long enough that two documents share one only where they share text
+SHINGLE = 24  # words: long enough that documents have a common run only if they have text in common
 MOST_SHARED = 0.01
 
 
@@ -27,9 +27,9 @@ def read_rows(spec: dict[str, Any]) -> list[str]:
     for number, row in enumerate(chosen, spec["start"]):
         where = spec["dataset"] or ", ".join(spec["files"])
         if not isinstance(row, str):
-            raise InputError(f"{where}: row {number} holds {type(row).__name__}, not text, in column {spec['column']!r}")
+            raise InputError(f"{where}: row {number} has {type(row).__name__}, not text, in column {spec['column']!r}")
         if what := broken(row):
-            raise InputError(f"{where}: row {number} holds {what}; mend the text in column {spec['column']!r}")
+            raise InputError(f"{where}: row {number} contains {what}; fix the text in column {spec['column']!r}")
     if not any(row.strip() for row in chosen):
         where = spec["dataset"] or ", ".join(spec["files"])
         raise InputError(f"{where}: no text in rows {spec['start']} to {spec['stop'] or len(rows)} (it has {len(rows)} rows)")
@@ -43,7 +43,7 @@ def _file_rows(path: Path, spec: dict[str, Any]) -> list[str]:
     try:
         if form == "parquet":
             return _parquet_rows(path, column)
-        with open(path, encoding="utf-8", newline="") as stream:  # as it is: a line ends at a line feed and nowhere else
+        with open(path, encoding="utf-8", newline="") as stream:  # newline="": only line feeds end a line
             content = stream.read()
         if form == "jsonl":
             return [row[column] for row in json_rows(content, column)]
@@ -66,13 +66,14 @@ def _parquet_rows(path: Path, column: str) -> list[Any]:
 
 
 def json_rows(content: str, *columns: str) -> list[dict[str, Any]]:
-    """The objects of JSON Lines. Raises ValueError, with the line, for one that is none, has a key twice or lacks a column."""
+    """The objects of JSON Lines. Raises ValueError, with the line, if it is not an object, has a duplicate key or lacks a
+    column."""
     rows = []
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = read_json(line)
+            row = parse_json(line)
         except ValueError as error:
             raise ValueError(f"line {number}: {first_line(error)}") from error
         if not isinstance(row, dict):
@@ -84,11 +85,11 @@ def json_rows(content: str, *columns: str) -> list[dict[str, Any]]:
 
 
 def broken(text: str) -> str | None:
-    """What is in a text that is no character and that no file can hold: half of a pair of surrogates, which JSON can spell."""
+    """A description of the first lone surrogate in a text, which JSON can contain but UTF-8 cannot; None without one."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"\\u{ord(text[error.start]):04x}, half of a pair of surrogates, which is no character"
+        return f"\\u{ord(text[error.start]):04x}, a lone surrogate, which is not a character"
     return None
 
 
@@ -100,7 +101,7 @@ def _hub_rows(spec: dict[str, Any]) -> list[str]:
 
 
 def load_hub(dataset: str, subset: str | None, split: str, revision: str) -> Any:
-    """A split of a hub data set. Raises InputError if it is neither cached nor to be downloaded, or cannot be read."""
+    """A split of a hub data set. Raises InputError if it is not cached and cannot be downloaded, or cannot be read."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -108,11 +109,11 @@ def load_hub(dataset: str, subset: str | None, split: str, revision: str) -> Any
         return load_dataset(dataset, subset, split=split, revision=revision)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise InputError(
-            f"{dataset}, {split}: neither cached nor to be downloaded ({first_line(error)}); "
-            "run `snakemake prefetch` where there is a network"
+            f"{dataset}, {split}: not cached, and cannot be downloaded ({first_line(error)}); "
+            "run `snakemake prefetch` with a network connection"
         ) from error
     except DatasetsError as error:
-        while error.__cause__ is not None:  # `datasets` wraps the one that says what is wrong
+        while error.__cause__ is not None:  # `datasets` wraps the informative error
             error = error.__cause__
         raise InputError(f"{dataset}, {split}: not readable ({first_line(error)})") from error
 
@@ -122,7 +123,7 @@ def text_digest(text: str) -> str:
 
 
 def shingles(rows: list[str]) -> np.ndarray:
-    """Sorted distinct digests (uint64) of all runs of `SHINGLE` words; a shorter text gives one digest of all it has."""
+    """Sorted distinct digests (uint64) of all runs of `SHINGLE` words; one digest for a shorter text."""
     words = " ".join(rows).split()
     codes = np.array([int.from_bytes(hashlib.blake2b(w.encode(), digest_size=8).digest()) for w in words], dtype=np.uint64)
     width = min(SHINGLE, len(codes))
@@ -133,9 +134,9 @@ def shingles(rows: list[str]) -> np.ndarray:
 
 
 def check_overlap(calibration: list[str], evaluation: list[str], names: tuple[str, str]) -> dict[str, Any]:
-    """How much of each text stands in the other, as shares of runs of words.
+    """How much of each text is contained in the other, as shares of runs of words.
 
-    Raises InputError if either share exceeds `MOST_SHARED`: numbers measured on calibration text mean nothing.
+    Raises InputError if either share exceeds `MOST_SHARED`: results on the calibration text would be meaningless.
     """
     a, b = shingles(calibration), shingles(evaluation)
     common = len(np.intersect1d(a, b, assume_unique=True))
@@ -143,7 +144,7 @@ def check_overlap(calibration: list[str], evaluation: list[str], names: tuple[st
     if max(shares.values()) > MOST_SHARED:
         raise InputError(
             f"calibration text {names[0]} and evaluation text {names[1]} overlap: {shares['of_calibration']:.1%} of the "
-            f"calibration text's and {shares['of_evaluation']:.1%} of the evaluation text's runs of {SHINGLE} words stand in "
-            f"the other (allowed: {MOST_SHARED:.0%}); calibrate on a text that is not evaluated"
+            f"calibration text's and {shares['of_evaluation']:.1%} of the evaluation text's runs of {SHINGLE} words are in the "
+            f"other (allowed: {MOST_SHARED:.0%}); calibrate on a text that is not evaluated"
         )
     return {"words_per_run": SHINGLE, "common_runs": common, **shares, "allowed": MOST_SHARED}

@@ -16,7 +16,7 @@ from winnow.models.classes import read_config
 log = logging.getLogger(__name__)
 
 PAD = -1
-CURE = "put the tokenizer's files (tokenizer.json; or vocab.txt; vocab.json and merges.txt; *.model) beside the weights"
+CURE = "put the tokenizer files (tokenizer.json; or vocab.txt; vocab.json and merges.txt; *.model) beside the weights"
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Protocol:
 PROTOCOLS = {
     "p1": Protocol(
         1, True, False, False,
-        "Rows joined, tokenizer defaults (one leading BOS if it adds one); windows do not overlap, the rest is dropped; "
-        "each scores all but its first token (GPTQ, SparseGPT, SVD-LLM, SliceGPT).",
+        "Rows joined, tokenizer defaults (one leading BOS if it adds one); windows do not overlap, an incomplete last one is "
+        "dropped; all tokens but the first of a window are scored (GPTQ, SparseGPT, SVD-LLM, SliceGPT).",
     ),
     "p1_bos": Protocol(
         1, False, True, False,
-        "As p1 without leading BOS, but a BOS in front of every window, which then holds length - 1 tokens of text, all "
-        "scored (ASVD's use_bos; needed for Gemma).",
+        "As p1 without leading BOS, but with a BOS before every window, which then has length - 1 tokens of text, all scored "
+        "(ASVD's use_bos; needed for Gemma).",
     ),
     "p2": Protocol(
         1, True, False, True,
@@ -51,13 +51,13 @@ PROTOCOLS = {
 
 
 def load_tokenizer(directory: Path | str) -> Any:
-    """The tokenizer of a model directory. Raises InputError if it has none that can be used: without the files of its vocabulary,
-    transformers makes one that knows special tokens only, and a token without an embedding stops the model."""
+    """The tokenizer of a model directory. Raises InputError if it is missing or unusable: without vocabulary files, transformers
+    creates one that only knows special tokens, and a token without an embedding makes the model fail."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of tokenizers, which has no class of its own
+    except Exception as error:  # the library tokenizers raises plain Exception
         raise InputError(f"{directory}: no usable tokenizer ({first_line(error)}); {CURE}") from error
     vocabulary, rows = tokenizer.get_vocab(), read_config(directory).get_text_config().vocab_size
     if vocabulary.keys() <= tokenizer.get_added_vocab().keys():
@@ -65,37 +65,37 @@ def load_tokenizer(directory: Path | str) -> Any:
     token = max(vocabulary, key=lambda token: vocabulary[token])
     if vocabulary[token] >= rows:
         raise InputError(
-            f"{directory}: the tokenizer gives {token!r} the id {vocabulary[token]}, but the model has embeddings of {rows} "
-            "tokens; use this model's own tokenizer, take the token out of it, or save the model after resize_token_embeddings"
+            f"{directory}: the tokenizer has the id {vocabulary[token]} for {token!r}, but the model has embeddings of {rows} "
+            "tokens; use this model's own tokenizer, remove the token from it, or save the model after resize_token_embeddings"
         )
     return tokenizer
 
 
 def encode(tokenizer: Any, text: str, special_tokens: bool) -> np.ndarray:
-    """All token ids of a text, int32. Raises InputError for a text that the tokenizer does not know."""
+    """All token ids of a text, int32. Raises InputError if there are none, or if most are unknown tokens."""
     ids, empty = (tokenizer(part, add_special_tokens=special_tokens, verbose=False).input_ids for part in (text, ""))
     if text.strip() and len(ids) == len(empty):
-        raise InputError(f"the tokenizer makes no token of the text, which begins {text.strip()[:60]!r}")
+        raise InputError(f"the tokenizer outputs no token for the text that begins {text.strip()[:60]!r}")
     check_known(tokenizer, [ids], empty)
     return np.array(ids, dtype=np.int32)
 
 
 def check_known(tokenizer: Any, rows: Sequence[list[int]], empty: Sequence[int] = ()) -> None:
-    """Raise InputError if most tokens of all rows (of ids) are unknown; `empty` are the special tokens that every row holds."""
+    """Raise InputError if most tokens of all rows (of ids) are unknown; `empty`: the special tokens that every row contains."""
     unknown = tokenizer.unk_token_id
     missed = sum(row.count(unknown) for row in rows) - len(rows) * list(empty).count(unknown)
     total = sum(map(len, rows)) - len(rows) * len(empty)
     if unknown is not None and 2 * missed > total:
         raise InputError(
-            f"{missed:,} of {total:,} tokens of the text are unknown to the tokenizer ({tokenizer.unk_token}); it is of another "
+            f"{missed:,} of {total:,} tokens of the text are unknown to the tokenizer ({tokenizer.unk_token}); it is for another "
             "language or another model, or its vocabulary is damaged"
         )
 
 
 def check_different(rows: Sequence[Any], what: str) -> None:
-    """Raise InputError if several rows of ids are all alike: they would count as many, and are one."""
+    """Raise InputError if several rows of ids are all identical: they would be counted as independent."""
     if len(rows) > 1 and all(list(row) == list(rows[0]) for row in rows):
-        raise InputError(f"all {len(rows)} {what} are the same tokens; look at the text, and at what the tokenizer makes of it")
+        raise InputError(f"all {len(rows)} {what} have the same tokens; check the text and the tokenizer")
 
 
 def check_length(length: int, longest: int | None) -> None:
@@ -107,17 +107,17 @@ def check_causal(model: dict[str, Any]) -> None:
     """Raise InputError if a retrieved model (its manifest) has no perplexity."""
     if not model["causal"]:
         raise InputError(
-            f"perplexity is the loss of predicting the next token, which {model['class']} does not do; evaluate an encoder by a "
-            "task of its own, or set is_decoder in its config.json if it was trained as a decoder"
+            f"perplexity is the loss of next-token prediction, which {model['class']} does not do; evaluate an encoder on a "
+            "classification task, or set is_decoder in its config.json if it was trained as a decoder"
         )
 
 
 def calibration_windows(ids: np.ndarray, windows: int, length: int, seed: int) -> np.ndarray:
-    """`windows` of the non-overlapping windows of `ids`, drawn without replacement by `seed`, in text order."""
+    """`windows` of the non-overlapping windows of `ids`, sampled without replacement with `seed`, in text order."""
     have = len(ids) // length
     if have < windows:
         raise InputError(
-            f"the calibration text has {len(ids):,} tokens: {have} windows of {length}, but {windows} are asked for; "
+            f"the calibration text has {len(ids):,} tokens: {have} windows of {length}, but {windows} are requested; "
             "use a longer text, or lower `windows` or `length`"
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(have)[:windows])
@@ -148,7 +148,7 @@ def evaluation_windows(
         cut = ids[: count * content].reshape(count, content)
         if rule.bos_each_window:
             if bos is None:
-                raise InputError(f"protocol {protocol} puts a BOS in front of every window, but the tokenizer has none")
+                raise InputError(f"protocol {protocol} puts a BOS token before every window, but the tokenizer has none")
             cut = np.concatenate([np.full((count, 1), bos, dtype=np.int32), cut], axis=1)
         start = np.ones(count, dtype=np.int32)
     wanted = windows or 2

@@ -1,4 +1,4 @@
-"""Scores of a model on tasks of lm-eval, beside the dense model's, document by document."""
+"""Scores of a model on lm-eval tasks, compared with the dense model's per document."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 
 class Harness(HFLM):
-    """lm-eval's own model for transformers, with a log instead of bars, that stops at the first logit that is not finite, and at
-    requests that the tokenizer does not know."""
+    """lm-eval's transformers model with log lines instead of progress bars. It fails at the first logit that is not finite, and
+    at requests of unknown tokens."""
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits = super()._model_call(inps, *args, **kwargs)
@@ -52,17 +52,17 @@ def score(
 ) -> dict[str, dict[str, Any]]:
     """{task: {measure: {value, value_se, per_document}}} by lm-eval's `simple_evaluate`, with its seeds and its prompts.
 
-    A measure is called `metric`, or `metric,filter` where the task filters answers. `value_se` is None where lm-eval has no
-    standard error. `per_document` is empty for a measure that is not a mean over documents. Raises FloatingPointError if a
-    logit or a log-likelihood is not finite, and InputError for a tokenizer that does not know what is asked.
+    A measure is named `metric`, or `metric,filter` if the task filters answers. `value_se` is None if lm-eval has no standard
+    error. `per_document` is empty for a measure that is not a mean over documents. Raises FloatingPointError if a logit or a
+    log-likelihood is not finite, and InputError if the tokenizer does not know most tokens of the requests.
     """
     lm = Harness(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     if lm.prefix_token_id is None:
         raise InputError(
-            "the tokenizer has neither a BOS nor an EOS token, one of which lm-eval puts before a text; name one in it"
+            "the tokenizer has neither a BOS nor an EOS token, which lm-eval puts before a text; define one in the tokenizer"
         )
-    loaded = TaskManager(include_defaults=False)  # of nothing: the tasks are here, and lm-eval need not read all its own
-    with redirect_stderr(io.StringIO()):  # bars of tqdm; warnings go through logging
+    loaded = TaskManager(include_defaults=False)  # empty: the tasks are loaded already
+    with redirect_stderr(io.StringIO()):  # hides progress bars; warnings use logging
         found: Any = simple_evaluate(lm, tasks=list(tasks.values()), num_fewshot=num_fewshot, limit=limit, task_manager=loaded)
     scores: dict[str, dict[str, Any]] = {}
     for name in tasks:
@@ -84,7 +84,7 @@ def score(
 
 
 def _check_answers(task: str, samples: list[dict[str, Any]]) -> None:
-    """Raise FloatingPointError for a log-likelihood that is not finite; texts that were generated are no numbers."""
+    """Raise FloatingPointError for a log-likelihood that is not finite; generated texts are skipped."""
     for sample in samples:
         for request in sample["resps"]:
             for answer in request:
@@ -94,7 +94,7 @@ def _check_answers(task: str, samples: list[dict[str, Any]]) -> None:
 
 
 def _mean_of(values: list[Any], value: float) -> list[float]:
-    """The values per document as numbers if `value` is their mean; none otherwise."""
+    """The values per document as numbers if `value` is their mean; otherwise an empty list."""
     if not values or not all(isinstance(v, numbers.Real | np.bool_) for v in values):
         return []
     found = [float(v) for v in values]
@@ -102,9 +102,9 @@ def _mean_of(values: list[Any], value: float) -> list[float]:
 
 
 def against(scores: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The scores with `delta` and `delta_se`: the differences to the dense model's, paired by document.
+    """The scores with `delta` and `delta_se`: the differences to the dense model, paired by document.
 
-    `delta_se` is None where a measure is not a mean over documents. Raises InputError if the two were asked other documents.
+    `delta_se` is None if a measure is not a mean over documents. Raises InputError if the documents differ.
     """
     for task, measures in scores.items():
         for name, one in measures.items():

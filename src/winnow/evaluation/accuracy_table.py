@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-# Contract, as for the summary: other people's tools read these columns. New ones are appended.
+# Other people's tools read these columns, as those of the summary. New ones are only appended.
 COLUMNS = [
     *("model", "calibration", "method", "structure", "metric", "budget", "allocation", "recovery", "evaluation"),
     *("keep_requested", "dense_bytes", "stored_bytes", "keep_bytes", "model_dense_bytes", "model_stored_bytes"),
@@ -17,8 +17,8 @@ COLUMNS = [
 def accuracy_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]], columns: list[str] = COLUMNS) -> pd.DataFrame:
     """One row per cell, task and measure: the cell's names (from `rows`), its bytes, and its scores.
 
-    `delta` is the score above the dense model's, paired by document; 0 for the dense model. A standard error is empty where
-    lm-eval has none, and `delta_se` where the measure is not a mean over documents.
+    `delta` is the score minus the dense model's, paired by document; 0 for the dense model. Standard errors are empty if lm-eval
+    has none, and `delta_se` is empty if the measure is not a mean over documents.
     """
     table = []
     for row in rows:

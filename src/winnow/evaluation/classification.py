@@ -1,4 +1,4 @@
-"""Scores of a classifier with standard errors, and paired with those of the dense model."""
+"""Scores of a classifier with standard errors, and paired differences to the dense model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from winnow.errors import InputError
 from winnow.evaluation.spread import ratio
 
-Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], float]  # of (labels, predictions, how often each pair of them stands)
+Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], float]  # of (labels, predictions, count of each pair)
 
 
 def _confusion(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> tuple[float, float, float, float]:
-    """How often of two classes (1, 1), (0, 1), (1, 0) and (0, 0) stand as (label, prediction)."""
+    """Counts of the (label, prediction) pairs (1, 1), (0, 1), (1, 0) and (0, 0), for two classes."""
     counts = [float(weights[(labels == label) & (predicted == found)].sum()) for found in (1, 0) for label in (1, 0)]
     return counts[0], counts[1], counts[2], counts[3]
 
@@ -32,8 +32,8 @@ def _matthews(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) ->
 
 
 def _jackknife(labels: np.ndarray, own: list[int], measure: Measure, minus: list[int] | None = None) -> tuple[float, float]:
-    """(measure of the predictions `own`, less that of `minus`; its standard error), by leaving out one row at a time. Rows of
-    the same class and predictions are left out once for all."""
+    """(measure of the predictions `own`, minus that of `minus`; its standard error) by the leave-one-out jackknife, computed once
+    for all rows with the same label and predictions."""
     table = np.stack([labels, own, *([] if minus is None else [minus])], axis=1)
     cells, counts = np.unique(table, axis=0, return_counts=True)
 
@@ -50,9 +50,9 @@ def _jackknife(labels: np.ndarray, own: list[int], measure: Measure, minus: list
 def scores(labels: list[int], own: dict[str, list], classes: int, dense: dict[str, list] | None = None) -> dict[str, Any]:
     """{measure: {value, value_se, and with the dense model's outputs `dense` delta, delta_se}}.
 
-    Accuracy and loss (nats) are means over rows, with the standard error of a mean; `agreement` is the share of rows that get
-    the dense model's class. F1 of class 1 and Matthews' correlation, of two classes, have the standard error of the jackknife
-    over rows. `delta` is the difference to the dense model, paired by row. Raises InputError if that was scored on other rows.
+    Accuracy and loss (nats) are means over rows, with the standard error of a mean; `agreement` is the share of rows with the
+    same class as the dense model's. F1 of class 1 and Matthews' correlation, for two classes, have the jackknife standard error
+    over rows. `delta` is the difference to the dense model, paired by row. Raises InputError if it was scored on other rows.
     """
     if dense is not None and len(dense["predicted"]) != len(labels):
         raise InputError("the dense model was scored on other rows; delete its result and run again")

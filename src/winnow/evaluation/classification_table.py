@@ -1,4 +1,4 @@
-"""The table of classification scores: as that of accuracies, and beside every model that was tuned again the dense one."""
+"""The table of classification scores: like that of accuracies, with the recovered dense model as control."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from winnow.evaluation.accuracy_table import COLUMNS as OF_ACCURACY
 from winnow.evaluation.accuracy_table import accuracy_table
 from winnow.evaluation.classification import scores
 
-# Contract, as for the other tables: new columns are appended.
+# As in the other tables, new columns are only appended.
 COLUMNS = [*OF_ACCURACY, "delta_control", "delta_control_se"]
 
 
 def classification_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """One row per cell and measure; see `winnow.evaluation.accuracy_table` and `winnow.evaluation.classification.scores`.
 
-    `delta` is the difference to the dense model before compression. `delta_control` of a model after a recovery is the
-    difference to the dense model after the same recovery, paired by row: what compression costs when both had the same steps.
+    `delta` is the difference to the dense model before compression. `delta_control` of a recovered model is the difference to the
+    dense model after the same recovery, paired by row: the cost of compression after equal training.
     """
     controls = {_place(row): results[row["result"]] for row in rows if row["method"] == "dense" and row["recovery"] != "none"}
     found: dict[str, dict[str, Any]] = {}

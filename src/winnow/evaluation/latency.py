@@ -1,7 +1,7 @@
-"""Time, memory and reads of a model beside the dense one: in one process, interleaved, with the dense model twice as control.
+"""Time, memory and bytes read of a model compared with the dense one: interleaved in one process, with the dense model twice.
 
-A ratio is time over the dense model's time in the same repeat: below 1 is faster. The control is the dense model measured
-as if it were another one; what it differs from 1 by is what this machine cannot tell apart.
+A ratio is the time divided by the dense model's time in the same repeat: below 1 is faster. The control is the dense model
+measured as if it were another model; its difference to 1 is the resolution of this machine.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch.utils.flop_counter import flop_registry
 from winnow.errors import InputError
 from winnow.io.progress import every
 
-SLOT = 0.01  # seconds that short calls are repeated for within one repeat, so that the clock's grain does not count
-COVERAGE = 0.95  # of the interval of a median
+SLOT = 0.01  # seconds for which short calls are repeated within one repeat, so that the clock resolution does not matter
+COVERAGE = 0.95  # confidence level of the interval of a median
 SAME, FASTER, SLOWER = "same within spread", "faster", "slower than dense"
 Clock = Callable[[Callable[[], Any]], float]
 
 
 def clock_of(device: str) -> Clock:
-    """The seconds that a call takes: CUDA events around its kernels, or the processor's performance counter."""
+    """A function that measures the seconds of a call: by CUDA events around its kernels, or by the performance counter."""
     return _cuda_seconds if device == "cuda" else _cpu_seconds
 
 
@@ -54,7 +54,7 @@ def _cuda_seconds(call: Callable[[], Any]) -> float:
 
 
 def calls_of(slots: Mapping[str, Callable[[], Any]], clock: Clock, warmup: int) -> int:
-    """How often a short call is repeated, the same for all, after `warmup` untimed calls of each."""
+    """The number of repetitions of short calls, the same for all, after `warmup` untimed calls of each."""
     for _ in range(warmup):
         for call in slots.values():
             call()
@@ -62,7 +62,7 @@ def calls_of(slots: Mapping[str, Callable[[], Any]], clock: Clock, warmup: int) 
 
 
 def interleaved(slots: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """{name: {phase: [seconds]}}: every slot once per repeat, one after the other, in turned order every other repeat."""
+    """{name: {phase: [seconds]}}: every slot once per repeat, in reversed order in every other repeat."""
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in slots}
     for repeat in range(repeats):
         for name in list(slots) if repeat % 2 == 0 else reversed(list(slots)):
@@ -72,7 +72,7 @@ def interleaved(slots: Mapping[str, Callable[[], Mapping[str, float]]], repeats:
 
 
 def timed(call: Callable[[], Any], clock: Clock, calls: int) -> float:
-    """Seconds per call, after an untimed one: caches then hold this model and not the one before it."""
+    """Seconds per call, after an untimed call that fills the caches with this model."""
     call()
 
     def all_calls() -> None:
@@ -82,15 +82,15 @@ def timed(call: Callable[[], Any], clock: Clock, calls: int) -> float:
     return clock(all_calls) / calls
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def quartiles(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     q1, median, q3 = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "q1": q1, "q3": q3}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """An interval of the median with at least `COVERAGE`, by order statistics (of any distribution); the range of fewer than
-    six values, which have none."""
+    """A distribution-free confidence interval of the median with at least `COVERAGE`, by order statistics; the range for fewer
+    than six values, for which there is none."""
     ordered, n = sorted(values), len(values)
     outside, low = 0.0, 0
     while low < n // 2:
@@ -103,15 +103,15 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def ratios(own: list[float], dense: list[float]) -> dict[str, float]:
-    """Median and quartiles of the ratio in each repeat, and the interval of its median. Raises ValueError if not paired."""
+    """Median and quartiles of the ratios of all repeats, and the interval of the median. Raises ValueError if not paired."""
     values = [a / b for a, b in zip(own, dense, strict=True)]
     low, high = interval(values)
-    return {**spread(values), "low": low, "high": high}
+    return {**quartiles(values), "low": low, "high": high}
 
 
-def verdict(ratio: Mapping[str, float], control: Mapping[str, float]) -> str:
-    """Faster or slower where the interval of the ratio's median excludes 1 and the median is outside of the control's
-    quartiles: what dense against dense shows as well is no difference."""
+def latency_verdict(ratio: Mapping[str, float], control: Mapping[str, float]) -> str:
+    """Faster or slower if the interval of the ratio's median excludes 1 and the median is outside of the control's quartiles;
+    otherwise the difference is no larger than that of the dense model to itself."""
     if ratio["high"] < 1 and ratio["median"] < control["q1"]:
         return FASTER
     if ratio["low"] > 1 and ratio["median"] > control["q3"]:
@@ -120,21 +120,21 @@ def verdict(ratio: Mapping[str, float], control: Mapping[str, float]) -> str:
 
 
 class Tally(TorchDispatchMode):
-    """What the calls inside read and hold: `weight_bytes` of stored tensors read by operators (rows only, of an embedding),
-    `flops` of the products with them or with what was made of them alone (2 per multiply-add), and `peak`, the most bytes that
-    results of operators took at once.
+    """Counts the operators within it: `weight_bytes` of stored tensors read (only the used rows of an embedding), `flops` of
+    products with stored tensors or tensors computed from them alone (2 per multiply-add), and `peak`, the largest number of bytes
+    of operator results alive at once.
 
-    A stored tensor counts as often as it is read. Workspaces inside an operator are not seen."""
+    A stored tensor is counted every time it is read. Workspaces inside operators are not included."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.stored = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
         self.weight_bytes = self.flops = self.live = self.peak = 0
         self.known: set[int] = set()
-        self.made: set[int] = set()  # results that depend on stored tensors alone, as weights that are multiplied out
+        self.made: set[int] = set()  # results that depend on stored tensors alone, such as dequantised weights
 
     def restart(self) -> None:
-        """Count anew; what is held stays held."""
+        """Reset the counts; tensors alive stay counted in the peak."""
         self.weight_bytes = self.flops = 0
         self.peak = self.live
 
@@ -147,7 +147,7 @@ class Tally(TorchDispatchMode):
         weights = len(read) + sum(t.untyped_storage()._cdata in self.made for t in given)
         if weights and func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-        if read and not any(t.untyped_storage()._cdata in self.stored for t in results):  # no view of a weight
+        if read and not any(t.untyped_storage()._cdata in self.stored for t in results):  # not a view of a weight
             rows = func.overloadpacket is torch.ops.aten.embedding
             self.weight_bytes += sum(t.nbytes for t in (results if rows else read))
         for t in results:
@@ -172,20 +172,20 @@ class Tally(TorchDispatchMode):
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, shared ones once."""
+    """Bytes of a module's parameters and buffers; shared ones are counted once."""
     stored = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())}
     return sum(stored.values())
 
 
 class Generation:
-    """One model that reads a prompt (batch, length) and writes `tokens` (batch, steps + 1) with its cache, as `generate` does."""
+    """A model that processes a prompt (batch, length) and decodes `tokens` (batch, steps + 1) with its cache, like `generate`."""
 
     def __init__(self, model: Any, prompt: Tensor, tokens: Tensor):
         self.model, self.prompt, self.tokens, self.cache = model, prompt, tokens, None
 
     def prefill(self) -> None:
-        """Read the prompt; the logits of the last position only."""
-        self.cache = None  # its memory is free before the next one is filled
+        """Process the prompt, with logits of the last position only."""
+        self.cache = None  # frees its memory before the next one is filled
         self.cache = self.model(input_ids=self.prompt, use_cache=True, logits_to_keep=1).past_key_values
 
     def step(self, index: int) -> None:
@@ -196,7 +196,7 @@ class Generation:
             self.step(index)
 
     def slot(self, clock: Clock, calls: int) -> dict[str, float]:
-        """Seconds per prompt, and per step of decoding; the first prompt and the first step are not timed."""
+        """Seconds per prompt and per decoding step; the first prompt and the first step are not timed."""
         seconds = {"prefill": timed(self.prefill, clock, calls)}
         self.step(0)
         seconds["decode"] = clock(self.steps) / (self.tokens.shape[1] - 1)
@@ -204,7 +204,7 @@ class Generation:
         return seconds
 
     def resources(self) -> dict[str, dict[str, float]]:
-        """Per phase: `peak_bytes` (weights, cache and activations at once), and per token `flops` and `weight_bytes` read."""
+        """Per phase: `peak_bytes` (weights, cache and activations), and per token `flops` and `weight_bytes` read."""
         cuda, found = self.prompt.is_cuda, {}
         phases = (("prefill", self.prefill, self.prompt.numel()), ("decode", self._first, len(self.prompt)))
         before = torch.cuda.memory_allocated() if cuda else 0
@@ -225,19 +225,21 @@ class Generation:
 
 
 @torch.no_grad()
-def evaluate(dense: Any, model: Any | None, spec: dict[str, Any], device: str, clock: Clock | None = None) -> dict[str, Any]:
-    """Prefill and decoding of `model` (None: of the dense model alone) beside the dense one, for every batch size and length
-    of `spec` (batches, prompts, decode, repeats, warm_up): {"cases": [...], "machine": {...}}.
+def evaluate_latency(
+    dense: Any, model: Any | None, spec: dict[str, Any], device: str, clock: Clock | None = None
+) -> dict[str, Any]:
+    """Prefill and decoding of `model` (None: only the dense model) compared with the dense one, for every batch size and prompt
+    length of `spec` (batches, prompts, decode, repeats, warm_up): {"cases": [...], "machine": {...}}.
 
-    Raises InputError if the model is too short for a length.
+    Raises InputError if the model has too few positions.
     """
     clock = clock or clock_of(device)
     config = dense.config.get_text_config()
     longest, held = max(spec["prompts"]) + spec["decode"] + 1, getattr(config, "max_position_embeddings", None)
     if held and longest > held:
         raise InputError(
-            f"prompts of {max(spec['prompts'])} tokens and {spec['decode']} + 1 new ones are more than the {held} positions of "
-            "the model; lower `prompts` or `decode` of the evaluation"
+            f"prompts of {max(spec['prompts'])} tokens and {spec['decode']} + 1 new ones exceed the {held} positions of the "
+            "model; lower `prompts` or `decode` of the evaluation"
         )
     subjects = {"dense": dense, "control": dense, **({} if model is None else {"compressed": model})}
     cases: list[dict[str, Any]] = []
@@ -254,28 +256,28 @@ def evaluate(dense: Any, model: Any | None, spec: dict[str, Any], device: str, c
             of_phase = {name: values[phase] for name, values in seconds.items()}
             own = {name: found[phase] for name, found in resources.items()}
             cases.append({"phase": phase, "batch": batch, "prompt": length, **compared(of_phase, own, tokens)})
-    return {"cases": cases, "machine": machine(device, dense)}
+    return {"cases": cases, "machine": machine_record(device, dense)}
 
 
 def compared(seconds: dict[str, list[float]], resources: dict[str, dict[str, float]], tokens: int) -> dict[str, Any]:
-    """One record per subject: seconds, tokens per second, resources, and beside dense the ratio and the verdict."""
+    """One record per subject: seconds, tokens per second, resources, and the ratio to dense with its verdict."""
     found: dict[str, Any] = {}
     control = ratios(seconds["control"], seconds["dense"])
     for name, values in seconds.items():
         found[name] = {
-            "seconds": spread(values),
-            "tokens_per_second": tokens / spread(values)["median"],
+            "seconds": quartiles(values),
+            "tokens_per_second": tokens / quartiles(values)["median"],
             **resources.get(name, {}),
         }
         if name != "dense":
             ratio = ratios(values, seconds["dense"])
-            found[name] |= {"ratio": ratio, "verdict": verdict(ratio, control)}
+            found[name] |= {"ratio": ratio, "verdict": latency_verdict(ratio, control)}
         found[name]["per_repeat"] = values
     return found
 
 
-def machine(device: str, model: Any) -> dict[str, Any]:
-    """What the numbers were measured on; none of it is a parameter, and all of it matters."""
+def machine_record(device: str, model: Any) -> dict[str, Any]:
+    """The hardware and software of the measurement; none of it is a parameter, but all of it affects the numbers."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

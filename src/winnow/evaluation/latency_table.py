@@ -1,4 +1,4 @@
-"""The latency table: one row per cell, phase, batch size and prompt, the dense model's numbers beside the cell's own."""
+"""The latency table: one row per cell, phase, batch size and prompt, with the cell's and the dense model's numbers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ COLUMNS = [
 def latency_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """One row per case of every cell's result (`row["result"]` names it).
 
-    `ratio` is the time over the dense model's in the same repeat (below 1 is faster): median, quartiles, and the 95 % interval
-    of the median; `control_*` the same of the dense model measured against itself, which is the row of a dense cell.
-    Seconds are per prompt or per decoded step, bytes and FLOPs of products with weights per token.
+    `ratio` is the time divided by the dense model's in the same repeat (below 1 is faster): median, quartiles, and the 95 %
+    interval of the median; `control_*` is the same for the dense model against itself, which is also the row of a dense cell.
+    Seconds are per prompt or per decoded step; bytes and FLOPs (of products with weights) are per token.
     """
     table = []
     for row in rows:
@@ -57,7 +57,7 @@ def latency_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]
 
 
 def _measured(subject: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Columns of one model's own numbers."""
+    """Columns of the numbers of one model."""
     seconds = subject["seconds"]
     return {
         f"{prefix}tokens_per_second": subject["tokens_per_second"],
@@ -71,10 +71,10 @@ def _measured(subject: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def lines(path: Path) -> list[str]:
-    """The table as text, one line per row: what it is, time over dense with quartiles, and the verdict in words."""
+    """The table as text, one line per row: names, ratio to dense with quartiles, and the verdict."""
     with open(path, newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    found = ["time over the dense model's, median [quartiles]; below 1 is faster; `dense` is the dense model against itself"]
+    found = ["time / dense model's time, median [quartiles]; below 1 is faster; `dense` is the dense model against itself"]
     for row in rows:
         what = f"{row['model']} {row['method']} {row['budget']}, {row['phase']}, batch {row['batch']}, prompt {row['prompt']}"
         ratio = f"{float(row['ratio']):.2f} [{float(row['ratio_q1']):.2f}, {float(row['ratio_q3']):.2f}]"

@@ -1,4 +1,4 @@
-"""Loss of a model on windows of text, beside the dense model's: sums and counts, divided once."""
+"""Loss of a model on windows of text, compared with the dense model's, as sums and counts per window."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from winnow.checkpoint.streaming import Streamed
 
-CHUNK = 1 << 24  # logits held in float64 at a time
-STREAMED = 1 << 21  # the same for a model that is run block by block, where memory is short
+CHUNK = 1 << 24  # logits in float64 at a time
+STREAMED = 1 << 21  # the same for a model that is run block by block, as memory is short
 
 
 @torch.no_grad()
@@ -32,12 +32,12 @@ def evaluate(
     batch: int,
     resume: Resume | None = None,
 ) -> dict[str, list[float]]:
-    """Per window: `nll` (sum, nats), `tokens` (scored), and with a dense model `kl` (sum of KL(dense || model)) and
-    `agree` (tokens on which both put the same token first).
+    """Per window: `nll` (sum, nats), `tokens` (scored), and with a dense model `kl` (sum of KL(dense || model)) and `agree`
+    (number of tokens with the same top-1 prediction).
 
-    `ids` (windows, length) may end in PAD; `first` is the index of each window's first scored token. Log-softmax is
-    float64 on the model's logits. With `resume`, goes on after the last window whose sums were saved. Raises
-    FloatingPointError, naming the module, if a logit is not finite.
+    `ids` (windows, length) may end in PAD; `first` is the index of each window's first scored token. Log-softmax is computed in
+    float64 from the model's logits. With `resume`, continues after the last window in the saved sums. Raises FloatingPointError,
+    naming the module, if a logit is not finite.
     """
     device = next(model.parameters()).device
     keys = ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))
@@ -64,7 +64,7 @@ def evaluate(
 def evaluate_by_block(
     model: Streamed, dense: Streamed | None, ids: Tensor, first: Tensor, batch: int, resume: Resume | None = None
 ) -> dict[str, list[float]]:
-    """As `evaluate`, with the weights of one block at a time in memory, at the end those of what follows the blocks."""
+    """Like `evaluate`, with only the weights of one block, or of the modules after the blocks, in memory at a time."""
     models = [model] if dense is None else [model, dense]
     keys = ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))
     sums = {key: torch.zeros(len(ids), dtype=torch.float64) for key in keys}
@@ -76,7 +76,7 @@ def evaluate_by_block(
                     x = ids[group][:, : lengths[group[0]]].to(streamed.device).long()
                     if not _all_finite(streamed.run(group[0], {"input_ids": x})):
                         where = f"windows {group[0]} to {group[-1]}"
-                        raise FloatingPointError(f"what {streamed.names[layer]} gives is not finite in {where}")
+                        raise FloatingPointError(f"the output of {streamed.names[layer]} is not finite in {where}")
             streamed.advance(layer)
     done = resume.restore(sums) if resume else 0
     with ExitStack() as stack:
@@ -85,7 +85,7 @@ def evaluate_by_block(
         for window in every(range(done, len(ids)), "windows scored"):
             row = ids[window, : lengths[window]]
             for part in _parts(int(first[window]), len(row), model.vocabulary):
-                before = slice(part.start - 1, part.stop - 1)  # logits of a token stand at the one before it
+                before = slice(part.start - 1, part.stop - 1)  # the logits of a token are at the position before it
                 logits, *others = (streamed.logits(window, row, before) for streamed in models)
                 if not _all_finite(logits):
                     raise FloatingPointError(f"logits are not finite in window {window}; every block's output is finite")
@@ -98,7 +98,7 @@ def evaluate_by_block(
 
 
 def _parts(first: int, length: int, vocabulary: int) -> list[slice]:
-    """The tokens of a window that are scored, as many at a time as their logits allow."""
+    """The scored tokens of a window, in parts limited by the size of their logits."""
     step = max(1, STREAMED // vocabulary)
     return [slice(start, min(start + step, length)) for start in range(first, length, step)]
 
@@ -115,7 +115,7 @@ def _batches(lengths: list[int], batch: int, done: int) -> list[list[int]]:
 
 
 def _all_finite(x: Tensor) -> bool:
-    """In one pass, where `torch.isfinite` takes several; a NaN is the smallest and the largest of what it stands among."""
+    """Whether all numbers are finite, in one pass where `torch.isfinite` needs several; aminmax returns NaN if there is one."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
@@ -126,7 +126,7 @@ def _score(logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[st
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
         x = logits[part].double()
-        total = x.logsumexp(-1, keepdim=True)  # all that a token's own loss takes: half the time of `log_softmax`
+        total = x.logsumexp(-1, keepdim=True)  # enough for the loss of the target: half the time of `log_softmax`
         sums["nll"] += float((total - x.gather(1, targets[part, None])).sum())
         if reference is not None:
             p = torch.log_softmax(reference[part].double(), dim=-1)
@@ -154,8 +154,8 @@ def _culprit(model: PreTrainedModel, x: Tensor) -> str:
     return f"the first module with such an output is {found[0]}" if found else "every module's output is finite"
 
 
-def summarize(rows: dict[str, list[float]], dense: dict[str, Any] | None) -> dict[str, Any]:
-    """Totals, means and standard errors of per-window sums; differences to `dense` (its own record) are paired."""
+def summarize_windows(rows: dict[str, list[float]], dense: dict[str, Any] | None) -> dict[str, Any]:
+    """Totals, means and standard errors of per-window sums; differences to `dense` (its record) are paired."""
     counts = rows["tokens"]
     nll, nll_se = ratio(rows["nll"], counts)
     result: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Standard errors of sums over windows: windows are the independent unit, and models are compared window by window."""
+"""Standard errors of sums over windows: windows are the independent samples, and models are compared per window."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
-    """(sum over count, its standard error with windows as independent clusters), by linearisation of the ratio."""
+    """(sum / count, its standard error with windows as independent clusters), by linearisation of the ratio."""
     s, c = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     mean = float(s.sum() / c.sum())
     n = len(s)
@@ -27,13 +27,13 @@ def paired(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
 
 
 def tied(difference: float, error: float) -> bool:
-    """Whether two models cannot be told apart: their difference is within two standard errors of 0."""
+    """Whether the difference of two models is within two standard errors of 0."""
     return abs(difference) <= 2 * error
 
 
 def standing(cells: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
-    """How the methods of one budget stand, one line each: `best` or how far above it, with its ties; and `as dense` where a loss
-    cannot be told from that of the dense model, which is none."""
+    """The ranking of the methods of one budget, one line each: `best` or the difference to it, with ties; and `as dense` if the
+    loss is within two standard errors of the dense model's."""
     ties = [tied(float(cell["above_best"]), float(cell["above_best_se"])) for cell in cells]
     lines = []
     for cell, tie in zip(cells, ties, strict=True):
@@ -44,10 +44,10 @@ def standing(cells: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
 
 
 def is_as_dense(cell: dict[str, Any]) -> bool:
-    """Whether 0 is within two standard errors of a loss above the dense model's."""
+    """Whether the difference to the dense model's loss is within two standard errors of 0."""
     return tied(float(cell["delta_nll"]), float(cell["delta_nll_se"]))
 
 
 def over_seeds(values: Sequence[float]) -> float:
-    """Standard error of a mean over seeds; NaN of a single one."""
+    """Standard error of a mean over seeds; NaN for a single seed."""
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan

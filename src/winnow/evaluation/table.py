@@ -1,4 +1,4 @@
-"""The table of a kind of evaluation, by the function that the kind names."""
+"""The table of a kind of evaluation, by the function named in the kind."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ if TYPE_CHECKING:
 
 
 def tabulated(table: str, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """The table of a kind (its `table`): `rows` name its cells, `results` are what was measured, by `row["result"]`."""
+    """The table of a kind, by its function `table`: `rows` are the cells, `results` the measurements by `row["result"]`."""
     module, function = table.split(":")
     return getattr(import_module(module), function)(rows, results)

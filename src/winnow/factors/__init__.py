@@ -1,1 +1,1 @@
-"""Fitting the method of a cell to every group of matrices, and the loss that every size is predicted to have."""
+"""Fits of a method to every group of matrices, and the predicted loss of every size."""

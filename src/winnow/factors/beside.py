@@ -1,8 +1,8 @@
-"""A compressed model whose replaced FFNs have their dense matrices beside them, on the same inputs: what these matrices read and
-how the loss depends on what they give is then known around the compressed model, though it has none of their shapes.
+"""Runs the dense matrices of replaced FFNs beside a compressed model, on its inputs. This gives statistics of their inputs and of
+the gradients at their outputs around the compressed model, although it does not have these matrices.
 
-The outputs are those of the compressed model, and so are all gradients outside of the dense FFNs. In them stands the gradient
-that their matrices' outputs would have if the FFN's output were theirs.
+Outputs, and gradients outside of the dense FFNs, are those of the compressed model. The dense matrices receive the gradients that
+they would have if they computed the FFN's output.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from winnow.structures.ffn import FUSED
 
 
 class Replaced(threading.local):
-    """An FFN as it is stored: its modules by role and its activation, and the input that the dense one read last, in each thread
-    its own: parts of a batch run side by side (winnow/calibration/threads.py)."""
+    """A stored FFN: its modules by role, its activation, and, per thread, the last input of the dense FFN; parts of a batch run
+    in parallel threads (winnow/calibration/threads.py)."""
 
     def __init__(self, modules: dict[str, nn.Module], activation: nn.Module):
         self.modules, self.activation = modules, activation
         self.input: Tensor | None = None
 
     def output(self) -> Tensor:
-        """Of the input that this thread read last, which is then forgotten."""
+        """The output for the last input of this thread, which is then dropped."""
         assert self.input is not None
         x, own, self.input = self.input, self.modules, None
         if FUSED in own:
@@ -38,7 +38,7 @@ class Replaced(threading.local):
 
 
 class Inner(nn.Module):
-    """A dense matrix of the FFN's input, which passes no gradient on to that."""
+    """A dense matrix applied to the FFN's input, without a gradient to that input."""
 
     def __init__(self, dense: nn.Module, replaced: Replaced):
         super().__init__()
@@ -51,7 +51,7 @@ class Inner(nn.Module):
 
 
 class Down(nn.Module):
-    """The dense matrix of the hidden units, whose output is that of the FFN as it is stored."""
+    """The dense matrix of the hidden units; its output is replaced by that of the stored FFN."""
 
     def __init__(self, dense: nn.Module, replaced: Replaced):
         super().__init__()
@@ -64,7 +64,7 @@ class Down(nn.Module):
 
 
 def put_beside(model: Any, group: list[Matrix], dense: dict[str, nn.Module]) -> None:
-    """Put the modules of an FFN, `dense` by name with that of the activation, beside what stands in their places."""
+    """Install the dense modules of an FFN (`dense`: by name, including the activation) beside the modules that replaced them."""
     down = group[-1]
     stored = {m.role: model.get_submodule(m.module) for m in group}
     replaced = Replaced(stored, model.get_submodule(down.activation))

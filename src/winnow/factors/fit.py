@@ -1,4 +1,4 @@
-"""Fitting every group of matrices of a model once, for every size; the factors that allocation and compression cut."""
+"""Fits every group of matrices of a model once for all sizes; allocation and compression truncate these factors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def shard_of(groups: list[list[Matrix]], shard: str) -> list[list[Matrix]]:
-    """The groups of one job: shard `2-of-8` takes the second eighth of them, so that it reads the files of few layers."""
+    """The groups of one job: shard `2-of-8` is the second eighth of them; consecutive groups need the files of few layers."""
     index, total = (int(part) for part in shard.split("-of-"))
     return groups[len(groups) * (index - 1) // total : len(groups) * index // total]
 
@@ -43,8 +43,8 @@ def labels_by_matrix(table: pd.DataFrame) -> dict[str, Tensor]:
 def left_dense(
     files: ModelFiles, moments: Bundle | None, structure: Structure, metric: Metric | None, shard: str
 ) -> dict[str, int]:
-    """{group name: calibration tokens} of the shard's experts that stay dense: where the fit needs statistics, those that saw
-    fewer tokens than they have inputs, so that their second moment is singular; and all, where it needs gradients."""
+    """{group name: calibration tokens} of the shard's experts that stay dense: all if the fit needs gradients; otherwise, if it
+    needs statistics, those with fewer tokens than inputs, whose second moment is singular."""
     needs = {*(metric.needs if metric else ()), *structure.needs()}
     found: dict[str, int] = {}
     layers: dict[int, dict[str, Tensor]] = {}
@@ -76,8 +76,8 @@ def fit_groups(
     """Yield (group name, fit, numbers stored at every size) for the shard's groups of all matrices of the model.
 
     The last size is the largest that stores less than the dense matrices. `labels` are clusters by matrix name, for structures
-    that ask for them; groups named in `done` are left out. Raises InputError naming the matrix if its weight or its statistics
-    are not finite.
+    that need them; groups in `done` are skipped. Raises InputError, naming the matrix, if its weight or statistics are not
+    finite.
     """
     groups = [group for group in shard_of(structure.groups(files.matrices), shard) if group_name(group) not in done]
     dense_experts = left_dense(files, moments, structure, metric, shard)
@@ -120,7 +120,7 @@ def fit_groups(
 
 
 def storable(structure: Structure, fit: Fit) -> dict[str, Tensor]:
-    """The fit's tensors as they are cached: float32, but float64 where the structure says so."""
+    """The fit's tensors in the dtype in which they are cached: float32, or float64 for those in `in_float64`."""
     tensors = {}
     for name, tensor in fit.tensors.items():
         single = tensor.is_floating_point() and name not in structure.in_float64

@@ -1,5 +1,5 @@
-"""What the members of a method were fitted to, under names that tell members apart: `003.gate_proj` of the member `low_rank` is
-`003.gate_proj@low_rank`. A method without alternatives is its own only member, and the names are the groups'."""
+"""Fits of the members of a method, with names that distinguish members: `003.gate_proj` of the member `low_rank` is
+`003.gate_proj@low_rank`. A method without alternatives is its only member, and its names have no suffix."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def by_member(structure: Structure, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(suffix of its names, path) for every path: as many for each member, all of the first one first. One path alone is of them
-    all, with names as they are."""
+    """(suffix of its names, path) for every path: equally many for each member, in the order of members. A single path belongs to
+    all members, without a suffix."""
     suffixes = list(structure.alternatives()) if len(paths) > 1 else [""]
     if len(paths) % len(suffixes):
         raise RuntimeError(f"{len(paths)} files for {len(suffixes)} members")
@@ -25,7 +25,7 @@ def by_member(structure: Structure, paths: Sequence[str]) -> Iterator[tuple[str,
 
 
 def factors_of(structure: Structure, paths: Sequence[str]) -> tuple[dict[str, Bundle], dict[str, int]]:
-    """({name: the bundle that holds its fit}, {group of experts that stays dense: its calibration tokens}) of manifests of
+    """({name: bundle with its fit}, {group of experts that stays dense: its calibration tokens}) from the manifests of
     factors."""
     found: dict[str, Bundle] = {}
     dense: dict[str, int] = {}
@@ -36,7 +36,7 @@ def factors_of(structure: Structure, paths: Sequence[str]) -> tuple[dict[str, Bu
     return found, dense
 
 
-def table_of(structure: Structure, paths: Sequence[str]) -> pd.DataFrame:
+def member_table(structure: Structure, paths: Sequence[str]) -> pd.DataFrame:
     """The rows of all members' tables (spectra or predicted losses) by name."""
     import pandas as pd
 
@@ -48,5 +48,5 @@ def table_of(structure: Structure, paths: Sequence[str]) -> pd.DataFrame:
 
 
 def fit_file(name: str) -> str:
-    """The file of a fit in the factors of its member."""
+    """The file of a fit within the factors of its member."""
     return f"{name.partition('@')[0]}.safetensors"

@@ -1,16 +1,16 @@
-"""The loss that every size of every group is predicted to cost: the quadratic model of the loss around the dense model.
+"""Predicted increase of the loss at every size of every group: the quadratic model of the loss around the dense model.
 
-A change D of a matrix moves its output by D x, and the loss by 1/2 E[(g^T D x)^2] with g the loss's gradient in the output: the
-Fisher information as its Hessian. With x and g taken as independent this is 1/2 tr(F D C D^T), C = E[x x^T], F = E[g g^T] (KFAC,
-arXiv 1503.05671). A structure that replaces a whole FFN changes its output instead: there D x is that change, and F the moment
-of the gradient in the FFN's output. Changes of several matrices are taken to add up, which holds as long as each is small.
+A change D of a matrix changes its output by D x, and the loss by 1/2 E[(g^T D x)^2] with g the gradient of the loss at the
+output: the Fisher information is used as the Hessian. Assuming that x and g are independent, this is 1/2 tr(F D C D^T) with
+C = E[x x^T], F = E[g g^T] (KFAC, arXiv 1503.05671). For a structure that replaces a whole FFN, D x is the change of the FFN's
+output, and F the moment of the gradient there. Changes of several matrices are assumed to add up, which holds if each is small.
 
-What no calibration token shows would cost nothing: hidden units that never fired could go for free, and some fire on other text.
-So one token more is counted, of which nothing is known, see `unseen`.
+Directions that never occur in the calibration tokens would cost nothing, such as hidden units that were never active, although
+some are active on other text. One more token is therefore counted, of which nothing is known, see `unseen`.
 
-By the tokens that it was made on, a fit loses less than on others. Where tokens are few for the channels of an input or an output
-(`winnow.calibration.few_tokens`), C and F are therefore what `winnow.factors.shrinkage` expects of other text; elsewhere they are
-as they were seen.
+On its calibration tokens a fit loses less than on others. If there are few tokens for the channels of an input or output
+(`winnow.calibration.few_tokens`), C and F are therefore replaced by their expectation for other text from
+`winnow.factors.shrinkage`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 def predict(
     files: ModelFiles, moments: Layers, gradients: Layers, factors: dict[str, Bundle], structure: Structure, device: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (group name, predicted increase of the loss (sizes + 1,), nats per token) for every group that `factors` has a fit of
-    (by name); size 0 is what is stored at every size, for low rank the matrix removed.
+    """Yield (group name, predicted increase of the loss (sizes + 1,), nats per token) for every group with a fit in `factors`
+    (by name). Size 0 has only the parts stored at every size; for low rank, the matrix is removed.
 
-    Experts of a mixture are left out, as they have no gradients. Raises InputError, naming the matrix, for a statistic that is
-    not finite.
+    Experts of a mixture are skipped, as they have no gradients. Raises InputError, naming the matrix, if a statistic is not
+    finite.
     """
     inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
     needs = dict.fromkeys(("gram", "count", "max_abs", *(need for need in structure.needs() if need not in GRADIENTS)))
@@ -71,7 +71,7 @@ def predict(
 
 
 def on_other_text(sites: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Statistics of the inputs of a group by matrix, with the second moments that are expected of other text."""
+    """Input statistics of a group by matrix, with the second moments that are expected for other text."""
     *inner, last = sites
     if "cross" not in sites[last]:
         return {name: site | {"gram": expected(site["gram"], int(site["count"]))} for name, site in sites.items()}
@@ -80,8 +80,8 @@ def on_other_text(sites: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Te
 
 
 def unseen(site: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Statistics of a site with its gram (n, n) as after one token more than its `count`, whose channels are independent, each
-    with the energy of what channels typically reach at most: the median of the squares of `max_abs` (n,) that are not 0."""
+    """Statistics of a site with its gram (n, n) after one additional token with independent channels. The energy of each is that
+    of a typical maximum: the median of the nonzero squares of `max_abs` (n,)."""
     count, reached = float(site["count"]), site["max_abs"].square()
     gram = site["gram"] * (count / (count + 1))
     if (reached > 0).any():
@@ -89,6 +89,6 @@ def unseen(site: dict[str, Tensor]) -> dict[str, Tensor]:
     return site | {"gram": gram}
 
 
-def table_of(predicted: dict[str, list[float]]) -> pd.DataFrame:
-    """Rows of predicted.parquet: group, predicted (nats per token by size)."""
+def predicted_table(predicted: dict[str, list[float]]) -> pd.DataFrame:
+    """The table predicted.parquet: group, predicted (nats per token by size)."""
     return pd.DataFrame([{"group": n, "predicted": losses} for n, losses in predicted.items()], columns=["group", "predicted"])

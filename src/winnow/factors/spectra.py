@@ -23,8 +23,8 @@ def effective_ranks(singular_values: np.ndarray) -> dict[str, float]:
 
 
 def spectrum_row(name: str, spectrum: np.ndarray, error: np.ndarray, numbers: np.ndarray, metric: str) -> dict[str, Any]:
-    """One row of spectra.parquet: layer(s), role(s), metric, singular values, error left and numbers stored at every size,
-    effective ranks."""
+    """One row of spectra.parquet: layer(s), role(s), metric, singular values, error and stored numbers at every size, effective
+    ranks."""
     layer, _, roles = name.partition(".")
     return {
         "group": name,

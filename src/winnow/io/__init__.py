@@ -1,1 +1,1 @@
-"""Reading and writing results: sealed artefacts, tensor files, work that can go on after a stop, strict YAML and JSON."""
+"""Reading and writing results: sealed artefacts, tensor files, saved states of interrupted jobs, strict YAML and JSON."""

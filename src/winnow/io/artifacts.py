@@ -1,7 +1,7 @@
-"""Reading and writing artefacts: atomic, with their provenance inside, verified when read.
+"""Reading and writing artefacts: written atomically with their provenance, verified when read.
 
-An artefact is a sealed file (JSON, Parquet, SVG, safetensors), which holds the digest of all its bytes, or a bundle: a
-directory of safetensors files with a sealed `manifest.json` that is written last and holds the digest of every file.
+An artefact is a sealed file (JSON, Parquet, SVG, safetensors) that contains the digest of its own bytes, or a bundle: a
+directory of safetensors files with a sealed `manifest.json`, written last, that contains the digest of every file.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 MARK = b"winnow-sha256:"
-BLANK = MARK + b"0" * 64  # where a sealed file keeps the digest of itself, with this in the digest's place
-CHUNK = 1 << 20  # bytes of a file that are looked at together
+BLANK = MARK + b"0" * 64  # placeholder of a sealed file's own digest, also while the digest is computed
+CHUNK = 1 << 20  # bytes of a file that are read at a time
 CURE = "delete it and run snakemake again"
 
 
@@ -38,10 +38,10 @@ def file_digest(path: Path | str) -> str:
 
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to `path` on success, removed on failure. Files and directories alike."""
+    """A temporary path (file or directory) beside `path`, renamed to `path` on success and removed on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.partial-*"):  # by a killed job: only one at a time writes an artefact
+    for left in path.parent.glob(f".{path.name}.partial-*"):  # of a killed job: only one job at a time writes an artefact
         if left.is_dir():
             shutil.rmtree(left)
         else:
@@ -70,7 +70,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_note(path: Path, text: str) -> None:
-    """Write a small file that only saves work. Several jobs may write it at once; one that may not write there does without."""
+    """Write a small file that only saves work. Several jobs may write it at once; missing write permission is ignored."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,12 +84,12 @@ _checks: list[Callable[[], None]] = []
 
 
 def before_sealing(check: Callable[[], None]) -> None:
-    """Have this process, which runs one job, call `check` before it seals anything; what it raises leaves nothing written."""
+    """Call `check` before this process (one job) seals any artefact; if it raises, nothing is written."""
     _checks[:] = [check]
 
 
 def _seal(path: Path) -> None:
-    """Put the digest of the whole file into the place that `BLANK` keeps for it."""
+    """Replace the placeholder `BLANK` by the digest of the whole file."""
     for check in _checks:
         check()
     place = _place(path)
@@ -99,7 +99,7 @@ def _seal(path: Path) -> None:
 
 
 def _place(path: Path | str) -> int:
-    """Where the digest of a sealed file stands, behind the last `MARK`. Raises ValueError if there is none."""
+    """Offset of the digest in a sealed file, after the last `MARK`. Raises ValueError if there is none."""
     found, begin, tail = -1, 0, b""
     with open(path, "rb") as stream:
         while chunk := stream.read(CHUNK):
@@ -114,7 +114,7 @@ def _place(path: Path | str) -> int:
 
 
 def _digest_without(path: Path | str, place: int) -> bytes:
-    """SHA-256 of a file in hexadecimal, with zeros where its own digest stands; the file is read by chunks."""
+    """SHA-256 of a file in hexadecimal, with zeros in place of its own digest; the file is read in chunks."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         for part in (place, None):
@@ -127,7 +127,7 @@ def _digest_without(path: Path | str, place: int) -> bytes:
 
 
 def _check_seal(path: Path | str) -> None:
-    """InputError if a sealed file is not whole or was changed."""
+    """Raise InputError if a sealed file is incomplete or was changed."""
     try:
         place = _place(path)
         with open(path, "rb") as stream:
@@ -136,11 +136,11 @@ def _check_seal(path: Path | str) -> None:
     except ValueError:
         whole = False
     if not whole:
-        raise InputError(f"{path}: changed since it was written, or not of winnow; {CURE}")
+        raise InputError(f"{path}: changed since it was written, or not written by winnow; {CURE}")
 
 
 def check_whole(path: Path | str) -> None:
-    """Raise InputError if an artefact is absent or not whole, or was changed: a sealed file, or a bundle by its manifest."""
+    """Raise InputError if an artefact (a sealed file, or a bundle by its manifest) is missing, incomplete or was changed."""
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such artefact")
     _check_seal(path)
@@ -149,22 +149,22 @@ def check_whole(path: Path | str) -> None:
 
 
 def _unsealed(path: Path | str) -> bytes:
-    """The bytes of a sealed file; InputError if it is not whole or was changed."""
+    """The bytes of a sealed file. Raises InputError if it is incomplete or was changed."""
     _check_seal(path)
     return Path(path).read_bytes()
 
 
 def _check_place(path: Path | str, provenance: dict) -> None:
-    """Raise InputError if the file was made for another place: its name is another, or its wildcards are not in its path."""
+    """Raise InputError if the file was written for another path: its name differs, or its wildcards are not in the path."""
     if (name := provenance.get("file", Path(path).name)) != Path(path).name:
-        raise InputError(f"{path}: made for another place ({name}); {CURE}")
+        raise InputError(f"{path}: written for another path ({name}); {CURE}")
     for name, value in provenance.get("wildcards", {}).items():
         if value not in str(path):
-            raise InputError(f"{path}: made for another place ({name} {value}); {CURE}")
+            raise InputError(f"{path}: written for another path ({name} {value}); {CURE}")
 
 
 def write_json(path: Path | str, content: dict, provenance: dict | None = None) -> None:
-    """Write `content`, the provenance as its last block, and a seal; NaN and infinity are refused."""
+    """Write `content` with the provenance as its last block and a seal. Raises ValueError for NaN and infinity."""
     block = {} if provenance is None else {"provenance": {**provenance, "file": Path(path).name}}
     with atomic(path) as partial:
         text = json.dumps({**content, **block, "seal": BLANK.decode()}, indent=1, allow_nan=False)
@@ -173,7 +173,7 @@ def write_json(path: Path | str, content: dict, provenance: dict | None = None) 
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
-    """The content of a file of `write_json`; InputError if it is not whole, was changed, or belongs elsewhere."""
+    """The content of a file of `write_json`. Raises InputError if it is incomplete, changed, or written for another path."""
     content = json.loads(_unsealed(path))
     del content["seal"]
     _check_place(path, content.get("provenance", {}))
@@ -181,7 +181,7 @@ def read_json(path: Path | str) -> dict[str, Any]:
 
 
 def write_markup(path: Path | str, text: str, provenance: dict) -> None:
-    """Write SVG or HTML with the provenance and a seal in a comment behind it."""
+    """Write SVG or HTML with the provenance and a seal in a comment at its end."""
     block = json.dumps({"provenance": {**provenance, "file": Path(path).name}, "seal": BLANK.decode()})
     block = block.replace("--", "-\\u002d")  # `--` ends comments
     with atomic(path) as partial:
@@ -190,7 +190,7 @@ def write_markup(path: Path | str, text: str, provenance: dict) -> None:
 
 
 def read_markup(path: Path | str) -> str:
-    """The text given to `write_markup`; InputError if it is not whole, was changed, or belongs elsewhere."""
+    """The text given to `write_markup`. Raises InputError if the file is incomplete, changed, or written for another path."""
     text = _unsealed(path).decode()
     _check_place(path, provenance_of_markup(path) or {})
     return text.rstrip().rpartition("\n")[0]
@@ -205,7 +205,7 @@ def provenance_of_markup(path: Path | str) -> dict | None:
 
 
 def write_parquet(path: Path | str, table: pd.DataFrame, provenance: dict) -> None:
-    """Write a data frame; provenance and seal go into the schema's metadata."""
+    """Write a data frame, with provenance and seal in the schema's metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -218,7 +218,7 @@ def write_parquet(path: Path | str, table: pd.DataFrame, provenance: dict) -> No
 
 
 def read_parquet(path: Path | str) -> pd.DataFrame:
-    """The table of a file of `write_parquet`; InputError if it is not whole, was changed, or belongs elsewhere."""
+    """The table of a file of `write_parquet`. Raises InputError if it is incomplete, changed, or written for another path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -228,8 +228,8 @@ def read_parquet(path: Path | str) -> pd.DataFrame:
 
 
 def write_tensors(path: Path | str, tensors: dict[str, torch.Tensor], metadata: dict | None = None, sealed: bool = False) -> None:
-    """Write a safetensors file; `metadata` is stored as one JSON string under `winnow`. A file by itself is `sealed`; one of
-    a bundle need not be, since the manifest holds its digest."""
+    """Write a safetensors file, with `metadata` as one JSON string under `winnow`. Single files are `sealed`; files of a bundle
+    need not be, since the manifest contains their digests."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -239,7 +239,7 @@ def write_tensors(path: Path | str, tensors: dict[str, torch.Tensor], metadata: 
         try:
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata=block)
         except SafetensorError as error:
-            if code := re.search(r"\(os error (\d+)\)", str(error)):  # of the operating system: a full disk, a quota
+            if code := re.search(r"\(os error (\d+)\)", str(error)):  # from the operating system: a full disk, a quota
                 raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
             raise
         if sealed:
@@ -249,8 +249,8 @@ def write_tensors(path: Path | str, tensors: dict[str, torch.Tensor], metadata: 
 def read_tensors(
     path: Path | str, sealed: bool = False, names: Collection[str] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """({name: tensor}, metadata) of a file of `write_tensors`, with `names` of those only; InputError if it is not whole, and,
-    where it is sealed, if it was changed or belongs elsewhere."""
+    """({name: tensor}, metadata) of a file of `write_tensors`, limited to `names` if given. Raises InputError if the file is
+    incomplete or, if sealed, changed or written for another path."""
     from safetensors import SafetensorError, safe_open
 
     if sealed:
@@ -260,7 +260,7 @@ def read_tensors(
             metadata = json.loads((stream.metadata() or {}).get("winnow", "{}"))
             found = [name for name in stream.keys() if names is None or name in names]
     except SafetensorError as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
+        raise InputError(f"{path}: incomplete or not a safetensors file ({error}); {CURE}") from error
     metadata.pop("seal", None)
     if sealed:
         _check_place(path, metadata.get("provenance", {}))
@@ -269,7 +269,7 @@ def read_tensors(
 
 
 def write_manifest(directory: Path | str, content: dict, provenance: dict) -> None:
-    """Finish a bundle: record the digest of every file of `directory` in its manifest, which makes it exist."""
+    """Finish a bundle: write its manifest with the digest of every file of `directory`."""
     directory = Path(directory)
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST and not p.name.startswith("."))
     digests = {str(p.relative_to(directory)): file_digest(p) for p in files}
@@ -277,14 +277,14 @@ def write_manifest(directory: Path | str, content: dict, provenance: dict) -> No
 
 
 class Bundle:
-    """A directory of files with a manifest; every file's digest is checked before it is read."""
+    """A directory of files with a manifest; the digest of every file is checked before the file is read."""
 
     def __init__(self, manifest: Path | str):
         self.directory = Path(manifest).parent
         self.manifest = read_json(manifest)
 
     def path(self, name: str) -> Path:
-        """The path of a file of the bundle; InputError if it is missing or was changed since it was written."""
+        """The path of a file of the bundle. Raises InputError if it is missing or was changed since it was written."""
         path, expected = self.directory / name, self.manifest["files"].get(name)
         cure = f"delete {self.directory / MANIFEST} and run snakemake again"
         if expected is None or not path.is_file():

@@ -1,4 +1,4 @@
-"""Paths of this machine in what is handed on: they help nobody elsewhere, and tell where somebody works."""
+"""Removes local paths from files that are shared: they are useless elsewhere and reveal where somebody works."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import yaml
 
 from winnow.errors import InputError, first_line
 
-CONFIGS = "*config.json"  # of a model, its tokenizer and its generation: with paths as transformers wrote them
+CONFIGS = "*config.json"  # of a model, its tokenizer and its generation: transformers writes local paths into them
 REPORTS = ("recipe.yaml", "recovery.json", "optimisation.json")
 
 
 def is_local(value: Any) -> bool:
-    """Whether a value is an absolute path, of any system, or one below a home directory."""
+    """Whether a value is an absolute path of any operating system, or a path below a home directory."""
     if not isinstance(value, str) or "\n" in value:
         return False
     path = PureWindowsPath(value)  # knows both kinds of slashes
@@ -23,7 +23,7 @@ def is_local(value: Any) -> bool:
 
 
 def named(content: Any) -> Any:
-    """The same content with the last name of every local path in its place: the name of the model, or of the text."""
+    """The content with every local path replaced by its last component, the name of the model or text."""
     if isinstance(content, dict):
         return {key: named(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -32,13 +32,13 @@ def named(content: Any) -> Any:
 
 
 def without_local(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without entries that are local paths, such as `_name_or_path`: no loader can use them elsewhere."""
+    """A config without entries that are local paths, such as `_name_or_path`, which no loader can use elsewhere."""
     kept = {key: value for key, value in config.items() if not is_local(value)}
     return {key: without_local(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def copy_config(source: Path, target: Path) -> None:
-    """Copy a config without its local paths, byte by byte where it has none. Raises InputError if it is no JSON object."""
+    """Copy a config without its local paths, byte by byte if it has none. Raises InputError if it is not a JSON object."""
     content = source.read_bytes()
     try:
         config = json.loads(content)
@@ -51,7 +51,7 @@ def copy_config(source: Path, target: Path) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Take local paths out of the configs and reports of a checkpoint, whatever wrote them."""
+    """Remove local paths from the configs and reports of a checkpoint."""
     for path in sorted(directory.glob(CONFIGS)):
         copy_config(path, path)
     for path in (directory / name for name in REPORTS):

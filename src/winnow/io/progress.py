@@ -1,4 +1,4 @@
-"""Progress of long loops as plain log lines: readable in a file, in a terminal and in a cluster's log alike."""
+"""Progress of long loops as plain log lines, readable in files, terminals and cluster logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 
 def every(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """Iterate over `items`; log how far it is every few seconds, and once at the end."""
+    """Iterate over `items`; log progress every few seconds and at the end."""
     began = last = time.monotonic()
     total = len(items)
     for index, item in enumerate(items):

@@ -1,7 +1,7 @@
-"""What a long stage had reached when its process ended, so that the next one goes on from there with the same bytes.
+"""Saved states of long jobs, so that an interrupted job can be resumed with bit-identical results.
 
-The state lies beside the artefact under a name with a dot, holds the provenance of the job, and is used only by a job of the
-same provenance. It is removed when the artefact is finished.
+The state is stored beside the artefact in a hidden file with the provenance of the job, and is used only by a job of the same
+provenance. It is removed when the artefact is finished.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-SECONDS = "WINNOW_SAVE_SECONDS"  # between two saves; how a job runs, so it is no parameter of any
-SHARE = 20  # a save that took s seconds is followed by 20 s seconds without one
+SECONDS = "WINNOW_SAVE_SECONDS"  # seconds between two saves; it changes no result, so it is not a parameter of a job
+SHARE = 20  # after a save that took s seconds, none for 20 s seconds
 
 
 class Resume:
-    """Saved state of one artefact: named tensors, whatever they mean to the stage."""
+    """Saved state of one artefact: tensors by name."""
 
     def __init__(self, artefact: Path | str, provenance: dict[str, Any]):
         artefact = Path(artefact)
@@ -35,7 +35,7 @@ class Resume:
         self.next = time.monotonic() + self.pause
 
     def load(self) -> dict[str, Tensor]:
-        """The state that a job of the same provenance left; empty if there is none. A damaged one is logged and not used."""
+        """The state saved by a job of the same provenance; empty if there is none. A damaged one is logged and ignored."""
         if not self.path.is_file():
             return {}
         try:
@@ -44,22 +44,22 @@ class Resume:
             log.info("starting over: %s", error)
             return {}
         if metadata["provenance"] != self.provenance:
-            log.info("starting over: %s is of other parameters, code or inputs", self.path)
+            log.info("starting over: %s was saved with other parameters, code or inputs", self.path)
             return {}
         return state
 
     def restore(self, sums: dict[str, Tensor]) -> int:
-        """Copy a saved state into `sums`, in place; returns how many windows are in them."""
+        """Copy a saved state into `sums`, in place; returns the number of windows in them."""
         state = self.load()
         if not state:
             return 0
         for name, tensor in sums.items():
             tensor.copy_(state[name])
-        log.info("going on after window %d of %s", int(state["done"]), self.path)
+        log.info("resuming after window %d of %s", int(state["done"]), self.path)
         return int(state["done"])
 
     def save(self, done: int, sums: dict[str, Tensor]) -> None:
-        """Keep `sums`, which hold `done` windows, if the last save is long enough ago."""
+        """Save `sums` of `done` windows, if the last save is long enough ago."""
         if time.monotonic() < self.next:
             return
         import torch
@@ -75,9 +75,9 @@ class Resume:
 
 
 def own_files(folder: Path, provenance: dict[str, Any]) -> set[str]:
-    """Names of the safetensors files of an unfinished bundle that a job of the same provenance wrote; all others are removed.
+    """Names of the safetensors files that a job of the same provenance wrote of an unfinished bundle; all others are removed.
 
-    A file there is whole, since it was renamed into its place. A finished bundle is made anew: its job was asked to run again.
+    Files are complete, since they are renamed into place. A finished bundle is computed again: its job was asked to rerun.
     """
     kept: set[str] = set()
     finished = (folder / MANIFEST).is_file()
@@ -87,7 +87,7 @@ def own_files(folder: Path, provenance: dict[str, Any]) -> set[str]:
         else:
             path.unlink()
     if kept:
-        log.info("going on: %d files of %s are there already", len(kept), folder)
+        log.info("resuming: %d files of %s exist already", len(kept), folder)
     return kept
 
 

@@ -1,4 +1,4 @@
-"""YAML and JSON in which no key stands twice: the usual readers take the last one and say nothing."""
+"""YAML and JSON without duplicate keys: the usual readers silently take the last one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DEEP = "nested too deep to be read"
 
 
 def read_yaml(text: str, where: str, loader: type = yaml.SafeLoader, names: bool = False) -> Any:
-    """The content of a YAML document. With `names`, keys must be texts: unquoted, `2024`, `0.8` and `no` are not.
+    """The content of a YAML document. With `names`, keys must be strings: unquoted, `2024`, `0.8` and `no` are not.
 
-    Raises InputError, with `where`, the line and the key, for one that stands twice or is no text, and for what is no YAML.
+    Raises InputError with `where`, the line and the key for a duplicate key or one that is not a string, and for invalid YAML.
     """
     try:
         reader = loader(text)
@@ -36,14 +36,14 @@ def read_yaml(text: str, where: str, loader: type = yaml.SafeLoader, names: bool
 
 
 def check_yaml(text: str, where: str) -> None:
-    """Raise InputError for a key that stands twice; what is no YAML is left to its reader."""
+    """Raise InputError for a duplicate key; invalid YAML is left to its reader."""
     with suppress(yaml.YAMLError, RecursionError):
         if node := yaml.SafeLoader(text).get_single_node():
             _check_keys(node, [], set(), where, names=False)
 
 
 def _check_keys(node: yaml.Node, path: list[str], seen: set[int], where: str, names: bool) -> None:
-    """Look at the keys of a node and of all below it, before merges (`<<`) put keys of others beside them."""
+    """Check the keys of a node and of all nodes below it, before merges (`<<`) add the keys of others."""
     if id(node) in seen or isinstance(node, yaml.ScalarNode):
         return
     seen.add(id(node))
@@ -55,17 +55,17 @@ def _check_keys(node: yaml.Node, path: list[str], seen: set[int], where: str, na
     for key, value in node.value:
         line, inner = key.start_mark.line + 1, [*path, str(key.value)]
         if names and key.tag not in (STRING, MERGE):
-            kind = READ_AS.get(key.tag.rpartition(":")[2], "no text")
+            kind = READ_AS.get(key.tag.rpartition(":")[2], "something else")
             raise InputError(f'{where}, line {line}: {".".join(inner)}: YAML reads this name as {kind}; quote it: "{key.value}"')
         if (own := (key.tag, str(key.value))) in lines:
-            raise InputError(f"{where}, line {line}: {'.'.join(inner)} stands in line {lines[own]} already; keep one of them")
+            raise InputError(f"{where}, line {line}: {'.'.join(inner)} is already given in line {lines[own]}; keep one of them")
         lines[own] = line
         _check_keys(value, inner, seen, where, names)
 
 
-def read_json(text: str) -> Any:
-    """The content of a JSON document. Raises ValueError for what is none, and InputError, which is a ValueError too, for a key
-    that stands twice in an object and for nesting too deep."""
+def parse_json(text: str) -> Any:
+    """The content of a JSON document. Raises ValueError if it is invalid, and InputError (a ValueError) for a duplicate key and
+    for nesting that is too deep."""
     try:
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError as error:
@@ -77,5 +77,5 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{twice!r} stands twice in one object")
+        raise InputError(f"duplicate key {twice!r} in an object")
     return found

@@ -1,7 +1,7 @@
 """Tensors in safetensors files, read and written one at a time.
 
-With plain reads and writes: what is mapped into memory counts as memory of the process, and all of a file at once where the
-operating system limits what may be mapped.
+Uses plain reads and writes: memory-mapped data counts as memory of the process, and a whole file may count at once if the
+operating system limits mapped memory.
 """
 
 from __future__ import annotations
@@ -21,19 +21,30 @@ NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
     "U8": "uint8", "I8": "int8", "BOOL": "bool",
 }  # fmt: skip
-ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")  # of tensors in a file, so that all are aligned
-CHUNK = 1 << 20  # bytes that are copied, or numbers that are converted, at a time
+ORDER = (
+    "I64",
+    "F64",
+    "F32",
+    "I32",
+    "BF16",
+    "F16",
+    "I16",
+    "I8",
+    "U8",
+    "BOOL",
+)  # order of tensors in a file, so that all are aligned
+CHUNK = 1 << 20  # bytes copied, or numbers converted, at a time
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """{tensor: its dtype, shape and offsets} of a safetensors file, without reading a tensor. Raises InputError for other
-    files."""
+    """{tensor: its dtype, shape and offsets} of a safetensors file, without reading tensors. Raises InputError if the file is
+    incomplete or not safetensors."""
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
             header = json.loads(stream.read(length if length <= min(1 << 27, path.stat().st_size) else 0))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not a whole safetensors file") from error
+            raise InputError(f"{path}: incomplete or not a safetensors file") from error
     return {name: record for name, record in header.items() if name != "__metadata__"}
 
 
@@ -46,7 +57,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def fill(tensor: torch.Tensor, stream: Any) -> bool:
-    """Read the bytes of a contiguous tensor on the CPU from where an unbuffered stream stands; whether there were as many."""
+    """Read the bytes of a contiguous CPU tensor from the current position of an unbuffered stream. Returns False if it ends
+    early."""
     rest = bytes_of(tensor)
     while len(rest):
         count = stream.readinto(rest)
@@ -57,7 +69,7 @@ def fill(tensor: torch.Tensor, stream: Any) -> bool:
 
 
 class TensorFile:
-    """The tensors of a safetensors file, each read when it is asked for; its header has been checked before."""
+    """The tensors of a safetensors file, read on demand; the header must have been checked before."""
 
     def __init__(self, path: Path):
         self.path, self.header = path, read_header(path)
@@ -65,8 +77,7 @@ class TensorFile:
             self.start = 8 + int.from_bytes(stream.read(8), "little")
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor as stored, or its numbers in `dtype`, with no second copy of it. Raises InputError if the file ends before it
-        does."""
+        """A tensor as stored, or converted to `dtype` without a second copy. Raises InputError if the file ends within it."""
         import torch
 
         record = self.header[key]
@@ -74,22 +85,22 @@ class TensorFile:
         tensor = torch.empty(record["shape"], dtype=dtype or stored)
         begin, end = record["data_offsets"]
         if end - begin != tensor.numel() * stored.itemsize:
-            raise InputError(f"{self.path}: {key} is said to have {end - begin} bytes, its shape and dtype say otherwise")
+            raise InputError(f"{self.path}: {key} has {end - begin} bytes in the header, which its shape and dtype contradict")
         flat = tensor.reshape(-1)
         with open(self.path, "rb", buffering=0) as stream:
             stream.seek(self.start + begin)
             for part in flat.split(CHUNK if tensor.dtype != stored else max(1, len(flat))):
                 target = part if part.dtype == stored else torch.empty(len(part), dtype=stored)
                 if not fill(target, stream):
-                    raise InputError(f"{self.path}: not a whole safetensors file; it ends within {key}")
+                    raise InputError(f"{self.path}: incomplete safetensors file; it ends within {key}")
                 if target is not part:
                     part.copy_(target)
         return tensor
 
 
 class Spool:
-    """Tensors that are to become a safetensors file, put aside in another file as they come: its header, which stands first, and
-    its order are known at the end only."""
+    """Collects the tensors of a safetensors file in a temporary file: the header, which comes first, and the order of the tensors
+    are only known at the end."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -97,7 +108,7 @@ class Spool:
         self.bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor aside; nothing of it is kept in memory."""
+        """Append a tensor to the temporary file; nothing is kept in memory."""
         tensor = tensor.detach().cpu().contiguous()
         dtype = next(short for short, long in NAMES.items() if f"torch.{long}" == str(tensor.dtype))
         with open(self.path, "ab", buffering=0) as stream:
@@ -108,7 +119,7 @@ class Spool:
         self.bytes += tensor.nbytes
 
     def finish(self, path: Path, metadata: dict[str, str]) -> None:
-        """Write the safetensors file, the same bytes as those of safetensors' own `save_file`, and start over."""
+        """Write the safetensors file, byte for byte as `safetensors.torch.save_file` would, and clear the spool."""
         names = sorted(self.records, key=lambda name: (ORDER.index(self.records[name]["dtype"]), name))
         header: dict[str, Any] = {"__metadata__": metadata}
         place = 0

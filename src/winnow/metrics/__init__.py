@@ -1,1 +1,1 @@
-"""Which error a fit minimises: a kind of metric per file, registered by `base.METRICS`."""
+"""The error that a fit minimises: one kind of metric per file, registered by `base.METRICS`."""

@@ -1,6 +1,6 @@
-"""Metrics: which error a fit minimises, || R^{1/2} (W - W_k) C^{1/2} ||_F^2, as a choice of C and R.
+"""Metrics: the error that a fit minimises, || R^{1/2} (W - W_k) C^{1/2} ||_F^2, as a choice of C and R.
 
-Both come from weights or statistics, as a vector (their diagonal) or as a full matrix; their scale does not matter to the fit.
+Both are computed from weights or statistics, as a vector (their diagonal) or a full matrix; their scale does not change the fit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class MetricOptions(Options):
 
 
 class Metric(Plugin):
-    """C and R for a matrix W (m, n): `site` holds statistics of its inputs, `output` of the loss's gradient in its outputs
-    (float64 tensors by name)."""
+    """C and R for a matrix W (m, n): `site` has statistics of its inputs, `output` those of the gradient of the loss at its
+    outputs (float64 tensors by name)."""
 
     needs: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type[MetricOptions]]

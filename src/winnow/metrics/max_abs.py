@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class MaxAbs(Metric):
-    """C = diag(max|x_j|^alpha)^2: as ASVD, with the largest input of a channel."""
+    """C = diag(max|x_j|^alpha)^2: ASVD with the largest absolute input of a channel."""
 
     reference = "ASVD, arXiv 2312.05821 (abs_max)"
     needs = ("max_abs",)

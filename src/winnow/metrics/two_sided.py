@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 class TwoSided(Metric):
-    """C = E[x x^T], R = E[g g^T] with g the gradient of the loss in the output: the loss to second order, with the two taken
-    as independent (Kronecker-factored Fisher)."""
+    """C = E[x x^T], R = E[g g^T] with g the gradient of the loss at the output: the loss to second order, assuming that x and g
+    are independent (Kronecker-factored Fisher)."""
 
     reference = "KFAC, arXiv 1503.05671; as a metric for SVD in LEMS/KFAC-SVD"
     needs = ("gram", "gradient_gram")
 
     class Options(MetricOptions):
         kind: Literal["two_sided"]
-        ridge: float = Field(1e-6, gt=0, le=1, description="added to R, as a share of its mean; raised where R is singular")
+        ridge: float = Field(1e-6, gt=0, le=1, description="added to R, as a share of its mean; raised if R is singular")
 
     def columns(self, weight: Tensor, site: dict[str, Tensor]) -> Tensor:
         return site["gram"]

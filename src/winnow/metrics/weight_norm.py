@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class WeightNorm(Metric):
-    """C = diag(||W_j||^2): every column weighted by its own norm."""
+    """C = diag(||W_j||^2): columns weighted by their own norms."""
 
     reference = "HyperTensor Paper VII (weight-norm proxy)"
 

@@ -1,8 +1,8 @@
-"""What is where in each model family, as data. A family is matched by the `model_type` of its config class, never by a name.
+"""The modules of each model family, as data. A family is identified by the `model_type` of its config, never by a model's name.
 
-Adding one is an entry in `ARCHITECTURES`: the list of layers, for each role the module below a layer, and the FFN's activation;
-a new role also needs the site that feeds it. `tests/conftest.py` then needs a tiny configuration of it, and
-`tests/unit/test_architectures.py` checks the rest.
+To add one, add an entry to `ARCHITECTURES` (the list of layers, the module of each role below a layer, and the FFN's activation)
+and a tiny configuration to `tests/conftest.py`; `tests/unit/test_architectures.py` checks the rest. A new role also needs the
+site of its input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 FFN_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # gate_up_proj: gate above up, in one matrix
 ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
-# What a budget can name besides single roles; fused matrices belong to the same names as the matrices in them.
+# The targets of a budget besides single roles; a fused matrix belongs to the same targets as the matrices in it.
 TARGETS = {
     "ffn": FFN_ROLES,
     "attention": ATTENTION_ROLES,
@@ -29,7 +29,7 @@ TARGETS = {
 Target = Literal["ffn", "attention", "qkv", "gate_up", *ROLES]  # type: ignore[valid-type]
 
 GRADIENTS = ("fisher", "gradient_gram")  # statistics of output gradients, which need a backward pass
-# A site is a distinct input: one Gram matrix each, shared by all matrices that read it.
+# A site is a distinct input with one Gram matrix, shared by all matrices that read it.
 SITES = {
     "q_proj": "attention_input",
     "k_proj": "attention_input",
@@ -45,11 +45,11 @@ SITES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of a family's modules; `activation` is the one between an FFN's first and last matrices.
+    """Module names of a family; `activation` is the one between an FFN's first and last matrices.
 
-    `transposed`: weights are stored (in, out), as GPT-2's Conv1D does. `positions`: rows of the position embeddings that no
-    token of a text uses, as RoBERTa's. `experts`: the module that holds a layer's experts, and `expert_modules` the matrices of
-    one of them as the files name them; layers without experts have those of `modules`."""
+    `transposed`: weights are stored (in, out), as in GPT-2's Conv1D. `positions`: rows of the position embeddings that no token
+    uses, as in RoBERTa. `experts`: the module of a layer's experts; `expert_modules`: the matrices of one expert as named in the
+    files. Layers without experts use `modules`."""
 
     layers: str
     modules: dict[str, str]
@@ -72,7 +72,7 @@ class Matrix:
     transposed: bool
     bias: bool
     activation: str = ""  # the activation module of the layer's FFN
-    expert: int | None = None  # of a mixture; its sites are its own, since it sees tokens of its own
+    expert: int | None = None  # index in a mixture of experts; every expert has its own sites, since it receives its own tokens
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class Matrix:
 
     @property
     def part(self) -> str:
-        """What it is within its layer."""
+        """Its name within the layer."""
         return self.role if self.expert is None else f"expert{self.expert:03d}.{self.role}"
 
     def beside(self, site: str) -> str:
@@ -108,7 +108,7 @@ ARCHITECTURES = {
         experts="mlp.experts",
         expert_modules={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     ),
-    "gemma3": Architecture("language_model.layers", _GATED, "mlp.act_fn"),  # of the text and image model the text part
+    "gemma3": Architecture("language_model.layers", _GATED, "mlp.act_fn"),  # only the text part of the multimodal model
     "phi3": Architecture(
         "model.layers",
         {"qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj"}
@@ -144,8 +144,8 @@ ARCHITECTURES = {
 def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
     """All compressible matrices of a model, by layer and then by role.
 
-    `tensors` maps canonical tensor names to records with a `shape`. Raises InputError for an unknown family, and for a
-    layer that lacks a matrix its family has.
+    `tensors` maps canonical tensor names to records with a `shape`. Raises InputError for an unknown family, and for a layer
+    that lacks a matrix of its family.
     """
     if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -188,19 +188,19 @@ def blocks_of(model_type: str, tensors: dict[str, Any]) -> dict[int, str]:
 
 
 def _prefix(layers: str, tensors: dict[str, Any]) -> str:
-    """What the names of a layer's tensors begin with: a head on top adds to it, as `bert.`, and a model without one lacks the
-    first part. Raises InputError if there are no layers."""
+    """The prefix of the names of a layer's tensors; models with a head have one more component, such as `bert.`. Raises
+    InputError if there are no layers."""
     heads = {name[: name.index(f"{layers}.")] for name in tensors if f"{layers}." in name}
     bare = layers.partition(".")[2] + "."
     if not heads and any(name.startswith(bare) for name in tensors):
         return bare
     if not heads:
-        raise InputError(f"the model has no {layers}: it is not of the form that its config says")
+        raise InputError(f"the model has no {layers}: its tensors do not match its config")
     return min(heads, key=len) + f"{layers}."
 
 
 def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
-    """The matrices that `targets` (keys of `TARGETS`, or roles) name; InputError if a target names none."""
+    """The matrices named by `targets` (keys of `TARGETS`, or roles). Raises InputError if a target names none."""
     for target in targets:
         if not any(m.role in TARGETS.get(target, (target,)) for m in matrices):
             have = ", ".join(sorted({m.role for m in matrices}))
@@ -210,7 +210,7 @@ def select(matrices: list[Matrix], targets: list[str]) -> list[Matrix]:
 
 
 def named_by(role: str, targets: Iterable[str]) -> str | None:
-    """The one of `targets` that names a role, or None."""
+    """The first of `targets` that names a role, or None."""
     return next((target for target in targets if role in TARGETS.get(target, (target,))), None)
 
 
@@ -225,8 +225,8 @@ def disjoint(targets: Iterable[str]) -> None:
 
 
 def ffn_groups(matrices: list[Matrix]) -> list[list[Matrix]]:
-    """The matrices of each layer's FFN, or of each expert's: [gate, up, down]; [gate_up, down] where those are one matrix; or
-    [up, down] where there is no gate."""
+    """The matrices of each layer's or expert's FFN: [gate, up, down]; [gate_up, down] if those are one matrix; [up, down] without
+    a gate."""
     found: dict[tuple[int, int | None], list[Matrix]] = {}
     for m in matrices:
         if m.role in FFN_ROLES:
@@ -235,7 +235,7 @@ def ffn_groups(matrices: list[Matrix]) -> list[list[Matrix]]:
 
 
 def group_name(group: list[Matrix]) -> str:
-    """The name of a group in files: layer and roles, and the last layer if it spans several."""
+    """The name of a group in files: layer and roles, and the last layer if it spans several layers."""
     layers = sorted({m.layer for m in group})
     span = f"{layers[0]:03d}" if len(layers) == 1 else f"{layers[0]:03d}-{layers[-1]:03d}"
     own = [] if group[0].expert is None else [f"expert{group[0].expert:03d}"]
@@ -243,15 +243,15 @@ def group_name(group: list[Matrix]) -> str:
 
 
 def moments_file(layer: int) -> str:
-    """The name of the file that holds the statistics of a layer."""
+    """The name of the file with the statistics of a layer."""
     return f"layer-{layer:03d}.safetensors"
 
 
 def reads(matrix: Matrix, statistic: str) -> bool:
-    """Whether the matrix's site has the statistic: `cross`, the moment with the FFN's input, exists for its hidden units."""
+    """Whether the matrix's site has the statistic: `cross`, the moment with the FFN's input, exists only for hidden units."""
     return statistic != "cross" or matrix.site.endswith("ffn_hidden")
 
 
 def tokens_of(x: Tensor, length: int) -> Tensor:
-    """Activations (windows, length, n) from a module's, whatever leading shape the model gave them (OPT flattens its FFN's)."""
+    """Activations of a module reshaped to (windows, length, n); some models flatten the leading axes (OPT in its FFN)."""
     return x.reshape(-1, length, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Which transformers class a model directory is of: by its config alone, and never by code that came with it."""
+"""The transformers class of a model directory, from its config alone and never from code in the directory."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from winnow.models.config_json import read_content
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# What a class of these mappings is for; the first is what a config without `architectures` is taken for.
+# The purpose of the classes in these mappings; the first is assumed for a config without `architectures`.
 PURPOSES = ("CAUSAL_LM", "MASKED_LM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING")
-# What transformers raises for a config that no model can be made of, or that asks for a library that is not installed.
+# What transformers raises for an unusable config, or for one that needs a library that is not installed.
 UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError, ImportError)
 
 
 def read_config(directory: Path | str) -> PreTrainedConfig:
-    """The config of a model directory. Raises InputError, naming the file, if transformers does not know its kind of model, if
-    it needs code of its own, or if it makes the loader compute something else than the tensors say (see
-    `winnow.models.config_json`)."""
+    """The config of a model directory. Raises InputError, naming the file, if transformers does not know the model type, if it
+    needs custom code, or if it would change what the loaded model computes (see `winnow.models.config_json`)."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path, content = Path(directory) / "config.json", read_content(directory)
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        code = "; it names code of its own (auto_map), which is never run" if "auto_map" in content else ""
-        raise InputError(f"{path}: not the config of a model that transformers knows: model_type is {kind!r}{code}")
+        code = "; it names custom code (auto_map), which is never run" if "auto_map" in content else ""
+        raise InputError(f"{path}: transformers does not know the model_type {kind!r}{code}")
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, *UNUSABLE) as error:
-        raise InputError(f"{path}: not a usable config of {kind}: {first_line(error)}") from error
+        raise InputError(f"{path}: invalid config of {kind}: {first_line(error)}") from error
 
 
 def classes_of(config: PreTrainedConfig) -> dict[str, list[type[PreTrainedModel]]]:
-    """{purpose: transformers classes} that take this config; `BASE` has no head."""
+    """{purpose: transformers classes} for this config; `BASE` has no head."""
     from transformers.models.auto import modeling_auto
 
     found = {p: getattr(modeling_auto, f"MODEL_FOR_{p}_MAPPING").get(type(config), None) for p in PURPOSES}
@@ -46,8 +45,8 @@ def classes_of(config: PreTrainedConfig) -> dict[str, list[type[PreTrainedModel]
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `architectures` in the config names, of those that transformers has for the config; where it names none,
-    the causal language model. Raises InputError if there is no such class."""
+    """The transformers class that `architectures` in the config names; the causal language model if it names none. Raises
+    InputError if transformers has no such class for the config."""
     known = [cls for classes in classes_of(config).values() for cls in classes]
     named = getattr(config, "architectures", None)
     name = named[0] if named else None
@@ -55,12 +54,13 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         if name is None or cls.__name__ == name:
             return cls
     valid = ", ".join(cls.__name__ for cls in known) or "none"
-    raise InputError(f"{config.model_type}: `architectures` names {name!r}, which is no class of it in transformers ({valid})")
+    raise InputError(f"{config.model_type}: `architectures` names {name!r}, which transformers does not have for it ({valid})")
 
 
 def empty_model(directory: Path | str, dtype: str | None = None) -> PreTrainedModel:
-    """The model of a directory without its weights, on the device `meta`, which takes no memory. With `dtype`, it is to compute
-    in that, and buffers that no file holds are real. Raises InputError, naming the config, if none can be made of it."""
+    """The model of a directory without its weights, on the device `meta`, which takes no memory. With `dtype`, the model is to
+    be run in that dtype, and buffers that are not stored are real tensors. Raises InputError, naming the config, if the model
+    cannot be created."""
     import torch
 
     from winnow.models.experts import unfuse
@@ -75,13 +75,13 @@ def empty_model(directory: Path | str, dtype: str | None = None) -> PreTrainedMo
             return unfuse(cls._from_config(config, dtype=getattr(torch, dtype)))
     except UNUSABLE as error:
         raise InputError(
-            f"{Path(directory) / 'config.json'}: no {cls.__name__} can be made of it: {first_line(error)}"
+            f"{Path(directory) / 'config.json'}: {cls.__name__} cannot be created from it: {first_line(error)}"
         ) from error
 
 
 @contextmanager
 def _empty_parameters() -> Iterator[None]:
-    """Parameters of the modules that are made become empty, one by one, as they are registered; buffers are left."""
+    """Context manager that moves every new parameter to `meta` as it is registered; buffers are left unchanged."""
     from torch import nn
 
     register: Any = nn.Module.register_parameter
@@ -98,7 +98,9 @@ def _empty_parameters() -> Iterator[None]:
 
 
 def is_causal(config: PreTrainedConfig) -> bool:
-    """Whether the model predicts the next token from those before it, which is what perplexity is about."""
+    """Whether the model predicts the next token from those before it, as perplexity requires."""
     classes = classes_of(config)
-    decoder = "MASKED_LM" not in classes or config.is_decoder  # an encoder's language model looks ahead unless told not to
+    decoder = (
+        "MASKED_LM" not in classes or config.is_decoder
+    )  # a masked language model attends to later tokens unless it is a decoder
     return bool(model_class(config) in classes.get("CAUSAL_LM", []) and decoder)

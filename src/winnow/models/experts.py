@@ -1,6 +1,6 @@
-"""Mixtures of experts with one module per expert, where transformers keeps all experts of a layer in two 3-D parameters.
+"""Mixtures of experts with one module per expert; transformers stores all experts of a layer in two 3-D parameters.
 
-Only so can statistics be taken of an expert's own tokens, one expert be compressed and another stay, and a checkpoint say which.
+Separate modules allow statistics of each expert's own tokens, and checkpoints in which only some experts are compressed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Expert(nn.Module):
-    """y = down (act(gate x) * up x), with its matrices under the names that the family's files have."""
+    """y = down (act(gate x) * up x), with the matrices named as in the family's files."""
 
     def __init__(self, names: dict[str, str], width: int, hidden: int, activation: nn.Module, **where: Any):
         super().__init__()
@@ -26,7 +26,7 @@ class Expert(nn.Module):
             self.add_module(names[role], nn.Linear(width, hidden, bias=False, **where))
         self.add_module(names["down_proj"], nn.Linear(hidden, width, bias=False, **where))
         self.act_fn = activation
-        self.tokens: Tensor | None = None  # which of the batch's tokens its last input was
+        self.tokens: Tensor | None = None  # indices of the batch's tokens in its last input
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(self.names[role]) for role in ("gate_proj", "up_proj", "down_proj"))
@@ -34,7 +34,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """All experts of a layer: the sum of those that the router chose for a token, by its weights."""
+    """All experts of a layer: for every token the weighted sum of the experts that the router selected."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, d); top_k_index and top_k_weights (tokens, k) -> (tokens, d)."""
@@ -49,7 +49,7 @@ class Experts(nn.ModuleList):
 
 
 def unfuse(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, with every fused experts module replaced by `Experts` of the same numbers (views, no copies)."""
+    """The same model, with every fused experts module replaced by `Experts` whose parameters are views, not copies."""
     family = ARCHITECTURES.get(model.config.model_type)
     if family is None or not family.experts:
         return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import cache
-from os.path import isdir  # unlike Path's, it takes names that no folder can have
+from os.path import isdir  # unlike Path's, it accepts invalid names
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ WANTED = ["model*.safetensors", *DESCRIBING]  # of a hub repository
 
 
 def model_files(directory: Path | str) -> list[Path]:
-    """The files of a model directory that a result can depend on. Raises InputError if it holds no usable weights."""
+    """The files of a model directory that a result can depend on. Raises InputError if it has no usable weights."""
     directory = Path(directory)
     if not isdir(directory):
         raise InputError(f"{directory}: there is no such model directory; check `source`, or give a `revision` for a hub id")
@@ -36,20 +36,22 @@ def model_files(directory: Path | str) -> list[Path]:
 
 
 def weight_files(directory: Path | str) -> list[Path]:
-    """The safetensors files that transformers reads: `model.safetensors`, or those that its index names. Raises InputError for
-    other files, for those of another directory, and for a directory that sends the loader elsewhere."""
+    """The safetensors files that transformers reads: `model.safetensors`, or those of its index. Raises InputError for other
+    formats, for files outside the directory, and for adapters and distributed checkpoints, which transformers prefers."""
     directory = Path(directory)
     if (directory / "adapter_config.json").is_file():
-        raise InputError(f"{directory}: holds an adapter (adapter_config.json); merge it into its model and save that")
+        raise InputError(f"{directory}: contains an adapter (adapter_config.json); merge it into its model and save the result")
     if shards := sorted(directory.glob("shard-*-model-*-of-*.safetensors")):  # transformers prefers them
-        raise InputError(f"{directory}: holds a distributed checkpoint ({shards[0].name}); save its model with save_pretrained")
+        raise InputError(
+            f"{directory}: contains a distributed checkpoint ({shards[0].name}); save its model with save_pretrained"
+        )
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.is_file():
         return [single]
     if not index.is_file():
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(directory.glob(pattern))]
         seen = f" ({', '.join(pickles)} is a pickle file, which can run code and is refused)" if pickles else ""
-        raise InputError(f"{directory}: no model.safetensors and no index of it{seen}; convert the weights with save_pretrained")
+        raise InputError(f"{directory}: no model.safetensors and no index{seen}; convert the weights with save_pretrained")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names or not all(isinstance(name, str) for name in names):
@@ -58,12 +60,12 @@ def weight_files(directory: Path | str) -> list[Path]:
         raise InputError(f"{index}: not an index of weight files ({error})") from error
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors") or not (directory / name).is_file():
-            raise InputError(f"{index}: names {name!r}, which is no safetensors file of this directory")
+            raise InputError(f"{index}: names {name!r}, which is not a safetensors file in this directory")
     return [directory / name for name in names]
 
 
 def tensor_bytes(record: dict[str, Any]) -> int:
-    """Bytes of a tensor as it is stored. Raises InputError for a dtype that is not read."""
+    """Bytes of a tensor as stored. Raises InputError for an unsupported dtype."""
     if record["dtype"] not in BYTES:
         raise InputError(f"a tensor is stored as {record['dtype']}; winnow reads {', '.join(BYTES)}")
     return math.prod(record["shape"]) * BYTES[record["dtype"]]
@@ -98,7 +100,7 @@ class ModelFiles:
         return self._opened(record["file"]).read(record["key"])
 
     def stored(self, matrix: Matrix) -> torch.Tensor:
-        """W (out, in) of a matrix in the dtype that it is stored in."""
+        """W (out, in) of a matrix in its stored dtype."""
         weight = self.tensor(f"{matrix.module}.weight")
         return weight.T if matrix.transposed else weight
 
@@ -107,6 +109,6 @@ class ModelFiles:
         return self.stored(matrix).to(device).double().contiguous()
 
     def dense_bytes(self, matrices: list[Matrix]) -> int:
-        """Stored bytes of the matrices' modules, biases included."""
+        """Stored bytes of the matrices' modules, including biases."""
         names = {f"{m.module}.{part}" for m in matrices for part in ("weight", "bias")}
         return sum(tensor_bytes(self.tensors[name]) for name in sorted(names) if name in self.tensors)

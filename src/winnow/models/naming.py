@@ -1,4 +1,4 @@
-"""Which tensor of a model each tensor of its weight files is, by the rules that transformers loads them by."""
+"""Maps the tensors of weight files to those of a model, by the rules with which transformers loads them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OLD_BUFFERS = re.compile(r"\.attn\.masked_bias$")  # of GPT-2 files; transformer
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor of a model lies, under which name, and how."""
+    """File, name, dtype and shape under which a tensor of a model is stored."""
 
     file: Path
     key: str
@@ -30,14 +30,14 @@ class Stored:
 
 
 def stored_tensors(model: PreTrainedModel, files: list[Path]) -> dict[str, Stored]:
-    """{name in the model: its place in the files}; only headers are read. Of tied tensors, the one that the others are tied to
-    is there, whichever the files hold; the others are if the files hold them as well.
+    """{name in the model: its place in the files}; only headers are read. Of tied tensors, the source is always included,
+    whichever of them the files contain; the targets only if the files contain them too.
 
-    Tensors that the class does not use are named in the log: those that it declares as ignored, buffers that it makes itself,
-    and those of other heads. Raises InputError, with file and tensor, for one that is missing, unknown, stored twice or of
-    another shape than the config says, and for files that are not whole.
+    Tensors that the class does not use are logged: ignored keys of the class, buffers that it computes itself, and tensors of
+    other heads. Raises InputError with file and tensor for a tensor that is missing, unknown, stored twice or of another shape
+    than the config says, and for incomplete files.
     """
-    # Also those that the class would make anew (`_keys_to_ignore_on_load_missing`): no tensor may be random.
+    # Also those that the class would initialise (`_keys_to_ignore_on_load_missing`): no tensor may be random.
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     name_of = _renaming(model, expected)
     found: dict[str, Stored] = {}
@@ -50,25 +50,25 @@ def stored_tensors(model: PreTrainedModel, files: list[Path]) -> dict[str, Store
             elif shape != expected[name]:
                 raise InputError(f"{file}: {key} has shape {shape}, the config says {expected[name]}")
             elif name in found:
-                raise InputError(f"{file}: {key} and {found[name].key} are both {name}; remove one of them")
+                raise InputError(f"{file}: {key} and {found[name].key} are both the tensor {name}; remove one of them")
             else:
                 found[name] = place
     _check_unknown(model, unknown)
     for target, source in model.all_tied_weights_keys.items():
         if target in found and source in expected and source not in found:
-            found[source] = found.pop(target)  # transformers ties to whichever is there
+            found[source] = found.pop(target)  # transformers ties to whichever exists
     missing = sorted(set(expected) - set(found) - set(model.all_tied_weights_keys))
     if missing:
         counts = f"{len(missing)} of {len(expected)} are"
         raise InputError(
-            f"{files[0].parent}: the tensor {missing[0]} is missing from the weights ({counts}); they are damaged, or not those "
-            f"of the {type(model).__name__} that config.json describes"
+            f"{files[0].parent}: the tensor {missing[0]} is missing from the weights ({counts}); they are damaged, or belong to "
+            f"another model than the {type(model).__name__} in config.json"
         )
     return found
 
 
 def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """{tensor: (dtype, shape)} of a safetensors file, whose header is checked."""
+    """{tensor: (dtype, shape)} of a safetensors file; its header is checked."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -76,11 +76,11 @@ def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
             parts = {key: stream.get_slice(key) for key in stream.keys()}
             return {key: (part.get_dtype(), part.get_shape()) for key, part in parts.items()}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a whole safetensors file ({first_line(error)})") from error
+        raise InputError(f"{file}: incomplete or not a safetensors file ({first_line(error)})") from error
 
 
 def _renaming(model: PreTrainedModel, expected: dict[str, list[int]]) -> Callable[[str], str]:
-    """A function from a tensor's name in a file to its name in the model, by transformers' own renamings and prefix."""
+    """A function from a tensor's name in a file to its name in the model, with the renamings and prefix of transformers."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -88,7 +88,7 @@ def _renaming(model: PreTrainedModel, expected: dict[str, list[int]]) -> Callabl
 
     def name_of(key: str) -> str:
         renamed, _ = rename_source_key(key, renamings, [], model.base_model_prefix, expected)
-        if renamed not in expected and key in expected:  # not to be renamed, as `from_pretrained` has it
+        if renamed not in expected and key in expected:  # not renamed, as in `from_pretrained`
             renamed, _ = rename_source_key(key, [], [], model.base_model_prefix, expected)
         return renamed
 
@@ -96,31 +96,31 @@ def _renaming(model: PreTrainedModel, expected: dict[str, list[int]]) -> Callabl
 
 
 def _check_unknown(model: PreTrainedModel, unknown: dict[str, Stored]) -> None:
-    """Log the tensors that the model does without. Raises InputError for one that it may not do without: one below a module of
-    the model has been renamed, or is of more layers than the config has, of a quantised matrix, or of an adapter."""
+    """Log the tensors that the model does not use. Raises InputError for one below a module of the model: it has been renamed, or
+    belongs to a layer beyond those of the config, to a quantised matrix, or to an adapter."""
     from transformers.utils.loading_report import LoadStateDictInfo
 
     if not unknown:
         return
     kept: Any = {"missing_keys": set(), "mismatched_keys": set(), "error_msgs": [], "conversion_errors": {}}
     report = LoadStateDictInfo(unexpected_keys=set(unknown), skipped_pp_keys=set(), **kept)
-    model._adjust_missing_and_unexpected_keys(report)  # takes out what the class declares as ignored
-    own = {name for name, _ in model.named_buffers()}  # those that are not expected are not stored: the model makes them
+    model._adjust_missing_and_unexpected_keys(report)  # removes the ignored keys of the class
+    own = {name for name, _ in model.named_buffers()}  # unexpected buffers are not persistent: the model computes them
     left = sorted(name for name in report.unexpected_keys - own if not OLD_BUFFERS.search(name))
     if below := [name for name in left if not _of_a_head(model, name)]:
         whole = _base_tensors(model)
         for name in below:
             if name.removeprefix(f"{model.base_model_prefix}.") not in whole:
                 raise InputError(
-                    f"{unknown[name].file}: unexpected tensor {unknown[name].key}: {type(model).__name__} has none of that name; "
-                    "the file is damaged or was renamed, or config.json is of another model"
+                    f"{unknown[name].file}: unexpected tensor {unknown[name].key}: {type(model).__name__} has no such tensor; "
+                    "it was renamed, the file is damaged, or config.json belongs to another model"
                 )
     log.info("not used by %s: %s", type(model).__name__, ", ".join(sorted(place.key for place in unknown.values())))
 
 
 def _of_a_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor that the model lacks belongs to another head: it stands neither below the base model nor below a matrix
-    that the model has."""
+    """Whether a tensor that the model lacks belongs to another head: it is neither below the base model nor below a matrix of
+    the model."""
     base: Any = model.base_model
     prefix, _, _ = name.partition(".")
     if prefix == model.base_model_prefix or prefix in {child for child, _ in base.named_children()}:
@@ -133,7 +133,7 @@ def _of_a_head(model: PreTrainedModel, name: str) -> bool:
 
 
 def _base_tensors(model: PreTrainedModel) -> set[str]:
-    """The names of the family's model without a head, with all of its parts: some heads do without its pooler."""
+    """The tensor names of the family's base model with all its parts; models with a head may lack its pooler."""
     import torch
 
     from winnow.models.classes import classes_of

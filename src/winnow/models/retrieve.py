@@ -1,4 +1,4 @@
-"""Retrieval: where a model comes from, and a full check of what its files hold."""
+"""Retrieval of models from a directory or the hub, and a full check of their files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from winnow.models.config_json import check_source
 from winnow.models.files import BYTES, WANTED, model_files, tensor_bytes, weight_files
 from winnow.models.naming import stored_tensors
 
-CHUNK = 1 << 22  # numbers that are checked together
+CHUNK = 1 << 22  # numbers that are checked at a time
 log = logging.getLogger(__name__)
 
 
 def fetch(source: str, revision: str | None, cache: Path | None = None) -> Path:
     """The directory of a model: `source` itself, or the hub snapshot of `revision` (downloaded unless it is cached).
 
-    `cache` is the hub's cache folder; by default the one that HF_HOME or HF_HUB_CACHE names.
+    `cache` is the hub's cache folder (default: that of HF_HOME or HF_HUB_CACHE).
     """
     if revision is None:
         return Path(source)
@@ -35,14 +35,14 @@ def fetch(source: str, revision: str | None, cache: Path | None = None) -> Path:
         return Path(snapshot_download(source, revision=revision, cache_dir=cache, allow_patterns=WANTED))
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise InputError(
-            f"{source}@{revision[:8]}: neither in the local hub cache nor to be downloaded ({first_line(error)}); "
-            "run `snakemake prefetch` where there is a network"
+            f"{source}@{revision[:8]}: not in the local hub cache, and cannot be downloaded ({first_line(error)}); "
+            "run `snakemake prefetch` with a network connection"
         ) from error
 
 
-def files_of(directory: Path) -> dict[str, str]:
-    """{name: digest} of the files of a model that a result can depend on. Raises InputError for a directory that is no model, for
-    one whose config.json asks for what is refused, and for a compressed checkpoint."""
+def model_digests(directory: Path) -> dict[str, str]:
+    """{name: digest} of the files of a model that a result can depend on. Raises InputError for a directory that is not a model,
+    for an unsupported config.json, and for a compressed checkpoint."""
     return {path.name: file_digest(path) for path in _checked(directory)}
 
 
@@ -53,10 +53,10 @@ def _checked(directory: Path) -> list[Path]:
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """What a model directory holds: family, digests of files, and every tensor under its canonical name.
+    """Description of a model directory: family, digests of files, and every tensor under its canonical name.
 
-    Canonical names are those of the transformers model, whatever the file calls them. Raises InputError if a tensor is missing,
-    unexpected, of another shape than the config says, or not finite (with its name), and as `files_of` does.
+    Canonical names are those of the transformers model, not of the files. Raises InputError with the name of a tensor that is
+    missing, unexpected, of another shape than the config says, or not finite, and the errors of `model_digests`.
     """
     files = _checked(directory)
     model = empty_model(directory)
@@ -70,17 +70,17 @@ def describe(directory: Path) -> dict[str, Any]:
             raise InputError(f"{place.file}: {place.key} is stored as {place.dtype}; winnow reads {', '.join(BYTES)}")
         tensor = opened[place.file].read(place.key)
         if count := sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(CHUNK)):
-            raise InputError(f"{place.file}: {place.key} holds {count} values that are not finite; the weights are damaged")
+            raise InputError(f"{place.file}: {place.key} has {count} values that are not finite; the weights are damaged")
         tensors[name] = {"file": place.file.name, "key": place.key, "dtype": place.dtype, "shape": place.shape}
     for target, source in tied.items():
         if target in tensors:  # stored twice in the file, once in the model
             if not torch.equal(*(opened[places[name].file].read(places[name].key) for name in (target, source))):
                 raise InputError(
-                    f"{directory}: the config ties {target} to {source}, but the file holds two different tensors; "
+                    f"{directory}: the config ties {target} to {source}, but the file has two different tensors; "
                     "set tie_word_embeddings to false in config.json, or remove one of them"
                 )
             del tensors[target]
-    matrices_of(config.model_type, tensors)  # an unknown family is refused here, before any work
+    matrices_of(config.model_type, tensors)  # refuses an unknown family before any work
     return {
         "directory": str(directory),
         "model_type": config.model_type,
@@ -95,6 +95,6 @@ def describe(directory: Path) -> dict[str, Any]:
 
 
 def _longest(config: Any) -> int | None:
-    """How many tokens the model has positions for."""
+    """The number of positions of the model; None if it has no limit."""
     rows = getattr(config.get_text_config(), "max_position_embeddings", None)
     return rows and rows - ARCHITECTURES[config.model_type].positions

@@ -1,4 +1,4 @@
-"""Files of weights, and what stands beside them unchanged, of every model that is written."""
+"""Writes weight files, and copies the files beside them (tokenizer, generation defaults), for every model that is written."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COPIED = ("generation_config.json", *TOKENIZER)
 
 
 def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> int:
-    """Write tensors in their order to `model.safetensors`, or to shards of at most `limit` bytes and their index; one tensor is
-    held at a time. Returns the bytes of all tensors."""
+    """Write tensors in their order to `model.safetensors`, or to shards of at most `limit` bytes with an index; only one tensor
+    is in memory at a time. Returns the bytes of all tensors."""
     shards: list[list[str]] = []
     spool = Spool(directory / ".spool")
     total = 0
@@ -49,7 +49,7 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], limit:
 
 
 def copy_files(names: Iterable[str], source: Path, directory: Path) -> None:
-    """Copy those of `names` that stand beside weights: the tokenizer, and defaults of generation; without local paths."""
+    """Copy those of `names` (tokenizer, generation defaults) that `source` has, without local paths."""
     for name in (name for name in names if any(fnmatch(name, pattern) for pattern in COPIED)):
         copy = copy_config if fnmatch(name, CONFIGS) else shutil.copyfile
         copy(source / name, directory / name)

@@ -1,13 +1,13 @@
-"""Sections of maps that share them: block descent on their energy, in float64.
+"""Sections that several maps share: block coordinate descent on their energy, in float64.
 
 A section is an orthonormal basis (d, k). Map A_l (m, n) is kept as Q Q^T A_l P P^T with P = S_{inputs[l]} and Q = S_{outputs[l]}
-(as A_l P P^T where there are no outputs), and its error is ||A_l||^2 - ||Q^T A_l P||^2. With projectors onto the anchors S^a,
+(as A_l P P^T without outputs), and its error is ||A_l||^2 - ||Q^T A_l P||^2. With projectors onto the anchors S^a,
 
     E = sum_l error_l + (strength / 2) sum_s ||S_s S_s^T - S^a_s S^a_s^T||^2
       = sum_l error_l + strength sum_s (k - ||S_s^T S^a_s||^2).
 
-E falls by tr(S^T G S), linear in the projector of a section that is not on both sides of one map, so its best value given the
-others is spanned by the leading eigenvectors of G = F F^T, F = `Coupling.seen`.
+For a section that is not on both sides of one map, E is linear in its projector, a constant - tr(S^T G S): given the others, the
+optimal section is spanned by the leading eigenvectors of G = F F^T, F = `Coupling.seen`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ RIDGE = 1e-10  # of a metric that is inverted, as a share of its mean diagonal
 
 @dataclass(frozen=True)
 class Coupling:
-    """`maps` (L, m, n), and the numbers of the sections of every map, from 0 without gaps."""
+    """`maps` (L, m, n), and the numbers of every map's sections, counted from 0 without gaps."""
 
     maps: Tensor
     inputs: list[int]
-    outputs: list[int]  # empty: the maps are projected on the side of their inputs only
+    outputs: list[int]  # empty: maps are projected on their inputs only
 
     @property
     def count(self) -> int:
         return 1 + max(self.inputs + self.outputs)
 
     def readers(self, section: int) -> list[int]:
-        """The maps whose P the section is."""
+        """The maps that have the section as P."""
         return [layer for layer, own in enumerate(self.inputs) if own == section]
 
     def writers(self, section: int) -> list[int]:
-        """The maps whose Q the section is."""
+        """The maps that have the section as Q."""
         return [layer for layer, own in enumerate(self.outputs) if own == section]
 
     def core(self, layer: int, sections: Sections) -> Tensor:
@@ -59,7 +59,7 @@ class Coupling:
         return float(self.errors(sections).sum()) + strength * pull
 
     def seen(self, section: int, sections: Sections | None = None) -> Tensor:
-        """F (d, j): A^T Q of the section's readers beside A P of its writers; without sections A^T beside A."""
+        """F (d, j): A^T Q of the section's readers next to A P of its writers; without `sections`, A^T next to A."""
         parts = [self.maps[i].T for i in self.readers(section)] + [self.maps[i] for i in self.writers(section)]
         if sections and self.outputs:
             others = [self.outputs[i] for i in self.readers(section)] + [self.inputs[i] for i in self.writers(section)]
@@ -67,13 +67,13 @@ class Coupling:
         return torch.cat(parts, dim=1)
 
     def shift(self, section: int) -> float:
-        """c such that tr(X A X A^T) + (c / 2) ||X||^2, summed over the maps that have the section on both sides, is convex in
-        the projector X; 0 if there are none. The added term is constant on projectors of one rank."""
+        """c that makes tr(X A X A^T) + (c / 2) ||X||^2, summed over the maps with the section on both sides, convex in the
+        projector X; 0 if there are none. The added term is constant for projectors of one rank."""
         loops = set(self.readers(section)) & set(self.writers(section))
         return 2 * sum(float(torch.linalg.matrix_norm(self.maps[i], 2)) ** 2 for i in sorted(loops))
 
     def nested(self, width: int) -> Sections:
-        """Sections whose first k columns are sections for every k: leading directions of all that a section could see."""
+        """Sections whose first k columns are sections of size k: leading directions of `seen` without sections."""
         return [leading(self.seen(s), width) for s in range(self.count)]
 
     def nested_error(self, sections: Sections) -> Tensor:
@@ -82,15 +82,15 @@ class Coupling:
         rest = sections[0].new_zeros(())
         for layer, a in enumerate(self.maps):
             squared = self.core(layer, sections).square()
-            # The k-th shell is what size k adds: the k-th column, and the k-th row if there is one.
+            # The k-th shell is what size k adds: the k-th column, and the k-th row if there are outputs.
             shells += (squared.triu() + squared.tril(-1).T).sum(0) if self.outputs else squared.sum(0)
             rest += (a.square().sum() - squared.sum()).clamp(min=0)
         return torch.cat([shells.flip(0).cumsum(0).flip(0), shells.new_zeros(1)]) + rest
 
 
 def numbering(layers: int, together: int, chained: bool) -> tuple[list[int], list[int]]:
-    """The sections of every layer's inputs and outputs: `together` consecutive ones are one. Chained sections number the places
-    between layers, 0..L; separate ones number all inputs, then all outputs."""
+    """The numbers of the sections of every layer's inputs and outputs; `together` consecutive places share one. Chained sections
+    are those of the places between layers, 0..L; otherwise all inputs are numbered, then all outputs."""
     inputs, after = ([(layer + step) // together for layer in range(layers)] for step in (0, 1))
     return inputs, after if chained else [1 + inputs[-1] + section for section in inputs]
 
@@ -111,8 +111,8 @@ def times(left: Tensor, root: Tensor) -> Tensor:
 
 
 def right_factor(section: Tensor, inverse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(Z (n, k), B (k, k)) with C^{-1/2} P = Z B^T. Z is orthonormal, so that rounding what is stored costs as little as it can:
-    C^{-1/2} may be large. In the metric I, Z is the section itself."""
+    """(Z (n, k), B (k, k)) with C^{-1/2} P = Z B^T. Z is orthonormal, which keeps rounding errors of the stored factors small
+    although C^{-1/2} may be large. With the metric I, Z is the section itself."""
     if inverse is None:
         return section, torch.eye(section.shape[1], dtype=section.dtype, device=section.device)
     basis, triangle = torch.linalg.qr(times(section.T, inverse).T)
@@ -121,8 +121,8 @@ def right_factor(section: Tensor, inverse: Tensor | None) -> tuple[Tensor, Tenso
 
 def anchors_of(coupling: Coupling, lefts: Tensor, side: str) -> Sections:
     """The anchor of every section, from low-rank maps U_l U_l^T A_l with U_l = `lefts[l]` (m, k): Q^a = U_l, and P^a spans
-    A_l^T U_l. For a section of several, the leading eigenvectors of the sum of their projectors; `side` (input, output or both)
-    says which count where it is both input and output."""
+    A_l^T U_l. For a shared section, the leading eigenvectors of the sum of the projectors; `side` (input, output or both)
+    selects which of them count if the section is both input and output."""
     anchors = []
     for section in range(coupling.count):
         read = [torch.linalg.qr(coupling.maps[i].T @ lefts[i]).Q for i in coupling.readers(section)]
@@ -134,7 +134,7 @@ def anchors_of(coupling: Coupling, lefts: Tensor, side: str) -> Sections:
 
 def leading(seen: Tensor, k: int) -> Tensor:
     """The k leading left singular vectors (d, k) of F (d, j), j >= k."""
-    if seen.shape[1] <= seen.shape[0]:  # without F F^T, which would lose directions below 1e-8 of the largest
+    if seen.shape[1] <= seen.shape[0]:  # F F^T would lose directions below 1e-8 of the largest
         return left_singular(seen)[:, :k]
     return torch.linalg.eigh(seen @ seen.T).eigenvectors.flip(1)[:, :k]
 
@@ -142,8 +142,8 @@ def leading(seen: Tensor, k: int) -> Tensor:
 def descend(
     coupling: Coupling, start: Sections, anchors: Sections, strength: float, sweeps: int, tolerance: float
 ) -> tuple[Sections, list[float], bool]:
-    """Update every section in turn until E falls by less than `tolerance` of itself; returns sections, E after each sweep, the
-    start's first, and whether that was reached. E never rises."""
+    """Update every section in turn until the relative decrease of E is below `tolerance`. Returns the sections, E at the start
+    and after each sweep, and whether it converged. E never increases."""
     sections, shifts = list(start), [coupling.shift(s) for s in range(coupling.count)]
     noise = 16 * EPSILON * float(coupling.maps.square().sum())
     energies = [coupling.energy(sections, anchors, strength)]
@@ -156,11 +156,11 @@ def descend(
             old, before = trial[s], coupling.energy(trial, anchors, strength) if shift else 0.0
             trial[s] = leading(seen, old.shape[1])
             if shift and coupling.energy(trial, anchors, strength) > before:
-                # E is quadratic in this section. A step that stays closer to the old value maximises the tangent of a convex
-                # function, which cannot exceed the function: then E does not rise.
+                # E is quadratic in this section. A damped step maximises the tangent of a convex function, which is a lower
+                # bound of the function, so that E does not increase.
                 trial[s] = leading(torch.cat([seen, shift**0.5 * old], dim=1), old.shape[1])
         energy = coupling.energy(trial, anchors, strength)
-        if energy > energies[-1]:  # by rounding
+        if energy > energies[-1]:  # through rounding
             return sections, energies, True
         sections = trial
         energies.append(energy)
@@ -172,8 +172,8 @@ def descend(
 def solve(
     coupling: Coupling, anchors: Sections, strength: float, starts: int, sweeps: int, seed: int, tolerance: float = 1e-9
 ) -> tuple[Sections, dict[str, Any]]:
-    """The best of `starts` descents, and what happened: from the anchors, from the leading directions (`Coupling.nested`),
-    and from random sections. `strength` may be infinite, which gives the anchors back."""
+    """The best of `starts` descents and a record of all: from the anchors, from the leading directions (`Coupling.nested`), and
+    from random sections. An infinite `strength` returns the anchors."""
     kinds = ["anchors", "leading", *["random"] * (starts - 2)][:starts]
     if strength == float("inf"):
         kinds, strength, sweeps = ["anchors"], 0.0, 0  # nothing moves

@@ -1,11 +1,12 @@
-"""Rounding that feeds errors back: codes of a grid that lose little in tr(F D C D^T), D = Q - W, not each number's nearest.
+"""Rounding with error feedback: codes that make tr(F D C D^T), D = Q - W, small, instead of the nearest code of every number.
 
-With F = I rows are independent, and the rule is GPTQ's (arXiv 2210.17323): columns are rounded one after the other, and those to
-come make up for the error of each, as far as C lets them. With a full F rows do so too: with C = R R^T and F = S S^T, both roots
-upper triangular, the objective is ||S^T D R||^2, whose entry (i, j) is S_ii R_jj (D_ij + what is rounded before says); entry by
-entry it is made as small as the grid allows (LDL feedback on both sides, as YAQA, arXiv 2505.22988). Coordinate descent follows.
+With F = I rows are independent, and the rule is GPTQ's (arXiv 2210.17323): columns are rounded one after the other, and the
+error of each is compensated in the columns that follow. With a full F it is compensated in the rows as well: with C = R R^T and
+F = S S^T, both roots upper triangular, the objective is ||S^T D R||^2, whose entry (i, j) is S_ii R_jj (D_ij + a term of the
+entries rounded before); entry by entry it is made as small as the grid allows (LDL feedback on both sides, as in YAQA, arXiv
+2505.22988). Coordinate descent follows.
 
-Several grids of one matrix are rounded at once: S grids in the first axis of `scales` and `zeros`.
+Several grids of one matrix are rounded at once: the first axis of `scales` and `zeros` has S grids.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from torch import Tensor
 from winnow.numerics.grids import Form
 
 log = logging.getLogger(__name__)
-BLOCK = 128  # columns (and rows) that are rounded one by one before a matrix product takes their errors to all others
+BLOCK = 128  # columns (and rows) rounded one by one before a matrix product applies their errors to all others
 DAMPING = 0.01  # added to the diagonals of C and F, as a share of their means
-PARTS = 2  # of a column in the descent
+PARTS = 2  # parts of a column in coordinate descent
 
 
 @dataclass(frozen=True)
 class Grids:
     """S grids of a matrix (m, n): (code - zero) * scale, codes in low .. high."""
 
-    scales: Tensor  # (S, m, n) float64, signed; 0 where all numbers of a group are
+    scales: Tensor  # (S, m, n) float64, signed; 0 where all numbers of a group are 0
     zeros: Tensor  # (S, m, n) float64
     low: Tensor  # (S,)
     high: Tensor  # (S,)
@@ -39,7 +40,7 @@ class Grids:
         return Grids(scales, zeros, self.low, self.high)
 
     def nearest(self, targets: Tensor) -> Tensor:
-        """Codes (S, m, n) of the grid points that are nearest to `targets` (S, m, n) or (m, n)."""
+        """Codes (S, m, n) of the grid points nearest to `targets` (S, m, n) or (m, n)."""
         return _codes(targets, self.scales, self.zeros, self.low[:, None, None], self.high[:, None, None])
 
     def values(self, codes: Tensor) -> Tensor:
@@ -53,14 +54,15 @@ def _codes(targets: Tensor, scales: Tensor, zeros: Tensor, low: Tensor, high: Te
 
 @dataclass(frozen=True)
 class Weighing:
-    """A metric that couples numbers: C (n, n) and F (m, m), or None for rows that do not depend on each other; both damped."""
+    """A full metric: C (n, n) and F (m, m), or None for independent rows; both damped."""
 
     columns: Tensor
     rows: Tensor | None
 
 
 def metric_for(columns: Tensor, rows: Tensor | None) -> Weighing | None:
-    """What feedback uses of a metric C and R (see `Problem`); None if both are diagonal, so that rounding to nearest is best."""
+    """The damped metric for error feedback from C and R (see `Problem`); None if both are diagonal and rounding to nearest is
+    optimal."""
     full = rows if rows is not None and rows.dim() == 2 else None
     if columns.dim() == 1 and full is None:
         return None
@@ -68,7 +70,7 @@ def metric_for(columns: Tensor, rows: Tensor | None) -> Weighing | None:
 
 
 def grids_of(forms: Sequence[Form], made: Sequence[tuple[Tensor, Tensor]], columns: int) -> Grids:
-    """The grids of forms with their scales and zero points (m, groups), for every number of a row."""
+    """The grids of the forms, with scales and zero points (m, groups) expanded to every number of a row."""
     parts = [
         torch.stack([
             part[which].double().repeat_interleave(form.group, 1)[:, :columns] for form, part in zip(forms, made, strict=True)
@@ -82,10 +84,10 @@ def grids_of(forms: Sequence[Form], made: Sequence[tuple[Tensor, Tensor]], colum
 def codes_of(
     weight: Tensor, forms: Sequence[Form], made: Sequence[tuple[Tensor, Tensor]], metric: Weighing | None, sweeps: int, name: str
 ) -> Tensor:
-    """(forms, m, n): codes of a matrix for every form with its scales and zero points, to nearest without a metric.
+    """(forms, m, n): codes of a matrix for every form with its scales and zero points; nearest codes if there is no metric.
 
-    Columns, and rows, go by descending energy in the metric, as with GPTQ's `act_order` and `static_groups`; with both sides
-    there are `sweeps` of descent. The metric's error after every step is logged.
+    Columns and rows are rounded by descending diagonal of the metric, as with GPTQ's `act_order` and `static_groups`; with
+    both sides, `sweeps` of coordinate descent follow. The error in the metric is logged after every step.
     """
     grids = grids_of(forms, made, weight.shape[1])
     if metric is None:
@@ -107,7 +109,7 @@ def codes_of(
         errors.append(objective(fed, rows, columns))
         change = torch.where((errors[1] < errors[0])[:, None, None], fed, change)
         for _ in range(sweeps):
-            change = descend(weight, grids, rows, columns, change)
+            change = descend_codes(weight, grids, rows, columns, change)
         errors.append(objective(change, rows, columns))
         codes = grids.nearest(weight + change)
     for form, *found in zip(forms, *(error.tolist() for error in errors), strict=True):
@@ -117,8 +119,8 @@ def codes_of(
 
 
 def damped(metric: Tensor) -> Tensor:
-    """The metric (n, n) with DAMPING of its mean diagonal added to it, more where its own rounding makes that indefinite, so that
-    channels that were never seen are rounded to nearest; I where it is 0."""
+    """The metric (n, n) plus DAMPING times its mean diagonal, or more if rounding has made it indefinite; I if it is 0. Channels
+    that were never active are thereby rounded to nearest."""
     mean, share = metric.diagonal().mean(), DAMPING
     if not mean > 0:
         return torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
@@ -128,7 +130,7 @@ def damped(metric: Tensor) -> Tensor:
         if int(torch.linalg.cholesky_ex(shifted.flip(0, 1)).info) == 0:
             return shifted
         share *= 10
-    raise FloatingPointError("the metric is indefinite, also with its mean diagonal added to it")
+    raise FloatingPointError("the metric is indefinite, even with its mean diagonal added")
 
 
 def upper_root(metric: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ def upper_root(metric: Tensor) -> Tensor:
 
 
 def gram_feedback(weight: Tensor, grids: Grids, columns: Tensor) -> Tensor:
-    """Codes (S, m, n) that GPTQ finds, columns from the first to the last, for C = `columns` (n, n), positive definite."""
+    """Codes (S, m, n) by GPTQ, from the first column to the last, for a positive definite C = `columns` (n, n)."""
     (count, m, n) = grids.scales.shape
     identity = torch.eye(n, dtype=weight.dtype, device=weight.device)
     inverse = torch.linalg.solve_triangular(upper_root(columns), identity, upper=True)
@@ -170,7 +172,7 @@ def both_feedback(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor) -
         end = min(begin + BLOCK, n)
         base = weight[:, None, begin:end] + change[:, :, :begin] @ pull[:begin, begin:end]  # (m, S, columns)
         scales, zeros = (part[:, :, begin:end].permute(1, 0, 2) for part in (grids.scales, grids.zeros))
-        rest = weight.new_zeros(end - begin, count, m)  # what is left of targets after rounding, last column first
+        rest = weight.new_zeros(end - begin, count, m)  # residuals of the targets after rounding, last column first
         for top in range(0, m, BLOCK):
             below = min(top + BLOCK, m)
             above = rest[:, :, :top] @ feed[:top, top:below]  # (columns, S, rows)
@@ -186,8 +188,8 @@ def both_feedback(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor) -
 def _tile(
     base: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, low: Tensor, high: Tensor, pull: Tensor, feed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, D, rest) of a tile, by its antidiagonals: an entry depends on those left of it in its row, and above it in its
-    column, so that all entries of one antidiagonal are rounded at once. All are (m, S, n); `rest` (n, S, m), last column first.
+    """(codes, D, rest) of a tile. An entry depends on the entries to its left and above it, so that all entries of an
+    antidiagonal are rounded at once. All are (m, S, n) except `rest` (n, S, m), last column first.
     """
     m, count, n = base.shape
     change, codes, rest = torch.zeros_like(base), torch.empty_like(base), base.new_zeros(n, count, m)
@@ -209,7 +211,7 @@ def _tile(
 
 
 def _view(tensor: Tensor, shape: tuple[int, int], strides: tuple[int, int], begin: int) -> Tensor:
-    """Numbers of a contiguous tensor, which may begin anywhere in its memory."""
+    """A strided view into a contiguous tensor, which may itself have an offset in its memory."""
     return tensor.as_strided(shape, strides, tensor.storage_offset() + begin)
 
 
@@ -218,11 +220,11 @@ def objective(change: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
     return ((change if rows is None else rows @ change) * (change @ columns)).sum((1, 2))
 
 
-def descend(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor, change: Tensor) -> Tensor:
+def descend_codes(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor, change: Tensor) -> Tensor:
     """Changes D (S, m, n) after one sweep of coordinate descent on tr(F D C D^T), which never raises it.
 
-    Every column is gone through in PARTS, each of every PARTS-th row. Its numbers move to their best codes all at once, or the
-    best of them alone, whichever lowers the objective more.
+    Every column is updated in PARTS, each of every PARTS-th row. Either all numbers of a part move to their best codes at once,
+    or only the best one does, whichever lowers the objective more.
     """
     change = change.permute(1, 0, 2).clone(memory_format=torch.contiguous_format)  # (m, S, n)
     product, low, high = change @ columns, grids.low, grids.high
@@ -230,7 +232,7 @@ def descend(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor, change:
     for begin in range(0, columns.shape[1], BLOCK):
         end = min(begin + BLOCK, columns.shape[1])
         inside = product[:, :, begin:end].permute(2, 0, 1)
-        slopes = rows @ inside  # (columns, m, S): half the gradient, of columns to come up to date with all moves
+        slopes = rows @ inside  # (columns, m, S): half the gradient; for the remaining columns it includes all moves so far
         scales, zeros = (part[:, :, begin:end].permute(2, 1, 0).contiguous() for part in (grids.scales, grids.zeros))
         start = change[:, :, begin:end].permute(2, 0, 1).contiguous()
         now = start.clone()
@@ -245,7 +247,7 @@ def descend(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor, change:
                 moved = step.any(1).nonzero()[:, 0]
                 if not len(moved):
                     continue
-                bent = columns[j, j] * (rows[own][moved].T @ step[moved])  # (m, S): what all moves do to the slopes
+                bent = columns[j, j] * (rows[own][moved].T @ step[moved])  # (m, S): change of the slopes by all moves
                 joint = -(step * (2 * slope + bent[own])).sum(0)
                 best, where = gain.max(0)
                 alone = torch.zeros_like(step).scatter_(0, where[None], step.gather(0, where[None]))

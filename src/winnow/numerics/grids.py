@@ -1,8 +1,9 @@
-"""Grids of a matrix's numbers: (code - zero) * scale, with a scale, and a zero point where the grid has one, for every group of
-inputs of a row. The last group of a row may have fewer.
+"""Quantisation grids of a matrix: (code - zero) * scale, with one scale (and one zero point if the grid has them) for every
+group of inputs of a row. The last group of a row may be smaller.
 
-`symmetric`: codes to +-(2^(bits - 1) - 1). `full`: all 2^bits codes from -2^(bits - 1), and a scale whose sign puts the one more
-on the side of the group's largest number. `asymmetric`: all codes from 0, and a whole number up to 2^bits - 1 that stands for 0.
+`symmetric`: codes from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1. `full`: all 2^bits codes from -2^(bits - 1); the sign of the
+scale puts the extra code on the side of the group's largest number. `asymmetric`: codes from 0 and an integer zero point, both
+at most 2^bits - 1.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHARES = [1 - step / 20 for step in range(11)]  # of the scale that reaches the largest number of a group
-FEW_BITS = [1 - step / 20 for step in range(14)]  # the same, where some grids have three or four points
+SHARES = [1 - step / 20 for step in range(11)]  # factors tried on the scale that reaches a group's largest number
+FEW_BITS = [1 - step / 20 for step in range(14)]  # the same, for grids of as few as three or four points
 
 
 class Form(NamedTuple):
-    """What the numbers of a matrix are stored as."""
+    """How the numbers of a matrix are stored."""
 
     bits: int
     grid: str
@@ -32,19 +33,19 @@ class Form(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """What is taken off a code, or a zero point, before it is stored as a signed number of so many bits."""
+        """What is subtracted from a code or a zero point before it is stored as a signed number of that many bits."""
         return 2 ** (self.bits - 1) if self.grid == "asymmetric" else 0
 
     def row_bytes(self, columns: int) -> int:
-        """Stored bytes of a row: codes, float16 scales, zero points of as many bits as codes."""
+        """Stored bytes of a row: codes, float16 scales, and zero points of as many bits as the codes."""
         groups = -(-columns // self.group)
         zeros = -(-groups * self.bits // 8) if self.grid == "asymmetric" else 0
         return -(-columns * self.bits // 8) + 2 * groups + zeros
 
 
 def forms_of(columns: int, bits: list[int], grids: list[str], groups: list[int | None]) -> list[Form]:
-    """All different forms of a row of so many numbers, by their bytes; with equal bytes in the order of bits, groups and grids. A
-    group is at most the row, which None stands for."""
+    """All distinct forms of a row of `columns` numbers, sorted by bytes and then in the order of bits, groups and grids. A group
+    is at most one row; None means the whole row."""
     widths = dict.fromkeys(min(group or columns, columns) for group in groups)
     every = [Form(number, grid, width) for number in bits for width in widths for grid in grids]
     return sorted(every, key=lambda form: form.row_bytes(columns))
@@ -53,12 +54,12 @@ def forms_of(columns: int, bits: list[int], grids: list[str], groups: list[int |
 def scaled(weight: Tensor, form: Form, search: str, columns: Tensor) -> tuple[Tensor, Tensor]:
     """(scales float16, zero points float64), both (m, groups), of a matrix (m, n).
 
-    `search`: `largest`, the grid reaches the largest number of its group; `searched`, it may end before it, at that of `SHARES`
-    that leaves the least squared error, inputs weighted by `columns` (n,); `unbiased`, likewise of `FEW_BITS`, every scale first
-    made such that the codes found with it keep all of the group along itself: least squares keeps less, and a matrix that is
-    smaller everywhere changes the loss to first order.
+    `search`: `largest`, the grid reaches the largest number of its group; `searched`, the scale is multiplied by that factor of
+    `SHARES` with the least squared error, inputs weighted by `columns` (n,); `unbiased`, the same with `FEW_BITS`, every scale
+    first adjusted so that the projection of the rounded group onto the group is the group itself: least squares shrinks it, and
+    a matrix that is smaller everywhere changes the loss to first order.
 
-    Raises ValueError for a scale that float16 does not reach.
+    Raises ValueError for a scale above the largest float16.
     """
     import torch
 
@@ -100,5 +101,5 @@ def scaled(weight: Tensor, form: Form, search: str, columns: Tensor) -> tuple[Te
 
 
 def _divisible(scales: Tensor) -> Tensor:
-    """Scales with 1 for 0: there all numbers are 0."""
+    """The scales with 1 in place of 0, where all numbers of the group are 0."""
     return scales.where(scales != 0, 1)

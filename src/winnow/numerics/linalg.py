@@ -1,4 +1,4 @@
-"""Weighted low-rank approximation: the one routine that every factorising method goes through; all results are float64."""
+"""Weighted low-rank approximation, the routine that every factorising method uses; all results are float64."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from winnow.numerics.products import gram_of
 
 log = logging.getLogger(__name__)
 EPSILON = torch.finfo(torch.float64).eps
-# A root is only divided by if its smallest pivot is above this share of the largest: half of the digits are left then.
+# A root is only inverted if its smallest pivot is above this share of the largest: half of the digits remain then.
 INVERTIBLE = EPSILON**0.5
 
 
 class Directions(NamedTuple):
-    """A fit of every rank up to K: W_k = left[:, :k] @ right[:k], with all singular values (s,) and squared errors (s + 1,),
-    s the smaller side of W. The norms are in `right`; `left` has orthonormal columns, up to the rounding of a metric in float32.
+    """Fits of every rank up to K: W_k = left[:, :k] @ right[:k], with all singular values (s,) and squared errors (s + 1,), s the
+    smaller side of W. `left` has orthonormal columns, up to the rounding of a float32 metric; the norms are in `right`.
     """
 
     left: Tensor  # (m, K)
@@ -31,19 +31,19 @@ class Directions(NamedTuple):
 
 
 def finite(value: Tensor) -> bool:
-    """Whether all numbers of a tensor are, by one sum instead of a mask as large as the tensor."""
+    """Whether all numbers of a tensor are finite, by one sum instead of a mask as large as the tensor."""
     return math.isfinite(float(value.sum()))
 
 
 def blocks(n: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of eight parts of n columns, or fewer of at least 256: products with a symmetric or triangular matrix take
-    9/16 of the operations without its blocks above the diagonal."""
+    """(begin, end) of at most eight blocks of n columns, each of at least 256. Without the blocks above its diagonal, a product
+    with a symmetric or triangular matrix takes 9/16 of the operations."""
     step = max(256, -(-n // 8))
     return ((begin, min(begin + step, n)) for begin in range(0, n, step))
 
 
 def sandwich(weight: Tensor, gram: Tensor) -> Tensor:
-    """W G W^T (m, m) for a symmetric G (n, n): with H the lower half of G, G = H + H^T, it is W H W^T plus its transpose."""
+    """W G W^T (m, m) for a symmetric G (n, n), as W H W^T plus its transpose, where H is the lower half of G = H + H^T."""
     half = weight.new_zeros(len(weight), len(weight))
     for begin, end in blocks(len(gram)):
         part = weight[:, begin:end] @ (gram[begin:end, begin:end] / 2) + weight[:, end:] @ gram[end:, begin:end]
@@ -54,8 +54,8 @@ def sandwich(weight: Tensor, gram: Tensor) -> Tensor:
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (n,), ascending, and eigenvectors (n, n) of a symmetric matrix; only its lower triangle is read.
 
-    On a CPU by NumPy, whose LAPACK takes about half the time of PyTorch's (2048, AMD EPYC). Drivers for a part of the spectrum
-    (evr, evx) take as long as this one already for half of it.
+    On a CPU this uses NumPy, whose LAPACK takes about half the time of PyTorch's (n = 2048, AMD EPYC). Drivers for a part of
+    the spectrum (evr, evx) take as long as this one for half of it.
     """
     if matrix.device.type != "cpu":
         return torch.linalg.eigh(matrix)
@@ -66,7 +66,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def left_singular(matrix: Tensor) -> Tensor:
     """The left singular vectors (m, min(m, n)) of a matrix (m, n), by descending singular values.
 
-    On a CPU by NumPy: MKL, which PyTorch has, gives up on some matrices of half their rank that are no trouble to OpenBLAS.
+    On a CPU this uses NumPy: MKL, used by PyTorch, does not converge on some matrices of half rank, and OpenBLAS does.
     """
     if matrix.device.type != "cpu":
         return torch.linalg.svd(matrix, full_matrices=False).U
@@ -74,10 +74,10 @@ def left_singular(matrix: Tensor) -> Tensor:
 
 
 def regularized(gram: Tensor, ridge: float, what: str) -> Tensor:
-    """gram + ridge * mean(diagonal) * I, for a full (n, n) or diagonal (n,) gram that has to be inverted.
+    """gram + ridge * mean(diagonal) * I, for a full (n, n) or diagonal (n,) gram that is to be inverted.
 
-    The ridge is raised tenfold until a Cholesky factorisation exists, and every raise is logged. Raises FloatingPointError,
-    naming `what`, if the gram is not finite, all zero, or cannot be mended by a ridge of 1 % of its mean diagonal.
+    The ridge is raised tenfold until a Cholesky factorisation exists; every raise is logged. Raises FloatingPointError, naming
+    `what`, if the gram is not finite, all zero, or singular even with a ridge of 1 % of its mean diagonal.
     """
     diagonal = gram.diagonal() if gram.dim() == 2 else gram
     scale = diagonal.mean()
@@ -96,7 +96,7 @@ def regularized(gram: Tensor, ridge: float, what: str) -> Tensor:
 
 
 def square_root(gram: Tensor) -> Tensor:
-    """A symmetric root S (n, n) of a positive semi-definite matrix, S S = gram; negative rounding is cut to 0."""
+    """The symmetric root S (n, n) of a positive semi-definite matrix, S S = gram; negative eigenvalues are set to 0."""
     values, vectors = eigh(gram)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
@@ -104,16 +104,16 @@ def square_root(gram: Tensor) -> Tensor:
 def leading_directions(
     weight: Tensor, columns: Tensor, precision: float = EPSILON, rows: Tensor | None = None, largest: int | None = None
 ) -> Directions:
-    """Directions that solve min over rank(B) <= k of ||R^{1/2} (W - B) C^{1/2}||_F^2 for every k <= `largest` at once.
+    """Directions that minimise ||R^{1/2} (W - B) C^{1/2}||_F^2 over rank(B) <= k, for every k <= `largest` at once.
 
-    `weight` (m, n), `columns` (the metric C as its diagonal (n,) or in full (n, n)) and `rows` (R likewise, positive
-    definite; None for I) are float64; `precision` is the relative rounding error that a full C was computed with: products with
-    a C of float32 are made in float32, eigenproblems always in float64. With U the left singular vectors of R^{1/2} W C^{1/2},
+    `weight` (m, n), `columns` (the metric C as its diagonal (n,) or in full (n, n)) and `rows` (R in the same form, positive
+    definite; None for I) are float64. `precision` is the relative rounding error of a full C: products with a float32 C are
+    computed in float32, eigenproblems always in float64. With U the left singular vectors of R^{1/2} W C^{1/2},
     left = R^{-1/2} U and right = U^T R^{1/2} W.
 
-    A singular C is no special case: directions beyond the rank of W C^{1/2} cost nothing in the metric and are spent on what is
-    left of W itself, so rank min(m, n) gives W back. The eigenproblem has the smaller side of W, and no root of C is made if
-    that is m. (methods: T2, T3; Swift-SVD for the left side.)
+    C may be singular: directions beyond the rank of W C^{1/2} do not change the error in the metric and approximate the
+    residual of W itself, so that rank min(m, n) reproduces W. The eigenproblem has the size of the smaller side of W, and no
+    root of C is computed if that is m. (methods: T2, T3; Swift-SVD for the left side.)
 
     Raises FloatingPointError if an input is not finite or R is not positive.
     """
@@ -138,7 +138,7 @@ def leading_directions(
 
 
 def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) -> Directions:
-    """The same for R = I."""
+    """`leading_directions` for R = I."""
     m, n = weight.shape
     rounded = columns.dim() == 2 and precision > EPSILON
     dtype = torch.float32 if rounded else torch.float64
@@ -156,8 +156,8 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
     values, vectors = eigh(product.double())
     squared = values.flip(0).clamp(min=0)
     s = squared.sqrt()
-    # Squared singular values below this are noise: of the eigensolver; of W S where that should be 0, as after directions were
-    # taken out of W; and of a metric that was rounded, which makes as many eigenvalues negative as it makes positive.
+    # Squared singular values below this are noise: of the eigensolver; of W S where it should be 0, as after directions were
+    # removed from W; and of a rounded metric, which turns as many zero eigenvalues negative as positive.
     largest_entry = (columns if columns.dim() == 1 else columns.diagonal()).max()
     rounding = max(m, n) * EPSILON
     noise = rounding * (squared[0] + rounding * weight.square().sum() * largest_entry)
@@ -166,7 +166,7 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
     rank = min(largest, int((squared > noise).sum()))
     vectors = vectors[:, len(s) - rank :].flip(1)
     if m > n and rank == largest and divisible:
-        # W S V V^T S^{-1}, whose error in the metric depends on V alone, however the columns of W S V / s are rounded.
+        # The error of W S V V^T S^{-1} in the metric depends on V alone, however the columns of W S V / s are rounded.
         left = scaled @ (vectors / s[:rank]).to(dtype)
         right = vectors.T * s[:rank, None]
         right = right / root if root.dim() == 1 else torch.linalg.solve_triangular(root, right, upper=False, left=False)
@@ -177,8 +177,8 @@ def _leading(weight: Tensor, columns: Tensor, precision: float, largest: int) ->
 
 
 def _deflated_sandwich(weight: Tensor, gram: Tensor) -> Tensor:
-    """W G W^T (m, m), float64, by products in float32 whose rounding does not grow with the few largest eigenvalues of G, which
-    massive activations make millions of times the others: G = Q S Q^T + rest, for whatever Q and S; Q S Q^T goes in float64."""
+    """W G W^T (m, m), float64, by float32 products whose rounding errors do not grow with the few largest eigenvalues of G, which
+    massive activations make millions of times the others: G = Q S Q^T + rest, for any Q and S, with Q S Q^T in float64."""
     single = gram.to(torch.float32, copy=True)
     q = single[:, single.diagonal().topk(min(8, len(gram))).indices]
     for _ in range(2):
@@ -191,7 +191,7 @@ def _deflated_sandwich(weight: Tensor, gram: Tensor) -> Tensor:
 
 
 def _root(gram: Tensor) -> tuple[Tensor, bool]:
-    """(S, whether it may be divided by), S S^T = gram: the Cholesky factor, or a symmetric root if there is none to rely on."""
+    """(S, whether it is safe to invert), S S^T = gram: the Cholesky factor, or a symmetric root if that is not reliable."""
     lower, info = torch.linalg.cholesky_ex(gram)
     pivots = lower.diagonal()
     if int(info) == 0 and pivots.min() ** 2 > INVERTIBLE * pivots.max() ** 2:
@@ -201,7 +201,7 @@ def _root(gram: Tensor) -> tuple[Tensor, bool]:
 
 
 def _times(weight: Tensor, root: Tensor, lower: bool) -> Tensor:
-    """W S (m, n), without the zeros of a lower triangular S."""
+    """W S (m, n), skipping the zeros of a lower triangular S."""
     if not lower:
         return weight @ root
     return torch.cat([weight[:, begin:] @ root[begin:, begin:end] for begin, end in blocks(len(root))], dim=1)
@@ -220,9 +220,8 @@ def residual_errors(target: Tensor, cross: Tensor, left: Tensor, right: Tensor, 
     """(K + 1,): E[e^T R e] with e = y - left[:, :k] right[:k] x, for every k from 0 to K, in float64.
 
     `target` E[y y^T] (m, m), `cross` E[y x^T] (m, n), `columns` C = E[x x^T] (n, n), `left` (m, K), `right` (K, n), `rows` R
-    (m, m). No map is formed: tr(R E[y y^T]) - 2 sum over i < k of (L^T R E[y x^T] B^T)_ii + sum over i, j < k of
-    (L^T R L)_ij (B C B^T)_ij, with L = left and B = right; the last are sums over leading blocks, so all sizes cost what one
-    does.
+    (m, m). No map is formed: the error is tr(R E[y y^T]) - 2 sum over i < k of (L^T R E[y x^T] B^T)_ii + sum over i, j < k of
+    (L^T R L)_ij (B C B^T)_ij, with L = left and B = right. These are sums over leading blocks: all k cost as much as one.
     """
     inner, outer = right @ columns, rows @ left
     start = (rows * target).sum()
@@ -232,16 +231,16 @@ def residual_errors(target: Tensor, cross: Tensor, left: Tensor, right: Tensor, 
 
 
 def weighted_error(rest: Tensor, columns: Tensor, rows: Tensor | None) -> Tensor:
-    """(): tr(R D C D^T) of a change D = `rest` (m, n); C = `columns` and R = `rows` full or their diagonals, None for R = I."""
+    """(): tr(R D C D^T) of a change D = `rest` (m, n); C = `columns` and R = `rows` are full or diagonals; None for R = I."""
     weighted = rest if rows is None else rows[:, None] * rest if rows.dim() == 1 else rows @ rest
     return ((rest * columns if columns.dim() == 1 else rest @ columns) * weighted).sum().clamp(min=0)
 
 
 def principal_components(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `leading_directions` with R = I, but the rank-k map is W P_k P_k^T with P_k the leading eigenvectors of C (n, n).
+    """Like `leading_directions` with R = I, but the rank-k map is W P_k P_k^T with P_k the leading eigenvectors of C (n, n).
 
-    Returns the rows P^T (K, n), K = min(m, n); the roots of the eigenvalues of C; and the squared error
-    ||W (I - P_k P_k^T) C^{1/2}||_F^2 left at rank 0..K. Raises ValueError for a diagonal C, which has no components.
+    Returns the rows P^T (K, n), K = min(m, n); the roots of the eigenvalues of C; and the squared errors
+    ||W (I - P_k P_k^T) C^{1/2}||_F^2 of ranks 0..K. Raises ValueError for a diagonal C, which has no components.
     """
     if columns.dim() == 1:
         raise ValueError("principal components of the inputs need the metric `gram`")
@@ -257,14 +256,14 @@ def principal_components(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tenso
 
 
 def pivot_rows(left: Tensor) -> Tensor:
-    """Indices (k,) of k well-conditioned rows of `left` (m, k), by Gaussian elimination with partial pivoting: the rows'
-    block is invertible, and every other row is a combination of them with moderate coefficients.
+    """Indices (k,) of k well-conditioned rows of `left` (m, k), by Gaussian elimination with partial pivoting: their block is
+    invertible, and every other row is a combination of them with moderate coefficients.
 
-    Raises FloatingPointError if `left` has not full rank.
+    Raises FloatingPointError if `left` does not have full rank.
     """
     lu, pivots = torch.linalg.lu_factor(left)
     if not (lu.diagonal().abs() > EPSILON * left.abs().max()).all():
-        raise FloatingPointError("the factors have not full rank; choose a smaller rank")
+        raise FloatingPointError("the factors do not have full rank; choose a smaller rank")
     order = torch.arange(len(left))
     for step, pivot in enumerate((pivots - 1).tolist()):
         order[[step, pivot]] = order[[pivot, step]]
@@ -272,12 +271,12 @@ def pivot_rows(left: Tensor) -> Tensor:
 
 
 def _complete(u: Tensor, weight: Tensor, width: int) -> Tensor:
-    """`u` followed by the leading directions of what it leaves of `weight`, `width` columns in all."""
+    """`u` followed by the leading directions of the part of `weight` outside its span, `width` columns in all."""
     missing = width - u.shape[1]
     if missing == 0:
         return u
     rest = weight - u @ (u.T @ weight)
     extra = left_singular(rest)[:, :missing]
-    # Where the rest has no more directions, SVD fills up with vectors that may lie in the span of u. Householder QR keeps
-    # the span of every leading block and gives orthonormal columns all the same.
+    # If the residual has no more directions, SVD pads with vectors that may lie in the span of u. Householder QR keeps the
+    # span of every leading block and returns orthonormal columns in any case.
     return torch.linalg.qr(torch.cat([u, extra], dim=1)).Q

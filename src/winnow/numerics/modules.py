@@ -1,4 +1,4 @@
-"""The modules that a compressed checkpoint is made of."""
+"""The modules of a compressed checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def has_bias(dense: nn.Module) -> bool:
 
 
 def index_dtype(channels: int) -> torch.dtype:
-    """The smallest of int16 and int32 that can number so many channels."""
+    """int16 if it can number this many channels, otherwise int32."""
     return torch.int16 if channels < 2**15 else torch.int32
 
 
@@ -29,10 +29,10 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
 
 
 class CompressedLinear(nn.Module):
-    """A linear map of `in_features` to `out_features` that is stored in another form than its matrix.
+    """A linear map from `in_features` to `out_features` that is not stored as a dense matrix.
 
-    `weight` is an empty tensor. It costs no byte, and makes plain transformers refuse the checkpoint by a size mismatch
-    instead of filling the layer with random numbers.
+    `weight` is an empty tensor of zero bytes. It makes plain transformers refuse the checkpoint with a size mismatch instead
+    of initialising the layer with random numbers.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -42,7 +42,7 @@ class CompressedLinear(nn.Module):
         self.added: LowRankLinear | None = None
 
     def add(self, right: Tensor, left: Tensor) -> None:
-        """From now on give left right x more, with right (k, in) and left (out, k): in `added`, whatever form the module has."""
+        """Add left right x to the output, with right (k, in) and left (out, k), stored in `added`."""
         if "added" not in self._modules:
             self.register_forward_hook(_with_added)
         if self.added is not None:
@@ -52,7 +52,7 @@ class CompressedLinear(nn.Module):
         self.added.right.weight, self.added.left.weight = nn.Parameter(right), nn.Parameter(left)
 
     def take_back(self, rank: int) -> None:
-        """Undo the last `add`, which was of this rank."""
+        """Undo the last `add`, which had this rank."""
         right, left = self.added.right.weight[:-rank], self.added.left.weight[:, :-rank]  # type: ignore[union-attr]
         self.added = None
         if len(right):
@@ -64,13 +64,13 @@ def _with_added(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
 
 
 class SharedLinear(nn.Linear):
-    """A linear map that several modules apply to the same input one after the other: the first computes, the others reuse.
+    """A linear map that several modules apply to the same input: the first call computes the result, the others reuse it.
 
-    The result is kept for the very tensor it was computed from, as long as neither that tensor nor the weight has changed, and
-    until `readers` modules have had it. Where changes cannot be seen (`torch.inference_mode`) or a graph is built, all compute;
-    compiled code has its own way to find equal products."""
+    The result is cached for the identical input tensor, while neither it nor the weight is modified, until `readers` modules
+    have used it. Nothing is cached where modifications are not tracked (`torch.inference_mode`) or a graph is recorded;
+    compiled code finds equal products by itself."""
 
-    _kept: tuple[Tensor, Tensor, int, int, Tensor, int] | None  # input, weight, their versions, result, readers to come
+    _kept: tuple[Tensor, Tensor, int, int, Tensor, int] | None  # input, weight, their versions, result, remaining readers
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -86,14 +86,14 @@ class SharedLinear(nn.Linear):
             y, left = kept[4], kept[5] - 1
         else:
             y, left = functional.linear(x, weight), self.readers - 1
-        # One assignment, which threads cannot see half of; by the dictionary, since a module's own way costs microseconds.
+        # One assignment, so that threads see all of it or nothing; via __dict__, as Module.__setattr__ takes microseconds.
         self.__dict__["_kept"] = (x, weight, version, own, y, left) if left else None
         return y
 
 
 class LowRankLinear(CompressedLinear):
-    """y = left (right x) + b, with right (k, in) and left (out, k), both `nn.Linear`; `shared` where other modules use the same
-    right factor on the same input."""
+    """y = left (right x) + b, with right (k, in) and left (out, k), both `nn.Linear`; `shared` if other modules apply the same
+    right factor to the same input."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, shared: bool = False):
         super().__init__(in_features, out_features)
@@ -105,8 +105,8 @@ class LowRankLinear(CompressedLinear):
 
 
 class TwoSidedLinear(CompressedLinear):
-    """y = left (core (input^T x)) + b: core (k, k), left (out, k), and input (in, k), which is stored as the columns of a basis
-    so that it can be the very tensor that is `left.weight` elsewhere."""
+    """y = left (core (input^T x)) + b: core (k, k), left (out, k), and input (in, k), stored as the columns of a basis so that
+    it can be tied to the `left.weight` of another module."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool):
         super().__init__(in_features, out_features)
@@ -119,7 +119,7 @@ class TwoSidedLinear(CompressedLinear):
 
 
 class SumLinear(CompressedLinear):
-    """y = kept(x) + rest(x); the bias is that of `kept`."""
+    """y = kept(x) + rest(x); the bias is in `kept`."""
 
     def __init__(self, kept: CompressedLinear, rest: nn.Module):
         super().__init__(kept.in_features, kept.out_features)
@@ -149,12 +149,12 @@ class RowsLinear(CompressedLinear):
 
 
 class ConcatLinear(CompressedLinear):
-    """y = [part_1 x; part_2 x; ...] (+ b), then channels put into `order` if there is one."""
+    """y = [part_1 x; part_2 x; ...] (+ b), its channels then permuted by `order` if there is one."""
 
     order: Tensor
 
     def __init__(self, parts: dict[str, nn.Module], ordered: int = 0, bias: int = 0):
-        """`ordered`: number of outputs, if they are reordered; `bias`: number of outputs, if a bias is added to them all."""
+        """`ordered`: number of outputs if they are permuted, else 0; `bias`: number of outputs if a bias is added, else 0."""
         maps: list[Any] = list(parts.values())
         inputs = next((part.in_features for part in maps if hasattr(part, "in_features")), bias)
         super().__init__(inputs, ordered or bias or sum(part.out_features for part in maps))
@@ -174,7 +174,7 @@ class ConcatLinear(CompressedLinear):
 
 
 class SplitLinear(CompressedLinear):
-    """y = part_1 x_1 + part_2 x_2 + ... + b, with x_i consecutive channels, of x or of x in `order`."""
+    """y = part_1 x_1 + part_2 x_2 + ... + b, with x_i consecutive channels of x, or of x permuted by `order`."""
 
     order: Tensor
 
@@ -199,12 +199,12 @@ class SplitLinear(CompressedLinear):
 
 
 class RoundedLinear(CompressedLinear):
-    """y = ((steps - zero) * scale) x + b: whole numbers (out, in) of 8 bits, or of fewer and packed, and a scale for every
-    `group` inputs of a row, with `zeros` a zero point as well. They are multiplied out at every call, which is exact in float32,
-    and rounded once, to the dtype of x.
+    """y = ((steps - zero) * scale) x + b: integers (out, in) of 8 bits, or packed ones of fewer bits, with one scale (and, with
+    `zeros`, one zero point) for every `group` inputs of a row. The matrix is dequantised in every call, exactly in float32, and
+    rounded once, to the dtype of x.
 
-    Scales are float16, held as its bits in int16: a cast of the model leaves integers alone, so that they stay what was
-    measured in every dtype, and take two bytes wherever the model is saved."""
+    Scales are float16, stored as their bits in int16: casting the model leaves integers unchanged, so that scales keep their
+    measured values in every dtype and take two bytes in every saved model."""
 
     steps: Tensor
     scale: Tensor
@@ -228,7 +228,7 @@ class RoundedLinear(CompressedLinear):
 
 
 class Constant(nn.Module):
-    """`width` channels of one value: 1 is the gate of channels that pass unchanged, 0 is what is left of a dropped part."""
+    """Outputs `width` channels of one value: 1 as the gate of channels that pass unchanged, 0 in place of a dropped part."""
 
     def __init__(self, width: int, value: float):
         super().__init__()

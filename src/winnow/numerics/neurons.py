@@ -19,7 +19,7 @@ Criterion = Literal["activation", "activation_x_row", "weight_norm", "leverage",
 
 
 def statistics_of(criterion: str) -> tuple[str, ...]:
-    """Statistics of the hidden units that a criterion needs, and of the loss's gradient in the output."""
+    """The statistics that a criterion needs: of the hidden units, and of the gradient of the loss at the output."""
     if criterion == "loss":
         return ("gram", "gradient_gram")
     needs = {"activation": ("rms",), "activation_x_row": ("rms",), "lowest": ("rms",), "leverage": ("gram",), "output": ("gram",)}
@@ -29,10 +29,10 @@ def statistics_of(criterion: str) -> tuple[str, ...]:
 def order_of(problem: Problem, criterion: str, seed: int, ridge: float = 1e-4) -> Tensor:
     """(f,): the neurons from the most to the least important; ties by position.
 
-    activation: root mean square of h_j (FFSplit). activation_x_row: the same times ||W_down[:, j]||, the size of what the
-    neuron adds to the output. weight_norm: norm of all weights of the neuron. leverage: ridge leverage score
-    [C (C + ridge * mean(C_jj) I)^{-1}]_jj with C = E[h h^T] (MoDeGPT). output, loss: as `by_gain`, in the error of the output or
-    in the loss that it is predicted to cost. lowest: the reverse of activation. random: by `seed`.
+    activation: root mean square of h_j (FFSplit). activation_x_row: the same times ||W_down[:, j]||, the size of the neuron's
+    contribution to the output. weight_norm: norm of all weights of the neuron. leverage: ridge leverage score
+    [C (C + ridge * mean(C_jj) I)^{-1}]_jj with C = E[h h^T] (MoDeGPT). output, loss: `by_gain`, for the error of the output or
+    for the predicted loss. lowest: the reverse of activation. random: by `seed`.
     """
     *inner, down = problem.group
     weight = problem.weights[down.name]
@@ -58,28 +58,31 @@ def order_of(problem: Problem, criterion: str, seed: int, ridge: float = 1e-4) -
 
 
 def by_gain(weight: Tensor, gram: Tensor, rows: Tensor | None) -> Tensor:
-    """(f,): neurons in the order in which one after the other, each time the one that gains most, lowers the error
-    tr(R D C D^T) of the best prediction of W h from those taken, D being what the prediction lacks of W.
+    """(f,): neurons in the order of greedy forward selection: each step takes the neuron that lowers most the error
+    tr(R D C D^T) of the best linear prediction W' h_S of W h from the selected neurons S, with D = W' - W.
 
     `weight` W (d, f), `gram` C = E[h h^T] (f, f), `rows` R (d, d), or None for I. In exact arithmetic this is a Cholesky
-    factorisation of C with pivots by gain: of what is left, S of C and T = R^{1/2} W S of the outputs, neuron j gains
-    T_j^T T_j / S_jj. Neurons that those taken determine, to rounding, come last, by position.
+    factorisation of C with pivots chosen by gain: with the Schur complement S of C and T = R^{1/2} W S, neuron j gains
+    T_j^T T_j / S_jj. Neurons that the selected ones determine, up to rounding, come last, by position.
 
-    A step forms the pivot's row of S from the factor so far and takes its part out of T, both of the neurons that are left:
-    f^3 / 3 + 4 d f^2 operations in all, with R 2 d^2 f and an eigendecomposition of (d, d) besides.
+    A step computes the pivot's row of S from the factor and subtracts its part from T, for the remaining neurons: f^3 / 3 +
+    4 d f^2 operations in total; with R, 2 d^2 f more and an eigendecomposition of a (d, d) matrix.
     """
     rounding = len(gram) * torch.finfo(gram.dtype).eps
     floor = rounding * gram.diagonal().mean()
     root = weight if rows is None else square_root(rows) @ weight
     targets, left = gram @ root.T, gram.diagonal().clone()  # (f, d), a row per neuron; S_jj
-    factor, open_ = torch.zeros_like(gram), torch.arange(len(gram), device=gram.device)  # (open, taken so far and room); neurons
+    factor, open_ = (
+        torch.zeros_like(gram),
+        torch.arange(len(gram), device=gram.device),
+    )  # (remaining, selected or more); neurons
     order: list[int] = []
     while len(open_):
         free = torch.ones(len(open_), dtype=torch.bool, device=gram.device)
-        for taken in range(len(order), len(order) + -(-len(open_) // 8)):  # then rows of those taken are dropped
+        for taken in range(len(order), len(order) + -(-len(open_) // 8)):  # after that, rows of selected neurons are dropped
             gained = torch.linalg.vector_norm(targets, dim=1).square() / left
             gained = gained.where(free & (left > floor), -torch.inf)
-            best = int((gained >= gained.max() * (1 - rounding)).int().argmax())  # the first of those that are equal, to rounding
+            best = int((gained >= gained.max() * (1 - rounding)).int().argmax())  # the first of those equal up to rounding
             if gained[best] == -torch.inf:
                 return torch.tensor([*order, *open_[free].tolist()], device=gram.device)
             row = gram[open_[best], open_] - factor[:, :taken] @ factor[best, :taken]
@@ -93,7 +96,7 @@ def by_gain(weight: Tensor, gram: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def permuted(problem: Problem, order: Tensor) -> dict[str, Tensor]:
-    """The FFN's weights and biases with its neurons in `order`: `{role}.weight`, `{role}.bias`; the function is the same."""
+    """The FFN's weights and biases with its neurons in `order`: `{role}.weight`, `{role}.bias`; its outputs do not change."""
     *inner, down = problem.group
     found = {f"{down.role}.weight": problem.weights[down.name][:, order]}
     for m in inner:
@@ -106,15 +109,15 @@ def permuted(problem: Problem, order: Tensor) -> dict[str, Tensor]:
 
 
 def left_out(products: Tensor) -> Tensor:
-    """error[s] = sum of products[i, j] over i, j >= s (f + 1,): what is lost if the first s neurons are kept, from the
-    matrix of products of the neurons' contributions to the output."""
+    """(f + 1,): error[s] = sum of products[i, j] over i, j >= s, the error if only the first s neurons are kept. `products`
+    (f, f): second moments of the neurons' contributions to the output."""
     tail = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     return torch.cat([tail, tail.new_zeros(1)]).clamp(min=0)
 
 
 def affine_map(problem: Problem, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """The least-squares affine map of the FFN's input to its hidden units: B (f, d), constant (f,), and the second moment
-    (f, f) of what it leaves of them (around no other constant). Needs gram and mean of both, and cross = E[h x^T]."""
+    (f, f) of its residual. Needs gram and mean of both, and cross = E[h x^T]."""
     *inner, down = problem.group
     x, h = problem.sites[inner[-1].name], problem.sites[down.name]
     covariance = regularized(x["gram"] - torch.outer(x["mean"], x["mean"]), ridge, "the covariance of the FFN's input")

@@ -1,4 +1,4 @@
-"""Products over tokens, for statistics and fits; apart from the fits, so that an edit of those asks for no new statistics."""
+"""Products over tokens, for statistics and fits. A module of its own, so that editing the fits does not recompute statistics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy as np
 
-TOKENS = 2048  # of a product that one thread makes; as fixed as PARTED, so that sums do not depend on the number of threads
-PARTED = 1 << 22  # numbers of a product up to which tokens are split: larger ones keep all threads busy, and memory counts
+TOKENS = 2048  # per thread in a product; fixed, like PARTED, so that sums do not depend on the number of threads
+PARTED = 1 << 22  # largest product (numbers) whose tokens are split: larger ones keep all threads busy and would need memory
 
 
 @cache
@@ -29,13 +29,13 @@ def _blas() -> ThreadpoolController:
 
 
 def one_thread_of_blas() -> AbstractContextManager[object]:
-    """While it is held, NumPy's products take one thread each."""
+    """Context manager in which every NumPy product uses one thread."""
     return _blas().limit(limits=1)
 
 
 def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """x^T y; a small one by parts of the tokens, a thread each. The threads of a BLAS wait for each other in a loop that takes
-    time from torch's, as those do from it: together they are many times slower than either."""
+    """x^T y; for small products, every thread computes a part of the tokens. The threads of BLAS and torch wait in busy loops
+    and slow each other down: together they are many times slower than either alone."""
     if x.shape[1] * y.shape[1] > PARTED:
         return x.T @ y
     parts = [slice(start, start + TOKENS) for start in range(0, max(1, len(x)), TOKENS)]
@@ -52,10 +52,10 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def gram_of(x: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """x^T x (n, n) of x (t, n), or x^T y with `other` y (t, d), made in `dtype` (by default that of x).
+    """x^T x (n, n) of x (t, n), or x^T y with `other` y (t, d), computed in `dtype` (default: that of x).
 
-    On a CPU by NumPy, which makes half of x^T x and mirrors it (BLAS's syrk), and whose BLAS is the faster one on AMD. On a GPU
-    numbers of 16 bits are multiplied as they are and summed in float32, which is exact but for the sums.
+    On a CPU, NumPy computes half of x^T x and mirrors it (BLAS syrk); its BLAS is also the faster one on AMD. On a GPU, 16-bit
+    numbers are multiplied as they are and summed in float32: only the sums are rounded.
     """
     dtype, other = dtype or x.dtype, x if other is None else other
     if x.device.type == "cuda" and dtype == torch.float32 and x.dtype == other.dtype and x.dtype.itemsize == 2:

@@ -1,7 +1,7 @@
-"""Numbers of a row as integers with one scale for every `group` of its inputs: rounding to nearest on a symmetric grid, and the
-bytes of any (see `winnow.numerics.grids`).
+"""Rounding to nearest on a symmetric grid with one scale for every `group` inputs of a row, and packing of the codes of any grid
+(see `winnow.numerics.grids`).
 
-Everywhere below the last inputs of a row may be fewer than `group`.
+The last group of a row may be smaller in all functions below.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from torch.nn import functional
 
 
 def scales_of(weight: Tensor, bits: int, group: int) -> Tensor:
-    """(m, groups) float64: the steps between grid points from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1 that put the largest number
-    of every group of a matrix (m, n) at an end. Raises ValueError below 2 bits."""
+    """(m, groups) float64: step sizes with which the largest number of every group of a matrix (m, n) is the last point of the
+    grid -(2^(bits - 1) - 1) ... 2^(bits - 1) - 1. Raises ValueError below 2 bits."""
     if bits < 2:
-        raise ValueError(f"{bits} bits have no symmetric grid but 0")
+        raise ValueError(f"{bits} bits: a symmetric grid needs at least 2")
     return grouped(weight.double(), group).abs().amax(2) / (2 ** (bits - 1) - 1)
 
 
 def in_float16(scales: Tensor) -> Tensor:
-    """The scales rounded up to float16: rounded down, the largest number of a group could fall off the end of the grid.
+    """The scales rounded up to float16: rounded down, the largest number of a group could lie outside the grid.
 
-    Raises ValueError for a scale that float16 does not reach."""
+    Raises ValueError for a scale above the largest float16."""
     nearest = scales.half()
     # The next pattern of bits is the next number.
     found = (nearest.view(torch.int16) + (nearest.double() < scales)).view(torch.float16)
     if not torch.isfinite(found).all():
-        raise ValueError(f"a scale of {float(scales.max()):.3g} is too large for float16, which holds the scales")
+        raise ValueError(f"a scale of {float(scales.max()):.3g} is too large for float16, in which scales are stored")
     return found
 
 
 def steps_of(weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
-    """(m, n) float64, whole numbers: the grid point, in steps of its scale, that each number of the matrix is nearest to."""
+    """(m, n) float64 integers: the nearest grid point of every number of the matrix, in steps of its scale."""
     steps = (grouped(weight.double(), group) / scales.double().clamp(min=1e-300)[..., None]).round()
     last = 2 ** (bits - 1) - 1
     return steps.clamp(-last, last).flatten(1)[:, : weight.shape[1]]
 
 
 def multiplied(steps: Tensor, scales: Tensor, group: int, zeros: Tensor | None = None) -> Tensor:
-    """(m, n): steps, less the zero points of their groups, times their scales, in the dtype of all."""
+    """(m, n): (steps - zeros) * scales, each group with its own; all in one dtype."""
     parts = grouped(steps, group)
     if zeros is not None:
         parts = parts - zeros[..., None]
@@ -49,15 +49,15 @@ def multiplied(steps: Tensor, scales: Tensor, group: int, zeros: Tensor | None =
 
 
 def packed_width(columns: int, bits: int) -> int:
-    """Bytes that a row of so many numbers is packed into. Raises ValueError for other bits than 2 to 8."""
+    """Bytes of a packed row of `columns` numbers. Raises ValueError unless bits are 2 to 8."""
     if not 2 <= bits <= 8:
-        raise ValueError(f"{bits} bits, where 2 to 8 are known")
+        raise ValueError(f"{bits} bits: only 2 to 8 are supported")
     return -(-columns * bits // 8)
 
 
 def packed(steps: Tensor, bits: int) -> Tensor:
-    """(m, packed_width): whole numbers (m, n) of a grid of 2 to 8 bits. With 8 they are int8 as they are; to fewer, 2^(bits - 1)
-    is added, and the bits of a row's numbers follow each other in uint8, lowest first."""
+    """(m, packed_width): integers (m, n) of a grid of 2 to 8 bits, packed. With 8 bits they are stored as int8; with fewer,
+    2^(bits - 1) is added and the bits of a row are concatenated in uint8, lowest first."""
     if bits == 8:
         return steps.to(torch.int8)
     places = _places(bits)
@@ -72,7 +72,7 @@ def packed(steps: Tensor, bits: int) -> Tensor:
 
 
 def unpacked(stored: Tensor, columns: int, bits: int) -> Tensor:
-    """(m, columns) int8: what `packed` packed."""
+    """(m, columns) int8: the inverse of `packed`."""
     if bits == 8:
         return stored
     places = _places(bits)
@@ -88,10 +88,10 @@ def unpacked(stored: Tensor, columns: int, bits: int) -> Tensor:
 
 
 def _places(bits: int) -> list[tuple[int, int]]:
-    """Where each of the fewest numbers that fill whole bytes begins: (byte, bits of it that are before)."""
+    """(byte, bit offset) at which each number begins, for the smallest count of numbers that fills whole bytes."""
     return [divmod(bits * index, 8) for index in range(8 // math.gcd(8, bits))]
 
 
 def grouped(matrix: Tensor, group: int) -> Tensor:
-    """(m, groups, group), zeros behind the last inputs."""
+    """(m, groups, group), padded with zeros at the end."""
     return functional.pad(matrix, (0, -matrix.shape[1] % group)).reshape(len(matrix), -1, group)

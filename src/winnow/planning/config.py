@@ -1,4 +1,4 @@
-"""The typed configuration: what changes a number. One source for the default YAML, the JSON schema and the key table."""
+"""The typed configuration: all options that change numbers. Source of the default YAML, the JSON schema and the key table."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Model(Strict):
     dtype: Dtype = Field(
         "float32", description="dtype of the forward passes (statistics, evaluation); stored tensors keep theirs"
     )
-    shards: int = Field(1, ge=1, description="jobs that the layers are split over when factorised; changes no number")
+    shards: int = Field(1, ge=1, description="number of jobs that factorise the layers; changes no number")
     load: Literal["whole", "stream"] = Field(
         "whole",
         description="stream: read the weights block by block in statistics and perplexity, for a model larger than memory; "
         "changes no number beyond rounding",
     )
     finetune: Tuning | None = Field(
-        None, description="first train it as a classifier on a task; all that follows is of the tuned model (see below)"
+        None, description="first train it as a classifier on a task; everything else then uses the fine-tuned model (see below)"
     )
 
     def local(self) -> bool:
@@ -65,7 +65,7 @@ class Model(Strict):
 
 
 class Text(Strict):
-    """A text, as rows; from local files or from a hub data set."""
+    """A text as rows, from local files or a hub data set."""
 
     files: list[str] = Field([], description="local files, in order; or use `dataset`")
     dataset: str | None = Field(None, description="hub data set id")
@@ -76,14 +76,14 @@ class Text(Strict):
     )
     format: Literal["raw", "lines", "jsonl", "parquet"] = Field(
         "raw",
-        description="when absent, jsonl or parquet if the files' names end so; raw: a file is one row; lines: a line is a row "
-        "with its newline, blank lines are empty rows (WikiText as the hub has it)",
+        description="when absent, jsonl or parquet by the file endings; raw: a file is one row; lines: a line is a row with its "
+        "newline, blank lines are empty rows (WikiText as on the hub)",
     )
     column: str = Field("text", description="column of jsonl, parquet or hub rows")
-    separator: str | None = Field(None, description="cuts raw files into rows; it is removed")
+    separator: str | None = Field(None, description="splits raw files into rows; it is removed")
     start: int = Field(0, ge=0, description="first row used")
     stop: int | None = Field(None, ge=1, description="row after the last one used; all when absent")
-    join: str = Field("\n\n", description="put between rows to make one text")
+    join: str = Field("\n\n", description="separator with which rows are joined to one text")
 
     @model_validator(mode="before")
     @classmethod
@@ -100,34 +100,37 @@ class Text(Strict):
 
 
 class Calibration(Strict):
-    """The text that statistics are collected on; never from an evaluation text."""
+    """The text on which statistics are collected; never an evaluation text."""
 
     text: Name | None = Field(None, description="name of a text; or use `task`")
     task: Name | None = Field(
         None,
-        description="name of an evaluation of kind classification: a window is one of its train rows as the classifier gets it, "
-        "its padding not counted, and as long as the task says",
+        description="name of an evaluation of kind classification: every window is one of its train rows, tokenized as for the "
+        "classifier with the task's `length`; padding is not counted",
     )
-    windows: int = Field(128, ge=1, description="number of windows, drawn without replacement")
+    windows: int = Field(128, ge=1, description="number of windows, sampled without replacement")
     length: int = Field(2048, ge=2, description="tokens per window")
-    seed: int = Field(0, ge=0, description="draws the windows")
-    special_tokens: bool = Field(True, description="as the tokenizer does by default (a BOS in front of the text, if it has one)")
+    seed: int = Field(0, ge=0, description="seed of the sampling of windows")
+    special_tokens: bool = Field(
+        True, description="add the tokenizer's default special tokens (a BOS before the text, if it has one)"
+    )
     first_token: bool = Field(True, description="count the first token of every window, whose activations are often massive")
     gradient_labels: Literal["model", "text"] = Field(
-        "model", description="labels of the backward pass: drawn from the model (Fisher), or the text's (empirical Fisher)"
+        "model", description="labels of the backward pass: sampled from the model (Fisher), or the text's (empirical Fisher)"
     )
     precision: Literal["float64", "float32"] = Field(
-        "float64", description="of products and stored moments; float32 halves the bytes and suits wide models (sums are float64)"
+        "float64",
+        description="dtype of products and stored moments; float32 halves the bytes, for wide models (sums are float64)",
     )
 
 
 class Calibrations(Calibration):
-    """A calibration, or with `seeds` one for every seed, compared as one line."""
+    """A calibration, or with `seeds` one per seed, which results combine into one line."""
 
     seeds: list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
         min_length=1,
-        description="several seeds in the place of `seed`: a calibration each; the tables tell their spread",
+        description="several seeds instead of `seed`, one calibration each; the tables have their spread",
     )
 
     @model_validator(mode="after")
@@ -136,15 +139,15 @@ class Calibrations(Calibration):
             raise ValueError("give either `text` or `task`")
         for key in ("length", "special_tokens", "gradient_labels") if self.task else ():
             if key in self.model_fields_set:
-                raise ValueError(f"leave `{key}` out: with `task` the rows are cut and encoded as for the classifier")
+                raise ValueError(f"remove `{key}`: with `task` the rows are truncated and encoded as for the classifier")
         if self.seeds is not None and "seed" in self.model_fields_set:
             raise ValueError("give either `seed` or `seeds`")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("`seeds` holds a seed twice")
+            raise ValueError("`seeds` has duplicates")
         return self
 
     def by_seed(self, name: str) -> dict[str, Calibration]:
-        """The calibrations that it stands for: itself, or `name.seed-0`, `name.seed-1`, ..."""
+        """The calibrations of this preset by name: itself, or `name.seed-0`, `name.seed-1`, ..."""
         content = self.model_dump(exclude={"seed", "seeds"})
         if self.seeds is None:
             return {name: Calibration(**content, seed=self.seed)}
@@ -154,15 +157,15 @@ class Calibrations(Calibration):
 class Method(Strict):
     """How matrices are replaced: a structure fitted in a metric."""
 
-    paper: str | None = Field(None, description="where it was published; for tables, changes no number")
+    paper: str | None = Field(None, description="publication, for tables; changes no number")
     structure: AnyStructure = Field(description="what is stored instead of a matrix")
     metric: AnyMetric | None = Field(
-        None, description="which error the fit minimises; absent for structures that minimise the FFN's output error"
+        None, description="error that the fit minimises; absent for structures that minimise the FFN's output error"
     )
     allocation: AnyAllocation | None = Field(
         None,
-        description="how `keep_bytes` is spread in budgets that do not say it themselves; the factors are those of the same "
-        "method without it",
+        description="how `keep_bytes` is distributed in budgets without an `allocation`; factors are shared with the same method "
+        "without it",
     )
 
     @model_validator(mode="after")
@@ -173,13 +176,13 @@ class Method(Strict):
         if structure.objective == "metric" and self.metric is None:
             raise ValueError(f"{structure.kind()} needs a `metric`; {{kind: weights}} is the error of the weights")
         if structure.objective != "metric" and self.metric is not None:
-            raise ValueError(f"{structure.kind()} minimises the error of the FFN's output; leave `metric` out")
+            raise ValueError(f"{structure.kind()} minimises the error of the FFN's output; remove `metric`")
         if self.metric and not structure.weighs_outputs and set(METRICS[self.metric.kind].needs) & set(GRADIENTS):
-            raise ValueError(f"{structure.kind()} cannot weigh outputs, as {self.metric.kind} does; use a metric of the inputs")
+            raise ValueError(f"{structure.kind()} cannot weight outputs, as {self.metric.kind} does; use a metric of the inputs")
         return self
 
     def members(self) -> list[Method]:
-        """A method for each structure that an allocation chooses between, in the metric of this one if it takes one."""
+        """A method for each structure between which an allocation chooses, in this method's metric if it uses one."""
         found = STRUCTURES.build(self.structure.model_dump()).alternatives().values()
         return [
             Method(paper=None, structure=one.options, metric=self.metric if one.objective == "metric" else None, allocation=None)
@@ -193,7 +196,7 @@ class Method(Strict):
 
 
 class Budget(Strict):
-    """How much is kept, of which matrices. Exactly one of `keep_bytes`, `rank`, `rank_fraction`."""
+    """How much of which matrices is kept. Exactly one of `keep_bytes`, `rank`, `rank_fraction`."""
 
     targets: list[Target] = Field(
         ["ffn"], min_length=1, description=", ".join(f"`{name}`" for name in TARGETS) + ", or roles: " + ", ".join(ROLES)
@@ -202,26 +205,26 @@ class Budget(Strict):
         None, gt=0, le=1, description="stored over dense bytes of the chosen matrices, met within 0.5 %"
     )
     rank: Ranks | None = Field(
-        None, description="the same rank for every chosen matrix; or `{target: rank}` in the place of `targets`"
+        None, description="the same rank for every chosen matrix; or `{target: rank}` instead of `targets`"
     )
     rank_fraction: Shares | None = Field(
         None,
         description="rank as a share of the smaller side of each matrix (or of the structure's largest size); or "
-        "`{target: share}` in the place of `targets`",
+        "`{target: share}` instead of `targets`",
     )
     allocation: AnyAllocation = Field(
         UNIFORM,
-        description="how `keep_bytes` is spread over the matrices, of methods that do not say it for themselves; kinds below",
+        description="how `keep_bytes` is distributed over the matrices, for methods without an `allocation`; kinds below",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _by_target(cls, content: Any) -> Any:
-        """Ranks by target say which targets there are."""
+        """Fills `targets` from ranks by target."""
         given = [content.get(key) for key in ("rank", "rank_fraction")] if isinstance(content, dict) else []
         for ranks in (value for value in given if isinstance(value, dict)):
             if set(content.get("targets", ranks)) != set(ranks):
-                raise ValueError("ranks are given by target; leave `targets` out")
+                raise ValueError("ranks are given by target; remove `targets`")
             disjoint(ranks)
             content = {**content, "targets": list(ranks)}
         return content
@@ -231,35 +234,35 @@ class Budget(Strict):
         if sum(v is not None for v in (self.keep_bytes, self.rank, self.rank_fraction)) != 1:
             raise ValueError("give exactly one of `keep_bytes`, `rank`, `rank_fraction`")
         if self.keep_bytes is None and self.allocation != UNIFORM:
-            raise ValueError(f"allocation: {self.allocation.kind} spreads bytes; give `keep_bytes`, or leave `allocation` out")
+            raise ValueError(f"allocation: {self.allocation.kind} distributes bytes; give `keep_bytes`, or remove `allocation`")
         return self
 
     def spread_by(self, method: Method) -> Budget:
-        """The budget as a method spreads it, where only the method says how; else itself."""
+        """The budget with the method's allocation, if only the method has one; otherwise itself."""
         if method.allocation is None or self.keep_bytes is None or "allocation" in self.model_fields_set:
             return self
         return self.model_copy(update={"allocation": method.allocation})
 
 
 class Experiment(Strict):
-    """A grid: the product of the named presets. The dense model is evaluated beside it."""
+    """A grid: the product of the named presets. The dense model is always evaluated too."""
 
     models: list[Name] = Field(min_length=1)
     calibrations: list[Name] = Field(min_length=1)
     methods: list[Name] = Field(min_length=1)
     budgets: list[Name] = Field(min_length=1)
     recoveries: list[Name] = Field(
-        ["none"], min_length=1, description="beside every one but `none` stands the dense model with the same recovery"
+        ["none"], min_length=1, description="for every recovery but `none`, the dense model with the same recovery is added"
     )
     evaluations: list[Name] = Field(min_length=1)
     controls: bool = Field(
-        True, description="beside every method that selects neurons, columns or clusters, the same with a random selection"
+        True, description="for every method that selects neurons, columns or clusters, add the same with a random selection"
     )
     export: Literal["none", "dense"] = Field(
-        "none", description="dense: also write every checkpoint multiplied out to dense matrices, for programs without winnow"
+        "none", description="dense: also export every checkpoint as a dense model, for programs without winnow"
     )
     export_dtype: Literal["original", Dtype] = Field(
-        "original", description="of the tensors of what `export` writes; original: as the dense model stores them"
+        "original", description="dtype of the tensors of exports; original: as in the dense model"
     )
 
 
@@ -267,20 +270,23 @@ class Config(Strict):
     """Presets by name, and the experiments that combine them."""
 
     models: dict[Name, Model] = Field(description="what is compressed")
-    texts: dict[Name, Text] = Field(description="where words come from")
-    calibrations: dict[Name, Calibrations] = Field(description="what statistics are collected on")
+    texts: dict[Name, Text] = Field(description="texts for calibration and evaluation")
+    calibrations: dict[Name, Calibrations] = Field(description="data on which statistics are collected")
     methods: dict[Name, Method] = Field(description="points of the design space: structure x metric")
     budgets: dict[Name, Budget] = Field(description="how much is kept, of which matrices")
-    recoveries: dict[Name, AnyRecovery] = Field({"none": NoRecovery.Options(kind="none")}, description="what follows compression")
+    recoveries: dict[Name, AnyRecovery] = Field({"none": NoRecovery.Options(kind="none")}, description="steps after compression")
     evaluations: dict[Name, AnyEvaluation] = Field(description="what is measured: loss, accuracy, latency")
     experiments: dict[Name, Experiment] = Field(description="products of the names above; `snakemake` runs them all")
 
     @model_validator(mode="after")
     def _references(self) -> Config:
         if "dense" in self.methods:
-            raise Located(("methods", "dense"), "the name is taken by the uncompressed model, which is always evaluated")
+            raise Located(
+                ("methods", "dense"),
+                "the name is reserved for the uncompressed model, which is always evaluated; rename the preset",
+            )
         if "none" in self.recoveries and self.recoveries["none"].kind != "none":
-            raise Located(("recoveries", "none"), "the name says that nothing is done; rename the preset")
+            raise Located(("recoveries", "none"), "the name is reserved for no recovery; rename the preset")
         for section in ("calibrations", "evaluations"):
             for name, preset in getattr(self, section).items():
                 if isinstance(preset, Calibration | Perplexity.Options) and preset.text is not None:
@@ -295,7 +301,7 @@ class Config(Strict):
                     _known(("experiments", name, section), given, getattr(self, section))
             for method in experiment.methods if experiment.export == "dense" else []:
                 if reason := STRUCTURES.build(self.methods[method].structure.model_dump()).not_dense():
-                    message = f"{method!r} cannot be written as a dense model: {reason}"
+                    message = f"{method!r} cannot be exported as a dense model: {reason}"
                     raise Located(("experiments", name, "export"), message, ("methods", method))
             check_training(self, name, experiment)
             check_exports(self, name, experiment)
@@ -309,7 +315,7 @@ class Config(Strict):
                     if text is None:
                         raise Located(
                             ("experiments", name),
-                            f"calibration {c!r} is of the rows of a task, which are not compared with the text of evaluation "
+                            f"calibration {c!r} uses the rows of a task, which are not compared with the text of evaluation "
                             f"{e!r}; calibrate on a text",
                             ("calibrations", c),
                             ("evaluations", e),
@@ -327,12 +333,12 @@ class Config(Strict):
         return self
 
     def steps(self, recovery: str) -> list[str]:
-        """The recoveries, by name and in order, that make what the recovery of this name makes."""
+        """The names of a recovery and of those that it continues (`after`), in order of execution."""
         after = self.recoveries[recovery].after
         return [*(self.steps(after) if after else []), recovery]
 
     def tasks_named(self) -> dict[tuple[str, ...], str]:
-        """{place in the configuration: the task that it names}, of models, calibrations and recoveries."""
+        """{place in the configuration: name of a task} for models, calibrations and recoveries."""
         found: dict[tuple[str, ...], str]
         found = {("models", n, "finetune", "task"): m.finetune.task for n, m in self.models.items() if m.finetune}
         for section in ("calibrations", "recoveries"):
@@ -342,20 +348,20 @@ class Config(Strict):
         return found
 
     def _check_steps(self, name: str) -> None:
-        """Raise ValueError for a recovery whose `after` names none, or that would come after itself."""
+        """Raise ValueError for a recovery whose `after` names no recovery, or leads back to itself."""
         seen, step = [name], self.recoveries[name].after
         while step is not None:
             where = ("recoveries", seen[-1], "after")
             _known(where, step, {n: r for n, r in self.recoveries.items() if r.kind != "none"})
             if step in seen:
-                message = f"{step!r} would go on from itself; leave `after` out of one of them"
+                message = f"{step!r} would follow itself; remove `after` from one of them"
                 raise Located(where, message, *(("recoveries", one) for one in seen))
             seen.append(step)
             step = self.recoveries[step].after
 
 
 def random_control(method: Method) -> Method | None:
-    """The method with a random choice of what it selects; None if it selects nothing, or at random already."""
+    """The method with a random selection; None if it selects nothing, or already at random."""
     control = STRUCTURES.build(method.structure.model_dump()).control()
     return None if control is None else Method(paper=None, structure=control, metric=method.metric, allocation=method.allocation)
 
@@ -366,7 +372,7 @@ def _known(where: tuple[str, ...], name: str, presets: dict[str, Any]) -> None:
 
 
 def load(config: dict[str, Any], parts: Sequence[Source] = ()) -> Config:
-    """Validate a configuration merged of `parts`. Raises InputError, one line: file, key, what is wrong, nearest valid key."""
+    """Validate a configuration merged from `parts`. Raises InputError, one line: file, key, what is wrong, nearest valid key."""
     try:
         return Config.model_validate(config)
     except ValidationError as error:

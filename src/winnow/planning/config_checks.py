@@ -1,4 +1,4 @@
-"""What in an experiment does not go together: checks of a configuration that see several presets at once."""
+"""Checks of a configuration that involve several presets: combinations in an experiment that do not work."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def check_targets(config: Config, name: str, experiment: Experiment) -> None:
-    """Raise Located for a budget's target of which the structure of a method stores no matrix, as far as roles tell: which of
-    them a model has, and what is fitted together, is seen when the model is there."""
+    """Raise Located for a budget's target of which the structure of a method supports no matrix, judged by roles alone: which
+    roles a model has, and which matrices are fitted together, is only known with the model."""
     for method, b in itertools.product(experiment.methods, experiment.budgets):
         structure = STRUCTURES.build(config.methods[method].structure.model_dump())
         for target in config.budgets[b].targets:
@@ -28,15 +28,15 @@ def check_targets(config: Config, name: str, experiment: Experiment) -> None:
             if not any(structure.fits([m]) for m in alone):
                 raise Located(
                     ("experiments", name),
-                    f"{structure.kind()} ({method}) does not apply to {target!r}, a target of budget {b!r}; give the method an "
-                    "experiment with budgets that leave it out",
+                    f"{structure.kind()} ({method}) does not apply to {target!r}, a target of budget {b!r}; use the method in an "
+                    "experiment whose budgets do not have this target",
                     ("methods", method),
                     ("budgets", b),
                 )
 
 
 def check_allocations(config: Config, name: str, experiment: Experiment) -> None:
-    """Raise Located for a method and a budget that do not go together."""
+    """Raise Located for a method and a budget that cannot be combined."""
     for method, b in itertools.product(experiment.methods, experiment.budgets):
         allocation = ALLOCATIONS.build(config.budgets[b].spread_by(config.methods[method]).allocation.model_dump())
         structure = STRUCTURES.build(config.methods[method].structure.model_dump())
@@ -44,28 +44,28 @@ def check_allocations(config: Config, name: str, experiment: Experiment) -> None
         if len(members) > 1 and not (allocation.chooses and allocation.predicts()):
             raise Located(
                 ("experiments", name),
-                f"{structure.kind()} ({method}) chooses between structures by predicted loss, which budget {b!r} does not; give "
-                "it `keep_bytes`, and it or the method `allocation: {kind: ilp}`",
+                f"{structure.kind()} ({method}) chooses between structures by predicted loss, which budget {b!r} does not; set "
+                "its `keep_bytes`, and `allocation: {kind: ilp}` in it or in the method",
                 *both,
             )
         if allocation.predicts() and not all(member.predicts for member in members):
             raise Located(
                 ("experiments", name),
-                f"budget {b!r} reads predicted losses, which {structure.kind()} ({method}) does not have; choose another "
+                f"budget {b!r} needs predicted losses, which {structure.kind()} ({method}) does not have; choose another "
                 "`objective` or allocation for it",
                 *both,
             )
         if allocation.learns and not isinstance(structure, LowRank):
             raise Located(
                 ("experiments", name),
-                f"budget {b!r} learns where to cut a product of two factors, which {structure.kind()} ({method}) is not; choose "
+                f"budget {b!r} learns the rank of a product of two factors, which {structure.kind()} ({method}) is not; choose "
                 "another allocation for it, or low_rank or gauge_fixed",
                 *both,
             )
         for c in (c for c in experiment.calibrations if config.calibrations[c].task and allocation.learns):
             raise Located(
                 ("experiments", name),
-                f"budget {b!r} learns from whole windows of a text, calibration {c!r} is of the rows of a task; calibrate on a "
+                f"budget {b!r} learns from windows of a text, but calibration {c!r} uses the rows of a task; calibrate on a "
                 "text, or choose another allocation",
                 *both,
                 ("calibrations", c),
@@ -73,36 +73,36 @@ def check_allocations(config: Config, name: str, experiment: Experiment) -> None
 
 
 def check_exports(config: Config, name: str, experiment: Experiment) -> None:
-    """Raise ValueError for exports that another experiment asks for in another dtype: there is one of each checkpoint."""
+    """Raise ValueError for exports of one checkpoint in different dtypes by two experiments: there is one export of each."""
     shared = ("models", "calibrations", "methods", "budgets", "recoveries")
     for other, one in config.experiments.items():
         same = all(set(getattr(experiment, section)) & set(getattr(one, section)) for section in shared)
         if same and one.export == experiment.export == "dense" and one.export_dtype != experiment.export_dtype:
             raise ValueError(
                 f"experiments.{name}.export_dtype: {other!r} exports the same checkpoints in {one.export_dtype}, not "
-                f"{experiment.export_dtype}; say the same in both, or write one of them with `python -m winnow export --dtype`"
+                f"{experiment.export_dtype}; set the same in both, or write one of them with `python -m winnow export --dtype`"
             )
 
 
 def check_training(config: Config, name: str, experiment: Experiment) -> None:
-    """Raise Located for a recovery that has nothing to train, and where something learns the train rows of another task
-    than the one that is scored: only those of one task are compared with its test rows."""
+    """Raise Located for a recovery that has nothing to train, and if training uses the train rows of another task than the
+    evaluated one: test rows are only compared with train rows of the same task."""
     recoveries = [step for r in experiment.recoveries for step in config.steps(r)]
     for method, r in itertools.product(experiment.methods, recoveries):
         recovery, structure = config.recoveries[r], STRUCTURES.build(config.methods[method].structure.model_dump())
         if isinstance(recovery, Trained) and not recovery.norms and (reason := structure.untrainable()):
             raise Located(
                 ("experiments", name),
-                f"recovery {r!r} has nothing to train in method {method!r}: {reason}; give the recovery `norms: true`, or leave "
-                "one of them out",
+                f"recovery {r!r} has nothing to train in method {method!r}: {reason}; set `norms: true` in the recovery, or "
+                "remove one of them",
                 ("methods", method),
                 ("recoveries", r),
             )
         if isinstance(recovery, Sequential.Options) and not structure.refits():
             raise Located(
                 ("experiments", name),
-                f"recovery {r!r} fits plain factors of low rank anew (as of low_rank, gauge_fixed, basis_sharing), and method "
-                f"{method!r} stores none; use `refine`, or leave one of them out",
+                f"recovery {r!r} refits low-rank factors (of low_rank, gauge_fixed, basis_sharing), but method {method!r} stores "
+                "none; use `refine`, or remove one of them",
                 ("methods", method),
                 ("recoveries", r),
             )
@@ -112,8 +112,8 @@ def check_training(config: Config, name: str, experiment: Experiment) -> None:
         for r in (r for r in recoveries if isinstance(config.recoveries[r], OnWindows)):
             raise Located(
                 ("experiments", name),
-                f"recovery {r!r} works on whole windows of a text, calibration {c!r} is of the rows of a task; calibrate on a "
-                "text, or recover by `finetune`",
+                f"recovery {r!r} needs windows of a text, but calibration {c!r} uses the rows of a task; calibrate on a text, or "
+                "use the recovery `finetune`",
                 ("recoveries", r),
                 ("calibrations", c),
             )
@@ -122,8 +122,8 @@ def check_training(config: Config, name: str, experiment: Experiment) -> None:
         if tasks[e].training() != tasks[named[where]].training():
             raise Located(
                 ("experiments", name),
-                f"{'.'.join(where)} learns other train rows than those of evaluation {e!r}, which alone are compared with its "
-                "test rows; name the same `train`, columns and labels",
+                f"{'.'.join(where)} uses other train rows than evaluation {e!r}, whose test rows are only compared with its own "
+                "train rows; set the same `train`, columns and labels",
                 (where[0], where[1]),
                 ("evaluations", e),
                 ("evaluations", named[where]),

@@ -1,4 +1,4 @@
-"""What a mistake in the configuration is called: its file, its key, and the nearest one that there is."""
+"""Error messages for mistakes in the configuration: with file, key, and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from winnow.options import LONGEST
 from winnow.planning.ranks import EACH, ONE
 from winnow.structures.base import STRUCTURES
 
-KEY = "[key]"  # how pydantic says that an error is about a key, not about what it leads to
+KEY = "[key]"  # pydantic's marker of an error about a key rather than its value
 
 
 class Located(ValueError):
-    """A mistake that several presets make together: what is wrong at `place`, and all presets that have part in it."""
+    """A mistake that involves several presets: the message for `place`, and all presets involved."""
 
     def __init__(self, place: tuple[str, ...], message: str, *others: tuple[str, str]):
         super().__init__(message)
@@ -25,9 +25,9 @@ class Located(ValueError):
 
 
 def described(error: ValidationError, config: dict[str, Any], model: Any) -> tuple[list[list[str]], str]:
-    """(places, message) of the first mistake in a configuration: the keys that lead to it, then those of other presets that have
-    part in it; and what is wrong, with the nearest valid name."""
-    errors = error.errors()  # a key with a typo is missing under its right name as well
+    """(places, message) of the first mistake in a configuration: the key path, then those of other presets involved; and what is
+    wrong, with the nearest valid name."""
+    errors = error.errors()  # a key with a typo is also missing under its right name
     detail = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     path = [str(part) for part in detail["loc"]]
     message, context, given = detail["msg"].removeprefix("Value error, "), detail.get("ctx", {}), detail["input"]
@@ -48,13 +48,13 @@ def described(error: ValidationError, config: dict[str, Any], model: Any) -> tup
 
 
 def _of_name(kind: str, name: Any) -> str | None:
-    """What is wrong with the name of a preset; None for a key that is none."""
+    """What is wrong with the name of a preset; None for other keys."""
     if kind == "string_type":
-        return "a name is a text: quote it"
+        return "a name must be a string: quote it"
     if kind == "string_too_long":
-        return f"a name has at most {LONGEST} letters, since files are called by it, and this one has {len(name)}"
+        return f"a name must have at most {LONGEST} characters, since it is part of file names; this one has {len(name)}"
     if kind == "string_pattern_mismatch":
-        return "a name is of letters, digits, `_`, `.` and `-`, and begins with a letter or a digit"
+        return "a name must consist of letters, digits, `_`, `.` and `-`, and begin with a letter or a digit"
     return None
 
 
@@ -65,7 +65,7 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
 
 
 def as_written(path: list[str], config: Any) -> list[str]:
-    """The location without the union tags that pydantic puts into it."""
+    """The location without the union tags that pydantic inserts."""
     keys = []
     for part in path:
         if isinstance(config, dict) and part in config:
@@ -79,7 +79,7 @@ def as_written(path: list[str], config: Any) -> list[str]:
 
 
 def keys_at(path: list[str], annotation: Any) -> list[str]:
-    """Valid keys of the preset or section found at `path` in a model; a path holds names of presets and tags of unions too."""
+    """Valid keys of the preset or section at `path` in a model; paths include names of presets and tags of unions."""
     for part in path:
         if typing.get_origin(annotation) is dict:  # `part` is the name of a preset
             annotation = typing.get_args(annotation)[1]
@@ -102,5 +102,5 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _kind(model: type[BaseModel]) -> str | None:
-    """The one value that a model's `kind` can have."""
+    """The only value of a model's `kind`."""
     return typing.get_args(model.model_fields["kind"].annotation)[0] if "kind" in model.model_fields else None

@@ -1,4 +1,4 @@
-"""What a configuration is merged of: files, read strictly, and arguments; and which of them an error is about."""
+"""The sources of a configuration: strictly read files and command-line arguments; and which of them caused an error."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from winnow.errors import InputError, first_line
-from winnow.io.strict import check_yaml, read_json, read_yaml
+from winnow.io.strict import check_yaml, parse_json, read_yaml
 
 ARGUMENTS = ("--config", "-C")
-Place = Sequence[str]  # the keys that lead to something
+Place = Sequence[str]  # a path of keys
 
 
 @dataclass(frozen=True)
 class Source:
-    """Presets from one place; `own`: the workflow's own file, which is whole and valid by itself."""
+    """Presets from one source; `own`: the workflow's own file, which is complete and valid by itself."""
 
     name: str
     content: dict[str, Any]
@@ -24,20 +24,20 @@ class Source:
 
 
 def read_source(path: str | Path, own: bool = False) -> Source:
-    """A configuration file, JSON or YAML. Raises InputError, with the line, for a key that stands twice and for a name that YAML
-    reads as something else; and for a file that cannot be read or has no sections."""
+    """A configuration file, JSON or YAML. Raises InputError, with the line, for a duplicate key and for a name that YAML does not
+    read as a string; and if the file cannot be read or has no sections."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable: {getattr(error, 'strerror', None) or first_line(error)}") from error
     try:
-        content = read_json(text)
+        content = parse_json(text)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except ValueError:
         content = read_yaml(text, str(path), names=True)
     if not isinstance(content, dict):
-        raise InputError(f"{path}: no map of sections, see config/README.md")
+        raise InputError(f"{path}: not a mapping of sections, see config/README.md")
     return Source(str(path), content, own)
 
 
@@ -47,15 +47,15 @@ def sources(
     config: Mapping[str, Any] | None = None,
     arguments: Sequence[str] = (),
 ) -> list[Source]:
-    """The workflow's own files, those of --configfile, and `config`, what --config gives; the last wins. `arguments`: those of
-    the command line, which have the text that `config` was read from. Raises InputError as `read_source`."""
+    """The workflow's own files, those of --configfile, and `config` from --config; later ones take precedence. `arguments`: the
+    command line, with the text from which `config` was read. Raises InputError as `read_source`."""
     files = [read_source(path, own=True) for path in own] + [read_source(path) for path in given]
     check_arguments(arguments)
     return [*files, Source(ARGUMENTS[0], dict(config))] if config else files
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Raise InputError for a key that stands twice in what --config gives."""
+    """Raise InputError for a duplicate key in --config."""
     given: set[str] = set()
     listed = False
     for argument in arguments:
@@ -67,13 +67,13 @@ def check_arguments(arguments: Sequence[str]) -> None:
             continue
         key, _, value = argument.partition("=")
         if key in given:
-            raise InputError(f"--config: {key} stands twice; keep one of them")
+            raise InputError(f"--config: duplicate key {key}; keep one of them")
         given.add(key)
         check_yaml(value, f"--config {key}")
 
 
 def merged(parts: Iterable[Source]) -> dict[str, Any]:
-    """The configuration as Snakemake merges it: key by key, what comes later wins."""
+    """The configuration as Snakemake merges it: key by key, later sources take precedence."""
     found: dict[str, Any] = {}
     for part in parts:
         _merge(found, part.content)
@@ -91,8 +91,8 @@ def _merge(into: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def source_of(places: Iterable[Place], parts: Sequence[Source]) -> str:
-    """The name of the source that an error is about, which is seen at `places`. Of those that hold one of these presets, a user's
-    goes before the workflow's own, which has no error by itself; then the one that holds most of the keys; then the last."""
+    """The name of the source of an error at `places`. Among sources with one of these presets, a user's comes before the
+    workflow's own, which has no errors by itself; then the one with most of the keys; then the last."""
 
     def holds(part: Source, place: Place) -> tuple[bool, bool, int]:
         content, depth = part.content, 0

@@ -1,5 +1,5 @@
-"""Presets that follow from those of the configuration: random controls, seeds, members, those of studies, and budgets spread as a
-method says. Each function adds to the presets that it is given, and says by name what belongs to what.
+"""Presets derived from those of the configuration: random controls, seeds, members, those of studies, and budgets with a method's
+allocation. Each function adds to the given presets, and returns which names belong together.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from winnow.studies.base import NONE, STUDIES, study_of
 
 
 def _content(method: Method) -> tuple[Any, ...]:
-    """What makes a method what it is: all but its paper."""
+    """The content that identifies a method: everything but its paper."""
     return method.structure, method.metric, method.allocation
 
 
 def with_controls(config: Config) -> tuple[dict[str, Method], dict[str, str]]:
-    """All methods with their random controls, and {method: its control} by name. A preset of the same content serves.
+    """All methods with their random controls, and {method: its control} by name. Presets of the same content are reused.
 
     Raises InputError if another preset has the name of a control.
     """
@@ -37,7 +37,7 @@ def with_controls(config: Config) -> tuple[dict[str, Method], dict[str, str]]:
 
 
 def calibrations_by_seed(config: Config) -> tuple[dict[str, Calibration], dict[str, str]]:
-    """All calibrations, one seed each, and {name: the preset that it is a seed of, or is}.
+    """All calibrations, one seed each, and {name: its preset}.
 
     Raises InputError if a preset has the name of another one's seed."""
     found: dict[str, Calibration] = {}
@@ -54,9 +54,9 @@ def calibrations_by_seed(config: Config) -> tuple[dict[str, Calibration], dict[s
 
 
 def add_studies(methods: dict[str, Method], budgets: dict[str, Budget], recoveries: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Add the presets of all studies to the configured ones; {study: {its name of a preset: that in the configuration}}.
+    """Add the presets of all studies to the configured ones; {study: {name in the study: name in the configuration}}.
 
-    A preset of the same content serves, whatever it is called."""
+    Presets of the same content are reused, whatever their name."""
     found: dict[str, dict[str, str]] = {}
     for study in STUDIES:
         own = study_of(study)
@@ -81,9 +81,9 @@ def add_studies(methods: dict[str, Method], budgets: dict[str, Budget], recoveri
 
 
 def add_members(methods: dict[str, Method]) -> dict[str, list[str]]:
-    """Add the methods that hold a method's factors: one for every structure that it chooses between, and of one that says how
-    bytes are spread the same without it; {method: those methods}, by name. A preset of the same content serves, so that both
-    share factors; any other method is its own.
+    """Add the methods that have a method's factors: one for every structure between which it chooses, or the same method without
+    its allocation; {method: those methods}, by name. Presets of the same content are reused, so that both share factors; any
+    other method has its own.
 
     Raises InputError if another preset has the name of a member."""
     found: dict[str, list[str]] = {}
@@ -103,7 +103,7 @@ def add_members(methods: dict[str, Method]) -> dict[str, list[str]]:
 
 
 def add_budgets(config: Config, methods: dict[str, Method], budgets: dict[str, Budget]) -> dict[tuple[str, str], str]:
-    """Add every budget as a method spreads it, where the budget does not say how; {(method, budget): the added one}, by name.
+    """Add every budget with the allocation of a method, if the budget has none; {(method, budget): the added one}, by name.
 
     Raises InputError if another preset has its name."""
     found: dict[tuple[str, str], str] = {}

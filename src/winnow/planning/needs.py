@@ -1,4 +1,4 @@
-"""What a job asks of a cluster: host memory from the forecast of its stage on its model."""
+"""Host memory that a job requests on a cluster, from the forecast of its stage for its model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from winnow.planning.forecast import forecast
 from winnow.planning.load import MB
 from winnow.planning.plan import Plan
 
-MARGIN = 1.25  # over the forecast, which leaves out what allocators keep
-RUNNER = 500 * MB  # of the processes that start a job on a node and wait for it
+MARGIN = 1.25  # factor on the forecast, which does not include memory kept by allocators
+RUNNER = 500 * MB  # for the processes that start a job on a node and wait for it
 STEP = 100  # MB; requests are multiples of it
 
 
 class Needs:
-    """Forecasts of a plan, worked out for a model when first asked for."""
+    """Forecasts of a plan, computed for a model on first use."""
 
     def __init__(self, plan: Plan, results: Path = Path("results")):
         self.plan = plan
@@ -25,8 +25,8 @@ class Needs:
         self._found: dict[str, dict[str, float]] = {}
 
     def memory_mb(self, stage: str, model: str, attempt: int, otherwise: int) -> int:
-        """MB for a stage on a model (by label), twice as much at every further attempt; `otherwise` at the first one where
-        nothing is forecast: for a model of the hub that is not here yet or is damaged, and for stages without a forecast."""
+        """MB for a stage on a model (by label), doubled at every further attempt; `otherwise` for the first attempt if there is
+        no forecast: for a hub model that is not downloaded yet or is damaged, and for stages without a forecast."""
         if model not in self._found:
             self._found[model] = self._of(model)
         memory = self._found[model].get(stage)
@@ -41,6 +41,6 @@ class Needs:
             return {}
         try:
             shape = shape_of(Path(model.source), None if model.local() else manifest)
-        except InputError:  # the jobs that read the model say what is wrong with it
+        except InputError:  # reported by the jobs that read the model
             return {}
         return {work.stage: work.memory for work in forecast(self.plan, {name: shape})}

@@ -14,15 +14,15 @@ WEIGHTS, GRAM = {"kind": "weights"}, {"kind": "gram"}
 LOW_RANK = {"kind": "low_rank"}
 FACTORED = [{"kind": "gauge_fixed"}, {"kind": "neuron_slice", "criterion": "loss"}, {"kind": "affine_block"}]
 GPTQ = "GPTQ, arXiv 2210.17323"
-# Of peers: groups of 128 with zero points, scales to the largest number. Of ours: forms for the programme to choose from; smaller
-# groups and zero points beside them lower the predicted loss by less than 1 % and are codes to keep, see docs/rounding.md.
+# Peers use groups of 128 with zero points and scales by the largest number. FORMS are the forms that the programme chooses from;
+# adding smaller groups and zero points would lower the predicted loss by less than 1 % and store more, see docs/rounding.md.
 PEER = {"kind": "rounded", "group": 128, "grids": ["asymmetric"]}
 FORMS = {"kind": "rounded", "bits": [2, 3, 4, 5, 6, 7, 8], "group": [128, None], "grids": ["full"], "scales": "unbiased"}
 FED_BACK = FORMS | {"rounding": "feedback"}
 PER_TYPE: dict[str, Any] = {"kind": "per_type"}
 ILP = {"kind": "ilp"}
-# name: (paper, structure with its options, metric with its options or None where the structure minimises the output's error[,
-# allocation with its options, where the recipe has its own])
+# name: (paper, structure with its options, metric with its options or None if the structure minimises the output error[,
+# allocation with its options, if the recipe has its own])
 _PRESETS: dict[str, tuple[Any, ...]] = {
     "svd": ("Eckart and Young 1936", LOW_RANK, WEIGHTS),
     "weight_norm": (PAPER_7 + " (proxy)", LOW_RANK, {"kind": "weight_norm"}),

@@ -1,4 +1,4 @@
-"""What a run would do, for people: cells, jobs, bytes, memory, disk and time, before anything is computed."""
+"""Preview of a run: cells, jobs, bytes, memory, disk and time, before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def jobs_of(dry_run: str) -> dict[str, int]:
-    """{rule: jobs} that `snakemake -n` printed; empty if there is nothing to be done."""
+    """{rule: jobs} from the output of `snakemake -n`; empty if there is nothing to do."""
     table = dry_run.partition("Job stats:")[2]
     rows = re.findall(r"^(\w+) +(\d+)$", table, flags=re.MULTILINE)
     return {rule: int(count) for rule, count in rows if rule != "total"}
@@ -34,11 +34,11 @@ def duration(seconds: float) -> str:
 
 
 def cells_table(plan: Plan, shapes: dict[str, Shape]) -> Table:
-    """One row per model and budget: how many cells, and the bytes that are asked for."""
+    """One row per model and budget: the number of cells, and the requested bytes."""
     from rich.table import Table
 
     table = Table(title="Cells", title_justify="left")
-    for column in ("model", "budget", "targets", "cells", "dense bytes", "asked for", "stored bytes"):
+    for column in ("model", "budget", "targets", "cells", "dense bytes", "requested", "stored bytes"):
         table.add_column(column, justify="left" if column in ("model", "budget", "targets") else "right")
     for model in dict.fromkeys(cell.model for cell in plan.cells):
         mine = [cell for cell in plan.cells if cell.model == model]
@@ -69,7 +69,7 @@ CURRENCIES = ("keep_bytes", "rank", "rank_fraction")
 
 
 def works_table(works: Iterable[Work], plan: Plan, to_run: dict[str, int], results: Path, rate: float) -> tuple[Table, float]:
-    """(one row per stage and model, seconds of what is to run)."""
+    """(one row per stage and model, total seconds of the jobs to run)."""
     from rich.table import Table
 
     table = Table(title="Stages", title_justify="left")
@@ -87,7 +87,7 @@ def works_table(works: Iterable[Work], plan: Plan, to_run: dict[str, int], resul
     return table, total
 
 
-def show(tables: Iterable[Table]) -> None:
+def print_tables(tables: Iterable[Table]) -> None:
     from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 140)

@@ -1,1 +1,1 @@
-"""What follows compression to win back quality, at the same bytes."""
+"""Recovery of quality after compression, at the same bytes."""

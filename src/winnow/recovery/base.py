@@ -1,6 +1,6 @@
-"""The interface of a recovery: its options, what it is given, and which numbers it may train.
+"""The interface of a recovery: its options, its inputs, and which parameters it may train.
 
-Files of `kinds` are read when a workflow is planned, so they import torch inside functions only.
+`kinds` is imported when a workflow is planned, so torch is only imported inside functions.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 
 class RecoveryOptions(Options):
-    """What is done after compression to win back quality."""
+    """Options of a step after compression that recovers quality."""
 
-    whole: ClassVar[bool] = False  # whether all numbers of the model are trained, not those of its compressed modules only
-    after: str | None = Field(None, description="another recovery by its name: this one goes on from the checkpoint that it made")
+    whole: ClassVar[bool] = False  # whether all parameters of the model are trained, not only those of compressed modules
+    after: str | None = Field(None, description="name of another recovery, from whose checkpoint this one starts")
 
     @property
     def reads_gradients(self) -> bool:
-        """Whether it reads the second moments of the loss's gradient in every output."""
+        """Whether it needs the second moments of the gradient of the loss at every output."""
         return False
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """What it uses beside what every recovery does, and whose version can change what it makes."""
+        """Libraries, besides those of every recovery, whose version can change the result."""
         return ()
 
 
@@ -46,24 +46,26 @@ class OnWindows(RecoveryOptions):
 
 
 class Trained(OnWindows):
-    """A recovery that trains on the calibration windows, a share of which is held out and never trained on."""
+    """Options of a recovery that trains on the calibration windows, except for a held-out share."""
 
-    steps: int = Field(200, ge=1, description="steps of Adam; tokens trained on are steps x batch x length of the calibration")
+    steps: int = Field(200, ge=1, description="steps of Adam; trained tokens: steps x batch x length of the calibration")
     batch: int = Field(8, ge=1, description="windows per step")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the rate grows to its full height")
-    norms: bool = Field(False, description="also train the layers' other vectors: weights of norms, biases of dense matrices")
-    held_out: float = Field(0.125, gt=0, lt=1, description="share of the calibration windows that only choose the best state")
-    every: int = Field(20, ge=1, description="steps between two looks at the held-out windows")
-    seed: int = Field(0, ge=0, description="order of the windows, and start of LoRA")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps for linear warm-up of the learning rate")
+    norms: bool = Field(False, description="also train the other vectors of the layers: norm weights, biases of dense matrices")
+    held_out: float = Field(
+        0.125, gt=0, lt=1, description="share of the calibration windows that are held out to choose the best state"
+    )
+    every: int = Field(20, ge=1, description="steps between two evaluations on the held-out windows")
+    seed: int = Field(0, ge=0, description="seed of the order of the windows and of LoRA's initialisation")
 
 
 @dataclass
 class Task:
-    """A model to be recovered (in float32, changed in place), the dense one beside it, and the calibration windows (n, length).
+    """A model to be recovered (in float32, changed in place), the dense model, and the calibration windows (n, length).
 
-    `blocks` maps layers to the names of their modules; `modules` are the compressed modules (all matrices of the dense model,
-    where that is to be recovered); `dtypes` are those that tensors are stored in, by canonical name; `outputs` gives the metric
-    of a module's outputs (m, m), where the options ask for one."""
+    `blocks`: {layer: name of its module}; `modules`: the compressed modules (all matrices if the dense model is recovered);
+    `dtypes`: stored dtypes by canonical name; `outputs`: function from a module to the metric of its outputs (m, m), if the
+    options need one."""
 
     model: PreTrainedModel
     dense: PreTrainedModel
@@ -78,24 +80,24 @@ class Task:
     rows: dict[str, Any] | None = None  # for `finetune`: paths of the `train` rows and their `facts`, `tokenizer`, `length`
 
     def split(self) -> tuple[Tensor, Tensor]:
-        """(windows to train on, windows held out: the last ones). Windows are drawn at random, so any of them will do.
+        """(training windows, held-out windows); the last ones are held out, as the windows are sampled at random.
 
-        Raises InputError if there are not enough for one step and one look."""
+        Raises InputError if there are not enough for one step and one evaluation."""
         held = max(1, round(len(self.windows) * self.options.held_out))
         if len(self.windows) - held < self.options.batch:
             raise InputError(
                 f"recovery: {len(self.windows)} calibration windows, {held} of them held out, are too few for a batch of "
-                f"{self.options.batch}; calibrate on more windows or make the batch smaller"
+                f"{self.options.batch}; use more calibration windows or a smaller `batch`"
             )
         return self.windows[:-held], self.windows[-held:]
 
     def parameters(self, below: str = "") -> dict[str, nn.Parameter]:
-        """What may be trained below a module (by default of the whole model): the numbers of the compressed modules, and with
-        `norms` the other vectors of the blocks. Tied tensors are there once."""
+        """The trainable parameters below a module (default: of the whole model): those of the compressed modules, and with
+        `norms` the other vectors of the blocks. Tied tensors are included once."""
         inside = tuple(f"{name}." for name in self.modules)
         blocks = tuple(f"{name}." for name in self.blocks.values())
         found: dict[int, tuple[str, nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):  # of tied ones, the name that is stored
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):  # of tied tensors, the stored name
             chosen = self.options.whole or name.startswith(inside)
             vector = getattr(self.options, "norms", False) and name.startswith(blocks) and parameter.dim() == 1
             if name in self.dtypes and name.startswith(below) and (chosen or vector):
@@ -104,18 +106,18 @@ class Task:
 
 
 class Recovery(Plugin):
-    """A way to win back quality after compression, at the same bytes."""
+    """A way to recover quality after compression, at the same bytes."""
 
     Options: ClassVar[type[RecoveryOptions]]
 
     @abstractmethod
     def recover(self, task: Task) -> dict[str, Any]:
-        """Change the model of the task in place; returns a report, with the losses of the start and of the end."""
+        """Change the model of the task in place; returns a report with the initial and final losses."""
 
 
 RECOVERIES: Registry[Recovery] = Registry("winnow.recovery.kinds", Recovery)
 
 
 def recovery_of(spec: Mapping[str, Any]) -> Recovery:
-    """The recovery that a resolved preset ({kind, ...}) describes; without the one that it goes on from."""
+    """The recovery described by a resolved preset ({kind, ...}), without the one from which it starts."""
     return RECOVERIES.build({key: value for key, value in spec.items() if key != "after"})

@@ -1,7 +1,7 @@
-"""Blocks of a model by themselves: what they are called with, and what they give.
+"""Runs single blocks of a model with recorded inputs.
 
-A block is called with exactly what the model calls it with, as a hook saw it; only its hidden states are put in anew. So no
-argument of any version of transformers is named here but `hidden_states`, where that comes by name."""
+A block is called with exactly the arguments with which the model calls it, recorded by a hook; only its hidden states are
+replaced. So the only argument name of transformers used here is `hidden_states`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ HIDDEN = "hidden_states"
 
 
 class Reached(Exception):
-    """What was waited for has been called; the rest need not run."""
+    """Raised when the awaited module is called; the rest of the forward pass is not needed."""
 
 
 @dataclass
 class Calls:
-    """A block's hidden states (windows, length, d) on the CPU, and its other arguments by the number of windows in a call:
-    windows are whole, so these depend on nothing else."""
+    """A block's hidden states (windows, length, d) on the CPU, and its other arguments by the number of windows in a call, on
+    which alone they depend, since windows are not padded."""
 
     hidden: Tensor
     others: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
 
     def run(self, block: torch.nn.Module, windows: list[int] | slice, device: torch.device) -> Tensor:
-        """What the block gives for some of the windows (a number of them that the model was run with)."""
+        """The block's output for some of the windows (in a number for which arguments were recorded)."""
         hidden = self.hidden[windows].to(device)
         args, kwargs = self.others[len(hidden)]
         output = block(hidden, *args, **kwargs) if HIDDEN not in kwargs else block(*args, **{**kwargs, HIDDEN: hidden})
@@ -39,17 +39,17 @@ class Calls:
 
 @torch.no_grad()
 def outputs_of(block: torch.nn.Module, calls: Calls, batch: int, device: torch.device) -> Tensor:
-    """(windows, length, d) on the CPU: what the block gives for all windows."""
+    """The block's output for all windows, (windows, length, d) on the CPU."""
     count = len(calls.hidden)
     return torch.cat([calls.run(block, slice(start, start + batch), device).cpu() for start in range(0, count, batch)])
 
 
 class Passage:
-    """Windows (n, length) on their way through a model's blocks: a block is called with what the one before it gives, as that now
-    is, so every block runs once for all windows, however many blocks there are.
+    """Windows (n, length) passed through a model block by block: the input of a block is the output of the block before in its
+    current state, so that every block runs once for all windows.
 
-    `blocks`: names of all blocks in their order. Raises RuntimeError, naming the block, if the model calls one with anything
-    else, or the first one with other than `batch` windows of hidden states at a time."""
+    `blocks`: names of all blocks in order. Raises RuntimeError, naming the block, if the model calls a block with other inputs
+    than that output, or the first one with other than `batch` windows of hidden states at a time."""
 
     def __init__(self, model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int):
         self.model, self.blocks, self.batch = model, blocks, batch
@@ -59,7 +59,7 @@ class Passage:
         self.calls = Calls(_states(model, blocks[0], windows, batch), self.others[0])
 
     def go_to(self, index: int) -> Calls:
-        """What the block of that number is called with. Behind the last one stands what that gives, which nothing calls."""
+        """The inputs of block `index`; with the number of blocks, the output of the last one."""
         while self.index < index:
             given = outputs_of(self.model.get_submodule(self.blocks[self.index]), self.calls, self.batch, self.device)
             self.index += 1
@@ -68,14 +68,14 @@ class Passage:
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """(hidden states, the other arguments as `Calls` has them)"""
+    """(hidden states, other arguments as in `Calls`)"""
     if HIDDEN in kwargs:
         return kwargs[HIDDEN].detach(), args, dict(kwargs)
     return args[0].detach(), args[1:], dict(kwargs)
 
 
 def _run(model: PreTrainedModel, windows: Tensor, last: str) -> None:
-    """Run the model until it calls the block `last`, whose hook ends it. Raises RuntimeError if there is no such call."""
+    """Run the model until a hook of the block `last` stops it. Raises RuntimeError if the block is not called."""
     try:
         model.base_model(input_ids=windows.to(next(model.parameters()).device).long(), use_cache=False)
     except Reached:
@@ -85,7 +85,7 @@ def _run(model: PreTrainedModel, windows: Tensor, last: str) -> None:
 
 @torch.no_grad()
 def _states(model: PreTrainedModel, name: str, windows: Tensor, batch: int) -> Tensor:
-    """(n, length, d) on the CPU: the hidden states that the first block is called with."""
+    """The hidden states with which the first block is called, (n, length, d) on the CPU."""
     hidden: list[Tensor] = []
 
     def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -106,15 +106,15 @@ def _states(model: PreTrainedModel, name: str, windows: Tensor, batch: int) -> T
 
 @torch.no_grad()
 def _arguments(model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int) -> list[dict[int, Any]]:
-    """The other arguments of every block by the number of windows; found by running as many windows once as a call may have."""
+    """The other arguments of every block by the number of windows in a call, recorded by one run per possible number."""
     found: list[dict[int, Any]] = [{} for _ in blocks]
-    last: list[Tensor] = []  # what the block before gave
+    last: list[Tensor] = []  # the output of the block before
 
     def before(index: int) -> Any:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, *others = _split(args, kwargs)
             if index and not (last and torch.equal(hidden, last.pop())):
-                raise RuntimeError(f"{blocks[index]} is not called with what {blocks[index - 1]} gives")
+                raise RuntimeError(f"{blocks[index]} is not called with the output of {blocks[index - 1]}")
             found[index][len(hidden)] = tuple(others)
             if index == len(blocks) - 1:
                 raise Reached

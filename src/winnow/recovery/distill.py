@@ -1,8 +1,8 @@
-"""`distill`: all factors at once learn the dense model's distribution over the next token.
+"""`distill`: all factors are trained together on the dense model's next-token distribution.
 
-LoRA is put on every factor by itself, not on the product W = L R: then its product is added to a factor of the same shape, so
-merging is exact, costs no byte and needs no second truncation, which would undo a part of what was learned. It also works for
-every structure that is made of linear maps. A factor that several modules share is not given LoRA, which would split it."""
+LoRA is applied to every factor, not to the product W = L R: its product then has the shape of a factor, so that merging is exact,
+needs no bytes and no second truncation, which would undo a part of the training. It also works for every structure of linear
+maps. Factors that several modules share have no LoRA, which would split them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from winnow.recovery.training import Progress, Saver, batches, train
 log = logging.getLogger(__name__)
 
 
-def recover(task: Task) -> dict[str, Any]:
-    """Train `task.model` in place; returns held-out losses by step (nats per token). Goes on after the last step that was saved.
+def distill(task: Task) -> dict[str, Any]:
+    """Train `task.model` in place; returns held-out losses by step (nats per token). Resumes after the last saved step.
 
     Raises InputError for a model without logits, and FloatingPointError, naming the tensor, if a gradient is not finite."""
     options, device = task.options, next(task.model.parameters()).device
@@ -46,8 +46,8 @@ def recover(task: Task) -> dict[str, Any]:
     def held_out() -> float:
         return mean_of_windows(loss, held, options.batch, device)
 
-    if not whole:  # an allocation may have chosen rounded and dense matrices alone
-        log.info("nothing to train: the model is left as it was")
+    if not whole:  # an allocation may have chosen only rounded and dense matrices
+        log.info("nothing to train: the model is left unchanged")
         return {"loss": "nats per token", "tokens": 0, "trained_numbers": 0, **Progress({0: held_out()}).report()}
     lora = options.parameters == "lora"
     trained = _with_lora(task) if lora else whole
@@ -64,15 +64,15 @@ def recover(task: Task) -> dict[str, Any]:
                     parameter.copy_(start[name])
             report["best_step"] = 0
     if report["best_step"] == 0:
-        log.info("no better than the start on held-out windows: the model is left as it was")
+        log.info("the model is left unchanged, as the held-out loss did not improve")
     tokens = report["steps"] * options.batch * windows.shape[1]
     numbers = sum(parameter.numel() for parameter in trained.values())
     return {"loss": "nats per token", "tokens": tokens, "trained_numbers": numbers, **report}
 
 
 def _with_lora(task: Task) -> dict[str, nn.Parameter]:
-    """Put LoRA on every linear map below the compressed modules, and return its parameters."""
-    from peft import LoraConfig, inject_adapter_in_model  # of `parameters: lora` alone
+    """Add LoRA to every linear map below the compressed modules, and return its parameters."""
+    from peft import LoraConfig, inject_adapter_in_model  # only for `parameters: lora`
 
     users: dict[int, int] = {}
     for _, parameter in task.model.named_parameters(remove_duplicate=False):
@@ -84,7 +84,7 @@ def _with_lora(task: Task) -> dict[str, nn.Parameter]:
         if f"{name}.".startswith(inside) and isinstance(module, nn.Linear | Conv1D) and users[id(module.weight)] == 1
     ]
     if not targets:
-        raise InputError("recovery: no factor is a linear map of its own, so LoRA has no place; use `parameters: full`")
+        raise InputError("recovery: LoRA needs a factor that is a separate linear map, and there is none; use `parameters: full`")
     torch.manual_seed(task.options.seed)
     config = LoraConfig(
         r=task.options.lora_rank,
@@ -99,7 +99,7 @@ def _with_lora(task: Task) -> dict[str, nn.Parameter]:
 
 
 def _merge(task: Task) -> None:
-    """Add every LoRA product to its factor, and put the factor's own module back."""
+    """Merge every LoRA product into its factor, and restore the factor's module."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in [(n, m) for n, m in task.model.named_modules() if isinstance(m, LoraLayer)]:
@@ -110,14 +110,14 @@ def _merge(task: Task) -> None:
 
 @torch.no_grad()
 def _rounded(task: Task, held_out: Any) -> float:
-    """The held-out loss after the parameters are rounded to what they are stored in."""
+    """The held-out loss after rounding the parameters to their stored dtypes."""
     for name, parameter in task.parameters().items():
         parameter.copy_(parameter.to(task.dtypes[name]))
     return held_out()
 
 
 class _Saver(Saver):
-    """Keeps parameters, Adam's moments, the best state and the losses; a look's loss has a place by its step."""
+    """Saves parameters, Adam's moments, the best state and the losses, which are indexed by step."""
 
     def __init__(self, resume: Resume, parameters: dict[str, nn.Parameter]):
         self.resume, self.parameters = resume, parameters
@@ -132,7 +132,7 @@ class _Saver(Saver):
             optimizer.state[parameter] = {"step": state["adam_step"].clone(), **moments}
             progress.best[name] = state[f"best.{name}"].to(parameter.device)
         progress.losses = {int(step): loss for step, loss in state["losses"].tolist()}
-        log.info("going on after step %d of %s", int(state["done"]), self.resume.path)
+        log.info("resuming after step %d of %s", int(state["done"]), self.resume.path)
         return int(state["done"])
 
     def save(self, done: int, optimizer: torch.optim.Adam, progress: Progress) -> None:

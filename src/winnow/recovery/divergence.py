@@ -1,4 +1,4 @@
-"""How far a model's predictions are from the dense model's: KL(dense || model), nats per token."""
+"""The divergence of a model's predictions from the dense model's: KL(dense || model), nats per token."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 def predictions(task: Task, ids: Tensor, instead: str) -> tuple[Tensor, Tensor]:
-    """Log-probabilities for windows (n, length) by the model and, without gradients, by the dense one. Raises InputError for a
-    model without logits; `instead` says what to do then."""
+    """Log-probabilities for windows (n, length) of the model and, without gradients, of the dense model. Raises InputError for a
+    model without logits; `instead` is the remedy in its message."""
     with torch.no_grad():
         reference = _logits(task.dense, ids, instead)
     return _logits(task.model, ids, instead).log_softmax(-1), reference.log_softmax(-1)
 
 
 def divergence(own: Tensor, dense: Tensor) -> Tensor:
-    """KL(dense || own) of log-probabilities, the mean over tokens."""
+    """KL(dense || own) from log-probabilities, as the mean over tokens."""
     return (dense.exp() * (dense - own)).sum(-1).mean()
 
 
 def mean_of_windows(loss: Any, windows: Tensor, batch: int, device: torch.device) -> float:
-    """The mean of `loss` (of some of the windows) over all of them."""
+    """The mean over all windows of `loss`, a function of a batch of windows."""
     parts = [windows[first : first + batch].to(device).long() for first in range(0, len(windows), batch)]
     return math.fsum(float(loss(part)) * len(part) for part in parts) / len(windows)
 
@@ -36,5 +36,5 @@ def mean_of_windows(loss: Any, windows: Tensor, batch: int, device: torch.device
 def _logits(model: Any, ids: Tensor, instead: str) -> Tensor:
     logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
     if logits is None:
-        raise InputError(f"recovery: {type(model).__name__} has no logits to be compared; {instead}")
+        raise InputError(f"recovery: {type(model).__name__} has no logits to compare; {instead}")
     return logits.float()

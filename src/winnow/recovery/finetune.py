@@ -1,4 +1,4 @@
-"""`finetune`: training on the labels of a task again, after compression; on the dense model it is the control."""
+"""`finetune`: training on the labels of a task after compression; the same for the dense model is the control."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from winnow.errors import InputError
 from winnow.evaluation.predictions import outputs_of_classes
 from winnow.io.artifacts import read_json, read_parquet
 from winnow.recovery.base import Task
-from winnow.training.finetune import train
+from winnow.training.finetune import train_classifier
 
 
-def recover(task: Task) -> dict[str, Any]:
-    """Train all weights of `task.model` in place; returns steps, rows and losses (nats). Goes on after the last saved step.
+def finetune_again(task: Task) -> dict[str, Any]:
+    """Train all weights of `task.model` in place; returns steps, rows and losses (nats). Resumes after the last saved step.
 
-    Raises InputError for a model that is no classifier of the task's classes."""
+    Raises InputError if the model is not a classifier for the task's classes."""
     if task.rows is None:
         raise InputError("recovery: `finetune` needs the train rows of a task")
     outputs = outputs_of_classes(task.model, read_json(task.rows["facts"])["labels"])
@@ -24,4 +24,4 @@ def recover(task: Task) -> dict[str, Any]:
     for parameter in task.parameters().values():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    return train(task.model, examples, outputs, task.options, task.resume)
+    return train_classifier(task.model, examples, outputs, task.options, task.resume)

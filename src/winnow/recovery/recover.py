@@ -1,4 +1,4 @@
-"""From a checkpoint (or the dense model) to what a recovery works on, and from there to a checkpoint of the same bytes."""
+"""Loads a checkpoint (or the dense model) for a recovery, and writes the recovered model as a checkpoint of the same size."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def task_of(
     resume: Resume | None = None,
     gradients: Layers | None = None,
 ) -> Task:
-    """The task of a checkpoint (of a compressed model, or of a recovered dense one), or with None of the dense model itself. Both
-    models are in float32: steps of training get lost in 16 bits. `gradients`: statistics of them, for options that read them."""
+    """The task of a checkpoint (of a compressed or a recovered dense model), or, with None, of the dense model. Both models are
+    in float32, as updates are lost in 16 bits. `gradients`: gradient statistics, for options that need them."""
     dense = load_model(files.verify(), "float32", device)
     model = load_model(checkpoint.verify() if checkpoint else files.directory, "float32", device)
     modules = [m.module for m in files.matrices]
@@ -57,18 +57,18 @@ def task_of(
 
 
 def _metric_of_outputs(files: ModelFiles, gradients: Layers, device: str) -> Callable[[str], Tensor]:
-    """module -> R (m, m), as in the metric `two_sided`. Raises InputError, naming the module, where that is zero or not there."""
+    """module -> R (m, m), as in the metric `two_sided`. Raises InputError, naming the module, if it is zero or missing."""
     statistics = Statistics(gradients, device)
     matrices = {matrix.module: matrix for matrix in files.matrices}
 
     def of(module: str) -> Tensor:
         matrix = matrices[module]
         if matrix.expert is not None:
-            raise InputError(f"{module}: there are no statistics of gradients of experts; use `outputs: equal`")
+            raise InputError(f"{module}: there are no gradient statistics of experts; use `outputs: equal`")
         statistics.keep([matrix])
         try:
             gram = statistics.of(matrix, matrix.role, ["gradient_gram"])["gradient_gram"]
-            return regularized(gram, RIDGE, "the second moment of the output's gradient")
+            return regularized(gram, RIDGE, "the second moment of the output gradient")
         except FloatingPointError as error:
             raise InputError(f"{module}: {error}") from error
 
@@ -88,7 +88,7 @@ def _stored(files: ModelFiles, checkpoint: Bundle | None) -> Iterator[tuple[str,
 
 
 def _recovered(files: ModelFiles, checkpoint: Bundle | None, task: Task) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor as it is to be stored: those that may have been trained from the model, the others as they are."""
+    """Every tensor to be stored: trainable ones from the model, the others unchanged."""
     trained = {id(parameter) for parameter in task.parameters().values()}
     named = dict(task.model.named_parameters(remove_duplicate=False))
     for name, tensor in _stored(files, checkpoint):
@@ -107,11 +107,10 @@ def write_recovered(
     report: dict[str, Any],
     job: Job,
 ) -> None:
-    """Write the model of a task as a checkpoint: the same tensors, shapes and dtypes as before the recovery. Its card is written
-    by `cards` beside it, and by `winnow share` into a copy: a change of words there must not train anew.
+    """Write the model of a task as a checkpoint with the same tensors, shapes and dtypes as before the recovery. Its card is
+    written by `cards` beside it, and by `winnow share` into a copy, so that editing the card's text does not repeat training.
 
-    `recovery` is its name and options, `report` what it says of itself (recovery.json). Raises RuntimeError if the bytes are
-    others than before."""
+    `recovery`: name and options; `report`: the content of recovery.json. Raises RuntimeError if the number of bytes differs."""
     directory.mkdir(parents=True)
     total = write_weights(directory, _recovered(files, checkpoint, task), SHARD_BYTES)
     if checkpoint is None:
@@ -121,7 +120,7 @@ def write_recovered(
     else:
         sizes = {key: checkpoint.manifest[key] for key in SIZES}
     if total != sizes["model_stored_bytes"]:
-        raise RuntimeError(f"{total} bytes after the recovery, {sizes['model_stored_bytes']} before it")
+        raise RuntimeError(f"{total} bytes after the recovery, but {sizes['model_stored_bytes']} before")
     source = checkpoint.directory if checkpoint else files.directory
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "auto_map"):

@@ -1,4 +1,4 @@
-"""`refine`: every block in order learns to give what the dense block gives, from the inputs that the refined model makes.
+"""`refine`: every block in order is trained to match the dense block's output, on inputs from the refined model.
 
 Source: block refinement of AA-SVD, arXiv 2604.02119."""
 
@@ -18,12 +18,12 @@ from winnow.recovery.training import batches, train
 log = logging.getLogger(__name__)
 
 
-def recover(task: Task) -> dict[str, Any]:
+def refine_blocks(task: Task) -> dict[str, Any]:
     """Refine the blocks of `task.model` in place; returns {blocks: {name: held-out losses, steps}}, the losses as shares of the
     mean square of the target.
 
-    A tensor that several blocks share stays as it is: it would change blocks that are finished. Goes on after the last block
-    that was saved. Raises FloatingPointError, naming the block, if a gradient is not finite."""
+    Tensors that several blocks share are not trained, as this would change finished blocks. Resumes after the last saved block.
+    Raises FloatingPointError, naming the block, if a gradient is not finite."""
     own = {name: _own_parameters(task, name) for name in task.blocks.values()}
     flat = {name: parameter.data for parameters in own.values() for name, parameter in parameters.items()}
     numbers = torch.zeros(len(own), 4, dtype=torch.float64)  # of each block: held-out at start, at best, step of it, steps
@@ -38,16 +38,16 @@ def recover(task: Task) -> dict[str, Any]:
     rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in zip(own, numbers.tolist(), strict=True) if own[name]}
     kept = [name for name, row in rows.items() if row["best_step"] == 0]
     if kept:
-        log.info("no better than its start on held-out windows, and left as it was: %s", ", ".join(kept))
+        log.info("left unchanged, as the held-out loss did not improve: %s", ", ".join(kept))
     return {"loss": "squared error over mean square of the target", "blocks": rows, "left_as_they_were": kept}
 
 
 KEYS = ("held_out_start", "held_out_best", "best_step", "steps")
-FULL_RATE = 0.002  # held-out loss of a block from which on the whole rate is used
+FULL_RATE = 0.002  # held-out loss of a block from which on the full rate is used
 
 
 def _own_parameters(task: Task, block: str) -> dict[str, torch.nn.Parameter]:
-    """The trained parameters below a block that no module outside of it uses."""
+    """The trainable parameters below a block that no module outside of it uses."""
     outside = {
         id(parameter)
         for name, parameter in task.model.named_parameters(remove_duplicate=False)
@@ -57,7 +57,7 @@ def _own_parameters(task: Task, block: str) -> dict[str, torch.nn.Parameter]:
 
 
 class Sides:
-    """Windows on their way through the refined model and, where that has the target, through the dense one."""
+    """Windows passed through the refined model and, if it provides the target, through the dense model."""
 
     def __init__(self, task: Task, windows: Tensor):
         blocks, self.dense = list(task.blocks.values()), task.dense
@@ -65,7 +65,7 @@ class Sides:
         self.other = Passage(task.dense, blocks, windows, task.options.batch) if task.options.objective == "anchored" else None
 
     def at(self, index: int) -> tuple[Calls, Tensor]:
-        """(what block `index` is called with, what it shall give)"""
+        """(inputs of block `index`, its target output)"""
         calls = self.own.go_to(index)
         if self.other is not None:
             return calls, self.other.go_to(index + 1).hidden
@@ -73,7 +73,7 @@ class Sides:
 
 
 def _refine(task: Task, index: int, parameters: dict[str, torch.nn.Parameter], ways: list[Sides]) -> dict[str, Any]:
-    """Refine the block `index`; `ways`: of the windows to train on, and of those held out."""
+    """Refine the block `index`; `ways`: of the training windows and of the held-out ones."""
     options, name = task.options, ways[0].own.blocks[index]
     block, device = task.model.get_submodule(name), ways[0].own.device
     sides = [side.at(index) for side in ways]
@@ -96,6 +96,6 @@ def _refine(task: Task, index: int, parameters: dict[str, torch.nn.Parameter], w
 
 
 def share_of_rate(start: float) -> float:
-    """Of a block whose held-out loss is `start`. A step of Adam moves every number by about the rate, whatever the gradient: that
-    adds an error like the square of the rate, which is to stay below what is there to be mended."""
+    """The share of the learning rate for a block with the initial held-out loss `start`. A step of Adam changes every parameter
+    by about the rate, whatever the gradient; the resulting error, about the square of the rate, must stay below `start`."""
     return min(1.0, math.sqrt(start / FULL_RATE))

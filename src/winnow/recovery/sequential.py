@@ -1,17 +1,16 @@
-"""`sequential`: low-rank factors fitted anew in closed form, in the order that the model computes, to the inputs that the already
-compressed model makes.
+"""`sequential`: low-rank factors refitted in closed form, in the order of the forward pass, on inputs of the compressed model.
 
 With W (m, n) the dense matrix, x its input in the dense model and x' in the compressed one: `anchored` minimises
 sum ||W x - W' x'||^2, whose target is B = W X X'^T (X' X'^T)^-1, `shifted` sum ||(W - W') x'||^2, whose target is B = W. In the
-metric G = X' X'^T the best rank-k map is U_k U_k^T B. To the moments X X'^T and X' X'^T a small multiple of I is added, as if a
-little of every direction had been read and nothing been lost of it: what hardly occurs in the calibration text would else be
-multiplied by whatever matched the few tokens that have it, and other text, with more of it, be ruined.
-Factors without their gauge (`gauge_fixed`) keep the rows that they store. Where layers share a right factor R (`basis_sharing`),
-it stays, and the left one is fitted to it: B G R^T (R G R^T)^+.
-With `outputs: gradient` an error e of the output counts as e^T F e, F the second moment of the loss's gradient in it in the dense
-model: U are the left singular vectors of F^{1/2} B G^{1/2}, as in the metric `two_sided`.
-With `biases: fitted` x and x' stand for what is left of them without their means m and m', and b' = b + W m - W' m', which leaves
-errors of mean 0; so the factors fit what a bias cannot.
+metric G = X' X'^T the best rank-k map is U_k U_k^T B. A small multiple of I is added to the moments X X'^T and X' X'^T, as if all
+directions had occurred a little without error: otherwise directions that hardly occur in the calibration text would be
+extrapolated from a few tokens, with large errors on other text.
+Gauge-fixed factors (`gauge_fixed`) keep their stored rows. If layers share a right factor R (`basis_sharing`), it is unchanged
+and the left one is fitted to it: B G R^T (R G R^T)^+.
+With `outputs: gradient` an error e of the output is weighted as e^T F e, with F the second moment of the gradient of the loss at
+this output in the dense model: U are the left singular vectors of F^{1/2} B G^{1/2}, as in the metric `two_sided`.
+With `biases: fitted` the means m and m' are subtracted from x and x', and b' = b + W m - W' m', so that errors have mean 0 and
+the factors fit the remainder.
 Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
 
 from __future__ import annotations
@@ -35,29 +34,31 @@ from winnow.recovery.divergence import divergence, mean_of_windows, predictions
 
 log = logging.getLogger(__name__)
 PRECISION = 2.0**-24  # relative rounding error of the activations
-RIDGE = 1e-4  # of an input's median energy: what is added to the moments
+RIDGE = 1e-4  # added to the moments, as a share of the median energy of the inputs
 KEYS = ("held_out_start", "held_out_best")
 Factors = LowRankLinear | RowsLinear
 
 
 @torch.no_grad()
-def recover(task: Task) -> dict[str, Any]:
-    """Fit the low-rank factors of `task.model` anew, in place; returns {blocks: {name: held-out losses}}, as `refine` does. A
-    block whose output is no nearer to the dense block's on the held-out windows is as it was; with `outputs: gradient`, by which
-    that may be a gain all the same, the whole model, where its predictions are no nearer to the dense model's. Goes on after the
-    last block that was saved. The dense model has no factors, and stays as it is; so do modules of other kinds, which the report
-    names. They may be all: an allocation may choose nothing else, of which a configuration, that refuses other structures, cannot
-    know. Raises InputError for `outputs: gradient` and a model without logits, FloatingPointError for predictions that are not
-    finite then, and for a matrix, by its name, whose fit is not."""
+def refit_factors(task: Task) -> dict[str, Any]:
+    """Refit the low-rank factors of `task.model` in place; returns {blocks: {name: held-out losses}}, as `refine` does.
+
+    A block is left unchanged if its error on the held-out windows does not decrease; with `outputs: gradient`, where such a block
+    can still be an improvement, the whole model is left unchanged if its divergence from the dense model does not decrease.
+    Resumes after the last saved block. Modules without low-rank factors are left unchanged and named in the report; these may be
+    all, in a dense model or if an allocation chooses only other structures. Raises InputError for `outputs: gradient` with a
+    model without logits, FloatingPointError if predictions are then not finite, or, naming the matrix, if a fit is not."""
     modules = ((name, task.model.get_submodule(name)) for name in task.modules)
     factors: dict[str, Factors] = {
         name: module for name, module in modules if isinstance(module, Factors) and not isinstance(module.right, SharedLinear)
     }
     others = [name for name in task.modules if name not in factors and not _dense(task, name)]
     if others:
-        log.info("of other kinds, and left as they were: %s", ", ".join(others))
+        log.info("left unchanged, as they have no low-rank factors: %s", ", ".join(others))
     named = (pair for name, module in factors.items() for pair in _numbers(task, name, module).items())
-    flat = {name: weight.data for name, weight in {id(weight): (name, weight) for name, weight in named}.values()}  # tied: once
+    flat = {
+        name: weight.data for name, weight in {id(weight): (name, weight) for name, weight in named}.values()
+    }  # tied ones once
     blocks = list(task.blocks.values())
     numbers = torch.zeros(len(blocks), 2, dtype=torch.float64)
     weighted = task.options.outputs == "gradient"
@@ -86,7 +87,7 @@ def recover(task: Task) -> dict[str, Any]:
 
 
 def _numbers(task: Task, key: str, module: Factors) -> dict[str, Tensor]:
-    """What is fitted anew of the matrix `key`, by the names of its tensors."""
+    """{name: tensor} of the matrix `key` that are refitted."""
     found: dict[str, Tensor] = {f"{key}.left.weight": module.left.weight, f"{key}.right.weight": module.right.weight}
     where, owner = (key, module) if isinstance(module, RowsLinear) else (f"{key}.left", module.left)
     if task.options.biases == "fitted" and owner.bias is not None:
@@ -95,8 +96,8 @@ def _numbers(task: Task, key: str, module: Factors) -> dict[str, Tensor]:
 
 
 def _held_out(task: Task) -> float:
-    """KL divergence of the model from the dense one on the held-out windows, nats per token. Raises FloatingPointError if it is
-    not finite."""
+    """KL divergence from the dense model on the held-out windows, nats per token. Raises FloatingPointError if it is not
+    finite."""
     held, device = task.split()[1], next(task.model.parameters()).device
     loss = lambda ids: divergence(*predictions(task, ids, "use `outputs: equal`"))  # noqa: E731
     found = mean_of_windows(loss, held, task.options.batch, device)
@@ -108,14 +109,14 @@ def _held_out(task: Task) -> float:
 
 
 def _dense(task: Task, name: str) -> bool:
-    """Whether a module is as in the dense model, as all are where that is to be recovered."""
+    """Whether a module has the same type and shapes as in the dense model."""
     own, dense = (model.get_submodule(name) for model in (task.model, task.dense))
     return type(own) is type(dense) and all(p.shape == q.shape for p, q in zip(own.parameters(), dense.parameters(), strict=True))
 
 
 def _block(task: Task, index: int, factors: dict[str, Factors], ways: list[list[Passage]]) -> tuple[float, float]:
-    """(held-out loss before, of what is kept) of the block `index`, whose factors are fitted anew. `ways`: of the windows that
-    are fitted to and of those held out, each through the compressed and, for `anchored`, the dense model."""
+    """Refit the factors of block `index`; returns its held-out loss (before, after). `ways`: of the fitted and the held-out
+    windows, each through the compressed and, for `anchored`, the dense model."""
     options, device = task.options, ways[0][0].device
     name = ways[0][0].blocks[index]
     block, dense = task.model.get_submodule(name), task.dense.get_submodule(name)
@@ -143,7 +144,7 @@ def _block(task: Task, index: int, factors: dict[str, Factors], ways: list[list[
 
 
 def _readers(block: nn.Module, calls: Calls, factors: dict[str, Factors], batch: int, device: Any) -> list[list[str]]:
-    """The names of the factors in the order that the block uses them; those that read the same tensor together."""
+    """The names of the factors in the order in which the block uses them; those with the same input are grouped."""
     seen: list[tuple[Tensor, list[str]]] = []
 
     def watch(key: str) -> Any:
@@ -163,8 +164,8 @@ def _readers(block: nn.Module, calls: Calls, factors: dict[str, Factors], batch:
 
 @dataclass
 class Inputs:
-    """Of a matrix's inputs x' in the compressed model and x in the dense one, float64: G = X' X'^T and X X'^T (n, n), and the
-    means m' and m (n,). Where only the compressed one is asked, x is x'."""
+    """Statistics of a matrix's inputs x' in the compressed and x in the dense model, float64: G = X' X'^T and X X'^T (n, n), and
+    the means m' and m (n,). Without the dense model, x is x'."""
 
     gram: Tensor
     cross: Tensor
@@ -173,8 +174,8 @@ class Inputs:
     count: int
 
     def moments(self, centred: bool) -> tuple[Tensor, Tensor]:
-        """(G, X X'^T), of what is left without the means if `centred`, with the ridge. The median is of inputs that vary: massive
-        ones, and neurons that never fire, would move the mean. An input that is constant but for rounding is taken to be so."""
+        """(G, X X'^T) with the ridge, centred if `centred`. The ridge is relative to the median energy of inputs that vary, since
+        massive activations and inactive neurons would distort the mean. Inputs are constant if they only vary by rounding."""
         gram, cross = self.gram.clone(), self.cross.clone()
         if centred:
             outer = self.count * self.mean
@@ -188,7 +189,7 @@ class Inputs:
 
 
 def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) -> Inputs:
-    """What the matrix `key` reads in the compressed model, and in the dense one where its calls are given."""
+    """Statistics of the inputs of the matrix `key` in the compressed model, and in the dense one if its calls are given."""
     caught: list[Tensor] = []
     models = (task.model, task.dense)[: len(calls)]
 
@@ -215,18 +216,18 @@ def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) 
 
 
 def _fit(task: Task, key: str, module: Factors, seen: Inputs) -> None:
-    """Put the best factors of the module's rank into it, as they would be stored, and the bias that is best beside these. Raises
-    FloatingPointError, naming the matrix, if it, what it reads or what is fitted is not finite."""
+    """Set the module to the best factors of its rank, in their stored dtypes, and to the best bias for these. Raises
+    FloatingPointError, naming the matrix, if it, its inputs or the fit are not finite."""
     dense: Any = task.dense.get_submodule(key)
     weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).double()
     if not all(map(finite, (weight, seen.gram, seen.cross))):
-        raise FloatingPointError(f"{key}: its weight, or what it reads on the calibration windows, is not finite")
+        raise FloatingPointError(f"{key}: its weight, or its inputs on the calibration windows, are not finite")
     found = _numbers(task, key, module)
     places = [name for name in found if name.endswith(".bias")]
     _fit_factors(task, key, module, weight, *seen.moments(centred=bool(places)))
     for name in places:
         found[name].zero_()
-        given = module(seen.mean.to(found[name].dtype)[None])[0].double()  # by the factors as they are stored
+        given = module(seen.mean.to(found[name].dtype)[None])[0].double()  # with the stored factors
         found[name].copy_((dense.bias.double() + weight @ seen.dense_mean - given).to(task.dtypes[name]))
     for name, value in found.items():
         if not finite(value):
@@ -234,7 +235,7 @@ def _fit(task: Task, key: str, module: Factors, seen: Inputs) -> None:
 
 
 def _fit_factors(task: Task, key: str, module: Factors, weight: Tensor, gram: Tensor, cross: Tensor) -> None:
-    """Put the best factors of the module's rank for a dense `weight` (m, n) into it."""
+    """Set the module to the best factors of its rank for a dense `weight` (m, n)."""
     if task.options.objective == "anchored":
         weight = weight + torch.linalg.solve(gram, weight @ (cross - gram), left=False)
     tied = task.model.all_tied_weights_keys
@@ -247,12 +248,12 @@ def _fit_factors(task: Task, key: str, module: Factors, weight: Tensor, gram: Te
     rank = module.right.out_features
     outputs = None
     if task.options.outputs == "gradient":
-        assert task.outputs is not None  # statistics that the rule asks for
+        assert task.outputs is not None  # statistics that are inputs of the rule
         outputs = task.outputs(key)
     found = leading_directions(weight, gram, PRECISION, outputs, largest=rank)
     left, right = found.left, found.right
     if isinstance(module, RowsLinear):
-        places = module.order.long().argsort()  # of the rows that are stored, then of the others
+        places = module.order.long().argsort()  # positions of the stored rows, then of the others
         rows, others = places[:rank], places[rank:]
         left, right = torch.linalg.solve(left[rows], left[others], left=False), left[rows] @ right
     for part, value in (("left", left), ("right", right)):

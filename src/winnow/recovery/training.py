@@ -1,4 +1,4 @@
-"""Adam on some parameters, with the best state on held-out windows kept: what the kinds of recovery share."""
+"""The training loop of recoveries: Adam with early stopping, keeping the best state on held-out windows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Where training is: held-out losses by step (the start is step 0), and the best state so far."""
+    """Progress of training: held-out losses by step (step 0 is the initial state), and the best state so far."""
 
     losses: dict[int, float] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def best_step(self) -> int:
-        """The step of the lowest held-out loss; the earliest of equal ones, so that nothing changes for no gain."""
+        """The step with the lowest held-out loss; the first of equal ones, so that nothing changes without improvement."""
         return min(self.losses, key=lambda step: (self.losses[step], step))
 
     def report(self) -> dict[str, Any]:
@@ -40,8 +40,8 @@ class Progress:
         }
 
 
-def rate_at(step: int, options: Trained) -> float:
-    """The learning rate of a step (from 0): a linear rise, then a cosine to 0."""
+def learning_rate(step: int, options: Trained) -> float:
+    """The learning rate of a step (from 0): linear warm-up, then cosine decay to 0."""
     warm = options.warmup * options.steps
     if step < warm:
         return options.rate * (step + 1) / (math.floor(warm) + 1)  # type: ignore[attr-defined]
@@ -49,7 +49,7 @@ def rate_at(step: int, options: Trained) -> float:
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
-    """The windows of every step: a new order of all `count` in every round, the rest that fills no batch left out."""
+    """The windows of every step: a new order of all `count` in every epoch, without an incomplete last batch."""
     generator = torch.Generator().manual_seed(seed)
     found: list[list[int]] = []
     while len(found) < steps:
@@ -59,14 +59,14 @@ def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
 
 
 class Saver:
-    """What a training can be gone on with; this one keeps nothing."""
+    """Interface for saving and resuming training; this one saves nothing."""
 
     def restore(self, optimizer: torch.optim.Adam, progress: Progress) -> int:
-        """Put back what was saved; returns the steps that are done."""
+        """Restore the saved state; returns the number of completed steps."""
         return 0
 
     def save(self, done: int, optimizer: torch.optim.Adam, progress: Progress) -> None:
-        """Keep the state after `done` steps."""
+        """Save the state after `done` steps."""
 
 
 def train(
@@ -79,12 +79,12 @@ def train(
     saver: Saver | None = None,
     height: Callable[[float], float] = lambda _start: 1.0,
 ) -> Progress:
-    """Train `parameters` by `loss` (of a step) and leave them in the best state by `held_out`, the start included. `height`: the
-    share of `options.rate` that is used, of the held-out loss at the start.
+    """Train `parameters` with `loss` (of a step), and leave them in the best state by `held_out`, which may be the initial one.
+    `height`: the share of `options.rate` to use, as a function of the initial held-out loss.
 
-    Every state that is looked at is first rounded to the dtypes that it will be stored in. Training ends after `options.steps`,
-    after `options.patience` looks without a new best, or at a loss of 0. Raises FloatingPointError, naming the parameter, if a
-    gradient is not finite."""
+    Every evaluated state is first rounded to its stored dtypes. Training stops after `options.steps`, after `options.patience`
+    evaluations without improvement, or at a loss of 0. Raises FloatingPointError, naming the parameter, if a gradient is not
+    finite."""
     saver = saver or Saver()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -101,8 +101,8 @@ def train(
             loss(step).backward()
         for name, parameter in parameters.items():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise FloatingPointError(f"{where}: the gradient of {name} is not finite at step {step + 1}; make `rate` smaller")
-        optimizer.param_groups[0]["lr"] = rate_at(step, options) * share
+                raise FloatingPointError(f"{where}: the gradient of {name} is not finite at step {step + 1}; lower `rate`")
+        optimizer.param_groups[0]["lr"] = learning_rate(step, options) * share
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
@@ -124,13 +124,13 @@ def _look(
     dtypes: dict[str, torch.dtype],
     progress: Progress,
 ) -> None:
-    """The held-out loss of the parameters as they would be stored; the best of them are kept."""
+    """The held-out loss of the parameters rounded to their stored dtypes; the best state is kept."""
     exact = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         parameter.copy_(exact[name].to(dtypes.get(name, parameter.dtype)))
     value = held_out()
     if not math.isfinite(value):
-        raise FloatingPointError(f"{where}: the loss on held-out windows is not finite at step {step}; make `rate` smaller")
+        raise FloatingPointError(f"{where}: the loss on held-out windows is not finite at step {step}; lower `rate`")
     progress.losses[step] = value
     if progress.best_step == step:
         progress.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}

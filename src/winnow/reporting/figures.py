@@ -1,4 +1,4 @@
-"""Figures: loss against bytes, methods in order of their loss, and effective rank against depth. Legible in print and in grey."""
+"""Figures: loss against bytes, methods ranked by loss, and effective rank against depth. Legible in print and in greyscale."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from winnow.io.artifacts import atomic, write_markup
 from winnow.models.architectures import ROLES
 
-# Okabe and Ito's palette, safe for colour-blind readers; markers repeat what colours say.
+# Okabe and Ito's palette, safe for colour-blind readers; markers repeat the information of colours.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-LEGIBLE = 12  # lines in one panel
+LEGIBLE = 12  # largest number of lines in one panel
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 plt.rcParams.update(
     {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "winnow", "svg.fonttype": "none"}
@@ -27,13 +27,13 @@ plt.rcParams.update(
 
 
 def line_style(index: int) -> dict:
-    """Colour, marker and dashes of the line with this number."""
+    """Colour, marker and dashes of line `index`."""
     dashes = ["-", "--", ":", "-."][index // len(COLOURS) % 4]
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": dashes}
 
 
 def axes_grid(count: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list]:
-    """A figure of so many panels, two in a row; sizes in inches, of one panel."""
+    """A figure of `count` panels, two in a row; width and height of a panel in inches."""
     columns = min(count, 2) or 1
     rows = math.ceil(count / columns) or 1
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
@@ -45,7 +45,7 @@ def axes_grid(count: int, width: float = 4.2, height: float = 3.2) -> tuple[Figu
 
 def frontier(summary: pd.DataFrame) -> Figure:
     """Increase of the loss over the dense model against kept bytes; a panel per model, evaluation and targets, a line per
-    method (and per calibration and recovery, where there are several). Of many methods, the best of each panel."""
+    method (and per calibration and recovery, if there are several). If there are many methods, only the best of each panel."""
     cells = _with_lines(summary)
     panels = [(key, _best(panel)) for key, panel in cells.groupby(["model", "evaluation", "targets"], sort=False)]
     lines = list(dict.fromkeys(line for _, (panel, _) in panels for line in panel["line"]))
@@ -91,21 +91,21 @@ def ranking(summary: pd.DataFrame) -> Figure:
 
 
 def span(shares: pd.Series) -> str:
-    """The range of shares, or one number where they are nearly the same."""
+    """The range of shares, or one number if they are nearly equal."""
     low, high = shares.min(), shares.max()
     return f"{high:.3f}" if high - low < 0.005 else f"{low:.3f} to {high:.3f}"
 
 
 def _with_lines(summary: pd.DataFrame) -> pd.DataFrame:
-    """Compressed cells with a column `line`: the method, and what else there is several of."""
+    """Compressed cells with a column `line`: the method, and calibration or recovery if there are several."""
     cells = summary[summary["method"] != "dense"]
     several = [name for name in ("calibration", "recovery") if cells[name].nunique() > 1]
     return cells.assign(line=cells[["method", *several]].agg(", ".join, axis=1))
 
 
 def _best(panel: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """(the rows of the lines that can be told apart in one panel, number of all lines): those with the lowest mean place in
-    the budgets that they have, among the lines with the most budgets."""
+    """(rows of the lines to show in one panel, number of all lines): those with the lowest mean rank over their budgets, among
+    the lines with the most budgets."""
     places = panel.assign(place=panel.groupby("budget")["delta_nll"].rank()).groupby("line", sort=False)["place"]
     total = places.ngroups
     if total <= LEGIBLE:
@@ -120,7 +120,7 @@ def _dense(summary: pd.DataFrame, model: str, evaluation: str) -> str:
 
 
 def shared_legend(figure: Figure, axes: list, title: str | None = None) -> None:
-    """One legend of all panels, each label once."""
+    """One legend for all panels, with every label once."""
     labels: dict[str, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -131,7 +131,7 @@ def shared_legend(figure: Figure, axes: list, title: str | None = None) -> None:
 
 
 def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
-    """Share of directions that hold 95 % of the energy, by layer and matrix; one panel per method.
+    """Share of directions with 95 % of the energy, by layer and matrix; one panel per method.
 
     `spectra` maps (model label, calibration label, method label) to the rows of spectra.parquet.
     """
@@ -153,7 +153,7 @@ def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
 
 
 def save(figure: Figure, paths: Iterable[str], provenance: dict) -> None:
-    """Write the figure once per path; the format is the path's ending. The same figure gives the same bytes."""
+    """Write the figure to every path, in the format of the path's ending. The same figure results in the same bytes."""
     for path in paths:
         if path.endswith(".svg"):
             text = io.StringIO()

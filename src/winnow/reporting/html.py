@@ -1,4 +1,4 @@
-"""The report: a single HTML file with tables, figures, and how each number was made."""
+"""The report: a single HTML file with tables, figures, and the provenance of every number."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def render(
     overlaps: list[dict[str, Any]],
     moments: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The page. `figures` are SVG texts, `results` the evaluations behind the summary's rows, in its order, and `moments` the
-    manifests of the statistics that cells are made from."""
+    """The page. `figures`: SVG texts; `results`: the evaluations of the summary's rows, in its order; `moments`: the manifests of
+    the statistics that cells use."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
     groups = []
     for (model, evaluation), rows in summary.groupby(["model", "evaluation"], sort=False):
@@ -56,7 +56,7 @@ def render(
 
 
 def render_study(study: Study, conclusion: Conclusion, verdicts: pd.DataFrame, evidence: Evidence, folder: Path) -> str:
-    """The page of a study: its claims with verdicts, identities, figures (read from `folder`) and tables."""
+    """The page of a study: claims with verdicts, identities, figures (from `folder`) and tables."""
     return _template("study.html.j2").render(
         study=study,
         models=list(evidence.measured),
@@ -69,9 +69,9 @@ def render_study(study: Study, conclusion: Conclusion, verdicts: pd.DataFrame, e
 
 def render_studies(manifests: list[str], described: dict[str, dict[str, Any]], verdicts: Sequence[str]) -> str:
     """The page of all studies, from the manifests of their finished folders and {study: title, reference, tables, figures};
-    `verdicts`: all that a claim can have, in the order of the columns.
+    `verdicts`: all possible verdicts, in the order of the columns.
 
-    Raises InputError for a folder that is not whole."""
+    Raises InputError if a folder is incomplete."""
     found = []
     for manifest in manifests:
         bundle = Bundle(manifest)
@@ -110,7 +110,7 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _table(bundle: Bundle, name: str) -> pd.DataFrame:
-    """A table of a finished study; one without rows may have no columns either."""
+    """A table of a finished study; a table without rows may have no columns."""
     path = bundle.path(f"{name}.csv")
     return pd.read_csv(path) if path.read_text(encoding="utf-8").strip() else pd.DataFrame()
 
@@ -120,14 +120,14 @@ def _rows(table: pd.DataFrame) -> dict[str, list]:
 
 
 def _shown(value: Any) -> str:
-    """A value in four digits; a dash for what is not there."""
+    """A value with four digits; a dash if it is missing."""
     if value is None or value != value:
         return "\u2013"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _against_best(cells: pd.DataFrame, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one budget, lowest loss first, each with its paired difference to that one; a tie if 0 is within two
+    """The rows of one budget, lowest loss first, each with its paired difference to the first; a tie if 0 is within two
     standard errors of it."""
     cells = cells.sort_values("delta_nll", kind="stable")
     best = results[cells.index[0]]["per_window"]
@@ -139,15 +139,15 @@ def _against_best(cells: pd.DataFrame, results: list[dict[str, Any]]) -> list[di
 
 
 def _marked(rows: list[dict[str, Any]], best: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of one budget with how they stand in it, and the class of those that stand out: `best` is in bold type, `tie` is
-    not, where the lowest loss is none that can be told from the dense model's."""
+    """The rows of one budget with their ranking and a CSS class: `best` (bold), or `tie` (not bold) if the lowest loss is within
+    two standard errors of the dense model's."""
     mark = "tie" if is_as_dense(best) else "best"
     lines = standing(rows, best)
     return [{**row, "standing": line, "mark": mark if row["tie"] else ""} for row, line in zip(rows, lines, strict=True)]
 
 
 def _inline(name: str, svg: str) -> str:
-    """An SVG to stand in HTML: without its XML header, and with ids that no other figure has."""
+    """An SVG for embedding in HTML: without its XML header, and with unique ids."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", body)

@@ -1,4 +1,4 @@
-"""The summary table, one row per evaluated cell, columns as contracted; and the spread over calibration seeds."""
+"""The summary table with one row per evaluated cell, and the table over calibration seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 from winnow.evaluation.spread import over_seeds, paired, tied
 
-# Contract: other people's tools read these columns. New ones are appended.
+# Other people's tools read these columns. New ones are only appended.
 COLUMNS = [
     *("model", "calibration", "method", "structure", "metric", "budget", "allocation", "recovery", "evaluation"),
     *("keep_requested", "dense_bytes", "stored_bytes", "keep_bytes", "model_dense_bytes", "model_stored_bytes"),
@@ -22,42 +22,42 @@ SPREAD = [
     *("keep_bytes", "seeds", "delta_nll", "delta_nll_seed_se", "delta_nll_window_se", "delta_nll_se"),
     *("best", "above_best", "above_best_seed_se", "above_best_window_se", "above_best_se", "tie"),
 ]
-DENSE = {"delta_nll": 0.0, "delta_nll_se": 0.0, "kl": 0.0, "top1_agreement": 1.0}  # of the dense model to itself
+UNCHANGED = {"delta_nll": 0.0, "delta_nll_se": 0.0, "kl": 0.0, "top1_agreement": 1.0}  # of the dense model itself
 
 
 def is_dense(row: dict[str, Any]) -> bool:
-    """Whether a row is of the dense model as it is, and not after a recovery."""
+    """Whether a row is of the dense model without a recovery."""
     return row["method"] == "dense" and row["recovery"] == "none"
 
 
 def summary(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row per cell: its names (from `rows`) and its numbers (from the result that `row["result"]` names).
+    """One row per cell: its names (from `rows`) and its numbers (from the result `row["result"]`).
 
-    Losses are nats per token, bytes are those of the compressed matrices (`dense_bytes`, `stored_bytes`) and of the
-    whole model. `keep_requested` is empty where the budget is a rank.
+    Losses are in nats per token, bytes are those of the compressed matrices (`dense_bytes`, `stored_bytes`) and of the
+    whole model. `keep_requested` is empty if the budget is a rank.
     """
     table = []
     for row in rows:
         result = results[row["result"]]
         measured = {key: result[key] for key in COLUMNS if key in result}
-        own = DENSE if is_dense(row) else {}
+        own = UNCHANGED if is_dense(row) else {}
         table.append({**row, **measured, **own, "keep_bytes": result["stored_bytes"] / result["dense_bytes"]})
     frame = pd.DataFrame(table).reindex(columns=COLUMNS)
     return frame.astype({"keep_requested": "float64", "kl": "float64", "top1_agreement": "float64"})
 
 
 def spread(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row per compressed configuration, its calibration seeds taken together.
+    """One row per compressed configuration, aggregated over calibration seeds.
 
     `delta_nll` (nats per token above dense) and `keep_bytes` are means over seeds. `above_best` is the difference to the
     method with the lowest `delta_nll` of the same model, calibration, budget, recovery and evaluation, paired by seed and by
-    window. Of each difference: `_seed_se` over seeds (empty with one seed), `_window_se` over windows after averaging the seeds
-    in each window, and `_se`, the root of the sum of their squares: seeds and windows are crossed, so each of the two leaves
-    out what the other sees, and the sum counts their interaction twice, which is the cautious side. `tie`: 0 is within two
+    window. Each difference has the standard errors `_seed_se` over seeds (empty with one seed), `_window_se` over windows after
+    averaging the seeds in each window, and `_se`, the root of the sum of their squares: seeds and windows are crossed, so each
+    misses the variance of the other, and the sum counts their interaction twice, which is conservative. `tie`: 0 is within two
     `_se` of the difference.
     """
     dense = {(row["model"], row["evaluation"]): results[row["result"]] for row in rows if is_dense(row)}
-    cells: dict[tuple, dict[str, dict[str, Any]]] = {}  # by what is compared; then by method
+    cells: dict[tuple, dict[str, dict[str, Any]]] = {}  # by what is compared, then by method
     for row in rows:
         if row["method"] != "dense":
             key = tuple(row[name] for name in ("model", "seeds_of", "budget", "recovery", "evaluation"))
@@ -82,7 +82,7 @@ def spread(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd
 
 
 def _above(seeds: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> tuple[float, float, float, float]:
-    """(mean over seeds of the paired difference of losses, its standard error over seeds, over windows, and both)."""
+    """(mean over seeds of the paired difference of losses; its standard errors over seeds, over windows, and combined)."""
     differences = [paired(result["per_window"], others[seed])[0] for seed, result in seeds.items()]
     own, other = (
         np.mean([of["nll"] for of in each], axis=0).tolist()

@@ -1,1 +1,1 @@
-"""What is stored instead of matrices: a kind of structure per file, registered by `base.STRUCTURES`."""
+"""What is stored instead of matrices: one kind of structure per file, registered by `base.STRUCTURES`."""

@@ -1,4 +1,4 @@
-"""`affine_block`: the whole FFN as one affine map of its input, of full or of reduced rank."""
+"""`affine_block`: the whole FFN as one affine map of its input, of full or reduced rank."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class AffineBlock(FfnStructure):
-    """FFN(x) = A x + b by least squares on the calibration tokens, the residual stream outside of the target; at size k the
-    best A of rank k (reduced-rank regression), and from k = d / 2 on the full A, which then stores no more."""
+    """FFN(x) = A x + b by least squares on the calibration tokens, without the residual connection; at size k the best A of rank
+    k (reduced-rank regression), and from k = d / 2 on the full A, which is then no larger."""
 
     reference = "R2_lin, arXiv 2606.19379; reduced-rank regression, Izenman 1975"
     stores = "left (d, k), right (k, d), b (d); or A (d, d), b (d)"
@@ -26,7 +26,7 @@ class AffineBlock(FfnStructure):
 
     class Options(StructureOptions):
         kind: Literal["affine_block"]
-        ridge: float = Field(1e-8, gt=0, le=1, description="relative ridge of the regression; raised where it is singular")
+        ridge: float = Field(1e-8, gt=0, le=1, description="relative ridge of the regression; raised if it is singular")
 
     options: Options
 
@@ -34,7 +34,7 @@ class AffineBlock(FfnStructure):
         return ("gram", "mean", "cross")
 
     def not_dense(self) -> str | None:
-        return "affine_block leaves the FFN no activation"
+        return "affine_block removes the activation of the FFN"
 
     def limit(self, group: list[Matrix]) -> int:
         return (group[-1].shape[0] + 1) // 2
@@ -59,12 +59,12 @@ class AffineBlock(FfnStructure):
         floor = float(((weight @ rest) * weight).sum())
         error = floor + found.error[: largest + 1]
         error[limit:] = floor
-        mean = bias + whole @ x["mean"]  # of the output, which stays right at every rank
+        mean = bias + whole @ x["mean"]  # mean of the output, which is exact at every rank
         factors = {"left": found.left, "right": found.right}
         return Fit({"map": whole, "mean": mean, "input_mean": x["mean"], **factors}, error, found.spectrum)
 
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
-        """Of the residual of the map at every rank: W_down h - y - A_k (x - m), with m and y + b the means of the fit."""
+        """From the residual of the map at every rank: W_down h - y - A_k (x - m), with m and y + b the means of the fit."""
         import torch
 
         from winnow.numerics.linalg import residual_errors

@@ -1,6 +1,6 @@
 """The interface of a structure: what is stored instead of one or several matrices, at every size.
 
-Files of this package are read when a workflow is planned, so torch is imported inside functions only.
+This package is imported when a workflow is planned, so torch is only imported inside functions.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
-FORMATS = (1, 2)  # of such checkpoints, which this version reads; it writes the first that is enough, see `format_of`
+FORMATS = (1, 2)  # checkpoint formats that this version reads; it writes the lowest that suffices, see `format_of`
 
 
 def format_of(layouts: Any) -> int:
-    """The format of a checkpoint with such layouts: 2 where a matrix has zero points, which format 1 does not know."""
+    """The format of a checkpoint with these layouts: 2 if a matrix has zero points, which format 1 does not have."""
     if not isinstance(layouts, dict):
         return 1
     return 2 if layouts.get("zeros") is True else max(map(format_of, layouts.values()), default=1)
@@ -44,20 +44,20 @@ else:  # the options of any structure: known when all files of the package are r
 
 @dataclass(frozen=True)
 class Problem:
-    """What a group of matrices is fitted on; all dictionaries by matrix name, all numbers float64."""
+    """The inputs of a fit of a group of matrices; all dictionaries by matrix name, all numbers float64."""
 
     group: list[Matrix]
     weights: dict[str, Tensor]  # W (out, in)
     sites: dict[str, dict[str, Tensor]]  # statistics of the input
-    metric: Metric | None  # None where the objective is the FFN's output
+    metric: Metric | None  # None if the objective is the FFN's output
     precision: float = 2.0**-52  # relative rounding error of the statistics
     biases: dict[str, Tensor] = field(default_factory=dict)  # (out,), of the matrices that have one
-    outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # statistics of the loss's gradient in the output
-    labels: dict[str, Tensor] = field(default_factory=dict)  # (channels,) clusters, for structures that ask for them
-    metric_weights: dict[str, Tensor] | None = None  # what the metric looks at, where it is not `weights`
+    outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # statistics of the gradient of the loss at the output
+    labels: dict[str, Tensor] = field(default_factory=dict)  # (channels,) clusters, for structures that need them
+    metric_weights: dict[str, Tensor] | None = None  # the weights that the metric is computed from, if not `weights`
 
     def __post_init__(self) -> None:
-        """Raises FloatingPointError, naming the number, if one is not finite."""
+        """Raises FloatingPointError, with the name of the tensor, if a number is not finite."""
         values = [("weight", self.weights.items()), ("bias", self.biases.items())]
         for name, found in (*self.sites.items(), *self.outputs.items()):
             values += [(f"statistic {key}", {name: value}.items()) for key, value in found.items()]
@@ -67,14 +67,14 @@ class Problem:
                     raise FloatingPointError(f"the {what} of {name} is not finite")
 
     def columns(self, matrices: list[Matrix] | None = None) -> Tensor:
-        """The metric C of matrices (by default of the group): the mean over them, since a shared factor serves all."""
+        """The metric C of matrices (default: all of the group): the mean over them, since they share a factor."""
         assert self.metric is not None
         weights, matrices = self.metric_weights or self.weights, matrices or self.group
         parts = [self.metric.columns(weights[m.name], self.sites.get(m.name, {})) for m in matrices]
         return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0]) / len(parts)
 
     def rows(self, matrices: list[Matrix] | None = None) -> Tensor | None:
-        """The metric of the outputs of matrices stacked along their outputs, diagonal or full; None where it is I."""
+        """The metric R of matrices stacked along their outputs, diagonal or full; None for I."""
         import torch
 
         assert self.metric is not None
@@ -87,11 +87,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Fit:
-    """Every size at once: tensors whose leading directions are a smaller fit, and the squared error left at each size.
+    """A fit of every size at once: tensors whose leading directions are the smaller fits, and the squared error of every size.
 
-    `error[s]` is the error of size s by the structure's objective (length: largest size + 1); `error[0]` is that of what
-    is stored at every size (usually nothing). `spectrum` holds the singular values (or scores) that sizes are ordered by.
-    A structure that is `optimised_at_size` reports the errors of its start here.
+    `error[s]` is the error of size s by the structure's objective (length: largest size + 1); `error[0]` is that of the parts
+    stored at every size (usually none). `spectrum`: the singular values (or scores) by which sizes are ordered. For a structure
+    that is `optimised_at_size` the errors are those of its initial values.
     """
 
     tensors: dict[str, Tensor]
@@ -101,33 +101,33 @@ class Fit:
 
 @dataclass(frozen=True)
 class Part:
-    """What a checkpoint holds in the place of one module: the layout that builds it empty, and its tensors."""
+    """The replacement of one module in a checkpoint: the layout from which it is built empty, and its tensors."""
 
     layout: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
 class Structure(Plugin):
-    """One way to store matrices. A size is the integer that a budget buys (for low rank: the rank)."""
+    """One way to store matrices. A size is the integer that a budget determines (for low rank: the rank)."""
 
-    stores: ClassVar[str]  # for tables of methods: the stored tensors
-    formula: ClassVar[str]  # and how many numbers they hold at size k
+    stores: ClassVar[str]  # the stored tensors, for tables of methods
+    formula: ClassVar[str]  # and their number of elements at size k
     # What `Fit.error` measures: the method's metric, or the FFN's output on the calibration tokens (then no metric is used).
     objective: ClassVar[Literal["metric", "ffn_output"]] = "metric"
-    bias_name: ClassVar[str | None]  # where the module keeps the bias of its matrix; None: `stored` has the biases itself
+    bias_name: ClassVar[str | None]  # the name of the bias within the module; None: `stored` includes the biases
     weighs_outputs: ClassVar[bool] = True  # whether it can use a metric's R
-    # Whether the fit is finished in `stored`, for the size that is stored; `Fit.error` is then that of its start, a bound.
+    # Whether the fit is finished in `stored`, for the stored size; `Fit.error` is then an upper bound, of its initial values.
     optimised_at_size: ClassVar[bool] = False
-    predicts: ClassVar[bool] = False  # whether it has `predicted`, which some allocations ask for
+    predicts: ClassVar[bool] = False  # whether it implements `predicted`, which some allocations need
     in_float64: ClassVar[tuple[str, ...]] = ()  # fitted tensors that are cached in float64; the others in float32
     Options: ClassVar[type[StructureOptions]]
 
     def bias_of(self, matrix: Matrix) -> str | None:
-        """`bias_name`, for structures that store different matrices in different forms."""
+        """`bias_name` for this matrix; for structures that store matrices in different forms."""
         return self.bias_name
 
     def needs(self) -> tuple[str, ...]:
-        """Statistics of inputs that the structure needs besides those of the method's metric."""
+        """Input statistics that the structure needs in addition to those of the method's metric."""
         return ()
 
     def clustering(self) -> Clustering | None:
@@ -135,44 +135,44 @@ class Structure(Plugin):
         return None
 
     def control(self) -> StructureOptions | None:
-        """The same structure with a random choice of what it selects; None if it selects nothing, or at random already."""
+        """The same structure with a random selection; None if it selects nothing, or already at random."""
         return None
 
     def not_dense(self) -> str | None:
-        """Why what it stores is no dense model of the same architecture; None if it is one when multiplied out."""
+        """Why it cannot be exported as a dense model of the same architecture; None if it can."""
         return None
 
     def untrainable(self) -> str | None:
-        """Why no recovery can train the numbers that it stores; None if one can."""
+        """Why no recovery can train the stored numbers; None if they can be trained."""
         return None
 
     def refits(self) -> bool:
-        """Whether the recovery `sequential` can fit factors of it anew; of several structures, those of any."""
+        """Whether the recovery `sequential` can refit its factors; for several structures, those of any of them."""
         return any(own.refits() for own in self.alternatives().values() if own is not self)
 
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
-        """Which matrices are fitted together (by default every matrix alone); those in no group cannot be compressed so."""
+        """The groups of matrices that are fitted together (default: each matrix alone); matrices in no group are unsupported."""
         return [[m] for m in matrices]
 
     def alternatives(self) -> dict[str, Structure]:
-        """The structures that an allocation chooses between, by what their names end in; by default itself alone."""
+        """{suffix of its names: structure} between which an allocation chooses; by default only this one."""
         return {"": self}
 
     def fits(self, matrices: list[Matrix]) -> list[tuple[str, Structure, list[Matrix]]]:
-        """(name, structure, group) of all that is fitted; a matrix stands once for each alternative that applies to it."""
+        """(name, structure, group) of all fits; a matrix is included once for each alternative that supports it."""
         found = self.alternatives().items()
         return [(f"{group_name(group)}{end}", own, group) for end, own in found for group in own.groups(matrices)]
 
     def limit(self, group: list[Matrix]) -> int:
-        """The largest size that makes sense, whatever it stores."""
+        """The largest meaningful size, regardless of its bytes."""
         return min(sum(m.shape[0] for m in group), group[0].shape[1])
 
     def whole(self, group: list[Matrix]) -> int:
-        """The size that `rank_fraction: 1` means."""
+        """The size of `rank_fraction: 1`."""
         return self.limit(group)
 
     def largest(self, group: list[Matrix]) -> int:
-        """The largest size that can store less than the dense matrices, to be fitted; by bisection on `numbers`."""
+        """The largest size to be fitted: the largest that can store less than the dense matrices, by bisection on `numbers`."""
         dense = sum(m.shape[0] * m.shape[1] for m in group)
         if self.bias_name is None:
             dense += sum(m.shape[0] for m in group if m.bias)
@@ -184,20 +184,20 @@ class Structure(Plugin):
 
     @abstractmethod
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
-        """How many numbers the group stores at `size`, biases counted only if `bias_name` is None. `tensors` are those of
-        the fit, for structures whose count depends on data."""
+        """The number of stored elements of the group at `size`; biases are counted only if `bias_name` is None. `tensors` are
+        those of the fit, for structures whose count depends on data."""
 
     def index_bytes(self, group: list[Matrix], size: int) -> int:
-        """Bytes of the integers that the group stores at `size` (orders, labels, rounded numbers with their scales), which are of
-        another dtype than the weights."""
+        """Stored bytes of the group at `size` in other dtypes than that of the weights (orders, labels, rounded numbers with
+        their scales)."""
         return 0
 
     def metric_of_error(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
-        """(C, R) that `Fit.error` is measured in, for the objective `metric`."""
+        """(C, R) in which `Fit.error` is measured, for the objective `metric`."""
         return problem.columns(), problem.rows()
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
-        """(bytes of memory, operations, bytes of the file) of a fit of the group in a metric with such needs, for forecasts."""
+        """(bytes of memory, operations, bytes of the file) of a fit of the group in a metric with these needs, for forecasts."""
         m, n = sum(matrix.shape[0] for matrix in group), max(matrix.shape[1] for matrix in group)
         memory = 8.0 * (4 * m * n + 3 * n * n + 3 * min(m, n) ** 2)
         cached = 4.0 * sum(matrix.shape[0] * matrix.shape[1] for matrix in group)
@@ -208,30 +208,30 @@ class Structure(Plugin):
         """Fit the group once for every size up to `largest`."""
 
     def judged(self, group: list[Matrix]) -> list[Matrix]:
-        """The matrices whose outputs' gradients `predicted` reads."""
+        """The matrices whose output gradients `predicted` needs."""
         return group
 
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
         """(sizes + 1,): predicted increase of the loss in nats per token at every size of a fit, see `winnow.factors.predict`.
-        The problem has the statistics of `needs`, `gram`, and `gradient_gram` of `judged`; they need not be those of the fit."""
-        raise NotImplementedError(f"{self.kind()} predicts no loss")
+        The problem has the statistics `needs` and `gram`, and `gradient_gram` of `judged`, not necessarily those of the fit."""
+        raise NotImplementedError(f"{self.kind()} does not predict losses")
 
     @abstractmethod
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
-        """{module name: its part of the checkpoint} at `size`; biases left out unless `bias_name` is None."""
+        """{module name: its part of the checkpoint} at `size`, without biases unless `bias_name` is None."""
 
     def report(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Any] | None:
-        """How the optimisation at `size` went, for structures that are `optimised_at_size`: numbers, strings and lists."""
+        """A report of the optimisation at `size`, for structures that are `optimised_at_size`: numbers, strings and lists."""
         return None
 
     @staticmethod
     @abstractmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        """An empty module of this layout for the place of `dense`; its tensors are those of `stored`, and the bias."""
+        """An empty module of this layout that replaces `dense`; its tensors are those of `stored`, and the bias."""
 
     @staticmethod
     def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
-        """Make the module `name` use tensors that another module stores: {name of the tensor: name where it is stored}."""
+        """Tie tensors of the module `name` to those of the modules that store them: {name of the tensor: stored name}."""
         return {}
 
 

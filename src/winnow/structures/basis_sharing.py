@@ -1,4 +1,4 @@
-"""`basis_sharing`: the same matrix of consecutive layers shares one basis; output and down projections stay private."""
+"""`basis_sharing`: the same matrix of consecutive layers shares one basis; output and down projections are not shared."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class BasisSharing(SharedBasis):
-    """Layers in groups of `layers` share the right factor of [W_1; W_2; ...] in the metric sum_l C_l. A group of one layer,
-    and a role that is not shared, is `low_rank`; so is every expert of a mixture, since those of two layers do not correspond."""
+    """Groups of `layers` layers share the right factor of [W_1; W_2; ...] in the metric sum_l C_l. Single layers, roles that are
+    not shared, and experts of a mixture (which do not correspond between layers) are stored as `low_rank`."""
 
     reference = "Basis Sharing, arXiv 2410.03765"
     stores = "right (k, n) once per group of G layers, left (m, k) per layer"
@@ -27,7 +27,7 @@ class BasisSharing(SharedBasis):
         layers: int = Field(2, ge=1, description="consecutive layers that share a basis")
         roles: list[Literal[ROLES]] = Field(  # type: ignore[valid-type]
             ["q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj"],
-            description="roles that share; the others do not",
+            description="roles that share a basis",
         )
         basis: Literal["outputs", "inputs"] = Field("outputs", description="as for shared_basis")
 

@@ -1,4 +1,4 @@
-"""`by_target`: another structure for every target, as attention by one and the FFN by another."""
+"""`by_target`: a different structure for every target, for example one for attention and one for the FFN."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class ByTarget(Structure):
-    """Every target's matrices by the structure of its own, all in the method's metric; matrices that no target names cannot be
-    compressed so. With `rank_fraction: {target: share}` in the budget, targets can have ranks of their own too."""
+    """The matrices of every target are stored by its structure, all in the method's metric; matrices without a target are
+    unsupported. With `rank_fraction: {target: share}` in the budget, targets can also have different ranks."""
 
     reference = "combined attention and FFN compression (HyperTensor Paper VIII)"
     stores = "what the structure of each target stores"
     formula = "that of each target's structure"
-    bias_name = "bias"  # of no matrix: `bias_of` has the names
+    bias_name = "bias"  # unused: `bias_of` has the names
 
     class Options(StructureOptions):
         kind: Literal["by_target"]
@@ -40,12 +40,12 @@ class ByTarget(Structure):
             disjoint(self.parts)
             for part in self.parts.values():
                 if STRUCTURES[part.kind].bias_name is None:
-                    raise ValueError(f"{part.kind} replaces a whole FFN, so it cannot be the structure of some matrices")
+                    raise ValueError(f"{part.kind} replaces a whole FFN, so it cannot be the structure of a target")
                 if STRUCTURES[part.kind].optimised_at_size:
-                    raise ValueError(f"{part.kind} couples layers, so it cannot stand beside another structure")
+                    raise ValueError(f"{part.kind} couples layers, so it cannot be combined with another structure")
             clusterings = [STRUCTURES.build(part.model_dump()).clustering() for part in self.parts.values()]
             if len({c.model_dump_json() for c in clusterings if c}) > 1:
-                raise ValueError("the parts cluster in different ways; one method has one assignment of clusters")
+                raise ValueError("the parts have different clusterings; a method has only one assignment of clusters")
             return self
 
     options: Options
@@ -114,7 +114,7 @@ class ByTarget(Structure):
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        """The module of the part whose layout it is: a checkpoint names that part's kind, never this one's."""
+        """The module of the part with this layout: a checkpoint names the kind of the part, never `by_target`."""
         from winnow.structures.base import STRUCTURES
 
         return STRUCTURES[layout["kind"]].module(layout, dense)

@@ -1,4 +1,4 @@
-"""`bypass`: the leading directions of W kept apart as two factors, what is left of W by any other structure and metric."""
+"""`bypass`: the leading directions of W as two factors, and the remainder of W in any other structure and metric."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ else:
 class Bypass(Structure):
     """W = W_r + remainder: W_r of rank r in the method's metric, the remainder stored by `remainder` in its own metric.
 
-    With `low_rank` as remainder and one metric for both this is rank r + k exactly (T6): a bypass can help only where the
-    two differ.
+    With `low_rank` as remainder and one metric for both, this is exactly rank r + k (T6): a bypass can only help if the metrics
+    differ.
     """
 
     reference = "FFN SVD/PCA with residual bypass (HyperTensor Paper VIII)"
@@ -36,9 +36,9 @@ class Bypass(Structure):
 
     class Options(StructureOptions):
         kind: Literal["bypass"]
-        kept: int = Field(8, ge=1, description="directions kept apart, r")
+        kept: int = Field(8, ge=1, description="number r of separate leading directions")
         kept_fraction: float | None = Field(
-            None, gt=0, lt=1, description="r as a share of the smaller side of each matrix, in the place of `kept`"
+            None, gt=0, lt=1, description="r as a share of the smaller side of each matrix, instead of `kept`"
         )
         remainder: AnyStructure = Field(  # resolved by the registry, which knows them all
             default_factory=lambda: {"kind": "low_rank"}, validate_default=True, description="structure of the remainder"
@@ -50,9 +50,9 @@ class Bypass(Structure):
             from winnow.structures.base import STRUCTURES
 
             if self.kept_fraction is not None and self.kept != type(self).model_fields["kept"].default:
-                raise ValueError("give either `kept` or `kept_fraction`")
+                raise ValueError("give either `kept` or `kept_fraction`, not both")
             if STRUCTURES[self.remainder.kind].bias_name is None:
-                raise ValueError(f"{self.remainder.kind} replaces a whole FFN, so it cannot hold the remainder of a matrix")
+                raise ValueError(f"{self.remainder.kind} replaces a whole FFN, so it cannot store the remainder of a matrix")
             if STRUCTURES[self.remainder.kind].optimised_at_size:
                 raise ValueError(f"{self.remainder.kind} shares tensors between layers by name, so it cannot be a remainder")
             return self

@@ -1,4 +1,4 @@
-"""`cluster`: columns or rows of W in clusters, each with a low-rank map of its own."""
+"""`cluster`: clusters of columns or rows of W, each with its own low-rank map."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class Cluster(Structure):
-    """Per-cluster SVD: of k, a cluster with n_c of the n channels gets rank k_c = ceil(k n_c / n). A block that would store
-    more than dense is stored dense. The metric is that of the blocks: products between clusters of columns do not count."""
+    """Per-cluster SVD: at size k a cluster with n_c of the n channels has rank k_c = ceil(k n_c / n). A block is stored dense if
+    its factors would be larger. The metric is that of the blocks, without products between clusters of columns."""
 
     reference = "per-cluster column SVD, HyperTensor Paper VII"
     stores = "per cluster left (m, k_c) and right (k_c, n_c), or the dense block; order of the channels (n indices)"
@@ -44,7 +44,7 @@ class Cluster(Structure):
         return problem.labels[problem.group[0].name]
 
     def ranks(self, sizes: list[int], size: int) -> list[int]:
-        """The rank of every cluster, from the numbers of their channels."""
+        """The rank of every cluster from its number of channels."""
         return [math.ceil(size * count / sum(sizes)) for count in sizes]
 
     def limit(self, group: list[Matrix]) -> int:
@@ -130,7 +130,7 @@ class Cluster(Structure):
         parts: dict[str, nn.Module] = {}
         rows = layout["axis"] == "rows"
         if sum(block[0 if rows else 1] for block in layout["blocks"]) != layout["out" if rows else "in"]:
-            raise ValueError("its blocks do not make up the matrix")
+            raise ValueError("the shapes of its blocks do not add up to the matrix")
         for cluster, (m, n, rank) in enumerate(layout["blocks"]):
             if rank is None:
                 parts[str(cluster)] = nn.Linear(n, m, bias=False)
@@ -143,7 +143,7 @@ class Cluster(Structure):
 
 
 def _part(metric: Any, channels: Tensor) -> Any:
-    """The metric of some channels: a part of its diagonal, or a block."""
+    """The metric of some channels: a part of the diagonal, or a block."""
     if metric is None or metric.dim() == 1:
         return metric if metric is None else metric[channels]
     return metric[channels][:, channels]

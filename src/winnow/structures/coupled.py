@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# JSON has no infinity, so it is a word there; YAML's `.inf` means the same.
+# JSON has no infinity, so a word is used; YAML's `.inf` means the same.
 Strength = Annotated[Finite | Literal["inf"], BeforeValidator(lambda value: "inf" if value == math.inf else value)]
 
 
 class Coupled(Structure):
-    """Sections P_l (n, k) and Q_l (m, k) minimise sum_l ||A_l - Q_l Q_l^T A_l P_l P_l^T||^2 + (lambda / 2) the squared distances
-    of all sections from anchors; A_l = W_l C^{1/2}, C the mean metric of the layers that share P_l.
+    """Sections P_l (n, k) and Q_l (m, k) minimise sum_l ||A_l - Q_l Q_l^T A_l P_l P_l^T||^2 + (lambda / 2) times the squared
+    distances of all sections from anchors; A_l = W_l C^{1/2}, C the mean metric of the layers that share P_l.
 
-    Stored is W_l ~ Q_l core_l (C^{-1/2} P_l)^T; chained sections (square W, metric `weights`) share a tensor, Q_l = P_{l+1}. With
-    one side W_l ~ (A_l P_l) (C^{-1/2} P_l)^T minimises sum_l ||A_l - A_l P_l P_l^T||^2 + the same. `Fit.error`: that of a start,
-    an upper bound if lambda = 0 and starts >= 2; the sum of squares of `Fit.spectrum` beyond k is a lower bound."""
+    W_l is stored as Q_l core_l (C^{-1/2} P_l)^T; chained sections (square W, metric `weights`) share a tensor, Q_l = P_{l+1}.
+    With one side, (A_l P_l) (C^{-1/2} P_l)^T minimises sum_l ||A_l - A_l P_l P_l^T||^2 + the same term. `Fit.error` is that of
+    the initial values, an upper bound if lambda = 0 and starts >= 2; the sum of squares of `Fit.spectrum` beyond k is a lower
+    bound."""
 
     reference = "cross-layer subspace coupling, arXiv 2605.30836 (reconstructed)"
     stores = "sections (m, k), (n, k) once each, core (k, k) per layer; one side: right (k, n) once, left (m, k) per layer"
@@ -41,31 +42,34 @@ class Coupled(Structure):
 
     class Options(StructureOptions):
         kind: Literal["coupled"]
-        tying: Literal["free", "grouped", "tied"] = Field("free", description="sections of each layer, of `layers`, or of all")
-        layers: int = Field(2, ge=1, description="consecutive layers (chained: sections) that are one, for `grouped`")
+        tying: Literal["free", "grouped", "tied"] = Field(
+            "free", description="sections per layer, shared by `layers` layers, or shared by all"
+        )
+        layers: int = Field(2, ge=1, description="consecutive layers (chained: sections) that are shared, for `grouped`")
         sections: Literal["auto", "chained", "separate"] = Field(
-            "auto", description="chained: a layer's output section is the next one's input section; auto: where that is possible"
+            "auto", description="chained: a layer's output section is the next layer's input section; auto: chained if possible"
         )
         sides: Literal["two", "one"] = Field("two", description="project outputs and inputs, or inputs only")
         anchor: Literal["metric", "plain", "whitened"] = Field(
-            "metric", description="low-rank map that anchors span: in the method's metric, of the weights, or in the Gram metric"
+            "metric",
+            description="low-rank map that defines the anchors: in the method's metric, of the weights, or in the Gram metric",
         )
         anchor_side: Literal["input", "output", "both"] = Field(
-            "both", description="whose map anchors a section between two layers: the one that reads it, writes it, or both"
+            "both", description="which map anchors a section between two layers: that with it as input, as output, or both"
         )
         anchor_strength: Strength = Field(0.0, description="lambda, as a share of the mean ||A_l||^2; `inf` stores the anchors")
-        starts: int = Field(3, ge=1, description="descents from the anchors, from leading directions, then from random sections")
-        sweeps: int = Field(50, ge=1, description="most updates of every section")
-        seed: int = Field(0, ge=0, description="of the random starts")
+        starts: int = Field(3, ge=1, description="number of initialisations: anchors, leading directions, then random sections")
+        sweeps: int = Field(50, ge=1, description="maximum number of updates of every section")
+        seed: int = Field(0, ge=0, description="seed of the random initialisations")
 
         @model_validator(mode="after")
         def _possible(self) -> Coupled.Options:
             if self.sides == "one" and self.sections == "chained":
-                raise ValueError("one side has no output sections, so nothing can be chained; use `sections: separate`")
+                raise ValueError("`sides: one` has no output sections to be chained; use `sections: separate`")
             return self
 
     options: Options
-    _last: tuple[dict[str, Tensor], int, tuple[Coupling, Sections, dict[str, Any]]] | None = None  # the last answer
+    _last: tuple[dict[str, Tensor], int, tuple[Coupling, Sections, dict[str, Any]]] | None = None  # cache of the last result
 
     def needs(self) -> tuple[str, ...]:
         return ("gram",) if self.options.anchor == "whitened" else ()
@@ -86,12 +90,12 @@ class Coupled(Structure):
         (m, n), square = group[0].shape, group[0].shape[0] == group[0].shape[1]
         if tensors:
             inputs, outputs = tensors["inputs"].tolist(), tensors["outputs"].tolist()
-        else:  # before the fit knows the metric: the fewest that can be
+        else:  # the metric is not known before the fit: a lower bound
             inputs, outputs = self._numbering(len(group), square and self.options.sections != "separate")
         return size * (n * len(set(inputs)) + m * len(set(outputs) - set(inputs)) + len(group) * (size if outputs else m))
 
     def _numbering(self, layers: int, chained: bool) -> tuple[list[int], list[int]]:
-        """The sections of every layer's inputs and outputs; no outputs where only inputs are projected."""
+        """The sections of every layer's inputs and outputs; no outputs if only inputs are projected."""
         from winnow.numerics.coupling import numbering
 
         together = {"free": 1, "grouped": self.options.layers, "tied": layers + 1}[self.options.tying]
@@ -106,7 +110,7 @@ class Coupled(Structure):
         (m, n), wanted = problem.group[0].shape, self.options.sections
         possible = m == n and self._of_weights(problem) and self.options.sides == "two"
         if wanted == "chained" and not possible:
-            raise ValueError(f"chained sections need square matrices, not {m} x {n}, and the metric `weights`: use separate ones")
+            raise ValueError(f"chained sections need square matrices, not {m} x {n}, and the metric `weights`; use `separate`")
         return possible and wanted != "separate"
 
     def fit(self, problem: Problem, largest: int) -> Fit:
@@ -152,7 +156,7 @@ class Coupled(Structure):
         return self._last[2]
 
     def report(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Any]:
-        """Energies of every sweep and start, the winner, and relative errors: stored, of the anchors, and the least possible."""
+        """Energies of all sweeps and initialisations, the winner, and relative errors: stored, of the anchors, a lower bound."""
         return self._solved(tensors, size)[2]
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
@@ -196,7 +200,7 @@ class Coupled(Structure):
         for tensor, owner in layout["shared"].items():
             (inner, _, leaf), kept = tensor.rpartition("."), model.get_parameter(owner)
             if kept.shape != own.get_parameter(tensor).shape:
-                raise ValueError(f"{tensor} is not of the shape of {owner}")
+                raise ValueError(f"{tensor} differs in shape from {owner}")
             setattr(own.get_submodule(inner), leaf, kept)
         own._tied_weights_keys = layout["shared"]  # type: ignore[assignment]  # `save_pretrained` stores them once
         return {f"{name}.{tensor}": owner for tensor, owner in layout["shared"].items()}

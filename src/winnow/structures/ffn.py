@@ -1,4 +1,4 @@
-"""What structures that replace a whole FFN have in common, where gate and up are one matrix (Phi-3) as well."""
+"""Base class of structures that replace a whole FFN, including FFNs in which gate and up are one matrix (Phi-3)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FUSED = "gate_up_proj"
 class FfnStructure(Structure):
     """Fits gate, up and down of a layer together, and stores their biases itself.
 
-    A structure sees [gate, up, down] or [up, down], in `count`, `fit_ffn`, `store_ffn` and `part_module`. A fused matrix of gate
-    above up is cut in two before and put together after: its module gives the outputs of both, one behind the other."""
+    Subclasses receive [gate, up, down] or [up, down] in `count`, `fit_ffn`, `store_ffn` and `part_module`. A fused matrix of gate
+    above up is split before and joined afterwards: its module outputs both, concatenated."""
 
     bias_name = None
 
@@ -33,26 +33,26 @@ class FfnStructure(Structure):
         return group[-1:]
 
     def control(self) -> StructureOptions | None:
-        """With neurons chosen at random, where the options have a criterion."""
+        """The same with randomly selected neurons, if the options have a criterion."""
         criterion = getattr(self.options, "criterion", "random")
         return None if criterion == "random" else self.options.model_copy(update={"criterion": "random"})
 
     @abstractmethod
     def count(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
-        """As `numbers`."""
+        """Like `numbers`."""
 
     @abstractmethod
     def fit_ffn(self, problem: Problem, largest: int) -> Fit:
-        """As `fit`."""
+        """Like `fit`."""
 
     @abstractmethod
     def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
-        """As `stored`."""
+        """Like `stored`."""
 
     @staticmethod
     @abstractmethod
     def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        """As `module`."""
+        """Like `module`."""
 
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return self.count(_parts(group), size, tensors)
@@ -81,7 +81,7 @@ class FfnStructure(Structure):
 
 
 def _parts(group: list[Matrix]) -> list[Matrix]:
-    """The group with a fused matrix as two: gate and up, in modules of their own below its module."""
+    """The group with a fused matrix as two matrices, gate and up, in modules below its module."""
     found = []
     for m in group:
         if m.role != FUSED:
@@ -93,7 +93,7 @@ def _parts(group: list[Matrix]) -> list[Matrix]:
 
 
 def _parted(problem: Problem) -> Problem:
-    """The problem of `_parts` of its group: rows of weights, biases and statistics of outputs go to the half they belong to."""
+    """The problem of `_parts` of its group: rows of weights, biases and output statistics are split between gate and up."""
     fused = next((m for m in problem.group if m.role == FUSED), None)
     if fused is None:
         return problem

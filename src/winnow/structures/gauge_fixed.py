@@ -1,4 +1,4 @@
-"""`gauge_fixed`: the rank-k map of `low_rank` in k (m + n - k) numbers: k of its rows are stored, the others as combinations."""
+"""`gauge_fixed`: the rank-k map of `low_rank` in k (m + n - k) numbers: k rows, and the others as combinations of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class GaugeFixed(LowRank):
-    """W_k = left right is unchanged by left M, M^{-1} right; with M^{-1} = left[p] for k rows p, those rows of left are the
-    identity and need not be stored. The rows are chosen by pivoting, which keeps the others' coefficients small."""
+    """W_k = left right does not change with left M, M^{-1} right; with M^{-1} = left[p] for k rows p, these rows of left become
+    the identity and are not stored. The rows are chosen by pivoting, which keeps the coefficients of the others small."""
 
-    reference = "two factors without their k^2 redundant numbers (no paper known to store it)"
+    reference = "two factors without their k^2 redundant numbers (not published as far as we know)"
     stores = "right (k, n): k rows of W_k; left (m - k, k); order of the rows (m indices)"
     formula = "k (m + n - k)"
     bias_name = "bias"

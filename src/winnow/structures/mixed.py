@@ -1,4 +1,4 @@
-"""`mixed`: for every FFN and every attention matrix the structure that loses least, chosen together with its size."""
+"""`mixed`: for every FFN and every attention matrix the structure with the lowest predicted loss, chosen with its size."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class Mixed(Structure):
-    """An FFN is stored by a member that replaces it as a whole, or each of its matrices by one that replaces matrices, or dense;
-    an attention matrix by one of the latter, or dense. `ilp` chooses by predicted loss; other allocations cannot. Every member is
-    fitted as a method of its own, in the metric of this one where it takes one, and shares factors with such a method."""
+    """An FFN is stored by one member as a whole, or each of its matrices by a member for single matrices, or dense; an attention
+    matrix by a member for single matrices, or dense. Only the allocation `ilp` can choose, by predicted loss. Every member is
+    fitted like a method of its own, in this method's metric if it uses one, and shares its factors with such a method."""
 
-    reference = "a choice among structures by integer programme, on predicted losses"
+    reference = "choice of structures by an integer programme on predicted losses"
     stores = "what the chosen members store"
     formula = "that of the chosen members"
-    bias_name = "bias"  # of no matrix: the members have the names
+    bias_name = "bias"  # unused: the members have the names
 
     class Options(StructureOptions):
         kind: Literal["mixed"]
@@ -43,11 +43,11 @@ class Mixed(Structure):
             kinds = [member.kind for member in self.members]
             for kind in kinds:
                 if kinds.count(kind) > 1:
-                    raise ValueError(f"members hold {kind} twice; allocation.json tells members by their kind")
+                    raise ValueError(f"duplicate member {kind}; members are identified by their kind in allocation.json")
                 if not STRUCTURES[kind].predicts:
-                    raise ValueError(f"{kind} has no predicted losses to be chosen by; take it out of the members")
+                    raise ValueError(f"{kind} has no predicted losses to choose by; remove it from the members")
             if all(STRUCTURES[kind].objective != "metric" for kind in kinds):
-                raise ValueError("no member replaces single matrices, as low_rank does; add one, for what is in no FFN")
+                raise ValueError("no member replaces single matrices; add one, such as low_rank, for matrices outside of FFNs")
             return self
 
     options: Options
@@ -65,18 +65,18 @@ class Mixed(Structure):
         return next((reason for reason in (member.not_dense() for member in self.members.values()) if reason), None)
 
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
-        """None: its members fit theirs."""
+        """None: its members have the groups."""
         return []
 
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> NoReturn:
-        raise NotImplementedError("its members count their own")
+        raise NotImplementedError("counted by the members")
 
     def fit(self, problem: Problem, largest: int) -> Fit:
-        raise NotImplementedError("its members are fitted each by itself")
+        raise NotImplementedError("fitted by the members")
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
-        raise NotImplementedError("its members store their own")
+        raise NotImplementedError("stored by the members")
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        raise ValueError("a checkpoint names the kinds of the members, never this one's")
+        raise ValueError("a checkpoint names the kinds of the members, never `mixed`")

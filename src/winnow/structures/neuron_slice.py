@@ -1,4 +1,4 @@
-"""`neuron_slice`: a smaller FFN of the same form: some neurons are kept, and down makes up for the others."""
+"""`neuron_slice`: a smaller FFN of the same form; some neurons are kept, and down compensates for the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from winnow.structures.ffn import FfnStructure
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BY_GAIN = 8  # how much longer an operation of it takes than one of a product: vectors are read once for each; measured
+BY_GAIN = 8  # measured time of its operations relative to those of a matrix product: it is bound by memory bandwidth
 
 
 class NeuronSlice(FfnStructure):
@@ -31,12 +31,12 @@ class NeuronSlice(FfnStructure):
         kind: Literal["neuron_slice"]
         criterion: Literal["leverage", "output", "loss", "activation", "activation_x_row", "weight_norm", "random"] = Field(
             "leverage",
-            description="what makes a neuron important: `output` and `loss` take them one by one, by what each gains of the "
-            "corrected output, or of the predicted loss (needs a backward pass); see winnow/numerics/neurons.py for the others",
+            description="importance of a neuron: `output` and `loss` select neurons greedily by the reduction of the corrected "
+            "output's error or of the predicted loss (needs a backward pass); for the others see winnow/numerics/neurons.py",
         )
-        correction: Literal["nystrom", "none"] = Field("nystrom", description="whether down makes up for the dropped neurons")
-        ridge: float = Field(1e-4, gt=0, le=1, description="of the leverage scores, as a share of the mean second moment")
-        seed: int = Field(0, ge=0, description="of the random criterion")
+        correction: Literal["nystrom", "none"] = Field("nystrom", description="whether down compensates for the dropped neurons")
+        ridge: float = Field(1e-4, gt=0, le=1, description="ridge of the leverage scores, as a share of the mean second moment")
+        seed: int = Field(0, ge=0, description="seed of the random criterion")
 
     options: Options
 
@@ -50,7 +50,7 @@ class NeuronSlice(FfnStructure):
         return len(group) * size * d + size * sum(m.bias for m in inner) + (d if down.bias else 0)
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
-        """As of every structure, and of neurons taken one by one, see `by_gain`."""
+        """As in `Structure`, plus the greedy selection of neurons (`by_gain`)."""
         memory, operations, cached = super().work(group, needs)
         d, f = group[-1].shape
         if self.options.criterion in ("output", "loss"):
@@ -71,7 +71,7 @@ class NeuronSlice(FfnStructure):
         if self.options.correction == "none":
             error = left_out((weight.T @ weight) * gram)
             return Fit(tensors, error[: largest + 1], gram.diagonal().clamp(min=0).sqrt() * weight.norm(dim=0))
-        # C = L L^T in this order holds the answer for every k: C_:S C_SS^{-1} = L_:S L_SS^{-1}.
+        # C = L L^T in this order gives the correction for every k: C_:S C_SS^{-1} = L_:S L_SS^{-1}.
         factor = torch.linalg.cholesky(regularized(gram, 1e-12, "the second moment of the hidden units"))
         products = weight @ factor
         gained = products.square().sum(0)
@@ -80,8 +80,8 @@ class NeuronSlice(FfnStructure):
         return Fit({**kept, "factor": factor, "products": products}, error[: largest + 1], gained.sqrt())
 
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
-        """The output changes by what the dropped neurons added to it and the kept ones do not make up for: W_down without its
-        first k columns times the hidden units, or, of C = L L^T, W_down L without them times L^{-1} h."""
+        """The change of the output is the contribution of the dropped neurons that the kept ones do not compensate: W_down
+        without its first k columns times the hidden units, or, with C = L L^T, W_down L without them times L^{-1} h."""
         import torch
 
         from winnow.numerics.neurons import left_out

@@ -1,4 +1,4 @@
-"""`rounded`: W itself, its numbers on a grid of 2 to 8 bits, to nearest or so that they make up for each other's errors."""
+"""`rounded`: W itself on a grid of 2 to 8 bits, rounded to nearest or with error feedback."""
 
 from __future__ import annotations
 
@@ -13,51 +13,54 @@ from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptio
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SWEEPS, NUMBERS = 4, 1 << 24  # of the descent on both sides; numbers of all forms that are rounded at once
+SWEEPS, NUMBERS = 4, 1 << 24  # sweeps of coordinate descent on both sides; numbers (of all forms) rounded at once
 Bits = Annotated[int, Field(ge=2, le=8)]
 Grid = Literal["symmetric", "full", "asymmetric"]
 
 
 class Rounded(Structure):
-    """Every number of W as a code times the scale of its group, `group` inputs of a row. Size s is the s-th of all forms (bits,
-    group, grid) by the bytes they store: with one, a budget says `rank_fraction: 1`. To `nearest` no metric changes codes of
-    scales `largest`, only what the error is measured in; with `feedback` the metric decides: errors go from column to column in
-    the Gram metric, as in GPTQ, and along rows and columns in the two-sided one. It saves bytes, no time: numbers are multiplied
-    out at every call."""
+    """Every number of W as a code times the scale of its group of `group` inputs of a row. Size s is the s-th of all forms (bits,
+    group, grid) by stored bytes; for a single form, use `rank_fraction: 1` in the budget. With `nearest` and scales `largest`
+    the metric only measures the error; with `feedback` it determines the codes: errors are compensated along columns in the Gram
+    metric, as in GPTQ, and along rows and columns in the two-sided one. It saves bytes, not time: the matrix is dequantised in
+    every call."""
 
     reference = "round to nearest; GPTQ, arXiv 2210.17323; both sides as in YAQA, arXiv 2505.22988"
-    stores = "steps (m, n) of some bits each, packed by rows; scale (m, ceil(n / group)), float16; zero (likewise) of some bits"
+    stores = "steps (m, n) of `bits` bits, packed by rows; scale (m, ceil(n / group)), float16; zero, as scale, of `bits` bits"
     formula = "m n steps, m ceil(n / group) scales; asymmetric as many zero points"
     bias_name = "bias"
     predicts = True
 
     class Options(StructureOptions):
         kind: Literal["rounded"]
-        bits: list[Bits] = Field([8], min_length=1, description="of a number, 2 to 8, in ascending order: of every size")
+        bits: list[Bits] = Field(
+            [8], min_length=1, description="bits of a number, 2 to 8, in ascending order; one or more sizes for each"
+        )
         group: int | list[int | None] | None = Field(
-            32, description="inputs of a row that share a scale, 4 or more, or several such numbers; null: the whole row"
+            32, description="inputs of a row that share a scale, 4 or more, or a list of such numbers; null: the whole row"
         )
         grids: list[Grid] = Field(
             ["symmetric"],
             min_length=1,
-            description="symmetric: steps to +-(2^(bits - 1) - 1); full: one step more, on the side of a group's largest number, "
-            "by the sign of its scale, at no bytes; asymmetric: a zero point for every group, of so many bits",
+            description="symmetric: steps to +-(2^(bits - 1) - 1); full: one more step on the side of a group's largest number, "
+            "by the sign of its scale, without more bytes; asymmetric: a zero point of `bits` bits for every group",
         )
         scales: Literal["largest", "searched", "unbiased"] = Field(
             "largest",
-            description="largest: the largest number of a group is at an end of the grid; searched: it may be cut off, where "
-            "that lowers the squared error, inputs weighted by the diagonal of the metric; unbiased: the same, without making "
-            "the matrix smaller, as least squares does",
+            description="largest: the largest number of a group is at an end of the grid; searched: it may be clipped if that "
+            "lowers the squared error, inputs weighted by the diagonal of the metric; unbiased: the same, without the shrinkage "
+            "of the matrix by least squares",
         )
         rounding: Literal["nearest", "feedback"] = Field(
-            "nearest", description="feedback: the numbers to come make up for the error of one, as far as a full metric lets them"
+            "nearest",
+            description="feedback: the numbers rounded later compensate for the error of each, according to a full metric",
         )
 
         @field_validator("bits")
         @classmethod
         def _ascending(cls, bits: list[int]) -> list[int]:
             if bits != sorted(set(bits)):
-                raise ValueError(f"bits are sizes, from few to many and each once: {sorted(set(bits))}")
+                raise ValueError(f"bits must be in ascending order without duplicates: {sorted(set(bits))}")
             return bits
 
         @field_validator("group")
@@ -65,38 +68,38 @@ class Rounded(Structure):
         def _wide(cls, group: Any) -> Any:
             groups = group if isinstance(group, list) else [group]
             if not groups or any(width is not None and width < 4 for width in groups):
-                raise ValueError("groups are of 4 inputs or more, or null, the whole row; a list names one at least")
+                raise ValueError("a group must have at least 4 inputs, or be null for the whole row; a list must not be empty")
             return group
 
         @field_validator("group", "grids")
         @classmethod
         def _once(cls, given: Any) -> Any:
             if isinstance(given, list) and len(set(given)) < len(given):
-                raise ValueError("name each once")
+                raise ValueError("remove the duplicates")
             return given
 
     options: Options
 
     def forms(self, columns: int) -> list[Form]:
-        """What the sizes of a matrix of so many inputs are, from size 1."""
+        """The forms of sizes 1, 2, ... of a matrix with `columns` inputs."""
         own = self.options
         return forms_of(columns, own.bits, list(own.grids), own.group if isinstance(own.group, list) else [own.group])
 
     def untrainable(self) -> str | None:
-        return "rounded stores integers, which are not trained"
+        return "rounded stores integers, which cannot be trained"
 
     def limit(self, group: list[Matrix]) -> int:
         return len(self.forms(group[0].shape[1]))
 
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
-        return 0  # of the weights' dtype; `index_bytes` has all that is stored
+        return 0  # numbers in the dtype of the weights; `index_bytes` counts everything
 
     def index_bytes(self, group: list[Matrix], size: int) -> int:
         m, n = group[0].shape
         return m * self.forms(n)[size - 1].row_bytes(n)
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
-        """Codes of all forms, of which some are rounded at once; searched scales, errors, and feedback in a full metric."""
+        """Codes of all forms, several rounded at once; searched scales, errors, and feedback in a full metric."""
         m, n = group[0].shape
         forms, both = self.forms(n), "gradient_gram" in needs
         at_once = m * n * min(len(forms), max(1, NUMBERS // (m * n)))

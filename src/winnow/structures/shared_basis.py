@@ -1,4 +1,4 @@
-"""`shared_basis`: matrices of a layer that read the same input share one basis: left_g (m_g, k) each, right (k, n) once."""
+"""`shared_basis`: matrices of a layer with the same input share one basis: left_g (m_g, k) each, right (k, n) once."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SharedBasis(Structure):
             right, spectrum, error = principal_components(stacked, columns)
             left = stacked @ right.T
         else:
-            raise ValueError("principal components of the inputs need the metric `gram`, which does not weigh outputs")
+            raise ValueError("principal components of the inputs need the metric `gram`, not one that weights outputs")
         return Fit({"left": left[:, :largest], "right": right[:largest]}, error[: largest + 1], spectrum)
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
@@ -81,7 +81,7 @@ class SharedBasis(Structure):
         own, owner = model.get_submodule(name), layout["basis_of"]
         kept = model.get_submodule(f"{owner}.right")
         if kept.get_parameter("weight").shape != own.get_parameter("right.weight").shape:
-            raise ValueError(f"its basis is not of the shape of that of {owner}")
+            raise ValueError(f"its basis differs in shape from that of {owner}")
         own.right = kept
         if isinstance(kept, SharedLinear):
             kept.readers += 1

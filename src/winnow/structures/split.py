@@ -1,4 +1,4 @@
-"""`split`: the FFN's heavy neurons as they are, its light ones as low-rank maps in each of its matrices."""
+"""`split`: the FFN's heavy neurons are kept, its light ones are low-rank maps in each of its matrices."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 class Split(FfnStructure):
-    """Neurons in order of importance; the first share `exact` is stored as it is. The light rows of gate and up and the light
-    columns of down are each the best rank-k map in the method's metric. Reordering neurons costs nothing: all matrices of
-    the FFN are reordered alike."""
+    """Neurons are sorted by importance; the first share `exact` is stored unchanged. The light rows of gate and up and the light
+    columns of down are each replaced by the best rank-k map in the method's metric. No order is stored: all matrices of the FFN
+    have the same order of neurons."""
 
     reference = "FFSplit, arXiv 2401.04044"
-    stores = "per matrix: heavy rows (h, d), light left (f - h, k) and right (k, d); columns of down likewise"
+    stores = "per matrix: heavy rows (h, d), light left (f - h, k) and right (k, d); in down the same for columns"
     formula = "3 (h d + k (f - h + d)); 2 without gate"
 
     class Options(StructureOptions):
         kind: Literal["split"]
-        exact: float = Field(0.25, ge=0, le=1, description="share of the neurons that is kept as it is")
+        exact: float = Field(0.25, ge=0, le=1, description="share of the neurons that is kept unchanged")
         criterion: Literal["activation", "activation_x_row", "weight_norm", "leverage", "random", "lowest"] = Field(
-            "activation", description="what makes a neuron heavy; see winnow/numerics/neurons.py"
+            "activation", description="importance of a neuron; see winnow/numerics/neurons.py"
         )
-        seed: int = Field(0, ge=0, description="of the random criterion")
+        seed: int = Field(0, ge=0, description="seed of the random criterion")
 
     options: Options
 

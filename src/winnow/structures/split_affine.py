@@ -1,4 +1,4 @@
-"""`split_affine`: the FFN's heavy neurons as they are, its light ones as one affine map of the FFN's input, or dropped."""
+"""`split_affine`: the FFN's heavy neurons are kept, its light ones become one affine map of the FFN's input, or are dropped."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class SplitAffine(FfnStructure):
-    """y = W_down[:, heavy] h_heavy + A x + b, with A x + b the exact least-squares fit of what the light neurons add. A size
-    is the number of heavy neurons. With `light: dropped` nothing stands for them, and b is the FFN's own bias."""
+    """y = W_down[:, heavy] h_heavy + A x + b, with A x + b the exact least-squares fit of the light neurons' contribution. A size
+    is the number of heavy neurons. With `light: dropped` there is no A, and b is the FFN's own bias."""
 
     reference = "FFSplit, arXiv 2401.04044, with the linear replacement of R2_lin, arXiv 2606.19379, for the light part"
     stores = "k rows of gate and up, k columns of down, A (d, d), b (d)"
@@ -25,12 +25,12 @@ class SplitAffine(FfnStructure):
 
     class Options(StructureOptions):
         kind: Literal["split_affine"]
-        light: Literal["affine", "dropped"] = Field("affine", description="what stands for the light neurons")
+        light: Literal["affine", "dropped"] = Field("affine", description="replacement of the light neurons")
         criterion: Literal["activation", "activation_x_row", "weight_norm", "leverage", "random", "lowest"] = Field(
-            "activation_x_row", description="what makes a neuron heavy; see winnow/numerics/neurons.py"
+            "activation_x_row", description="importance of a neuron; see winnow/numerics/neurons.py"
         )
-        seed: int = Field(0, ge=0, description="of the random criterion")
-        ridge: float = Field(1e-8, gt=0, le=1, description="relative ridge of the regression; raised where it is singular")
+        seed: int = Field(0, ge=0, description="seed of the random criterion")
+        ridge: float = Field(1e-8, gt=0, le=1, description="relative ridge of the regression; raised if it is singular")
 
     options: Options
 

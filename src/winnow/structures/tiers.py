@@ -1,4 +1,4 @@
-"""`tiers`: columns in order of importance; the first exact, the others in tiers with a share of the rank each."""
+"""`tiers`: columns in order of importance; the first are exact, the others in tiers that share the rank."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class Tiers(Cluster):
-    """The published "activation-weighted" FFN compression: `exact` columns are kept, then tiers of the columns get shares of
-    the rank k - exact, by unweighted SVD. A tier that would store more than dense is stored dense."""
+    """The published "activation-weighted" FFN compression: `exact` columns are kept, then tiers of the columns receive shares of
+    the rank k - exact, by unweighted SVD. A tier is stored dense if its factors would be larger."""
 
     reference = "HyperTensor Paper VII, p2_ffn_actweighted.py"
     stores = "exact columns, per tier left (m, k_c) and right (k_c, n_c) or the dense block; order of the columns (n indices)"
@@ -29,15 +29,15 @@ class Tiers(Cluster):
         score: Literal["mean_abs", "weight_norm", "random"] = Field(
             "mean_abs", description="importance of a column: mean absolute input, own L2 norm, or random"
         )
-        exact: int = Field(32, ge=0, description="columns kept as they are")
+        exact: int = Field(32, ge=0, description="columns kept unchanged")
         columns: list[float] = Field([0.15, 0.35, 0.5], min_length=1, description="shares of the other columns")
-        ranks: list[float] = Field([0.5, 0.3, 0.2], min_length=1, description="shares of the rank that is left")
-        seed: int = Field(0, ge=0, description="of the random importance")
+        ranks: list[float] = Field([0.5, 0.3, 0.2], min_length=1, description="shares of the remaining rank")
+        seed: int = Field(0, ge=0, description="seed of the random importance")
 
         @model_validator(mode="after")
         def _whole(self) -> Tiers.Options:
             if len(self.columns) != len(self.ranks) or any(abs(sum(v) - 1) > 1e-9 for v in (self.columns, self.ranks)):
-                raise ValueError("`columns` and `ranks` are shares of the same tiers, each adding up to 1")
+                raise ValueError("`columns` and `ranks` must have the same length (one share per tier) and each sum to 1")
             return self
 
     options: Options  # type: ignore[assignment]

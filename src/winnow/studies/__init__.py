@@ -1,2 +1,2 @@
-"""The experiments of one paper each: a folder per study, whose `study` defines a `base.Study`; beside it is what no other
+"""The experiments of one paper each: a folder per study, whose module `study` defines a `base.Study`, with code that only this
 study needs."""

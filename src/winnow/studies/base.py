@@ -1,4 +1,5 @@
-"""What a study is: cells to evaluate, a measurement on each model's weights and statistics, and a conclusion from both."""
+"""The interface of a study: cells to evaluate, a measurement of each model's weights and statistics, and a conclusion from
+both."""
 
 from __future__ import annotations
 
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
     from winnow.studies.claims import Answer
 
 
-NONE = "none"  # the recovery of a cell that names none
+NONE = "none"  # the recovery of a cell without one
 
 
 def key_of(cell: Sequence[str]) -> tuple[str, str, str]:
-    """(method, budget, recovery) of a cell as a study names it."""
+    """(method, budget, recovery) of a cell of a study."""
     method, budget, *recovery = cell
     return method, budget, recovery[0] if recovery else NONE
 
 
 def speed(row: dict[str, Any], unit: float = 1.0) -> Answer:
-    """What a row of `winnow.studies.trials.timed` says of the speed, in times as fast as dense by `unit` (100: in %); its
-    interval of 95 % is taken for two standard errors to each side."""
+    """The speed from a row of `winnow.studies.trials.time_forms`, relative to dense times `unit` (100: in %); its 95 % interval
+    is taken as two standard errors on each side."""
     from winnow.studies.claims import Answer
 
     return Answer(unit / row["ratio"], unit * (1 / row["ratio_low"] - 1 / row["ratio_high"]) / 4)
@@ -38,7 +39,7 @@ def speed(row: dict[str, Any], unit: float = 1.0) -> Answer:
 
 @dataclass(frozen=True)
 class Given:
-    """What a measurement on a model may read: of the statistics and windows, those that the study names in `reads`."""
+    """The inputs of a measurement on a model; statistics and windows only if they are in the study's `reads`."""
 
     files: ModelFiles
     dtype: str
@@ -51,8 +52,8 @@ class Given:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a conclusion rests on: the summary table of the study's cells, the results behind it (by path), what was measured on
-    every model (by name), and, where tasks of the study's kind are configured, the table of its scores and the cells in it."""
+    """The inputs of a conclusion: the summary table of the study's cells, their results (by path), the measurements of every
+    model (by name), and, if tasks of the study's kind are configured, the table of scores and its cells."""
 
     summary: pd.DataFrame
     results: dict[str, dict[str, Any]]
@@ -61,8 +62,8 @@ class Evidence:
     scored: Sequence[dict[str, Any]] = ()  # the cells in `scores`: model, evaluation, method, budget, recovery, result (a path)
 
     def cell(self, model: str, method: str, budget: str, recovery: str = NONE) -> dict[str, Any]:
-        """The summary's row of a cell, with its paired difference to dense; KeyError if there is none. The dense model's budget
-        is `dense`."""
+        """The summary's row of a cell, with its paired difference to dense. Raises KeyError if there is none. The dense model has
+        the budget `dense`."""
         t = self.summary
         same = (t["model"] == model) & (t["method"] == method) & (t["budget"] == budget)
         rows = t[same & (t["recovery"] == recovery)]
@@ -71,11 +72,11 @@ class Evidence:
         return {str(key): value for key, value in rows.iloc[0].items()}
 
     def windows(self, model: str, cell: Sequence[str]) -> dict[str, Any]:
-        """What was summed over every window of a cell: (method, budget) or (method, budget, recovery)."""
+        """The per-window sums of a cell: (method, budget) or (method, budget, recovery)."""
         return self.results[self.cell(model, *cell)["result"]]["per_window"]
 
     def above(self, model: str, one: Sequence[str], other: Sequence[str]) -> tuple[float, float]:
-        """(nats per token of cell `one` above cell `other`, standard error), paired by window; cells as for `windows`."""
+        """(nats per token of cell `one` above cell `other`, standard error), paired by window; cells as in `windows`."""
         from winnow.evaluation.spread import paired
 
         return paired(self.windows(model, one), self.windows(model, other))
@@ -96,24 +97,24 @@ class Study(Plugin):
 
     title: ClassVar[str]
     reference: ClassVar[str]  # the paper
-    methods: ClassVar[dict[str, dict[str, Any]]] = {}  # presets of its own, beside those of the same content in the config
+    methods: ClassVar[dict[str, dict[str, Any]]] = {}  # its own presets; presets of the same content in the config are reused
     budgets: ClassVar[dict[str, dict[str, Any]]] = {}
     recoveries: ClassVar[dict[str, dict[str, Any]]] = {}
-    # (method, budget), or (method, budget, recovery); beside every recovery stands the dense model with the same.
+    # (method, budget), or (method, budget, recovery); the dense model with the same recovery is added.
     cells: ClassVar[Sequence[tuple[str, ...]]] = []
-    scored: ClassVar[Sequence[tuple[str, str]]] = []  # (method, budget) on the tasks of models that have one of the kind
+    scored: ClassVar[Sequence[tuple[str, str]]] = []  # (method, budget) for models with a task of the kind
     scored_by: ClassVar[str] = "classification"  # or `accuracy`: the kind of evaluation
     tables: ClassVar[tuple[str, ...]] = ()
     figures: ClassVar[tuple[str, ...]] = ()
 
-    # of moments, windows, evaluation, checkpoints: what `measure` is given beside the model
+    # inputs of `measure` besides the model, from moments, windows, evaluation, checkpoints
     reads: ClassVar[tuple[str, ...]] = ()
 
     Options = Options
 
     @classmethod
     def kind(cls) -> str:
-        return cls.__module__.split(".")[-2]  # a study has no options, and is named by its folder
+        return cls.__module__.split(".")[-2]  # a study has no options; its name is that of its folder
 
     @abstractmethod
     def measure(self, given: Given) -> dict[str, Any]:
@@ -128,5 +129,5 @@ STUDIES: Registry[Study] = Registry("winnow.studies", Study, inside="study")
 
 
 def study_of(name: str) -> Study:
-    """The study of a name; its folder alone is imported, so that no study depends on another's code."""
+    """The study of this name; only its folder is imported, so that no study depends on another's code."""
     return STUDIES.build({"kind": name})

@@ -1,4 +1,4 @@
-"""Claims of the papers, and verdicts: computed from a claim's rule and measured numbers, never typed."""
+"""Claims of the papers, and verdicts, which are computed from a claim's rule and measured numbers, never typed."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ HOLDS, OTHER, FAILS = "holds", "holds with another number", "fails"
 IMPOSSIBLE, UNTESTED, UNDECIDED = "impossible", "cannot be tested here", "undecided"
 VERDICTS = (HOLDS, OTHER, FAILS, UNDECIDED, IMPOSSIBLE, UNTESTED)
 ERRORS = 2  # standard errors that a difference must exceed
-COARSE = 0.25  # of the claimed number (or its tolerance, if that is larger): a wider margin of error neither confirms nor refutes
-SMALL = 0.1  # of the claimed number: what is less than that on its side is not the claim with another number
+COARSE = 0.25  # share of the claimed number (or of its tolerance, if larger): with a larger error a claim is undecided
+SMALL = 0.1  # share of the claimed number: less than that is not the claim with another number
 
 
 class Number(Strict):
-    """The claimed number is measured again: it holds within `tolerance`, with another number if only its side of 0 does and at
-    least a tenth of it is left; a measurement too coarse to tell decides nothing."""
+    """The claimed number is measured: it holds within `tolerance`, and with another number if only its sign agrees and the
+    measured number is at least a tenth of it; with too large an error it is undecided."""
 
     kind: Literal["number"]
     tolerance: float = Field(ge=0, description="in the claim's unit; two standard errors of the measurement are added")
-    side: Literal["above", "below"] | None = Field(None, description="of 0: what the claim says even with another number")
+    side: Literal["above", "below"] | None = Field(None, description="side of 0 that the claim states even with another number")
 
 
 class Bound(Strict):
-    """The measured number must be at least or at most so much; within two standard errors of it nothing is decided."""
+    """The measured number must be at least or at most a bound; within two standard errors of the bound it is undecided."""
 
     kind: Literal["bound"]
     least: float | None = None
@@ -49,7 +49,7 @@ class Reachable(Strict):
 
 
 class Untestable(Strict):
-    """What it takes is not here."""
+    """It cannot be tested here, as something is missing."""
 
     kind: Literal["untestable"]
     reason: str
@@ -71,8 +71,8 @@ class Claim(Strict):
 
 @dataclass(frozen=True)
 class Answer:
-    """What was measured for a claim on a model: a number with its standard error (0: exact arithmetic or a deterministic fit),
-    or the range of what is possible; `missing` says why there is neither."""
+    """The measurement for a claim on a model: a number with its standard error (0: exact arithmetic or a deterministic fit), or
+    the possible range; `missing`: why there is neither."""
 
     value: float | None = None
     error: float = 0.0
@@ -82,14 +82,14 @@ class Answer:
 
 
 def read_claims(path: Path | str) -> list[Claim]:
-    """The claims of a file. Raises InputError, with the claim and the key, for one that is not whole or stands twice."""
+    """The claims of a file. Raises InputError, with the claim and the key, for an incomplete or duplicate claim."""
     try:
         claims = TypeAdapter(list[Claim]).validate_python(read_yaml(Path(path).read_text(encoding="utf-8"), str(path)))
     except ValidationError as error:
         raise InputError(f"{path}: {error}") from error
     names = [claim.id for claim in claims]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"{path}: {twice[0]} stands twice")
+        raise InputError(f"{path}: duplicate claim {twice[0]}; remove one of them")
     return claims
 
 
@@ -105,7 +105,7 @@ def verdict(claim: Claim, answer: Answer) -> str:
         return UNTESTED
     if isinstance(check, Reachable):
         if answer.low is None or answer.high is None or claim.number is None:
-            raise InputError(f"{claim.id}: its rule needs the range of what is possible, and a claimed number")
+            raise InputError(f"{claim.id}: its rule needs a possible range and a claimed number")
         return HOLDS if answer.low - check.tolerance <= claim.number <= answer.high + check.tolerance else IMPOSSIBLE
     if answer.value is None:
         raise InputError(f"{claim.id}: its rule needs a measured number")
@@ -137,7 +137,7 @@ def judge(claims: Iterable[Claim], answers: dict[str, dict[str, Answer]]) -> pd.
         if isinstance(claim.check, Untestable):
             given = {"any": Answer(missing=claim.check.reason)}
         if not given:
-            raise InputError(f"{claim.id}: the study gives no answer")
+            raise InputError(f"{claim.id}: the study has no answer")
         for model, answer in given.items():
             own = claim.model_dump(exclude={"check"})
             rows.append({**own, "model": model, **asdict(answer), "verdict": verdict(claim, answer)})

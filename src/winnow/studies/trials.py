@@ -1,5 +1,5 @@
-"""Compressed models in memory, as their checkpoints would load, with their losses and times: for sweeps, where a job would cost
-more than a point."""
+"""Compressed models in memory, as loaded from checkpoints, with their losses and times: for sweeps, where a job per point would
+cost more than the point."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Factors:
-    """The fit of one group, read like a bundle of files."""
+    """The fit of one group, with the interface of a bundle of files."""
 
     def __init__(self, held: dict[str, Tensor]):
         self.held = held
@@ -51,7 +51,7 @@ class Trial:
     def of(
         cls, files: ModelFiles, moments: Bundle | None, method: dict[str, Any], device: str, targets: Sequence[str] = ("ffn",)
     ) -> Trial:
-        """Fit a method ({structure, metric}, as in a preset) to what a budget's `targets` name, and to nothing else. Raises
+        """Fit a method ({structure, metric}, as in a preset) only to the matrices named by a budget's `targets`. Raises
         InputError, naming the matrix, if that fails."""
         structure = STRUCTURES.build(method["structure"])
         metric = METRICS.build(method["metric"]) if method.get("metric") else None
@@ -65,20 +65,20 @@ class Trial:
         return cls(files, structure, factors, groups)
 
     def of_rank(self, share: float) -> dict[str, int | None]:
-        """{group: size} at a share of each group's whole size, as `rank_fraction` of a budget means; no more than stores less
-        than dense."""
+        """{group: size} at a share of each group's whole size, as `rank_fraction` of a budget; at most the largest size that
+        stores less than dense."""
         return {g.name: min(g.largest, max(1, round(share * g.structure.whole(g.matrices)))) for g in self.groups}
 
     def of_bytes(self, keep: float) -> dict[str, int | None]:
-        """{group: size} that store at most a share of the dense bytes, spread evenly."""
+        """{group: size} that store at most a share of the dense bytes, distributed uniformly."""
         return ALLOCATIONS.build({"kind": "uniform"}).allocate(self.groups, keep).sizes
 
     def kept(self, sizes: dict[str, int | None]) -> float:
-        """Stored over dense bytes of the targets."""
+        """Stored bytes of the targets as a share of the dense ones."""
         return sum(g.bytes(sizes[g.name]) for g in self.groups) / sum(g.dense for g in self.groups)
 
     def model(self, dense: PreTrainedModel, sizes: dict[str, int | None]) -> PreTrainedModel:
-        """A copy of the dense model, compressed to these sizes, in its dtype and on its device."""
+        """A copy of the dense model, compressed to these sizes, with its dtype and device."""
         stored, layouts = compress(self.files, self.factors, self.structure, sizes)
         model = copy.deepcopy(dense)
         put(model, stored, layouts)
@@ -86,27 +86,27 @@ class Trial:
 
 
 def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[float]]:
-    """`nll` and `tokens` per window (see `winnow.evaluation.perplexity.evaluate`), about 4,096 tokens at a time."""
+    """`nll` and `tokens` per window (see `winnow.evaluation.perplexity.evaluate`), in batches of about 4,096 tokens."""
     from winnow.evaluation.perplexity import evaluate
 
     with torch.no_grad():
         return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
 
 
-def timed(
+def time_forms(
     dense: PreTrainedModel, forms: Mapping[str, PreTrainedModel], spec: dict[str, Any], device: str
 ) -> list[dict[str, Any]]:
-    """Times of every form over the dense model's, in turns with it, by the `spec` of `winnow.evaluation.latency.evaluate`
-    (prompts no longer than the model's positions allow): a row per form, phase, batch and prompt with the median `ratio` and its
-    interval of 95 %, the quartiles of dense against dense (`control_*`), the verdict,
-    products and bytes read over dense's, and the machine."""
-    from winnow.evaluation.latency import evaluate
+    """Times of every form relative to the dense model, in turns with it, by the `spec` of
+    `winnow.evaluation.latency.evaluate_latency` (prompts limited by the model's positions): a row per form, phase, batch and
+    prompt with the median `ratio` and its 95 % interval, the quartiles of dense against dense (`control_*`), the verdict,
+    products and bytes read relative to dense, and the machine."""
+    from winnow.evaluation.latency import evaluate_latency
 
     held = getattr(dense.config.get_text_config(), "max_position_embeddings", None)
     prompts = [min(length, held - spec["decode"] - 1) if held else length for length in spec["prompts"]]
     rows = []
     for name, form in forms.items():
-        found = evaluate(dense, form, {**spec, "prompts": prompts}, device)
+        found = evaluate_latency(dense, form, {**spec, "prompts": prompts}, device)
         for case in found["cases"]:
             own, control = case["compressed"], case["control"]["ratio"]
             row = {"form": name, **{key: case[key] for key in ("phase", "batch", "prompt")}}

@@ -1,7 +1,7 @@
-"""The embedded default: documents from the Python installation, and a small Llama-style model trained on them.
+"""The demo: documents from the Python installation, and a small Llama-style model trained on them.
 
-Nothing here is reached by the compression stages; it is the recipe behind `resources/texts/demo` and
-`resources/models/demo`, kept so that anybody can rebuild both.
+It is not used by the compression stages; it builds `resources/texts/demo` and `resources/models/demo`, and is kept so that
+anybody can rebuild both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 log = logging.getLogger(__name__)
 
 SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip", "turtledemo", "__pycache__"}
-PARTS = {"evaluation": 9, "calibration": 9}  # per cent of the groups' names; the rest is training text
+PARTS = {"evaluation": 9, "calibration": 9}  # per cent of the groups; the rest is training text
 SHARED_PARAGRAPH = 80  # characters: documents with such a paragraph in common go to the same part
 END_OF_TEXT = "<|endoftext|>"
 
@@ -29,8 +29,8 @@ END_OF_TEXT = "<|endoftext|>"
 def collect_documents() -> dict[str, str]:
     """Language-reference topics and docstrings of the standard library: {document name: text}.
 
-    A document is one topic of `pydoc_data`, or all docstrings of one top-level module or package. A docstring that
-    occurs twice is kept where it comes first, so that no text can reach two parts of the split.
+    A document is one topic of `pydoc_data`, or all docstrings of one top-level module or package. Only the first of several equal
+    docstrings is kept, so that no text can be in two parts of the split.
     """
     from pydoc_data.topics import topics
 
@@ -43,8 +43,8 @@ def collect_documents() -> dict[str, str]:
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError) as error:  # a few library files are wrong on purpose
-            log.info("left out %s: %s", path.name, error)
+        except (SyntaxError, UnicodeDecodeError) as error:  # a few library files are invalid on purpose
+            log.info("skipped %s: %s", path.name, error)
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -59,7 +59,7 @@ def collect_documents() -> dict[str, str]:
 def group_documents(documents: dict[str, str]) -> dict[str, str]:
     """{document name: name of its group}; documents that share a long paragraph are in one group.
 
-    Some topics contain others whole (`compound` holds `for`, `if`, ...), so cutting by document alone would leak.
+    Some topics contain others (`compound` contains `for`, `if`, ...), so splitting by document alone would leak.
     """
     group = {name: name for name in documents}
 
@@ -79,7 +79,7 @@ def group_documents(documents: dict[str, str]) -> dict[str, str]:
 
 
 def split_documents(documents: dict[str, str]) -> dict[str, list[dict[str, str]]]:
-    """Cut by group of documents into training, calibration and evaluation rows, by the digest of the group's name."""
+    """Split groups of documents into training, calibration and evaluation rows, by the digest of the group's name."""
     rows: dict[str, list[dict[str, str]]] = {"train": [], "calibration": [], "evaluation": []}
     groups = group_documents(documents)
     for name in sorted(documents):
@@ -93,7 +93,7 @@ def split_documents(documents: dict[str, str]) -> dict[str, list[dict[str, str]]
     return rows
 
 
-def read_rows(path: Path) -> list[str]:
+def read_demo_rows(path: Path) -> list[str]:
     """The texts of a file of rows written by `split_documents`."""
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -113,7 +113,7 @@ def train_tokenizer(texts: list[str], vocab_size: int):
 
 
 def token_stream(tokenizer, texts: list[str]) -> np.ndarray:
-    """All documents as one array of token ids, an end-of-text token between them."""
+    """All documents as one array of token ids, separated by end-of-text tokens."""
     stream: list[int] = []
     for text in texts:
         stream += tokenizer(text, add_special_tokens=False).input_ids
@@ -122,7 +122,7 @@ def token_stream(tokenizer, texts: list[str]) -> np.ndarray:
 
 
 def unigram_nll(train: np.ndarray, heldout: np.ndarray, vocab_size: int) -> float:
-    """Nats per token of the add-one unigram model: what a model that ignores context would reach."""
+    """Nats per token of the unigram model with add-one smoothing, the loss without context."""
     counts = np.bincount(train, minlength=vocab_size) + 1.0
     return float(-np.log(counts / counts.sum())[heldout].mean())
 
@@ -142,7 +142,7 @@ class Training:
 def train_model(stream: np.ndarray, tokenizer, shape: dict, training: Training):
     """Train a Llama-style model of `shape` on random windows of `stream`; returns the model in float32.
 
-    AdamW (betas 0.9, 0.95), linear warm-up over 5 % of the steps, then a cosine to a tenth of the peak rate.
+    AdamW (betas 0.9, 0.95), linear warm-up over 5 % of the steps, then cosine decay to a tenth of the peak rate.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -192,14 +192,14 @@ def heldout_nll(model, stream: np.ndarray, length: int) -> tuple[float, int]:
 
 
 def model_card(facts: dict) -> str:
-    """README of the demo model, every number of it from `facts` (also written as training.json)."""
+    """README of the demo model; all numbers are from `facts` (also written as training.json)."""
     recipe = "{steps} of {batch} x {length} tokens, AdamW, peak rate {rate}, weight decay {decay}".format(**facts)
     corpus = f"Python {facts['python']}: `pydoc_data` topics and standard-library docstrings, cut by document"
     return f"""# The demo model
 
 A small causal language model of the Llama family (SwiGLU, grouped-query attention), trained from scratch by this
-project with `snakemake demo_model`. It exists so that the whole workflow runs offline on a model that has really
-learned something. It is no use for anything else.
+project with `snakemake demo_model`. It exists so that the whole workflow runs offline on a trained model, and has no
+other use.
 
 | what | value |
 |---|---|
@@ -220,10 +220,10 @@ The text comes from Python and its documentation: Copyright (c) 2001-2023 Python
 
 
 def build(folder: Path, train: str, evaluation: str, spec: dict) -> None:
-    """Train on the rows of `train`, store in float16, measure what was stored, write model, tokenizer and card."""
+    """Train on the rows of `train`, store in float16, measure the stored model, write model, tokenizer and card."""
     import platform
 
-    texts = {"train": read_rows(Path(train)), "evaluation": read_rows(Path(evaluation))}
+    texts = {"train": read_demo_rows(Path(train)), "evaluation": read_demo_rows(Path(evaluation))}
     tokenizer = train_tokenizer(texts["train"], spec["vocab_size"])
     streams = {part: token_stream(tokenizer, rows) for part, rows in texts.items()}
     training = Training(**spec["training"])

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 transformers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()  # what is drawn anew is in the log, and refused where it may not be
+transformers_logging.set_verbosity_error()  # newly initialised weights are logged here, or refused
 log = logging.getLogger(__name__)
 EPS, BETAS = 1e-8, (0.9, 0.999)  # of AdamW
 
 
 def verified(base: dict[str, Any]) -> Path:
-    """The directory of a retrieved base, its files as they were. Raises InputError for one that changed."""
+    """The directory of a retrieved base model. Raises InputError if one of its files has changed."""
     directory = Path(base["directory"])
     for name, digest in base["files"].items():
         if not (directory / name).is_file() or file_digest(directory / name) != digest:
@@ -38,13 +38,13 @@ def verified(base: dict[str, Any]) -> Path:
 
 
 def load_base(directory: Path, labels: list[str], tokenizer: Any, seed: int, device: str) -> PreTrainedModel:
-    """The model of a directory with a classification head for `labels`, in float32; a head that is not in the files is drawn
-    with `seed`. Raises InputError if the family has no such head, or if weights below the head are missing."""
+    """The model of a directory with a classification head for `labels`, in float32; a head that is not in the files is
+    initialised with `seed`. Raises InputError if the family has no such head, or if other weights are missing."""
     from transformers import AutoModelForSequenceClassification
 
     config = read_config(directory)
     if "SEQUENCE_CLASSIFICATION" not in classes_of(config):
-        raise InputError(f"{directory}: transformers has no classifier of a {config.model_type} model")
+        raise InputError(f"{directory}: transformers has no classifier for a {config.model_type} model")
     if config.pad_token_id is None:
         filling = [tokenizer.pad_token_id, tokenizer.eos_token_id]
         config.pad_token_id = next((token for token in filling if token is not None), None)
@@ -57,7 +57,7 @@ def load_base(directory: Path, labels: list[str], tokenizer: Any, seed: int, dev
         config=config,
         dtype=torch.float32,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # a head of another task is replaced; all else is refused below
+        ignore_mismatched_sizes=True,  # the head of another task is replaced; other mismatches are refused below
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
@@ -66,19 +66,19 @@ def load_base(directory: Path, labels: list[str], tokenizer: Any, seed: int, dev
     drawn = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
     for name in drawn:
         if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name:
-            raise InputError(f"{directory}: {name} is missing from the weights, or of another shape than the config says")
+            raise InputError(f"{directory}: {name} is missing from the weights, or has another shape than in the config")
     log.info("%s: new weights: %s; not used: %s", type(model).__name__, drawn, sorted(report["unexpected_keys"]))
     model.config.problem_type = "single_label_classification"
     return model.to(device)
 
 
-def train(
+def train_classifier(
     model: PreTrainedModel, examples: Examples, outputs: list[int], tuning: Tuning, resume: Resume | None = None
 ) -> dict[str, Any]:
     """Train all weights of the model in place; returns {steps, rows, loss of the first and the last steps (nats)}.
 
-    Order and dropout of a step depend on the seed and the step only, so that a training that was cut off goes on to the same
-    bits. Raises InputError if the loss is not finite, with the step.
+    Order and dropout of a step only depend on the seed and the step, so that an interrupted training is resumed with identical
+    results. Raises InputError, with the step, if the loss is not finite.
     """
     pad, types, device = padding_of(model.config), takes_types(model.config), str(model.device)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -118,7 +118,7 @@ def train(
 
 
 def _state(weights: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Everything that a step changes, by name: the very tensors, AdamW's own made before its first step."""
+    """All tensors that a step changes in place, by name; AdamW's state is created before its first step."""
     found: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
         own = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")} | {"step": torch.tensor(0.0)}
@@ -128,7 +128,7 @@ def _state(weights: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimi
 
 
 def _rows_of_step(step: int, batch: int, rows: int, seed: int) -> list[int]:
-    """The rows of a step: every pass over all rows has an order of its own, and a step may reach into the next one."""
+    """The rows of a step: every epoch has a different order, and a step may extend into the next epoch."""
     found: list[int] = []
     for place in range(step * batch, (step + 1) * batch):
         epoch, index = divmod(place, rows)
@@ -139,7 +139,7 @@ def _rows_of_step(step: int, batch: int, rows: int, seed: int) -> list[int]:
 
 
 def write_tuned(directory: Path, model: PreTrainedModel, source: Path, names: list[str]) -> None:
-    """Write a Hugging Face directory: config with the names of the classes, weights in float32, and the tokenizer's files of
-    `source` (those of `names` that are of one)."""
+    """Write a Hugging Face directory: config with the names of the classes, weights in float32, and the tokenizer files of
+    `source` among `names`."""
     model.save_pretrained(directory)
     copy_files(names, source, directory)

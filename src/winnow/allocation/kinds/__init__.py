@@ -1,1 +1,1 @@
-"""A kind of allocation per file, registered by `winnow.allocation.base.ALLOCATIONS`."""
+"""One kind of allocation per file, registered by `winnow.allocation.base.ALLOCATIONS`."""

@@ -1,4 +1,4 @@
-"""`energy`: the same share of the objective kept in every matrix."""
+"""`energy`: keeps the same share of the objective in every matrix."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class Energy(Allocation):
-    """Every matrix gets the smallest size that loses no more than a share of what the method minimises; the share is the least
-    that the bytes allow. A matrix whose structure cannot reach it stays dense, or keeps its largest size."""
+    """Every matrix has the smallest size whose error is at most a common share of the method's objective, the lowest share that
+    the bytes allow. A matrix whose structure cannot reach it stays dense, or has its largest size."""
 
     reference = "energy threshold, e.g. k95 of principal components"
 
@@ -31,7 +31,7 @@ class Energy(Allocation):
         def sizes_of(share: float) -> dict[str, int | None]:
             return {g.name: self._size(g, costs[g.name], share) for g in groups}
 
-        low, high = 0, len(shares) - 1  # the least share whose sizes fit; all of it always does, if anything
+        low, high = 0, len(shares) - 1  # the lowest share whose sizes fit; the highest always fits, if any does
         while low < high:
             middle = (low + high) // 2
             fits = stored_bytes(groups, sizes_of(shares[middle])) <= allowed

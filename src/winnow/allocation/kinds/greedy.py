@@ -1,4 +1,4 @@
-"""`greedy`: bytes go, step by step, to the matrix where they gain most."""
+"""`greedy`: bytes are spent step by step on the matrix with the largest gain per byte."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class Greedy(Allocation):
-    """From size 1 everywhere, always the step with the largest drop of the objective per byte: for low rank, the largest squared
-    singular value of all matrices. A step is to whichever size (or to dense) drops fastest; one that no longer fits is passed
-    over."""
+    """Starts with size 1 everywhere and always takes the step with the largest decrease of the objective per byte: for low rank,
+    the largest squared singular value of all matrices. A step may go to any larger size, or to dense; steps that exceed the
+    budget are skipped."""
 
     reference = "global heap of singular values, as in ZS-SVD and Dobi-SVD's start"
 
@@ -57,15 +57,15 @@ class Greedy(Allocation):
 
 
 def _hull(g: Group, cost: list[float], leave_dense: bool) -> list[tuple[float, int, int | None]]:
-    """The steps of a group from size 1 on, each the one that drops fastest from where the last ended: the lower convex hull of
-    loss over bytes. (minus the drop per byte, bytes, size or None for dense), of growing first entry."""
+    """The steps of a group from size 1 on: the lower convex hull of loss over bytes. (minus the decrease per byte, bytes, size or
+    None for dense), sorted by the first entry."""
     points: list[tuple[int, float, int | None]] = [(g.bytes(s), cost[s], s) for s in range(1, g.largest + 1)]
     if leave_dense and points:
         points.append((g.dense, 0.0, None))
     hull: list[tuple[int, float, int | None]] = []
     for point in points:
         if hull and point[1] >= hull[-1][1]:
-            continue  # more bytes and no less loss
+            continue  # more bytes without less loss
         while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
@@ -73,5 +73,5 @@ def _hull(g: Group, cost: list[float], leave_dense: bool) -> list[tuple[float, i
 
 
 def _slope(a: tuple[int, float, int | None], b: tuple[int, float, int | None]) -> float:
-    """Loss per byte from a to b; negative where it falls."""
+    """Slope from a to b in loss per byte; negative if the loss decreases."""
     return (b[1] - a[1]) / max(1, b[0] - a[0])

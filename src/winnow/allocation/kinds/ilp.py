@@ -1,4 +1,4 @@
-"""`ilp`: a multiple-choice knapsack, one size per group or dense, and one of several structures, as an integer programme."""
+"""`ilp`: an integer programme that chooses a size (or dense) for every group, and one of several structures."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from winnow.errors import InputError
 if TYPE_CHECKING:
     from winnow.allocation.groups import Group
 
-DENSE = -1  # the size that stands for "stays dense" in arrays of sizes
+DENSE = -1  # means "stays dense" in arrays of sizes
 
 
 @dataclass(frozen=True)
 class Options:
-    """What one group can be: sizes (DENSE for dense), their bytes and their losses, arrays of one length."""
+    """The options of one group: arrays of sizes (DENSE for dense), their bytes and their losses, all of one length."""
 
     name: str
     sizes: np.ndarray
@@ -39,18 +39,18 @@ class Options:
 
 
 class Blocks(NamedTuple):
-    """Which groups (by index) stand at a place, and the ways to store each block by places; see `winnow.allocation.blocks`."""
+    """The groups (by index) at every place, and the ways to store each block by places; see `winnow.allocation.blocks`."""
 
     at: dict[Place, list[int]]
     ways: list[list[Way]]
 
 
 class IntegerProgramme(Allocation):
-    """The least sum of losses within the bytes, over one option per group: a spread of sizes, those around the Lagrangian's
-    choice, or dense. Of a structure with alternatives (`mixed`), over the ways to store a block of matrices as well. Where sizes
-    are few, as of rounded numbers, the least sum may leave more of the budget than its tolerance; then it is the least of what
-    does not, if anything does not. allocation.json tells the solver's status, the Lagrangian bound over all sizes (no allocation
-    loses less, by the objective), and the gap to it."""
+    """The lowest sum of losses within the bytes, with one option per group: evenly spread sizes, sizes around the Lagrangian's
+    choice, or dense; for a structure with alternatives (`mixed`), also over the ways to store a block of matrices. With few
+    sizes, as of rounded numbers, the optimum may use fewer bytes than the budget's tolerance allows; then it is the optimum among
+    allocations within the tolerance, if there are any. allocation.json has the solver's status, the Lagrangian lower bound of the
+    objective over all sizes, and the gap to it."""
 
     reference = "multiple-choice knapsack by CBC; ranks by integer programming as in LEMS"
     chooses = True
@@ -58,10 +58,14 @@ class IntegerProgramme(Allocation):
 
     class Options(Predicting):
         kind: Literal["ilp"]  # type: ignore[assignment]
-        sizes: int = Field(16, ge=2, description="sizes per group that are offered, from 1 to the largest, evenly spread")
-        near: int = Field(4, ge=0, description="sizes offered beside, on either side of the Lagrangian's choice")
+        sizes: int = Field(
+            16, ge=2, description="number of evenly spread sizes per group that are offered, from 1 to the largest"
+        )
+        near: int = Field(4, ge=0, description="number of further sizes offered on each side of the Lagrangian's choice")
         gap: float = Field(1e-4, ge=0, le=0.1, description="relative gap at which the solver may stop")
-        nodes: int = Field(10_000, ge=1, description="of its search tree, after which the solver stops with the best it has")
+        nodes: int = Field(
+            10_000, ge=1, description="limit of nodes of the search tree, at which the solver stops with the best solution found"
+        )
 
     def allocate(self, groups: list[Group], keep: float) -> Choice:
         from winnow.allocation.groups import TOLERANCE  # which imports this package
@@ -81,7 +85,7 @@ class IntegerProgramme(Allocation):
         offered = [_offer(o, index, options.sizes, options.near) for o, index in zip(every, picked.near, strict=True)]
 
         def solved(least: float) -> tuple[dict[str, int | None], str]:
-            chosen, status = solve(offered, blocks, least, allowed, options.gap, options.nodes)
+            chosen, status = solve_programme(offered, blocks, least, allowed, options.gap, options.nodes)
             sizes = _sizes(offered, chosen)
             spend(groups, sizes, allowed, costs)
             return sizes, status
@@ -89,7 +93,7 @@ class IntegerProgramme(Allocation):
         sizes, status = solved(0.0)
         lowest = allowed - TOLERANCE * dense_bytes(groups)
         if stored_bytes(groups, sizes) < lowest:
-            with suppress(InputError):  # if nothing is within the tolerance, the caller refuses what is nearest
+            with suppress(InputError):  # if nothing is within the tolerance, the caller reports the nearest
                 sizes, status = solved(lowest)
         value = sum(costs[name][size] for name, size in sizes.items() if size is not None)
         facts = {
@@ -105,8 +109,8 @@ class IntegerProgramme(Allocation):
 
 
 class Picked(NamedTuple):
-    """The cheapest of everything at some prices: its loss and bytes as one sum of costs, its bytes, the option of every group
-    that is taken (by index), and of every group the option that would be, were it taken."""
+    """The cheapest choice at given prices: its cost (loss and bytes), its bytes, the option of every chosen group (by index), and
+    the best option of every group."""
 
     cost: float
     bytes: float
@@ -115,14 +119,14 @@ class Picked(NamedTuple):
 
 
 def alternatives(groups: list[Group], leave_dense: bool) -> list[Group]:
-    """The groups to choose from: where some are alternatives to each other, staying dense is one of its own, a group without
-    sizes, and is left out if nothing may stay dense but what has to."""
+    """The groups to choose from. If there are alternatives, staying dense is a separate group without sizes, which is removed if
+    matrices may not stay dense unless they have to."""
     sized = {m.name for g in groups if g.largest for m in g.matrices}
     return [g for g in groups if g.largest or leave_dense or not sized & {m.name for m in g.matrices}]
 
 
 def options_of(g: Group, cost: list[float], leave_dense: bool) -> Options:
-    """All sizes of a group, and dense. One that stores less than dense at no size has dense alone."""
+    """All sizes of a group, and dense; only dense if no size stores less."""
     sizes = list(range(1, g.largest + 1))
     dense = [DENSE] if leave_dense or not sizes else []
     return Options(
@@ -134,8 +138,8 @@ def options_of(g: Group, cost: list[float], leave_dense: bool) -> Options:
 
 
 def pick(every: list[Options], blocks: Blocks, per_loss: float, per_byte: float) -> Picked:
-    """The options with the least sum of per_loss loss + per_byte bytes: in each block the least over ways to store it of the sum
-    over places of the least over groups and their options; of equals the first: the smaller."""
+    """The options with the lowest sum of per_loss * loss + per_byte * bytes: for each block the minimum over the ways to store it
+    of the sum over places of the minimum over groups and their options; the first, which is the smaller one, of equal ones."""
     near, costs = [], []
     for o in every:
         priced = per_loss * o.losses + per_byte * o.bytes
@@ -151,9 +155,9 @@ def pick(every: list[Options], blocks: Blocks, per_loss: float, per_byte: float)
 
 
 def lagrangian(every: list[Options], blocks: Blocks, allowed: float) -> tuple[float, Picked]:
-    """(the Lagrangian bound, what is picked at its multiplier): max over u >= 0 of
-    sum over blocks of min over what they can be of (loss + u bytes) - u allowed, which equals the bound of the linear relaxation.
-    By bisection on u, as the bytes of the minimising options fall with it. What is returned fits into `allowed`."""
+    """(Lagrangian bound, choice at its multiplier): the maximum over u >= 0 of
+    sum over blocks of min over their options of (loss + u bytes) - u allowed, which equals the bound of the linear relaxation. By
+    bisection on u, as the bytes of the minimising options decrease with u. The returned choice fits into `allowed`."""
     free = pick(every, blocks, 1.0, 0.0)
     if free.bytes <= allowed:
         return free.cost, free
@@ -168,7 +172,7 @@ def lagrangian(every: list[Options], blocks: Blocks, allowed: float) -> tuple[fl
 
 
 def _offer(every: Options, picked: int, spread: int, near: int) -> Options:
-    """The options that the programme gets of a group: `spread` of all, `near` on both sides of the picked one, and dense."""
+    """The options of a group that the programme may use: `spread` of all, `near` on each side of the picked one, and dense."""
     last = len(every.sizes) - 1
     index = {picked, last, *np.linspace(0, last, min(spread, last + 1)).round().astype(int).tolist()}
     index |= set(range(max(0, picked - near), min(last, picked + near) + 1))
@@ -176,12 +180,12 @@ def _offer(every: Options, picked: int, spread: int, near: int) -> Options:
     return Options(every.name, every.sizes[chosen], every.bytes[chosen], every.losses[chosen])
 
 
-def solve(
+def solve_programme(
     offered: list[Options], blocks: Blocks, least: float, allowed: float, gap: float, nodes: int
 ) -> tuple[dict[int, int], str]:
-    """({group that is taken, by index: its option}, status) of the least sum of losses in `least` to `allowed` bytes, by CBC
-    on one thread. Both sums are scaled to about a thousand, where the solver's absolute tolerances are small. The limit is of
-    nodes, not of time, with which a choice would depend on the machine. Raises InputError if it finds none within it."""
+    """({chosen group, by index: its option}, status) with the lowest sum of losses and `least` to `allowed` bytes, by CBC on one
+    thread. Both sums are scaled to about a thousand, so that the solver's absolute tolerances are small. The limit is on nodes
+    rather than time, so that results do not depend on the machine. Raises InputError if no solution is found within it."""
     import pulp
 
     scale = 1e3 / max(sum(float(np.median(o.losses)) for o in offered), 1e-300)
@@ -197,7 +201,7 @@ def solve(
     programme += total("bytes", weight) <= 1e3
     if least > 0:
         programme += total("bytes", weight) >= least * weight
-    used: list[list[Any]] = []  # whether a way to store a block is taken
+    used: list[list[Any]] = []  # whether a way to store a block is chosen
     for number, ways in enumerate(blocks.ways):
         one = len(ways) == 1
         used.append([1] if one else [pulp.LpVariable(f"y_{number}_{w}", cat="Binary") for w in range(len(ways))])
@@ -208,7 +212,7 @@ def solve(
         programme += pulp.lpSum(x for g in at for x in taken[g]) == pulp.lpSum(through)
     programme.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=gap, maxNodes=nodes, threads=1))
     if programme.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        raise InputError(f"the integer programme found no allocation within {nodes} nodes; allow it more, or use `greedy`")
+        raise InputError(f"the integer programme found no allocation within {nodes} nodes; raise `nodes`, or use `greedy`")
     values = {(g, i): x.value() or 0.0 for g, xs in enumerate(taken) for i, x in enumerate(xs)}
     chosen: dict[int, int] = {}
     for us, ways in zip(used, blocks.ways, strict=True):
@@ -218,12 +222,12 @@ def solve(
             group, option = max(choices, key=values.__getitem__)
             chosen[group] = option
     while (over := sum(float(offered[g].bytes[i]) for g, i in chosen.items()) - allowed) > 0:
-        chosen = _one_smaller(offered, chosen, over)  # by the solver's tolerance
+        chosen = _one_smaller(offered, chosen, over)  # the solver may exceed the limit by its tolerance
     return chosen, "optimal" if programme.sol_status == pulp.LpSolutionOptimal else "stopped at the node limit"
 
 
 def _one_smaller(offered: list[Options], chosen: dict[int, int], over: float) -> dict[int, int]:
-    """The options with one made the next smaller: the cheapest that frees `over` bytes, or the one that frees most."""
+    """The options with one replaced by the next smaller: the cheapest that frees `over` bytes, or the one that frees most."""
     ways = []
     for g, i in chosen.items():
         o = offered[g]
@@ -235,6 +239,6 @@ def _one_smaller(offered: list[Options], chosen: dict[int, int], over: float) ->
 
 
 def _sizes(options: list[Options], chosen: dict[int, int]) -> dict[str, int | None]:
-    """{name: size, or None for dense} of the groups that are taken."""
+    """{name: size, or None for dense} of the chosen groups."""
     picked = {options[g].name: options[g].sizes[i] for g, i in chosen.items()}
     return {name: None if size == DENSE else int(size) for name, size in picked.items()}

@@ -1,4 +1,4 @@
-"""`per_type`: within each type of matrix, those that lose more keep more (SVD-LLM V2)."""
+"""`per_type`: within each type of matrix, matrices with a larger error keep more (SVD-LLM V2)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from winnow.allocation.kinds.uniform import by_share
 if TYPE_CHECKING:
     from winnow.allocation.groups import Group
 
-KEPT = 0.5  # of what all keep, at least
+KEPT = 0.5  # smallest kept share, relative to the uniform one
 
 
 class PerType(Allocation):
-    """Every type of matrix (q, k, ..., down) gives up the same share on average; within a type, matrix i gives up a share in
-    proportion to 1 / ln L_i, with L_i the norm of the error, in the metric, at the uniform size. The logarithm depends on the
-    unit of L, which in the paper is that of the activations, summed over its calibration tokens; here L is counted so that the
-    smallest of a type is e^`smallest`. A matrix keeps at least half of the uniform share, since the formula can ask for all of
-    one that loses next to nothing at the uniform size, and no more than its structure can store. Shares are scaled until the
-    bytes are met."""
+    """The same share is removed from every type of matrix (q, k, ..., down) on average; within a type, the removed share of
+    matrix i is proportional to 1 / ln L_i, with L_i the norm of the error in the metric at the uniform size. The logarithm
+    depends on the unit of L, in the paper that of activations summed over its calibration tokens; here L is scaled so that the
+    smallest of a type is e^`smallest`. A matrix keeps at least half of the uniform share, since the formula could remove a matrix
+    with almost no error at the uniform size, and at most what its structure can store. Shares are scaled to meet the bytes."""
 
     version = 2
     reference = "SVD-LLM V2, arXiv 2503.12340"
@@ -32,8 +31,8 @@ class PerType(Allocation):
         smallest: float = Field(
             8.0,
             gt=0,
-            description="natural logarithm of the smallest loss of a type: the larger, the more alike are the shares. The "
-            "paper's unit gives large models more than 8; docs/peers.md says more",
+            description="natural logarithm of the smallest loss of a type; the larger, the more uniform the shares. The paper's "
+            "unit corresponds to more than 8 for large models; see docs/peers.md",
         )
 
     options: Options
@@ -47,7 +46,7 @@ class PerType(Allocation):
             return {**by_share(groups, kept, 0.0)}
 
         low, high = 0.0, 1.0 / min(removed.values())
-        for _ in range(60):  # of the scale, between nothing removed and as much of every matrix as may be
+        for _ in range(60):  # bisection of the scale, between nothing removed and the maximum of every matrix
             middle = (low + high) / 2
             low, high = (low, middle) if stored_bytes(groups, sizes_of(middle)) <= allowed else (middle, high)
         sizes = sizes_of(high)
@@ -55,7 +54,7 @@ class PerType(Allocation):
         return Choice(sizes)
 
     def _weights(self, groups: list[Group], keep: float) -> dict[str, float]:
-        """{group: its share of what is removed, 1 on average over its type}."""
+        """{group: relative share to remove, 1 on average over its type}."""
         uniform = by_share(groups, {g.name: keep for g in groups}, keep)
         types: dict[str, dict[str, float]] = {}
         for g in groups:

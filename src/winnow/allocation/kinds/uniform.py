@@ -1,4 +1,4 @@
-"""`uniform`: the same kept share of bytes for every matrix."""
+"""`uniform`: every matrix keeps the same share of its bytes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class Uniform(Allocation):
-    """The same share of bytes for every group, rounded down; what rounding leaves is spent one size step at a time, on the
-    groups that rounding took most from (as a share of a step), as long as it fits."""
+    """The same share of bytes for every group, rounded down; remaining bytes are spent one size step at a time on the groups that
+    lost most by rounding (as a share of a step), as long as they fit."""
 
     reference = "the rule of most papers"
 
@@ -25,7 +25,8 @@ class Uniform(Allocation):
 
 
 def by_share(groups: list[Group], shares: dict[str, float], keep: float) -> dict[str, int]:
-    """Every group's own share of its bytes, rounded down; what is then left of `keep` of all bytes is spent as the class says."""
+    """Sizes by a share of bytes per group, rounded down; the remainder of `keep` of all bytes is spent as described in the
+    class."""
     for g in groups:
         if g.largest < 1:
             raise InputError(
@@ -50,7 +51,7 @@ def by_share(groups: list[Group], shares: dict[str, float], keep: float) -> dict
 
 
 def _largest_within(g: Group, allowed: float) -> int:
-    """The largest size of at least 1 whose bytes stay within `allowed`, by bisection (bytes grow with size)."""
+    """The largest size of at least 1 with at most `allowed` bytes, by bisection (bytes increase with size)."""
     low, high = 1, max(1, g.largest)
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,1 +1,1 @@
-"""A kind of evaluation per file, registered by `winnow.evaluation.base.EVALUATIONS`."""
+"""One kind of evaluation per file, registered by `winnow.evaluation.base.EVALUATIONS`."""

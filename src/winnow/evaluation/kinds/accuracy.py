@@ -26,22 +26,24 @@ class Accuracy(Evaluation):
         tasks: list[str] = Field(
             min_length=1, description="names of tasks or groups of lm-eval or of `include_path`, or paths of definitions (yaml)"
         )
-        include_path: str | None = Field(None, description="folder of task definitions of your own, with all that they need")
+        include_path: str | None = Field(None, description="folder of your own task definitions, with all that they need")
         files: dict[str, dict[str, list[str]]] = Field(
             {},
-            description="{task: {split: [files]}}: json, jsonl, parquet or csv read instead of the task's hub data set, of the "
-            "same columns (`hellaswag` also takes rows with one `ctx` for `ctx_a` and `ctx_b`)",
+            description="{task: {split: [files]}}: json, jsonl, parquet or csv instead of the task's hub data set, with the same "
+            "columns (`hellaswag` also accepts one `ctx` instead of `ctx_a` and `ctx_b`)",
         )
         num_fewshot: int | None = Field(
-            None, ge=0, description="worked examples in the prompt; the task's own number when absent"
+            None, ge=0, description="number of few-shot examples in the prompt; the task's own when absent"
         )
-        limit: int | None = Field(None, ge=2, description="only the first so many documents of every task; all when absent")
+        limit: int | None = Field(
+            None, ge=2, description="number of documents to use of every task, from the first; all when absent"
+        )
 
         @model_validator(mode="after")
         def _files_of_tasks(self) -> Accuracy.Options:
             for task, splits in self.files.items():
                 if task not in self.tasks:
-                    raise ValueError(f"`files` has {task!r}, which is not in `tasks`; name the tasks of a group one by one")
+                    raise ValueError(f"`files` has {task!r}, which is not in `tasks`; list the tasks of a group one by one")
                 for file in (file for files in splits.values() for file in files):
                     if not file.endswith(FORMATS):
                         raise ValueError(f"`files`: {file}: the name must end in one of {', '.join(FORMATS)}")
@@ -53,7 +55,7 @@ class Accuracy(Evaluation):
 
     @classmethod
     def measure(cls, given: Given) -> dict[str, Any]:
-        """Scores on tasks, per document, beside the dense model's."""
+        """Scores on tasks, per document, compared with the dense model's."""
         from winnow.data.tasks import check_documents, load_tasks, stay_offline
         from winnow.data.tokens import load_tokenizer
         from winnow.evaluation.accuracy import against, score

@@ -13,8 +13,8 @@ from winnow.evaluation.base import Given, Running
 
 
 class Classification(Evaluation):
-    """Sequence classification, of one text or of a pair (GLUE's tasks but STS-B): a model with a classification head is scored
-    on `test`; what tunes or calibrates on the task reads `train` only, and the two never share a row."""
+    """Sequence classification of single texts or pairs (the GLUE tasks except STS-B): a model with a classification head is
+    scored on `test`; fine-tuning and calibration on the task only use `train`, and the two never share a row."""
 
     reference = "GLUE, arXiv 1804.07461"
 
@@ -43,12 +43,14 @@ class Classification(Evaluation):
             None,
             min_length=2,
             description="names of the classes in the order of their numbers; when absent those of the hub data set, or the "
-            "sorted names that stand in the files",
+            "sorted names in the files",
         )
-        length: int = Field(128, ge=4, description="tokens per example at most, special ones included; longer texts are cut")
-        limit: int | None = Field(None, ge=2, description="only the first so many rows of `test`; all when absent")
+        length: int = Field(
+            128, ge=4, description="maximum tokens per example, including special tokens; longer texts are truncated"
+        )
+        limit: int | None = Field(None, ge=2, description="number of `test` rows to use, from the first; all when absent")
         shared_rows: Literal["refuse", "drop"] = Field(
-            "refuse", description="train rows whose texts stand in `test` too: stop, or leave them out of training"
+            "refuse", description="train rows whose texts are also in `test`: stop with an error, or leave them out of training"
         )
 
         @model_validator(mode="after")
@@ -62,17 +64,17 @@ class Classification(Evaluation):
                     raise ValueError(f"{file}: the name must end in one of {', '.join(FORMATS)}")
             for name, given in (("columns", self.columns), ("labels", self.labels or [])):
                 if len(set(given)) < len(given):
-                    raise ValueError(f"`{name}` holds a name twice")
+                    raise ValueError(f"`{name}` has duplicates")
             if set(self.train) & set(self.test):
-                raise ValueError(f"{sorted(set(self.train) & set(self.test))[0]}: stands in both `train` and `test`")
+                raise ValueError(f"{sorted(set(self.train) & set(self.test))[0]}: in both `train` and `test`")
             return self
 
         def rows(self) -> dict[str, Any]:
-            """What says which rows there are, and of which class; the rest is how they are scored."""
+            """The options that determine the rows and their classes; the others determine the scoring."""
             return self.model_dump(exclude={"kind", "length", "limit"})
 
         def training(self) -> dict[str, Any]:
-            """What says which rows are trained on."""
+            """The options that determine the training rows."""
             return {key: value for key, value in self.rows().items() if key not in ("test", "test_split", "shared_rows")}
 
     def spec(self) -> dict[str, Any]:
@@ -85,11 +87,11 @@ class Classification(Evaluation):
 
     @classmethod
     def measure(cls, given: Given) -> dict[str, Any]:
-        """Classes of the test rows, beside the dense model's."""
+        """Predicted classes of the test rows, and scores compared with the dense model's."""
         from winnow.data.examples import encode_rows
         from winnow.data.tokens import check_length, load_tokenizer
         from winnow.evaluation.classification import scores
-        from winnow.evaluation.predictions import outputs_of_classes, predict
+        from winnow.evaluation.predictions import outputs_of_classes, predict_classes
         from winnow.io.artifacts import read_json, read_parquet
 
         spec, facts = given.spec, read_json(given.inputs["facts"])
@@ -97,7 +99,7 @@ class Classification(Evaluation):
         tokenizer, model = load_tokenizer(given.files.verify()), given.model()
         outputs = outputs_of_classes(model, facts["labels"])
         examples = encode_rows(tokenizer, read_parquet(given.inputs["test"]).head(spec["limit"]), spec["length"])
-        own, labels = predict(model, examples, outputs, given.resources["batch_rows"]), examples.labels.tolist()
+        own, labels = predict_classes(model, examples, outputs, given.resources["batch_rows"]), examples.labels.tolist()
         dense = given.dense()
         return {
             "protocol": {key: spec[key] for key in ("length", "limit", "dtype")},

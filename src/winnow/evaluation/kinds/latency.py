@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 
 
 class Latency(Evaluation):
-    """Time of prefill and of decoding, memory and reads, beside the dense model in the same process and dtype."""
+    """Time of prefill and decoding, memory, and bytes read, compared with the dense model in the same process and dtype."""
 
-    reference = "times in turns with the dense model"
+    reference = "timed in turns with the dense model"
 
-    paired = False  # it runs beside the dense model itself
-    recovered = False  # whose matrices are the dense model's
+    paired = False  # it runs the dense model itself
+    recovered = False  # a recovered dense model is as fast as the dense model
     alone = True
-    memory_mb = (16000, 24000)  # with a checkpoint, of two models
+    memory_mb = (16000, 24000)  # the second with a checkpoint: two models
     table = "winnow.evaluation.latency_table:latency_table"
 
     class Options(EvaluationOptions):
         kind: Literal["latency"] = Field(description="latency")
-        batches: list[Positive] = Field([1, 8, 32], min_length=1, description="sequences at a time")
-        prompts: list[Positive] = Field([128], min_length=1, description="tokens per sequence that prefill reads")
-        decode: Positive = Field(32, description="tokens per sequence that are decoded after the prompt, one at a time")
-        repeats: int = Field(15, ge=6, description="timed runs of each model, in turns; ratios are taken within a repeat")
-        warm_up: int = Field(2, ge=1, description="prompts that each model reads before, not timed")
+        batches: list[Positive] = Field([1, 8, 32], min_length=1, description="batch sizes (sequences)")
+        prompts: list[Positive] = Field([128], min_length=1, description="prompt lengths (tokens per sequence)")
+        decode: Positive = Field(32, description="tokens per sequence decoded after the prompt, one at a time")
+        repeats: int = Field(15, ge=6, description="timed runs of each model, in turns; ratios are computed within a repeat")
+        warm_up: int = Field(2, ge=1, description="untimed prompts for each model before the timed runs")
 
     def work(self, running: Running) -> tuple[float, float, float]:
         shape = running.shape
@@ -39,12 +39,12 @@ class Latency(Evaluation):
 
     @classmethod
     def measure(cls, given: Given) -> dict[str, Any]:
-        """Times in turns with the dense model, memory, FLOPs and bytes read."""
+        """Times (in turns with the dense model), memory, FLOPs and bytes read."""
         from winnow.checkpoint.loading import load_model
-        from winnow.evaluation.latency import evaluate
+        from winnow.evaluation.latency import evaluate_latency
 
         spec = given.spec
         dense = load_model(given.files.verify(), spec["dtype"], given.device)
         model = given.model() if given.checkpoint else None
         protocol = {key: spec[key] for key in ("batches", "prompts", "decode", "repeats", "warm_up", "dtype")}
-        return {"protocol": protocol, **evaluate(dense, model, spec, given.device)}
+        return {"protocol": protocol, **evaluate_latency(dense, model, spec, given.device)}

@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 class Perplexity(Evaluation):
     """Loss on a text, by a named protocol."""
 
-    reference = "as in the papers of the methods; the protocols say how they differ"
+    reference = "as in the papers of the methods; see the protocols for differences"
 
     reads = ("tokens",)
     streams = True
     batch = {"batch_tokens": 4096}
-    memory_mb = (16000, 24000)  # with a checkpoint, of two models
+    memory_mb = (16000, 24000)  # the second with a checkpoint: two models
 
     class Options(EvaluationOptions):
-        kind: Literal["perplexity"] = Field("perplexity", description="may be left out: a preset without `kind` is one")
+        kind: Literal["perplexity"] = Field("perplexity", description="may be omitted: the default kind")
         text: Name = Field(description="name of a text")
         protocol: Literal["p1", "p1_bos", "p2", "plain"] = Field(
             "p1", description="see the table of protocols in config/README.md"
         )
         length: int = Field(2048, ge=2, description="tokens per window")
         stride: int | None = Field(None, ge=1, description="p2 only: new tokens per window")
-        windows: int | None = Field(None, ge=2, description="only the first so many windows; all when absent")
+        windows: int | None = Field(None, ge=2, description="number of windows to use, from the first; all when absent")
         compare: bool = Field(True, description="also run the dense model: KL divergence and top-1 agreement")
 
         @model_validator(mode="after")
         def _stride_for_p2(self) -> Perplexity.Options:
             if (self.protocol == "p2") != (self.stride is not None):
-                raise ValueError("`stride` belongs to protocol p2, which needs it")
+                raise ValueError("`stride` is required by protocol p2, and only allowed there")
             if self.stride is not None and self.stride >= self.length:
                 raise ValueError("`stride` must be smaller than `length`")
             return self
@@ -68,10 +68,10 @@ class Perplexity(Evaluation):
 
     @classmethod
     def measure(cls, given: Given) -> dict[str, Any]:
-        """Loss per window, sums and means, beside the dense model's."""
+        """Loss per window, sums and means, compared with the dense model's."""
         from winnow.checkpoint.loading import load_model
         from winnow.checkpoint.streaming import NAMES, Streamed
-        from winnow.evaluation.perplexity import evaluate, evaluate_by_block, summarize
+        from winnow.evaluation.perplexity import evaluate, evaluate_by_block, summarize_windows
         from winnow.io.artifacts import read_tensors
         from winnow.io.resume import Resume
 
@@ -96,7 +96,7 @@ class Perplexity(Evaluation):
         return {
             "protocol": {key: spec[key] for key in protocol},
             "text": {key: facts[key] for key in ("text_digest", "text_tokens", "bos")},
-            **summarize(rows, given.dense()),
+            **summarize_windows(rows, given.dense()),
             "per_window": rows,
         }
 

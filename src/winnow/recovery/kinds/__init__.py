@@ -1,1 +1,1 @@
-"""A kind of recovery per file, registered by `winnow.recovery.base.RECOVERIES`."""
+"""One kind of recovery per file, registered by `winnow.recovery.base.RECOVERIES`."""

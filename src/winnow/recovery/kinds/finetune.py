@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class Finetune(Recovery):
-    """Fine-tuning again, with the labels of a classification task: all weights learn its train rows, as a model's `finetune`
-    does before compression, with options of its own."""
+    """Fine-tuning after compression with the labels of a classification task: all weights are trained on its train rows, as by a
+    model's `finetune` before compression, with separate options."""
 
     reference = "fine-tuning after compression, as in FWSVD, arXiv 2207.00112"
 
@@ -22,6 +22,6 @@ class Finetune(Recovery):
         kind: Literal["finetune"] = Field(description="finetune")
 
     def recover(self, task: Task) -> dict[str, Any]:
-        from winnow.recovery.finetune import recover
+        from winnow.recovery.finetune import finetune_again
 
-        return recover(task)
+        return finetune_again(task)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class NoRecovery(Recovery):
-    """The checkpoint is evaluated as compressed."""
+    """The compressed checkpoint is evaluated without recovery."""
 
     reference = "none"
 

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 class Refine(Recovery):
-    """Block by block, in order: the compressed block gets what the refined model below it produces, and learns what the dense
-    block gives. No label and no loss of the model is used. A block is as it was where training makes it no better on the
-    held-out windows. As block refinement in AA-SVD, arXiv 2604.02119."""
+    """Block by block, in order: the compressed block is trained to output what the dense block outputs, on inputs from the
+    refined blocks before it. No labels and no loss of the model are used. A block is left unchanged if training does not reduce
+    its held-out loss. As block refinement in AA-SVD, arXiv 2604.02119."""
 
     reference = "block refinement of AA-SVD, arXiv 2604.02119"
 
@@ -21,19 +21,23 @@ class Refine(Recovery):
         kind: Literal["refine"] = Field(description="refine")
         objective: Literal["anchored", "shifted"] = Field(
             "anchored",
-            description="anchored: the dense block's output in the dense model; shifted: on the compressed block's inputs",
+            description="anchored: the dense block's output in the dense model; shifted: its output on the compressed block's "
+            "inputs",
         )
         rate: float = Field(
             1e-3,
             gt=0,
-            description="learning rate at its height, less for blocks whose held-out loss is below 0.002 of the target's mean "
-            "square; it falls to 0 as a cosine",
+            description="peak learning rate, lower for blocks whose held-out loss is below 0.002 of the target's mean square; "
+            "cosine decay to 0",
         )
         patience: int | None = Field(
-            5, ge=1, description="looks without a new best after which a block is finished; never if null"
+            5,
+            ge=1,
+            description="early stopping: evaluations on held-out windows without improvement before a block is finished; null: "
+            "never",
         )
 
     def recover(self, task: Task) -> dict[str, Any]:
-        from winnow.recovery.refine import recover
+        from winnow.recovery.refine import refine_blocks
 
-        return recover(task)
+        return refine_blocks(task)

@@ -1,4 +1,4 @@
-"""How many parameters a combined compression of attention and FFN stores, under every way to count; shapes are enough."""
+"""Stored parameters of a combined compression of attention and FFN under every way to count, from shapes alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LLAMA_8B = {  # config.json of meta-llama/Llama-3.1-8B
     "num_key_value_heads": 8,
     "tie_word_embeddings": False,
 }
-# Name of a way to count: (what attention stores, what the FFN stores, whether all that is stored is counted)
+# Name of a way to count: (form of attention, form of the FFN, whether everything stored is counted)
 CONVENTIONS: dict[str, tuple[str, str, bool]] = {
     "q, k, v share a basis; down alone": ("qkv", "down", True),
     "q, k, v share a basis; three SVDs": ("qkv", "own", True),
@@ -32,7 +32,7 @@ CONVENTIONS: dict[str, tuple[str, str, bool]] = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks as shares of the width: of attention, of the FFN, and kept apart in the FFN; 0 is dense."""
+    """Ranks as shares of the width: of attention, of the FFN, and of the bypass in the FFN; 0 is dense."""
 
     attention: float
     ffn: float
@@ -67,8 +67,8 @@ def dense(matrices: Iterable[Matrix]) -> int:
 
 
 def stored(matrices: list[Matrix], form: str, ranks: Ranks) -> int:
-    """Numbers that matrices of attention (forms `qkv...`) or of the FFN (the others) store in a form, biases left out;
-    `uncounted` is of both."""
+    """Stored numbers of attention matrices (forms `qkv...`) or of FFN matrices (other forms) in a form, without biases;
+    `uncounted` applies to both."""
     total = 0
     for part in _parts(matrices):
         if form == "uncounted":
@@ -80,7 +80,7 @@ def stored(matrices: list[Matrix], form: str, ranks: Ranks) -> int:
 
 
 def _parts(matrices: list[Matrix]) -> list[list[Matrix]]:
-    """[q, k, v], [o], [gate, up] and [down] of every layer and expert, fused ones alike."""
+    """[q, k, v], [o], [gate, up] and [down] of every layer and expert, also if fused."""
     found: dict[tuple[int, int | None, str], list[Matrix]] = {}
     for m in matrices:
         name = next((t for t in ("qkv", "gate_up") if m.role in TARGETS[t]), m.role)
@@ -106,14 +106,14 @@ def _part(part: list[Matrix], form: str, ranks: Ranks) -> int:
         return sum(size * (sum(one.shape) - (size if fixed else 0)) for one, size in zip(part, sizes, strict=True))
     if form == "down":
         return dense(part)
-    if form == "bypass":  # kept apart by every matrix, the rest in the shared basis
+    if form == "bypass":  # a bypass for every matrix, the remainder in the shared basis
         return k * (m + n) + sum(r * sum(one.shape) for one, r in zip(part, kept, strict=True))
     k = min(whole, k + kept[0])
     return k * (m + n - (k if fixed else 0))
 
 
 def removed(matrices: list[Matrix], total: int, ranks: Ranks) -> list[dict[str, Any]]:
-    """How much every convention says is removed, in % of all `total` parameters and of those in `matrices`."""
+    """Removed parameters by every convention, in % of all `total` parameters and of those in `matrices`."""
     attention = [m for m in matrices if m.role in TARGETS["attention"]]
     ffn = [m for m in matrices if m.role in TARGETS["ffn"]]
     whole, rows = dense(matrices), []
@@ -125,6 +125,6 @@ def removed(matrices: list[Matrix], total: int, ranks: Ranks) -> list[dict[str, 
 
 
 def reachable(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """(least, most) removed under any convention that counts all that is stored, in % of whichever total."""
+    """(least, most) removed under any convention that counts everything stored, in % of either total."""
     values = [row[key] for row in rows if row["counted"] for key in ("of_all", "of_blocks")]
     return min(values), max(values)

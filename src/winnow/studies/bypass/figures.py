@@ -24,7 +24,7 @@ ROW_NAMES = {
 
 
 def rows(table: pd.DataFrame) -> Figure:
-    """Loss of every row of the paper's table and of what stands beside it; the paper's own numbers as crosses."""
+    """Loss of every row of the paper's table and of its further cells; the paper's numbers as crosses."""
     models = list(table["model"].unique())
     figure, axes = axes_grid(len(models), 6.8, 4.2)
     for axis, model in zip(axes, models, strict=True):
@@ -49,7 +49,7 @@ def rows(table: pd.DataFrame) -> Figure:
 
 
 def equal_bytes(table: pd.DataFrame, names: dict[str, str]) -> Figure:
-    """Loss of every form at equal bytes, the lowest on top; a panel per model and budget."""
+    """Loss of every form at equal bytes, the lowest at the top; a panel per model and budget."""
     panels = list(table.groupby(["model", "budget"], sort=False))
     figure, axes = axes_grid(len(panels), 4.8, 2.6)
     for axis, ((model, budget), part) in zip(axes, panels, strict=True):
@@ -86,7 +86,7 @@ def ranks(table: pd.DataFrame) -> Figure:
 
 
 def accounting(table: pd.DataFrame, model: str) -> Figure:
-    """What can be removed at the paper's ranks under every convention, and what the paper says."""
+    """Removable parameters at the paper's ranks under every convention, and the paper's number."""
     figure, axes = axes_grid(1, 7.2, 2.8)
     own, axis = table[table["model"] == model], axes[0]
     names = list(dict.fromkeys(own["row"]))[::-1]

@@ -1,4 +1,4 @@
-"""GRC, the shared basis of q, k and v (HyperTensor Paper I): its basis as published, its bytes, and columns kept out of it."""
+"""GRC, the shared basis of q, k and v (HyperTensor Paper I): its basis as published, its bytes, and exact columns."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-SINKS = 32 / 4096  # of the columns, kept exact: the paper's largest T at the width of its model
+SINKS = 32 / 4096  # share of exact columns: the paper's largest T relative to the width of its model
 
 
 def basis(stack: Tensor, power: int = 1) -> Tensor:
-    """(n, n): eigenvectors of (M^T M)^power of the stacked matrix M (sum m, n), leading ones first. The paper takes the fourth
+    """(n, n): eigenvectors of (M^T M)^power of the stacked matrix M (sum m, n), leading ones first. The paper uses the fourth
     power, which has the same eigenvectors."""
     import torch
 
@@ -30,8 +30,8 @@ def projected_error(stack: Tensor, directions: Tensor) -> float:
 
 
 def sink_gain(stack: Tensor, k: int) -> float:
-    """By how much (%) the squared error falls when the columns of the largest norms are kept exact and the others get a basis,
-    with the rank lowered until no more is stored: T M + k' (n - T + M) <= k (n + M) for T columns of M rows."""
+    """Reduction of the squared error in % if the columns with the largest norms are exact and the others share a basis, with the
+    rank lowered such that no more is stored: T M + k' (n - T + M) <= k (n + M) for T columns of M rows."""
     rows, n = stack.shape
     kept = max(1, round(SINKS * n))
     rank = (k * (n + rows) - kept * rows) // (n - kept + rows)

@@ -1,4 +1,4 @@
-"""What the study of bypasses measures on weights: bytes by formula, numbers of GRC, and identities with their residuals."""
+"""Measurements of the study of bypasses on weights: bytes by formula, numbers of GRC, and identities with their residuals."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from winnow.models.files import ModelFiles
 
 
-def stored_bytes(files: ModelFiles, ranks: Ranks) -> int | None:
-    """Bytes that q, k, v (shared basis) and the FFN (shared basis of gate and up, SVD of down, `kept` apart) take, of those that
-    `ranks` compresses, biases included. None for mixtures, whose experts may stay dense."""
+def formula_bytes(files: ModelFiles, ranks: Ranks) -> int | None:
+    """Bytes of q, k, v (shared basis) and the FFN (shared basis of gate and up, SVD of down, `kept` directions), as far as
+    `ranks` compresses them, including biases. None for mixtures, whose experts may stay dense."""
     if any(m.expert is not None for m in files.matrices):
         return None
     qkv = [m for m in files.matrices if m.role in TARGETS["qkv"] and ranks.attention]
@@ -35,7 +35,7 @@ def stored_bytes(files: ModelFiles, ranks: Ranks) -> int | None:
 
 
 def _stacks(files: ModelFiles, target: str) -> list[Tensor]:
-    """The matrices of a target stacked along their outputs (sum m, n), of every layer; experts left out."""
+    """The matrices of a target stacked along their outputs (sum m, n), for every layer, without experts."""
     import torch
 
     found: dict[int, list[Matrix]] = {}
@@ -61,7 +61,7 @@ def grc_numbers(files: ModelFiles) -> dict[str, float | None]:
 
 
 def identities(files: ModelFiles, moments: Bundle, kept: float) -> dict[str, float]:
-    """Residuals, the largest over layers and matrices, relative to squared norms: what must hold exactly."""
+    """Largest residuals over layers and matrices, relative to squared norms, of exact identities."""
     import torch
 
     worst: dict[str, float] = {}
@@ -78,7 +78,7 @@ def identities(files: ModelFiles, moments: Bundle, kept: float) -> dict[str, flo
             k, r = min(m.shape) // 2, max(1, round(kept * min(m.shape)))
             bypass = Bypass(
                 Bypass.Options.model_validate({"kind": "bypass", "kept": r})
-            )  # the rest by low_rank, in the same metric
+            )  # the remainder by low_rank, in the same metric
             maps = [_map(problem, LowRank(LowRank.Options(kind="low_rank")), k + r), _map(problem, bypass, k)]
             error, other, whole = (_squared(weight - one, columns) for one in (*maps, torch.zeros_like(weight)))
             name = f"r kept apart and an SVD of the rest = rank r + k, error of the {kind}"
@@ -100,7 +100,7 @@ def identities(files: ModelFiles, moments: Bundle, kept: float) -> dict[str, flo
 
 
 def _map(problem: Problem, structure: Structure, size: int) -> Tensor:
-    """The map (m, n) of size `size` of `low_rank`, or of a bypass around it."""
+    """The map (m, n) of size `size` of `low_rank`, or of a bypass with it."""
     tensors, (name,) = structure.fit(problem, size).tensors, problem.weights
     if isinstance(structure, LowRank):
         return tensors["left"][:, :size] @ tensors["right"][:size]

@@ -1,5 +1,5 @@
-"""Effective ranks of every matrix under four definitions, in the metric of the weights and in that of the outputs; and whether
-their profile over layers has the shape of an hourglass."""
+"""Effective ranks of every matrix by four definitions, in the metric of the weights and in that of the outputs; and whether their
+profile over layers has the shape of an hourglass."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ DEFINITIONS = {
 }
 METRICS = {"weights": "weights", "outputs": "outputs on the calibration tokens"}
 EARLY, LATE, OF = 6, 5, 30  # layers 0-5 and 25-29 of the paper's 30
-ORDERS = 2000  # random orders of layers, where there are too many to take all
-ALL_ORDERS = 7  # layers up to which all orders are taken
+ORDERS = 2000  # number of random orders of layers, if there are too many to use all
+ALL_ORDERS = 7  # largest number of layers for which all orders are used
 
 
 def profile(files: ModelFiles, moments: Bundle) -> list[dict[str, Any]]:
-    """One row per matrix and metric (experts left out): the effective ranks as shares of the smaller side, `ambient`."""
+    """One row per matrix and metric, without experts: the effective ranks as shares of the smaller side, `ambient`."""
     import torch
 
     rows = []
@@ -60,15 +60,15 @@ def _values(weight: Tensor, gram: Tensor) -> Tensor:
 
 
 def ends(layers: int) -> tuple[int, int]:
-    """How many of the first and of the last layers stand for the paper's 0-5 and 25-29 of 30."""
+    """The numbers of first and of last layers that correspond to the paper's 0-5 and 25-29 of 30."""
     return -(-EARLY * layers // OF), -(-LATE * layers // OF)
 
 
 def hourglass(values: Sequence[float]) -> dict[str, float]:
-    """Means over the early, middle and late layers; `excess`, by how much the lower of the two ends is above the middle (%); and
-    `chance`, the share of orders of the layers whose excess is at least that. An hourglass has an excess above 0.
+    """Means over the early, middle and late layers; `excess`: the difference of the lower end to the middle in %; and `chance`:
+    the share of orders of the layers with at least this excess. An hourglass has a positive excess.
 
-    Raises ValueError for fewer layers than have a middle."""
+    Raises ValueError if there are too few layers for a middle."""
     early, late = ends(len(values))
     if early + late >= len(values):
         raise ValueError(f"{len(values)} layers have no middle between the first {early} and the last {late}")
@@ -91,7 +91,7 @@ def _excess(orders: np.ndarray, early: int, late: int) -> np.ndarray:
 
 
 def hourglasses(rows: list[dict[str, Any]], roles: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per role (and `ffn`, the mean of all), metric and definition. Empty where there are too few layers."""
+    """One row per role (and `ffn`, the mean of all), metric and definition. Empty if there are too few layers."""
     layers = sorted({row["layer"] for row in rows if row["role"] in roles})
     if not layers or sum(ends(len(layers))) >= len(layers):
         return []

@@ -9,16 +9,16 @@ from winnow.studies.base import Conclusion, Evidence, Given, Study, speed
 from winnow.studies.bypass.accounting import Ranks
 from winnow.studies.claims import Answer
 
-KEPT = 256 / 4096  # directions kept apart, as a share of the width
-LLAMA = "Llama-3.1-8B"  # by its config alone
+KEPT = 256 / 4096  # directions of the bypass, as a share of the width
+LLAMA = "Llama-3.1-8B"  # from its config alone
 WEIGHTS, GRAM, LOW_RANK, SHARED = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}, {"kind": "shared_basis"}
 BASE = 6.79  # perplexity of the paper's dense model
 TIMED = {"batches": [1], "prompts": [64], "decode": 16, "repeats": 21, "warm_up": 2}
 
 
 class Row(NamedTuple):
-    """A row of the paper's table: ranks as shares of the width, perplexity, parameters removed (%), and the cell (method, budget)
-    that repeats it here."""
+    """A row of the paper's table: ranks as shares of the width, perplexity, parameters removed (%), and the corresponding cell
+    (method, budget)."""
 
     ranks: Ranks
     perplexity: float
@@ -33,7 +33,7 @@ ROWS = {
     "bypass": Row(Ranks(0.25, 0.5, KEPT), 8.21, 34, ("both_bypass", "both-rank-0.5")),
     "larger": Row(Ranks(0.25, 0.75, KEPT), 7.64, 27, ("both_fixed", "both-rank-0.8125")),
 }
-# Beside them: other readings of a row, and what it leaves out.
+# Further cells: other readings of a row, and omitted variants.
 BESIDE: dict[tuple[str, str], tuple[str, str]] = {
     ("grc_whitened", "qkv-rank-0.25"): ("attention", "whitened basis"),
     ("svd", "ffn-rank-0.5"): ("ffn", "three SVDs"),
@@ -113,11 +113,11 @@ class BypassStudy(Study):
     reads = ("moments",)
 
     def measure(self, given: Given) -> dict[str, Any]:
-        """Effective ranks and their profiles, what is stored under every way to count, GRC's own numbers, its times
-        beside dense, identities."""
+        """Effective ranks and their profiles, stored numbers under every way to count, GRC's numbers, its times compared with
+        dense, identities."""
         from winnow.models.architectures import FFN_ROLES, TARGETS
         from winnow.studies.bypass.accounting import dense, parameters, removed
-        from winnow.studies.bypass.measures import grc_numbers, identities, stored_bytes
+        from winnow.studies.bypass.measures import formula_bytes, grc_numbers, identities
         from winnow.studies.bypass.ranks import hourglasses, profile
 
         files, moments = given.files, given.moments
@@ -131,7 +131,7 @@ class BypassStudy(Study):
             "ranks": rows,
             "hourglass": hourglasses(rows, roles),
             "accounting": {name: removed(files.matrices, total, row.ranks) for name, row in ROWS.items()},
-            "stored_bytes": {name: stored_bytes(files, ROWS[name].ranks) for name in ("attention", "ffn", "both", "bypass")},
+            "stored_bytes": {name: formula_bytes(files, ROWS[name].ranks) for name in ("attention", "ffn", "both", "bypass")},
             "grc": grc_numbers(files),
             "latency": _latency(given),
             "identities": identities(files, moments, KEPT),
@@ -172,19 +172,19 @@ class BypassStudy(Study):
 
 
 def _latency(given: Given) -> list[dict[str, Any]]:
-    """Times of the cell of row 1, GRC at k = d / 4, beside dense."""
+    """Times of the cell of row 1, GRC at k = d / 4, compared with dense."""
     from winnow.checkpoint.loading import load_model
-    from winnow.studies.trials import Trial, timed
+    from winnow.studies.trials import Trial, time_forms
 
     model = load_model(given.files.verify(), given.dtype, given.device).requires_grad_(False)
     row = ROWS["attention"]
     trial = Trial.of(given.files, given.moments, BypassStudy.methods[row.cell[0]], given.device, ["qkv"])
     form = trial.model(model, trial.of_rank(row.ranks.attention))
-    return timed(model, {PUBLISHED["attention"]: form}, TIMED, given.device)
+    return time_forms(model, {PUBLISHED["attention"]: form}, TIMED, given.device)
 
 
 def _of_llama(table: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Answer]], list[dict[str, Any]]]:
-    """Answers and identities that follow from the paper's own figures and from the config of its model; adds to `table`."""
+    """Answers and identities from the paper's numbers and the config of its model; adds to `table`."""
     from winnow.models.architectures import TARGETS, matrices_of
     from winnow.studies.bypass.accounting import LLAMA_8B, dense, llama_tensors, parameters, reachable, removed
 
@@ -276,7 +276,7 @@ def _of_cells(evidence: Evidence, model: str) -> dict[str, Answer]:
 
 
 def _ratio(evidence: Evidence, model: str, one: tuple[str, str], other: tuple[str, str]) -> tuple[float, float]:
-    """(loss above dense of one cell over that of another, its standard error), window by window."""
+    """(ratio of the losses above dense of two cells, its standard error), by window."""
     from winnow.evaluation.spread import ratio
 
     nll = [
@@ -287,7 +287,7 @@ def _ratio(evidence: Evidence, model: str, one: tuple[str, str], other: tuple[st
 
 
 def _rows(evidence: Evidence, model: str) -> list[dict[str, Any]]:
-    """The five-row table: as published, and beside every row what else stands for it."""
+    """The five-row table: as published, and the further cells of every row."""
     found = []
     for name, (ranks, perplexity, removed, cell) in ROWS.items():
         entries = [(PUBLISHED[name], cell), *((form, other) for other, (row, form) in BESIDE.items() if row == name)]

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 MEASURES, ABOVE = ("weights", "activations", "blocks", "logits"), "activations above weights"
 DENSE, HEALED, LORA = ("dense", "dense"), ("dense", "dense", "lora"), "lora"
-TIGHT = "ffn-0.4"  # the budget of LoRA's starts
+TIGHT = "ffn-0.4"  # the budget of the methods before LoRA
 
 
 def distillation(evidence: Evidence, model: str, starts: Sequence[str], training: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per start, the dense model's first: loss above dense before and after LoRA, and above the dense model after the same
-    LoRA (nats per token); how much of the gap is closed, in nats, against that control, and in raw perplexity (%)."""
+    """A row per method, the dense model first: loss above dense before and after LoRA, and above the dense model after the same
+    LoRA (nats per token); the closed part of the gap in nats relative to this control, and in raw perplexity (%)."""
     dense, healed = (evidence.windows(model, cell) for cell in (DENSE, HEALED))
     rows = []
     for start in ("dense", *starts):
@@ -46,7 +46,7 @@ def distillation(evidence: Evidence, model: str, starts: Sequence[str], training
 
 
 def _closed_raw(before: dict[str, Any], after: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
-    """(% of the gap in perplexity that is closed, its standard error by leaving out one window at a time)."""
+    """(closed part of the gap in perplexity in %, its standard error by the jackknife over windows)."""
     nll, tokens = (np.array([of[key] for of in (before, after, dense)], dtype=np.float64) for key in ("nll", "tokens"))
 
     def closed(windows: list[int]) -> float:
@@ -58,7 +58,7 @@ def _closed_raw(before: dict[str, Any], after: dict[str, Any], dense: dict[str, 
 
 def rank_correlations(cells: list[dict[str, Any]], budgets: Sequence[str]) -> list[dict[str, Any]]:
     """Spearman correlations of every error measure with the loss over the methods at each budget, at several budgets (`mean`),
-    and over all cells of FFNs together; with standard errors by leaving out one cell at a time."""
+    and over all cells of FFNs together; with standard errors by the jackknife over cells."""
     ffn = [cell for cell in cells if cell["budget"].startswith("ffn")]
     rows = [{"budget": "all", **row} for row in _correlations(ffn)]
     by_budget = {budget: _correlations([cell for cell in ffn if cell["budget"] == budget]) for budget in budgets}
@@ -71,7 +71,7 @@ def rank_correlations(cells: list[dict[str, Any]], budgets: Sequence[str]) -> li
 
 
 def _correlations(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of some cells: every measure, and how much more the error of outputs says than that of weights."""
+    """The rows of some cells: every measure, and the correlation of output errors minus that of weight errors."""
 
     def rho(measure: str, items: list[int]) -> float:
         return spearman([cells[i][measure] for i in items], [cells[i]["delta_nll"] for i in items])
@@ -90,7 +90,7 @@ def _correlations(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def answers_of(
     evidence: Evidence, model: str, found: dict[str, Any], correlations: list[dict[str, Any]], healed: list[dict[str, Any]]
 ) -> dict[str, dict[str, Answer]]:
-    """{claim: {model: answer}}; what follows from a published model's config alone stands under its name."""
+    """{claim: {model: answer}}; answers from a published model's config are listed under the name of that model."""
     own = _of_losses(evidence, model) | _of_lora(evidence, model, healed)
     if "missing" in found:
         own |= dict.fromkeys(OF_MEASUREMENT, Answer(missing=found["missing"]))

@@ -1,4 +1,4 @@
-"""What published models store, from their configs alone."""
+"""Parameter counts of published models, from their configs alone."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def counts(name: str) -> dict[str, int]:
 
 
 def savings(name: str, attention_rank: int, clusters: int, fraction: float) -> tuple[float, float]:
-    """(smallest, largest) size of the dense blocks over that of the blocks with attention inputs in a shared basis of a rank and
-    the FFN in clusters of the d_model axis, over what may be counted: the basis or not, the factors or dense where less."""
+    """(smallest, largest) ratio of the size of the dense blocks to that with attention inputs in a shared basis of some rank and
+    the FFN in clusters of the d_model axis, over the ways to count: with or without the basis, factors or dense if smaller."""
     _, d, hidden, queries, keys, *_ = PUBLISHED[name]
     attention, out = d * (queries + 2 * keys), d * queries
     projected = attention_rank * (queries + 2 * keys)

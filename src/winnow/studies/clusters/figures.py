@@ -87,7 +87,7 @@ def correlation_figure(errors: pd.DataFrame, budgets: Sequence[str]) -> Any:
 
 
 def massive_figure(massive: pd.DataFrame) -> Any:
-    """Columns of down that stand out, and how well a score ranks columns that are left out; two panels per model."""
+    """Outlying columns of down, and how well a score ranks the loss of removing columns; two panels per model."""
     from winnow.reporting.figures import axes_grid, line_style, shared_legend
 
     models = list(dict.fromkeys(massive["model"])) if len(massive) else []
@@ -110,7 +110,7 @@ def massive_figure(massive: pd.DataFrame) -> Any:
 
 
 def distillation_figure(table: pd.DataFrame) -> Any:
-    """Loss above dense before and after LoRA from every start, beside the dense model after the same LoRA; a panel per model."""
+    """Loss above dense before and after LoRA for every method, and of the dense model after the same LoRA; a panel per model."""
     from winnow.reporting.figures import axes_grid, line_style
 
     models = list(dict.fromkeys(table["model"]))

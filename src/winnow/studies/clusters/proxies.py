@@ -1,5 +1,5 @@
-"""What could predict the loss of a compressed model: the errors of its weights, of its matrices' outputs, of its blocks and of
-its logits; and what could predict how much a column matters."""
+"""Possible predictors of the loss of a compressed model: errors of its weights, of its matrices' outputs, of its blocks and of
+its logits; and of the importance of a column."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def matrix_of(module: nn.Module, inputs: int) -> Tensor:
 
 
 def matrix_errors(files: ModelFiles, moments: Bundle, checkpoint: Bundle, model: PreTrainedModel) -> dict[str, float]:
-    """Relative squared errors of the matrices that a checkpoint replaces, means over them: `weights`, and `activations`, of their
-    outputs on the calibration tokens for the dense model's inputs. Every matrix must be a module of its own."""
+    """Mean relative squared errors of the matrices that a checkpoint replaces: `weights`, and `activations`, of their outputs on
+    the calibration tokens with the dense model's inputs. Every matrix must be a separate module."""
     config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
     replaced, held = config["quantization_config"]["layers"], (-1, dict[str, Tensor]())
     found: dict[str, list[float]] = {"weights": [], "activations": []}
@@ -49,8 +49,8 @@ def matrix_errors(files: ModelFiles, moments: Bundle, checkpoint: Bundle, model:
 def output_errors(
     dense: PreTrainedModel, model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int
 ) -> dict[str, float]:
-    """`blocks`: the squared error of every block's output for the dense model's inputs over the square of what the block adds,
-    mean over blocks; `logits`: KL(dense || model), nats per token. On windows (count, length)."""
+    """`blocks`: the squared error of a block's output with the dense model's inputs, relative to the square of the block's
+    contribution, mean over blocks; `logits`: KL(dense || model), nats per token. On windows (count, length)."""
     sums, kl = torch.zeros(len(blocks), 2, dtype=torch.float64), 0.0
 
     def watch(index: int, name: str) -> Any:
@@ -75,7 +75,7 @@ def output_errors(
 
 @contextmanager
 def without(model: PreTrainedModel, matrix: Matrix, column: int) -> Iterator[None]:
-    """The model with one input channel of a matrix at 0."""
+    """Context manager that sets one input channel of a matrix to 0."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0].clone()
@@ -90,8 +90,8 @@ def without(model: PreTrainedModel, matrix: Matrix, column: int) -> Iterator[Non
 
 
 @torch.no_grad()
-def left_out(model: PreTrainedModel, matrix: Matrix, columns: list[int], windows: Tensor) -> list[float]:
-    """KL (nats per token) between the model and the model with one input channel of the matrix at 0, for every channel in
+def losses_without(model: PreTrainedModel, matrix: Matrix, columns: list[int], windows: Tensor) -> list[float]:
+    """KL (nats per token) between the model and the model with one input channel of the matrix set to 0, for every channel in
     `columns`, on windows (count, length)."""
     ids = windows.to(next(model.parameters()).device).long()
     reference = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)

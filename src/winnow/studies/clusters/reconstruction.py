@@ -1,5 +1,5 @@
-"""Errors of per-cluster SVD against a global one: at equal total rank, at equal stored numbers, and by the rule that the cluster
-paper's script used, which gives its clusters more rank. All errors are exact, from singular values in float64."""
+"""Errors of per-cluster SVD compared with a global one: at equal total rank, at equal stored numbers, and by the rule of the
+cluster paper's script, in which clusters have more rank. All errors are exact, from singular values in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Blocks:
-    """The clusters of a matrix (m, n): of each, its shape and its squared singular values, the largest first."""
+    """The clusters of a matrix (m, n): shape and descending squared singular values of each."""
 
     shapes: list[tuple[int, int]]
     energies: list[Tensor]
@@ -21,7 +21,7 @@ class Blocks:
         return float(sum(float(e.sum()) for e in self.energies))
 
     def lost(self, ranks: list[float]) -> float:
-        """The squared error with these ranks, as a share of the squared norm; a part of a rank takes its part of a direction."""
+        """The squared error with these ranks, as a share of the squared norm; fractional ranks include a part of a direction."""
         left = 0.0
         for energy, rank in zip(self.energies, ranks, strict=True):
             whole = min(int(rank), len(energy))
@@ -31,16 +31,16 @@ class Blocks:
         return max(left, 0.0) / self.energy
 
     def stored(self, ranks: list[float]) -> float:
-        """Numbers of two factors per cluster, or of the dense block where that is less."""
+        """Stored numbers of two factors per cluster, or of the dense block if it is smaller."""
         return sum(min(k * (m + n), m * n) for k, (m, n) in zip(ranks, self.shapes, strict=True))
 
     def as_stored(self, ranks: list[float]) -> list[float]:
-        """The ranks, full where the dense block is stored."""
+        """The ranks; full rank if the dense block is stored."""
         pairs = zip(ranks, self.shapes, strict=True)
         return [float(min(m, n)) if k * (m + n) >= m * n else k for k, (m, n) in pairs]
 
 
-def blocks_of(weight: Tensor, labels: Tensor | None = None, rows: bool = False) -> Blocks:
+def cluster_blocks(weight: Tensor, labels: Tensor | None = None, rows: bool = False) -> Blocks:
     """The clusters of the columns (or rows) of W (m, n) by `labels`; without labels W is one cluster."""
     if labels is None:
         parts = [weight]
@@ -51,15 +51,15 @@ def blocks_of(weight: Tensor, labels: Tensor | None = None, rows: bool = False) 
 
 
 def ranks_of(blocks: Blocks, k: int) -> list[float]:
-    """k_c = ceil(k n_c / n), and no more than the cluster has."""
+    """k_c = ceil(k n_c / n), at most the rank of the cluster."""
     whole = sum(n for _, n in blocks.shapes)
     return [float(min(-(-k * n // whole), m, n)) for m, n in blocks.shapes]
 
 
 def gains(clustered: Blocks, one: Blocks, k: int) -> dict[str, float] | None:
-    """How much lower the relative error of clusters of columns with total rank k is than that of one SVD (`one`), in %: given
-    the same total rank; the same stored numbers, one index a column included; and the same numbers without those of the one
-    SVD's factors that are redundant (gauge-fixed, k (m + n - k)). None where the one SVD of that size is exact."""
+    """Reduction in % of the relative error by clusters of columns with total rank k, compared with one SVD (`one`) of: the same
+    total rank; the same stored numbers, including one index per column; and the same numbers without the redundant ones of the
+    SVD's factors (gauge-fixed, k (m + n - k)). None if the SVD of that size is exact."""
     (m, n), ranks = one.shapes[0], ranks_of(clustered, k)
     numbers = clustered.stored(ranks) + n
     discriminant = (m + n) ** 2 - 4 * numbers
@@ -79,14 +79,13 @@ def gains(clustered: Blocks, one: Blocks, k: int) -> dict[str, float] | None:
     return found
 
 
-def published(one: list[Blocks], many: list[Blocks], fraction: float) -> dict[str, float]:
-    """The cluster paper's comparison as its script makes it, for an FFN [(gate,) up, down], each as one block and in the same
-    clusters of the d_model axis (columns, and rows of down): every cluster has rank int(hidden / clusters x fraction), against
-    one SVD of rank int(d x fraction) for all but down, whose rank is int(hidden x fraction). Errors are means over the matrices;
-    `gain` in %.
+def published_comparison(one: list[Blocks], many: list[Blocks], fraction: float) -> dict[str, float]:
+    """The comparison of the cluster paper's script, for an FFN [(gate,) up, down], each as one block and in the same clusters of
+    the d_model axis (columns, and rows of down): clusters of rank int(hidden / clusters x fraction) against one SVD of rank int(d
+    x fraction), or int(hidden x fraction) for down. Errors are means over the matrices; `gain` in %.
 
-    `rank_ratio` is the total rank of the clusters over that of the one SVD in the first matrix, `stored` what the clusters'
-    factors store over dense."""
+    `rank_ratio`: total rank of the clusters divided by that of the SVD in the first matrix; `stored`: numbers in the clusters'
+    factors as a share of dense."""
     (d, hidden), count = one[-1].shapes[0], len(many[0].shapes)
     errors: dict[str, list[float]] = {"global": [], "cluster": []}
     stored, dense, ratios = 0.0, 0.0, []
@@ -105,7 +104,7 @@ def published(one: list[Blocks], many: list[Blocks], fraction: float) -> dict[st
 
 
 def norm_bins(weight: Tensor, count: int) -> Tensor:
-    """(n,): the columns of W (m, n) in `count` equal bins by their norm, the largest first."""
+    """(n,): bins of the columns of W (m, n), `count` equal ones by descending norm."""
     labels = torch.empty(weight.shape[1], dtype=torch.int64)
     for label, part in enumerate(weight.norm(dim=0).argsort(descending=True, stable=True).tensor_split(count)):
         labels[part] = label
@@ -113,8 +112,8 @@ def norm_bins(weight: Tensor, count: int) -> Tensor:
 
 
 def structureless(kind: str, d: int, hidden: int, seed: int = 0) -> list[Tensor]:
-    """[gate, up (hidden, d), down (d, hidden)] without any structure: `noise` has independent normal entries, `flat` all
-    singular values equal."""
+    """Unstructured [gate, up (hidden, d), down (d, hidden)]: `noise` has independent normal entries, `flat` equal singular
+    values."""
     generator = torch.Generator().manual_seed(seed)
     found = [torch.randn(hidden, d, generator=generator, dtype=torch.float64) for _ in range(3)]
     if kind == "flat":
@@ -123,8 +122,8 @@ def structureless(kind: str, d: int, hidden: int, seed: int = 0) -> list[Tensor]
 
 
 def outlying(values: Tensor, sigmas: float = 5.0, top: int = 5) -> dict[str, float]:
-    """Of column scores (n,): how many lie more than `sigmas` standard deviations above the mean, the share of the sum that the
-    `top` largest hold over the share that they would hold if all were equal, and the largest over the median."""
+    """Statistics of column scores (n,): number of scores more than `sigmas` standard deviations above the mean, share of the sum
+    in the `top` largest relative to equal scores, and largest divided by median."""
     largest = values.sort(descending=True).values[:top].sum()
     return {
         "massive": float((values > values.mean() + sigmas * values.std()).sum()),

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 COUNTS, FRACTIONS = (2, 4, 8), (0.25, 0.5, 0.75)
 WAYS = ("norm", "cosine", "activation", "random")
 RANDOM_SEEDS = 3  # random clusterings that a gain is compared with
-LAYERS = 8  # most layers whose matrices are cut up, evenly spread
-WINDOWS, LEFT_OUT, COLUMNS = 8, 4, 20  # calibration windows of the error measures and of leaving out; columns left out per layer
+LAYERS = 8  # largest number of (evenly spread) layers whose matrices are clustered
+WINDOWS, LEFT_OUT, COLUMNS = (
+    8,
+    4,
+    20,
+)  # calibration windows of the error measures and of removing columns; removed columns per layer
 PAPER = (576, 1536)  # d and hidden width of the paper's model, for matrices without structure
 WEIGHTS, LOW_RANK = {"kind": "weights"}, {"kind": "low_rank"}
 CLUSTERS = {"kind": "cluster", "clusters": 4}
@@ -52,8 +56,8 @@ class ClustersStudy(Study):
         "down-rank-0.5": {"targets": ["down_proj"], "rank_fraction": 0.5},
     }
     recoveries = {
-        # LoRA as published (rank 8, alpha 16, rate 5e-4, 500 windows), on the text and on the dense model's distribution alike:
-        # with the second alone the dense model, which is its own teacher, would gain nothing and be no control.
+        # LoRA as published (rank 8, alpha 16, rate 5e-4, 500 windows), with equal weights of next-token loss and distillation:
+        # with distillation alone the dense model, being its own teacher, would gain nothing and be no control.
         "lora": {"kind": "distill", "parameters": "lora", "rate": 5e-4, "nll": 1.0, "steps": 250, "batch": 2, "every": 50},
     }
     cells = [
@@ -68,7 +72,7 @@ class ClustersStudy(Study):
     reads = ("moments", "windows", "checkpoints")
 
     def measure(self, given: Given) -> dict[str, Any]:
-        """Errors of clusters against one SVD, columns that stand out, errors of the study's checkpoints, training of LoRA."""
+        """Errors of clusters compared with one SVD, outlying columns, errors of the study's checkpoints, training of LoRA."""
         from winnow.models.architectures import ffn_groups, moments_file
 
         files, moments, windows = given.files, given.moments, given.windows
@@ -100,13 +104,13 @@ class ClustersStudy(Study):
         return found
 
     def _of_model(self, given: Given, downs: list[Matrix], statistics: Any) -> dict[str, Any]:
-        """What takes the model itself: errors of every checkpoint, and of single columns of down left out."""
+        """Measurements on the model: errors of every checkpoint, and of removing single columns of down."""
         import torch
 
         from winnow.checkpoint.loading import load_model
         from winnow.models.architectures import blocks_of
         from winnow.studies.clusters.correlation import spearman
-        from winnow.studies.clusters.proxies import left_out, matrix_errors, output_errors
+        from winnow.studies.clusters.proxies import losses_without, matrix_errors, output_errors
         from winnow.studies.clusters.reconstruction import outlying
 
         files, windows, moments = given.files, given.windows, given.moments
@@ -124,7 +128,7 @@ class ClustersStudy(Study):
         for down in downs:
             scores = {"activation": statistics(down)["mean_abs"], "weight norm": files.weight(down).norm(dim=0)}
             columns = torch.randperm(down.shape[1], generator=generator)[:COLUMNS].sort().values
-            lost = left_out(dense, down, columns.tolist(), windows[:LEFT_OUT])
+            lost = losses_without(dense, down, columns.tolist(), windows[:LEFT_OUT])
             for name, score in scores.items():
                 row = {"layer": down.layer, "score": name, "columns": down.shape[1], **outlying(score)}
                 massive.append({**row, "left_out": spearman(score[columns].tolist(), lost)})
@@ -168,21 +172,21 @@ class ClustersStudy(Study):
 
 
 def _cut(matrix: Matrix, weight: Tensor, site: dict[str, Tensor]) -> dict[str, Any]:
-    """The singular values of a matrix and of its clusters by every way and count; `random` several times."""
+    """The singular values of a matrix and of its clusters for every clustering and count; `random` several times."""
     from winnow.calibration.clusters import Clustering, assign
-    from winnow.studies.clusters.reconstruction import blocks_of
+    from winnow.studies.clusters.reconstruction import cluster_blocks
 
     clustered = {}
     for by, count in product(WAYS, COUNTS):
         for seed in range(RANDOM_SEEDS if by == "random" else 1):
             clustering = Clustering.model_validate({"clusters": count, "by": by, "seed": seed})
             labels = assign(weight, site, clustering, matrix)[0]
-            clustered[by, count, seed] = blocks_of(weight, labels)
-    return {"shape": matrix.shape, "role": matrix.role, "one": blocks_of(weight), "clustered": clustered}
+            clustered[by, count, seed] = cluster_blocks(weight, labels)
+    return {"shape": matrix.shape, "role": matrix.role, "one": cluster_blocks(weight), "clustered": clustered}
 
 
 def _table(cut: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Gains of clusters over one SVD, means over matrices with standard errors, and over random clusters of the same matrix."""
+    """Gains of clusters over one SVD and over random clusters of the same matrix; means over matrices with standard errors."""
     from winnow.studies.clusters.correlation import mean_error
     from winnow.studies.clusters.reconstruction import gains
 
@@ -208,26 +212,26 @@ def _table(cut: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _published(layers: list[list[Tensor]], shape: tuple[int, int] = PAPER) -> list[dict[str, Any]]:
-    """The paper's own comparison on the FFNs of some layers, and on matrices of its model's shape without any structure."""
-    from winnow.studies.clusters.reconstruction import blocks_of, norm_bins, published, structureless
+    """The paper's comparison on the FFNs of some layers, and on unstructured matrices of the paper's shape."""
+    from winnow.studies.clusters.reconstruction import cluster_blocks, norm_bins, published_comparison, structureless
 
     rows = []
     for name, ffns in {"this model": layers, **{kind: [structureless(kind, *shape)] for kind in ("noise", "flat")}}.items():
-        one = [[blocks_of(w) for w in ffn] for ffn in ffns]
+        one = [[cluster_blocks(w) for w in ffn] for ffn in ffns]
         for count in (4, 8, 16):
             labels = [norm_bins(ffn[0], count) for ffn in ffns]
-            many = [[blocks_of(w, own, w is ffn[-1]) for w in ffn] for ffn, own in zip(ffns, labels, strict=True)]
+            many = [[cluster_blocks(w, own, w is ffn[-1]) for w in ffn] for ffn, own in zip(ffns, labels, strict=True)]
             for share in FRACTIONS:
-                found = [published(*pair, share) for pair in zip(one, many, strict=True)]
+                found = [published_comparison(*pair, share) for pair in zip(one, many, strict=True)]
                 mean = {key: sum(row[key] for row in found) / len(found) for key in found[0]}
                 if mean["global"] > 0:
-                    mean["gain"] = 100 * (1 - mean["cluster"] / mean["global"])  # of the mean errors, as the paper has it
+                    mean["gain"] = 100 * (1 - mean["cluster"] / mean["global"])  # from the mean errors, as in the paper
                 rows.append({"matrices": name, "clusters": count, "k": share, **mean})
     return rows
 
 
 def _flatness(cut: list[dict[str, Any]]) -> float:
-    """The share of directions that hold 95 % of the squared norm, mean over the matrices."""
+    """The share of directions with 95 % of the squared norm, mean over the matrices."""
     shares = []
     for each in cut:
         (energy,) = each["one"].energies
@@ -236,12 +240,12 @@ def _flatness(cut: list[dict[str, Any]]) -> float:
 
 
 def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> dict[str, float]:
-    """Residuals, relative to the squared norm, of what must hold exactly; the first is a bound: its excess, at most 0."""
+    """Residuals, relative to the squared norm, of exact identities; the first is a bound, whose excess is at most 0."""
     import torch
 
     from winnow.metrics.base import METRICS
     from winnow.structures.base import STRUCTURES, Problem
-    from winnow.studies.clusters.reconstruction import blocks_of, gains
+    from winnow.studies.clusters.reconstruction import cluster_blocks, gains
 
     excess = [
         found["excess"]
@@ -256,10 +260,10 @@ def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> di
     one = float(structure.fit(problem, k).error[k] / weight.square().sum())
     order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0))
     halves = torch.arange(weight.shape[1]) % 2
-    parts = [blocks_of(weight, halves), blocks_of(weight[:, order], halves[order])]
+    parts = [cluster_blocks(weight, halves), cluster_blocks(weight[:, order], halves[order])]
     lost = [part.lost([k / 2, k / 2]) for part in parts]
     return {
         "||W - W_clusters||^2 >= ||W - W_k||^2 at equal total rank": max(excess, default=0.0),
-        "one cluster is the truncated SVD": abs(one - blocks_of(weight).lost([float(k)])),
+        "one cluster is the truncated SVD": abs(one - cluster_blocks(weight).lost([float(k)])),
         "the order of the columns changes nothing": abs(lost[0] - lost[1]),
     }

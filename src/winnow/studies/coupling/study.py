@@ -1,4 +1,4 @@
-"""Study of cross-layer subspace coupling (arXiv 2605.30836): energies of the weights, and what they do to the loss."""
+"""Study of cross-layer subspace coupling (arXiv 2605.30836): energies of the weights, and their effect on the loss."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from winnow.numerics.coupling import Coupling, Sections
 
 SHARE = 0.25  # d / D of the paper
-SWEEPS = 60  # most updates of every section
+SWEEPS = 60  # maximum number of updates of every section
 STRENGTHS = (0.0, 1e-2, 1e-1, 1.0, 10.0, 1e2, 1e3, 1e4)  # lambda, as a share of the mean squared norm of the maps
 WEIGHTS, GRAM, LOW_RANK = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}
 NAMES = {"coupled": "coupled", "coupled_gram": "coupled, Gram metric", "svd": "SVD", "whitened": "SVD-LLM (whitened)"}
 SCORES = ["model", "evaluation", "task", "measure", "method", "budget", "keep_bytes", "documents", "value", "value_se"]
 SCORES += ["delta", "delta_se"]
-HELLASWAG, MEASURE = "hellaswag", "acc_norm"  # the measure that peers publish
+HELLASWAG, MEASURE = "hellaswag", "acc_norm"  # the measure that papers report
 NAMES |= {"basis_sharing": "Basis Sharing", "coupled_anchored": "coupled, lambda = 1", "coupled_tied": "coupled, one section"}
 
 
@@ -41,7 +41,7 @@ class CouplingStudy(Study):
     budgets = {
         "o-rank-0.25": {"targets": ["o_proj"], "rank_fraction": SHARE},
         "ffn-rank-0.25": {"targets": ["ffn"], "rank_fraction": SHARE},
-        "o-0.344": {"targets": ["o_proj"], "keep_bytes": 0.34375},  # about what chained sections store at a quarter
+        "o-0.344": {"targets": ["o_proj"], "keep_bytes": 0.34375},  # about the bytes of chained sections at a quarter
     }
     cells = [(method, budget) for budget, method in product(("o-rank-0.25", "ffn-rank-0.25"), methods)]
     cells += [("svd", "o-0.344"), ("whitened", "o-0.344")]
@@ -170,8 +170,8 @@ class CouplingStudy(Study):
 
 
 def _hellaswag(evidence: Evidence) -> dict[str, dict[str, Answer]]:
-    """Points of HellaSwag of coupled sections above whitened SVD at the same rank and at about the same bytes, paired by
-    document, by model and evaluation."""
+    """HellaSwag accuracy of coupled sections minus that of whitened SVD, in points, at the same rank and at about the same bytes,
+    paired by document, by model and evaluation."""
     import numpy as np
 
     from winnow.evaluation.spread import ratio
@@ -212,8 +212,8 @@ def _projected(coupling: Coupling, sections: Sections) -> Tensor:
 
 
 def _shared(weights: Tensor, grams: list[Tensor], k: int) -> Tensor:
-    """Basis Sharing of two layers at a time with k directions, in the mean metric of the two: W_l C^{1/2} ~ its projection on the
-    shared right singular vectors, and back."""
+    """Basis Sharing of two layers with k directions, in their mean metric: W_l C^{1/2} is projected onto the shared right
+    singular vectors, and transformed back."""
     import torch
 
     from winnow.numerics.linalg import square_root
@@ -228,7 +228,7 @@ def _shared(weights: Tensor, grams: list[Tensor], k: int) -> Tensor:
 
 
 def _identities(coupling: Coupling, sections: Sections, anchors: Sections, bound: Tensor) -> dict[str, float]:
-    """Residuals, relative to the squared norms, of what must hold exactly; the last is a bound: its excess, at most 0."""
+    """Residuals, relative to the squared norms, of exact identities; the last is a bound, whose excess is at most 0."""
     import torch
 
     kept, total = _projected(coupling, sections), float(coupling.maps.square().sum())

@@ -34,7 +34,7 @@ ZEROED = {
 
 
 def drawn(frames: dict[str, pd.DataFrame], names: Iterable[str]) -> dict[str, Figure]:
-    """{name: figure}; one without data says so."""
+    """{name: figure}; a figure without data says so."""
     makers = {"concentration": _concentration, "zeroed": _zeroed, "sweeps": _sweeps, "loss": _loss, "latency": _latency}
     makers["quantised"] = _quantised
     return {name: makers[name](frames[name]) if len(frames[name]) else _nothing() for name in names}

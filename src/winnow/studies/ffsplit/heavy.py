@@ -1,9 +1,9 @@
-"""Heavy hitters of FFNs: neurons with large outputs (FFSplit, arXiv 2401.04044), how concentrated those are, and what is lost
-without some of them.
+"""Heavy hitters of FFNs: neurons with large outputs (FFSplit, arXiv 2401.04044), their concentration, and the loss without some
+of them.
 
 The output of an FFN is H = sum over neurons j of h_j V_j, plus the bias of its last matrix, with h = sigma(X U) or, gated,
-act(gate) * up. The paper's score of a neuron is the sum over tokens of h_j^2 (`act`); what the neuron adds to H has the squared
-norm h_j^2 ||V_j||^2, whose sum over tokens is the other score (`act_x_row`).
+act(gate) * up. The paper's score of a neuron is the sum over tokens of h_j^2 (`act`); the neuron's contribution to H has the
+squared norm h_j^2 ||V_j||^2, whose sum over tokens is the other score (`act_x_row`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 CRITERIA = ("act", "act_x_row")
 MARKS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75)  # shares of the neurons of the concentration curve
-SAMPLE = 256  # tokens that the identities are checked on
+SAMPLE = 256  # tokens on which the identities are checked
 
 
 @dataclass(frozen=True)
 class Ffn:
-    """An FFN with its scores by criterion (f,) on the calibration tokens, float64; `norms` (f,) are ||V_j||."""
+    """An FFN with its scores by criterion (f,) on the calibration tokens, float64; `norms` (f,): ||V_j||."""
 
     group: list[Matrix]
     norms: Tensor
@@ -42,16 +42,16 @@ class Ffn:
         return self.group[-1]
 
     def weights(self, criterion: str) -> Tensor:
-        """(f,): what h_j^2 counts by a criterion."""
+        """(f,): the weight of h_j^2 in a criterion."""
         return self.norms.square() if criterion == "act_x_row" else torch.ones_like(self.norms)
 
     def top(self, criterion: str, share: float) -> Tensor:
-        """The neurons with the largest scores, a share of all; ties by position."""
+        """The share of neurons with the largest scores; ties by position."""
         scores = self.scores[criterion]
         return scores.argsort(descending=True, stable=True)[: count_of(len(scores), share)]
 
     def bottom(self, criterion: str, share: float) -> Tensor:
-        """Those with the smallest scores."""
+        """The share of neurons with the smallest scores."""
         scores = self.scores[criterion]
         return scores.argsort(stable=True)[: count_of(len(scores), share)]
 
@@ -61,8 +61,8 @@ def count_of(neurons: int, share: float) -> int:
 
 
 def ffns_of(files: ModelFiles, moments: Bundle) -> list[Ffn]:
-    """Every FFN with its scores: `act`, `act_x_row`, and beside them `weight_norm` (squared, of all weights of the neuron).
-    Experts of mixtures are left out."""
+    """Every FFN with its scores: `act`, `act_x_row`, and `weight_norm` (squared, of all weights of the neuron). Experts of
+    mixtures are skipped."""
     found = []
     for group in ffn_groups([m for m in files.matrices if m.expert is None]):
         *inner, down = group
@@ -94,7 +94,7 @@ def hidden(model: PreTrainedModel, ffns: list[Ffn], length: int) -> Iterator[dic
 
 @contextmanager
 def zeroed(model: PreTrainedModel, chosen: dict[str, Tensor]) -> Iterator[None]:
-    """The model without some neurons: {module of the FFN's last matrix: indices of hidden units that are 0}."""
+    """Context manager that zeroes hidden units: {module of the FFN's last matrix: indices of hidden units}."""
     hooks = []
     for name, indices in chosen.items():
 
@@ -111,10 +111,10 @@ def zeroed(model: PreTrainedModel, chosen: dict[str, Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def concentration(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, share: float) -> list[dict[str, Any]]:
-    """Per layer and criterion, of the neurons that are heaviest on the calibration tokens (a `share` of all): the part of the sum
-    of scores that they hold there (`held`) and on the tokens ids (windows, length) (`held_elsewhere`), the part of them that is
-    among the heaviest there too (`same`), the mean over tokens of the part that they hold of the token's own sum (`per_token`)
-    and of what the token's own heaviest hold (`per_token_best`); and `curve`, [[share, part held], ...] on calibration."""
+    """Per layer and criterion, for the `share` of neurons that are heaviest on the calibration tokens: their part of the sum of
+    scores there (`held`) and on other tokens ids (windows, length) (`held_elsewhere`), the part of them that is also among the
+    heaviest there (`same`), their mean part of the sum of a single token (`per_token`), that of the heaviest neurons of each
+    token (`per_token_best`); and `curve`, [[share, part], ...] on the calibration tokens."""
     sums: dict[tuple[int, str], list[Any]] = {}
     device, tokens = next(model.parameters()).device, 0
     with hidden(model, ffns, ids.shape[1]) as seen:
@@ -156,8 +156,8 @@ def concentration(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, share: f
 
 
 @torch.no_grad()
-def identities(model: PreTrainedModel, files: ModelFiles, ffns: list[Ffn], ids: Tensor) -> dict[str, float]:
-    """Relative residuals, the largest over layers, of what must hold exactly: on hidden units of one window, in float64."""
+def heavy_identities(model: PreTrainedModel, files: ModelFiles, ffns: list[Ffn], ids: Tensor) -> dict[str, float]:
+    """Largest relative residuals over layers of exact identities, on the hidden units of one window, in float64."""
     worst = dict.fromkeys(
         (
             "without neuron j the output differs by sigma(X U_j) V_j",

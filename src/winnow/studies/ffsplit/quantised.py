@@ -1,8 +1,8 @@
-"""The split and all neurons alike with rounded numbers, at equal bits.
+"""The split compared with quantisation of all neurons, at equal bits.
 
-Quantisation of weights is simulated, in the model's dtype. The split keeps about a third of the numbers of an FFN, so that at 8
-bits it takes no more than all of them at 3. Scales are counted, and are not rounded themselves; biases are neither rounded nor
-counted, on either side.
+Quantisation of weights is simulated in the model's dtype. The split keeps about a third of the numbers of an FFN, so that at 8
+bits it takes no more than all of them at 3 bits. Scales are counted but not rounded; biases are neither rounded nor counted, on
+either side.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
     from winnow.studies.ffsplit.heavy import Ffn
 
-GROUPS = (32, None)  # inputs of a row that share a scale; None: all of it
+GROUPS = (32, None)  # inputs of a row that share a scale; None: the whole row
 SCALE = 16  # bits of a scale
 PAIRS = ((8, 8), (8, 4), (4, 4))  # bits of the split's heavy neurons, and of its light ones
-ANSWERED = ("of 32 inputs", 8, 8, "all")  # what the claim is judged by
-MOST = 16  # bits of all neurons alike
+ANSWERED = ("of 32 inputs", 8, 8, "all")  # the row that answers the claim
+MOST = 16  # largest number of bits for all neurons
 
 
 def rounded(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
-    """The matrix (m, n) rounded to nearest: every `group` inputs of a row (the last ones may be fewer), or the whole row, to
-    multiples of a scale of their own, from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1, the largest of them at an end of that grid.
-    Computed in float64, returned in the dtype of `weight`. Raises ValueError below 2 bits."""
+    """The matrix (m, n) rounded to nearest: every group of `group` inputs of a row (the last may be smaller), or the whole row,
+    has a scale; its grid is -(2^(bits - 1) - 1) ... 2^(bits - 1) - 1, with the largest number at an end. Computed in float64,
+    returned in the dtype of `weight`. Raises ValueError below 2 bits."""
     from winnow.numerics.rounding import multiplied, scales_of, steps_of
 
     group = group or weight.shape[1]
@@ -38,21 +38,21 @@ def rounded(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
 
 
 def bits_of(shape: tuple[int, ...], bits: int, group: int | None = None) -> int:
-    """Bits that such a matrix (m, n) takes, with its scales."""
+    """Bits of a rounded matrix (m, n), including its scales."""
     rows, columns = shape
     return rows * (columns * bits + -(-columns // (group or columns)) * SCALE)
 
 
-def compared(
+def quantised_pairs(
     dense: PreTrainedModel,
     split: Callable[[], PreTrainedModel],
     ffns: list[Ffn],
     loss: Callable[[PreTrainedModel], dict[str, list[float]]],
     of_dense: dict[str, list[float]],
 ) -> list[dict[str, Any]]:
-    """A row per pair of a split (`split` makes one anew) and all neurons alike: at the fewest bits at which these take no less
-    than the split (`more` is "all"), and at one bit fewer (`more` is "split"). With bits of each per number of the dense FFNs,
-    losses above dense (nats per token), and the loss of the split above that of all neurons, paired by window."""
+    """A row per pair of a split (`split` creates a new one) and quantisation of all neurons: at the fewest bits at which the
+    latter is no smaller than the split (`more` is "all"), and at one bit fewer (`more` is "split"). With the bits of each per
+    number of the dense FFNs, losses above dense (nats per token), and the difference of the two losses, paired by window."""
     shapes = [_shape(transposed, weight) for _, transposed, weight in _matrices(dense, ffns)]
     numbers = sum(rows * columns for rows, columns in shapes)
     found = []
@@ -80,19 +80,18 @@ def compared(
 
 
 def answered(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """(nats of the split above all neurons alike, standard error) of the pair that the claim names."""
+    """(nats of the split above quantisation of all neurons, standard error) for the pair of the claim."""
     keys = ("scale", "heavy_bits", "light_bits", "more")
     (row,) = (row for row in rows if tuple(row[key] for key in keys) == ANSWERED)
     return row["above"], row["above_se"]
 
 
 def _matrices(model: PreTrainedModel, ffns: list[Ffn]) -> Iterator[tuple[bool, bool, nn.Parameter]]:
-    """(whether it is of light neurons, whether it is W^T, W (out, in)) of every matrix that a dense or a split model stores for
-    its FFNs."""
+    """(whether it has light neurons, whether it is W^T, W (out, in)) for every FFN matrix stored in a dense or a split model."""
     for m in (m for ffn in ffns for m in ffn.group):
         for name, parameter in model.get_submodule(m.module).named_parameters():
             if parameter.dim() == 2:
-                yield "light" in name.split("."), m.transposed and name == "weight", parameter  # a split stores none transposed
+                yield "light" in name.split("."), m.transposed and name == "weight", parameter  # a split does not transpose
 
 
 def _shape(transposed: bool, parameter: nn.Parameter) -> tuple[int, int]:
@@ -102,7 +101,7 @@ def _shape(transposed: bool, parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def _round(model: PreTrainedModel, ffns: list[Ffn], heavy: int, light: int, group: int | None) -> int:
-    """Round the FFNs of a model; the bits that they take then. The tensors are new ones: others may share the old ones."""
+    """Round the FFNs of a model; returns their bits. The old tensors, which may be shared, are not modified."""
     total = 0
     for is_light, transposed, parameter in _matrices(model, ffns):
         bits = light if is_light else heavy

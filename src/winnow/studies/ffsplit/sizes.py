@@ -1,4 +1,4 @@
-"""How much of a model FFSplit takes away, under every way to count, from its config alone: no weight is read."""
+"""How much of a model FFSplit removes under every way to count, from the config alone, without weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from winnow.structures.base import Structure
 
-# What the paper names, by the configs that are published for them.
+# The paper's models, by their published configs.
 _BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 _OPT = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384}
@@ -35,8 +35,8 @@ def published(name: str) -> PreTrainedModel:
 
 
 def counted(model: Any, structure: Structure, share: float) -> dict[str, Any]:
-    """Numbers of a model without weights, all of it, without embeddings (tables of tokens, positions and types, and a head), and
-    of its blocks alone; of its FFNs; and the share of each that a structure of `share` of its whole rank takes away."""
+    """Parameters of a model on `meta`: in total, without embeddings (of tokens, positions and types, and a head), and only of its
+    blocks; those of its FFNs; and the share of each that a structure at `share` of its whole rank removes."""
     own = {name: parameter for name, parameter in model.named_parameters()}  # tied ones once
     tensors = {name: {"shape": list(parameter.shape)} for name, parameter in own.items()}
     kind = model.config.get_text_config().model_type

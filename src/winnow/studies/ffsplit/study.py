@@ -1,4 +1,4 @@
-"""Study of FFSplit (arXiv 2401.04044): neurons with large outputs, what they are worth, and a split that keeps them."""
+"""Study of FFSplit (arXiv 2401.04044): neurons with large outputs, their importance, and a split that keeps them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
     from winnow.studies.ffsplit.heavy import Ffn
 
-HEAVY, LIGHT, ZEROED = 0.25, 0.1, 0.03  # of the paper: heavy neurons, rank of the light ones, neurons of its ablation
+HEAVY, LIGHT, ZEROED = 0.25, 0.1, 0.03  # from the paper: share of heavy neurons, rank of the light ones, neurons of its ablation
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # of heavy neurons
-RANKS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the light ones, of their full rank
+RANKS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the light neurons, as shares of their full rank
 EQUAL = 0.5  # bytes of the sweep over shares at equal bytes
 SEEDS = (0, 1, 2)  # of random neurons
-WINDOWS = 128  # of the evaluation, for sweeps
+WINDOWS = 128  # evaluation windows for sweeps
 TIMED = {"batches": [1, 8], "prompts": [64], "decode": 8, "repeats": 11, "warm_up": 2}
 WEIGHTS, GRAM, LOW_RANK = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}
 AT, TUNED = "ffn-0.35", "fine_tuned"
 SCORES = ["model", "evaluation", "method", "recovery", "measure", "value", "value_se", "delta", "delta_se"]
 SCORES += ["delta_control", "delta_control_se"]
 ANSWERED = ["concentrated", "concentrated_output", "any_token", "same_text", "zeroed", "zeroed_random", "zeroed_norm"]
-ANSWERED += ["quarter", "ffn_time", "speed", "speed_everywhere", "quantised"]  # by what is measured, in this order
+ANSWERED += ["quarter", "ffn_time", "speed", "speed_everywhere", "quantised"]  # in the order of the measurements
 SIZES = ["ffn_size", "size", "size_whole"]
-COMPARED = {  # by two cells, the first above the second
+COMPARED = {  # pairs of cells, the first minus the second
     "against_low_rank": (("split", AT), ("svd", AT)),
     "against_low_rank_tuned": (("split", AT, TUNED), ("svd", AT, TUNED)),
     "against_random": (("split", AT), ("split_random", AT)),
@@ -44,7 +44,7 @@ COMPARED = {  # by two cells, the first above the second
 def split_of(
     exact: float = HEAVY, criterion: str = "activation", seed: int = 0, metric: dict[str, Any] = WEIGHTS
 ) -> dict[str, Any]:
-    """A method that splits, as a preset's content."""
+    """A method with a split, as the content of a preset."""
     options: dict[str, Any] = {"kind": "split", "exact": exact, "criterion": criterion}
     return {"structure": options | ({"seed": seed} if seed else {}), "metric": metric}
 
@@ -71,12 +71,12 @@ class FfsplitStudy(Study):
     reads = ("moments", "evaluation")
 
     def measure(self, given: Given) -> dict[str, Any]:
-        """Concentration by layer, losses without some neurons and of rounded numbers, sweeps of the split, sizes, times beside
-        dense, identities."""
+        """Concentration by layer, losses without some neurons and with rounded numbers, sweeps of the split, sizes, times
+        compared with dense, identities."""
         from winnow.checkpoint.loading import load_model
         from winnow.models.classes import empty_model
         from winnow.structures.base import STRUCTURES
-        from winnow.studies.ffsplit.heavy import concentration, ffns_of, identities
+        from winnow.studies.ffsplit.heavy import concentration, ffns_of, heavy_identities
         from winnow.studies.ffsplit.sizes import PUBLISHED, counted, published
         from winnow.studies.trials import loss
 
@@ -100,7 +100,7 @@ class FfsplitStudy(Study):
             "sizes": sizes,
             "latency": _latency(given, model),
             "quantised": _quantised(given, model, ffns, ids, first, dense),
-            "identities": {**identities(model, files, ffns, ids), **_split_identities(given, ffns)},
+            "identities": {**heavy_identities(model, files, ffns, ids), **_split_identities(given, ffns)},
         }
 
     def conclude(self, evidence: Evidence) -> Conclusion:
@@ -110,7 +110,7 @@ class FfsplitStudy(Study):
 
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
         answers: dict[str, dict[str, Answer]] = {"ffsplit_glue": _glue(evidence.scores)}
-        if not evidence.measured:  # only tasks of classification are configured
+        if not evidence.measured:  # only classification tasks are configured
             missing = {"any": Answer(missing="no model with an evaluation of kind `perplexity` is configured")}
             answers |= dict.fromkeys((f"ffsplit_{name}" for name in (*ANSWERED, *SIZES, *COMPARED)), missing)
         residuals: list[dict[str, Any]] = []
@@ -142,7 +142,7 @@ class FfsplitStudy(Study):
 
 def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: dict[str, list[float]]) -> dict[str, Any]:
     """The loss above dense with 3 % of the neurons of every FFN zeroed (`rows`), and pairs of choices (`above`: [nats, error]).
-    Random neurons are drawn by several seeds: their error is that over windows and over seeds together."""
+    Random neurons are sampled with several seeds; their error combines those over windows and over seeds."""
     import math
 
     import numpy as np
@@ -191,7 +191,7 @@ class Sweeps:
         self.losses: dict[float, dict[str, list[float]]] = {}  # of shares at equal bytes
 
     def all(self) -> list[dict[str, Any]]:
-        """A row per point: what varies (`sweep`), heavy share, light rank or bytes, criterion, metric, bytes kept, loss."""
+        """A row per point: name of the sweep (`sweep`), heavy share, light rank or bytes, criterion, metric, bytes kept, loss."""
         from winnow.studies.trials import Trial
 
         rows = []
@@ -244,30 +244,30 @@ class Sweeps:
 
 
 def _latency(given: Given, model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Times beside dense of the split FFN and of FFNs of a single neuron: what is left of the time is not theirs."""
-    from winnow.studies.trials import Trial, timed
+    """Times, compared with dense, of the split FFN and of FFNs with a single neuron; the latter is the time outside of FFNs."""
+    from winnow.studies.trials import Trial, time_forms
 
     split = Trial.of(given.files, given.moments, split_of(), given.device)
     one = {"structure": {"kind": "neuron_slice", "criterion": "activation", "correction": "none"}}
     bare = Trial.of(given.files, given.moments, one, given.device)
     forms = {"split": split.model(model, split.of_rank(LIGHT)), "one neuron": bare.model(model, {g.name: 1 for g in bare.groups})}
-    return timed(model, forms, TIMED, given.device)
+    return time_forms(model, forms, TIMED, given.device)
 
 
 def _quantised(
     given: Given, model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: dict[str, list[float]]
 ) -> list[dict[str, Any]]:
-    from winnow.studies.ffsplit.quantised import compared
+    from winnow.studies.ffsplit.quantised import quantised_pairs
     from winnow.studies.trials import Trial, loss
 
     trial = Trial.of(given.files, given.moments, split_of(), given.device)
     sizes = trial.of_rank(LIGHT)
-    return compared(model, lambda: trial.model(model, sizes), ffns, lambda form: loss(form, ids, first), dense)
+    return quantised_pairs(model, lambda: trial.model(model, sizes), ffns, lambda form: loss(form, ids, first), dense)
 
 
 def _split_identities(given: Given, ffns: list[Ffn]) -> dict[str, float]:
-    """Residuals of the first and the last FFN, relative to the norm of the weights, float64: a light part of full rank and a
-    heavy part of everything give the weights back, and the error of a rank is what the singular values say."""
+    """Residuals of the first and the last FFN, relative to the norm of the weights, float64: a light part of full rank or a heavy
+    part of all neurons reproduces the weights, and the error of a rank follows from the singular values."""
     import torch
 
     from winnow.metrics.base import METRICS
@@ -333,7 +333,7 @@ def _answers(evidence: Evidence, model: str, found: dict[str, Any]) -> dict[str,
 
 
 def _of_sizes(size: dict[str, Any], claimed: bool) -> dict[str, Answer]:
-    """What a config says of the sizes; the savings only where the paper claims them."""
+    """Answers about sizes from a config; savings only if the paper claims them."""
     saved, share = size["saved"], {"ffsplit_ffn_size": Answer(size["ffn_share"]["whole"])}
     if not claimed:
         return share
@@ -343,7 +343,7 @@ def _of_sizes(size: dict[str, Any], claimed: bool) -> dict[str, Answer]:
 
 
 def _sizes_row(model: str, size: dict[str, Any]) -> dict[str, Any]:
-    """Counts of numbers, and in % of each what the split saves and what the FFNs are."""
+    """Parameter counts, and in % of each the savings by the split and the share of the FFNs."""
     short = {"whole": "all", "without_embeddings": "no_embeddings", "blocks": "blocks"}
     numbers = {name: size[key] for key, name in short.items()} | {key: size[key] for key in ("ffn", "ffn_kept")}
     saved = {f"saved_of_{short[key]}": value for key, value in size["saved"].items()}
@@ -351,7 +351,7 @@ def _sizes_row(model: str, size: dict[str, Any]) -> dict[str, Any]:
 
 
 def _glue(scores: Any) -> dict[str, Answer]:
-    """Accuracy of the split after fine-tuning, in points above the dense model after the same, by model and task."""
+    """Accuracy of the split after fine-tuning minus that of the dense model after the same, in points, by model and task."""
     if scores is None:
         why = "no model with a task of kind `classification` is configured; add --configfile config/studies/classification.yaml"
         return {"any": Answer(missing=why)}

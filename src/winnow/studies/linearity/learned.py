@@ -1,8 +1,9 @@
-"""What training does to the linearity of FFN blocks: R2_lin of the same architecture with fresh weights, on the same windows.
+"""The effect of training on the linearity of FFN blocks: R2_lin of the same architecture with initial weights, on the same
+windows.
 
-How linear a random FFN is depends on how large its inputs and weights are (small ones meet a nearly straight piece of the
-activation), so a second untrained model has matrices of the trained ones' norms, and the trained vectors: against it, only the
-directions of the matrices differ.
+The linearity of a random FFN depends on the size of its inputs and weights (activations are nearly linear for small ones), so a
+second untrained model has matrices with the norms of the trained ones, and the trained vectors: it only differs in the directions
+of the matrices.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 TRAINED, FRESH, RESIZED = "trained", "untrained", "untrained, trained norms"
-KEYS = ("scalar", "feature")  # definitions of R^2, as in `recoverability.scores`
+KEYS = ("scalar", "feature")  # definitions of R^2, as in `recoverability.r2_scores`
 
 
 def untrained(directory: Path | str, dtype: str, device: str, seed: int) -> PreTrainedModel:
-    """The model of a directory's config with transformers' own initialisation, drawn on the CPU by a seed; the state of PyTorch's
-    generator stays. Raises InputError as `read_config` and `model_class` do."""
+    """The model of a directory's config with the initialisation of transformers, on the CPU with a seed; the state of PyTorch's
+    generator is preserved. Raises InputError as `read_config` and `model_class` do."""
     import torch
 
     from winnow.models.classes import model_class, read_config
@@ -40,7 +41,7 @@ def untrained(directory: Path | str, dtype: str, device: str, seed: int) -> PreT
 
 
 def sizes_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Of every parameter by name: the Frobenius norm () of a matrix, float64, or a vector itself; on the CPU."""
+    """{name: Frobenius norm () of a matrix, float64, or a vector itself} of every parameter, on the CPU."""
     import torch
 
     def size(p: Tensor) -> Tensor:
@@ -50,13 +51,13 @@ def sizes_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def resize(model: PreTrainedModel, sizes: dict[str, Tensor]) -> None:
-    """Scale every matrix of the model to its norm in `sizes`, and copy the vectors. A matrix of zeros stays: it has no direction.
-    Raises ValueError if `sizes` are of a model with other parameters."""
+    """Scale every matrix of the model to its norm in `sizes`, and copy the vectors. A zero matrix is left unchanged. Raises
+    ValueError if `sizes` are from a model with other parameters."""
     import torch
 
     own = dict(model.named_parameters())
     if other := sorted(own.keys() ^ sizes.keys()):
-        raise ValueError(f"sizes are of another model: {other[0]}")
+        raise ValueError(f"sizes are from another model: {other[0]}")
     with torch.no_grad():
         for name, p in own.items():
             if p.dim() > 1:
@@ -69,10 +70,9 @@ def resize(model: PreTrainedModel, sizes: dict[str, Tensor]) -> None:
 def untrained_blocks(
     directory: Path | str, sizes: dict[str, Tensor], blocks: list[Block], windows: Tensor, folds: int, dtype: str, device: str
 ) -> list[dict[str, Any]]:
-    """R^2 of every block on the last fold of windows (count, length), fitted on the others, of untrained models by seed: as they
-    are initialised, and with matrices and vectors of the `sizes` of the trained model. Raises FloatingPointError as
-    `collect_sums` does."""
-    from winnow.studies.linearity.recoverability import collect_sums, least_squares, scores, total
+    """R^2 of every block on the last fold of windows (count, length), fitted on the others, for untrained models by seed: as
+    initialised, and with the `sizes` of the trained model. Raises FloatingPointError as `collect_sums` does."""
+    from winnow.studies.linearity.recoverability import collect_sums, least_squares, r2_scores, total
 
     found, batch = [], max(1, 4096 // windows.shape[1])
     for seed in SEEDS:
@@ -82,13 +82,13 @@ def untrained_blocks(
                 resize(model, sizes)
             for layer, parts in collect_sums(model, blocks, windows, folds, batch).items():
                 *train, test = (whole for whole, _ in parts)
-                r2 = scores(least_squares(total(train)), test)
+                r2 = r2_scores(least_squares(total(train)), test)
                 found.append({"weights": weights, "seed": seed, "layer": layer, **{key: r2[key] for key in KEYS}})
     return found
 
 
 def profiles(found: dict[str, Any], key: str) -> dict[str, list[list[float]]]:
-    """{weights: for every model with them, R^2 by one definition of every block, in order of the layers}."""
+    """{weights: R^2 by one definition of every block, in order of the layers, for every model with these weights}."""
     blocks = sorted(found["blocks"], key=lambda row: row["layer"])
     shown = {TRAINED: [[row[key] for row in blocks]]}
     for weights in (FRESH, RESIZED):
@@ -101,15 +101,15 @@ def profiles(found: dict[str, Any], key: str) -> dict[str, list[list[float]]]:
 
 
 def means(models: list[list[float]]) -> list[float]:
-    """Of every block, over models."""
+    """Means over models for every block."""
     return [sum(values) / len(values) for values in zip(*models, strict=True)]
 
 
 def change(found: dict[str, Any], weights: str, key: str) -> tuple[float, float]:
-    """(mean over blocks of the trained R^2 above the untrained, its standard error; NaN of a single block).
+    """(mean over blocks of trained minus untrained R^2, its standard error; NaN for a single block).
 
-    Differences are paired by block. Blocks and seeds are both samples: the error over blocks (of differences to the mean over
-    seeds) and that over seeds (of means over blocks) add in squares."""
+    Differences are paired by block. Blocks and seeds are both samples: the squared errors over blocks (of differences to the mean
+    over seeds) and over seeds (of means over blocks) are added."""
     from winnow.evaluation.spread import over_seeds
 
     shown = profiles(found, key)
@@ -119,17 +119,17 @@ def change(found: dict[str, Any], weights: str, key: str) -> tuple[float, float]
     return sum(by_block) / len(by_block), math.hypot(over_seeds(by_block), over_seeds(by_seed))
 
 
-def spearman(one: list[float], other: list[float]) -> float:
-    """The correlation of ranks; NaN where one side has no spread."""
+def rank_correlation(one: list[float], other: list[float]) -> float:
+    """The rank correlation; NaN if one side is constant."""
     import pandas as pd
 
     return float(pd.Series(one).rank().corr(pd.Series(other).rank()))
 
 
 def correlation(found: dict[str, Any], weights: str, key: str) -> float:
-    """Spearman's, over blocks, of the trained R^2 and the mean over seeds of the untrained; NaN of a single block."""
+    """Spearman's correlation over blocks of the trained R^2 and the untrained mean over seeds; NaN for a single block."""
     shown = profiles(found, key)
-    return spearman(shown[TRAINED][0], means(shown[weights]))
+    return rank_correlation(shown[TRAINED][0], means(shown[weights]))
 
 
 def change_rows(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Linear recoverability of FFN blocks: least squares from a block's inputs to its outputs, held out, from moments by fold.
 
-Inputs X (tokens, d) are those of the FFN after its norm, outputs Y (tokens, d) those before the residual is added. One forward
-pass collects, for every fold of windows, sums that answer every question about least squares exactly, in float64.
+Inputs X (tokens, d) are those of the FFN after its norm, outputs Y (tokens, d) those before the residual connection. One forward
+pass collects, for every fold of windows, float64 sums from which all least-squares results are computed exactly.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from winnow.models.architectures import Matrix, ffn_groups, tokens_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PRECISION = 1e-13  # eigenvalues of X^T X below so much of the largest are taken as 0
+PRECISION = 1e-13  # eigenvalues of X^T X below this share of the largest are treated as 0
 
 
 @dataclass
 class Sums:
-    """Sums over tokens, float64: xx (d + 1, d + 1) of [X, 1], xy (d + 1, d), and of every output y_j: yy (d,) of its square."""
+    """Sums over tokens, float64: xx (d + 1, d + 1) of [X, 1], xy (d + 1, d), and yy (d,) of the squared outputs."""
 
     xx: Tensor
     xy: Tensor
@@ -56,7 +56,7 @@ def total(sums: Iterable[Sums]) -> Sums:
 
 
 def least_squares(train: Sums) -> Tensor:
-    """[W; b] (d + 1, d) that minimises ||[X, 1] [W; b] - Y||_F, the shortest where several do."""
+    """The minimum-norm [W; b] (d + 1, d) that minimises ||[X, 1] [W; b] - Y||_F."""
     values, vectors = torch.linalg.eigh(train.xx)
     kept = values > PRECISION * values[-1]
     return vectors[:, kept] @ ((vectors[:, kept].T @ train.xy) / values[kept, None])
@@ -68,9 +68,9 @@ def residual(fit: Tensor, test: Sums) -> Tensor:
     return left.clamp(min=0)
 
 
-def scores(fit: Tensor, test: Sums) -> dict[str, float]:
-    """R^2 on the test tokens by three definitions: against the grand mean of all outputs (`scalar`, as published), against every
-    output's own mean (`feature`), and the median over outputs of their own R^2 (`median`)."""
+def r2_scores(fit: Tensor, test: Sums) -> dict[str, float]:
+    """R^2 on the test tokens by three definitions: relative to the grand mean of all outputs (`scalar`, as published), to every
+    output's own mean (`feature`), and the median over outputs of their R^2 (`median`)."""
     left, n = residual(fit, test), test.count
     means = test.xy[-1] / n
     own = (test.yy - n * means.square()).clamp(min=1e-300)
@@ -102,7 +102,7 @@ def reduced_rank(train: Sums, test: Sums) -> list[float]:
     return (1 - left / own).tolist()
 
 
-def effective_rank(profile: list[float], share: float) -> int:
+def rank_for_share(profile: list[float], share: float) -> int:
     """The smallest rank that reaches `share` of the full rank's R^2."""
     return next(k for k, value in enumerate(profile) if value >= share * profile[-1])
 
@@ -117,8 +117,8 @@ class Block:
     numbers: int  # stored in its matrices and biases
 
 
-def blocks_of(matrices: list[Matrix]) -> list[Block]:
-    """The FFN of every layer; experts of mixtures are left out."""
+def ffn_blocks(matrices: list[Matrix]) -> list[Block]:
+    """The FFN of every layer; experts of mixtures are skipped."""
     found = []
     for group in ffn_groups([m for m in matrices if m.expert is None]):
         numbers = sum(m.shape[0] * m.shape[1] + m.shape[0] * m.bias for m in group)
@@ -195,7 +195,7 @@ def swapped(model: PreTrainedModel, block: Block, affine: nn.Linear, length: int
             hook.remove()
 
 
-def affine_of(fit: Tensor) -> nn.Linear:
+def affine_module(fit: Tensor) -> nn.Linear:
     """A module of [W; b] (d + 1, d)."""
     module = nn.Linear(fit.shape[0] - 1, fit.shape[1])
     module.weight.data, module.bias.data = fit[:-1].T.float().contiguous(), fit[-1].float().clone()
@@ -203,8 +203,8 @@ def affine_of(fit: Tensor) -> nn.Linear:
 
 
 def train_affine(x: Tensor, y: Tensor, steps: int, every: int, rate: float, seed: int) -> list[tuple[int, Tensor]]:
-    """[(step, [W; b] (d + 1, d))] of a linear map trained by Adam on batches of 256 rows of x, y (tokens, d) from PyTorch's usual
-    start, as the paper's trained baseline."""
+    """[(step, [W; b] (d + 1, d))] of a linear map trained by Adam on batches of 256 rows of x, y (tokens, d) from PyTorch's
+    default initialisation, as the paper's trained baseline."""
     torch.manual_seed(seed)
     module = nn.Linear(x.shape[1], y.shape[1])
     optimizer, found = torch.optim.Adam(module.parameters(), lr=rate), []
@@ -220,8 +220,9 @@ def train_affine(x: Tensor, y: Tensor, steps: int, every: int, rate: float, seed
 
 
 def bilinear_gain(parts: list[tuple[Tensor, Tensor]], fit: Tensor, rank: int, steps: int, seed: int) -> float:
-    """Feature-wise R^2 that exp(s) * A [(U x) o (V x)] of a rank adds to the frozen least squares [W; b], on the third of three
-    parts (x, y): trained on the first, stopped by the second (the paper stops on the test part, which favours it)."""
+    """Increase of the feature-wise R^2 by adding exp(s) * A [(U x) o (V x)] of a given rank to the frozen least squares [W; b],
+    on the third of three parts (x, y): trained on the first, with early stopping on the second (the paper uses the test part for
+    early stopping, which is biased)."""
     torch.manual_seed(seed)
     rows = [(x, y - (x.double() @ fit[:-1] + fit[-1]).float()) for x, y in parts]
     d, m = parts[0][0].shape[1], parts[0][1].shape[1]

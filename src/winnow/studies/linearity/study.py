@@ -1,4 +1,4 @@
-"""Study of linear recoverability (R2_lin, arXiv 2606.19379): how much of an FFN is affine, and what a swap costs."""
+"""Study of linear recoverability (R2_lin, arXiv 2606.19379): how affine an FFN is, and the loss of replacing it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from winnow.studies.linearity.recoverability import Block, Sums
 
 FOLDS = 5
-ROWS = 15_000  # of the paper's survey: tokens for what is trained by gradient
-WINDOWS = 32  # of the evaluation, for swaps
-HEAL = {"steps": 200, "rate": 1e-4, "batch": 4}  # of the paper
-TRAINED, EVERY = 3000, 500  # steps of the trained baseline, and between its scores
+ROWS = 15_000  # tokens for gradient training, from the paper's survey
+WINDOWS = 32  # evaluation windows for swaps
+HEAL = {"steps": 200, "rate": 1e-4, "batch": 4}  # from the paper
+TRAINED, EVERY = 3000, 500  # steps of the trained baseline, and steps between its scores
 PROBES = {"rank": 16, "steps": 3000}
 ANSWERED = (
     *("highest", "lowest", "turns", "definition", "first_token", "trained", "standardised", "size", "swap", "heal"),
@@ -37,17 +37,17 @@ class LinearityStudy(Study):
     figures = ("profile", "swaps", "learned")
 
     def measure(self, given: Given) -> dict[str, Any]:
-        """R^2 of every block by all definitions, folds and token counts, and of untrained ones; probes of the most and least
-        linear; swaps."""
+        """R^2 of every block by all definitions, folds and token counts, also untrained; probes of the most and least linear
+        blocks; swaps."""
         import torch
 
         from winnow.checkpoint.loading import load_model
         from winnow.studies.linearity.learned import sizes_of, untrained_blocks
-        from winnow.studies.linearity.recoverability import blocks_of, collect_sums
+        from winnow.studies.linearity.recoverability import collect_sums, ffn_blocks
 
         assert given.windows is not None
         assert given.evaluation is not None
-        blocks = blocks_of(given.files.matrices)
+        blocks = ffn_blocks(given.files.matrices)
         if not blocks:
             return {"missing": "the model has no FFN but mixtures of experts"}
         directory = given.files.verify()
@@ -67,7 +67,7 @@ class LinearityStudy(Study):
                 healed[name] = _healed(model, block, sums[block.layer], given.windows, ids, first)
         found = {"blocks": rows, "probes": probes, "swaps": swaps, "healed": healed, "identities": _identities(sums)}
         sizes = sizes_of(model)
-        del model, sums  # before an untrained model takes as much memory
+        del model, sums  # frees memory for an untrained model
         learned = untrained_blocks(directory, sizes, blocks, given.windows, FOLDS, given.dtype, given.device)
         return {**found, "learned": learned}
 
@@ -104,30 +104,31 @@ class LinearityStudy(Study):
 
 
 def _block(block: Block, folds: list[tuple[Sums, Sums]]) -> dict[str, Any]:
-    """All that least squares says of a block; every fold is held out once, the last one for what has one number."""
-    from winnow.studies.linearity.recoverability import effective_rank, least_squares, reduced_rank, scores, total
+    """All least-squares results of a block; every fold is held out once, only the last one for single numbers."""
+    from winnow.studies.linearity.recoverability import least_squares, r2_scores, rank_for_share, reduced_rank, total
 
     whole, without = [pair[0] for pair in folds], [pair[0] - pair[1] for pair in folds]
-    held = [scores(least_squares(total(whole[:i] + whole[i + 1 :])), whole[i]) for i in range(FOLDS)]
+    held = [r2_scores(least_squares(total(whole[:i] + whole[i + 1 :])), whole[i]) for i in range(FOLDS)]
     values = [row["scalar"] for row in held]
     mean = sum(values) / FOLDS
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (FOLDS - 1))
     profile = reduced_rank(total(whole[:-1]), whole[-1])
     width = len(profile) - 1
     marks = sorted({0, 1, 2, 4, 8, *(round(width * share) for share in (0.1, 0.25, 0.5, 0.75)), width})
-    bare = scores(least_squares(total(without[:-1])), without[-1])
+    bare = r2_scores(least_squares(total(without[:-1])), without[-1])
     return {
         "layer": block.layer,
         **held[-1],
         "scalar_mean": mean,
         "scalar_fold_se": spread / math.sqrt(FOLDS),
         "no_first_token": bare["scalar"],
-        "rank_90": effective_rank(profile, 0.9),
-        "rank_95": effective_rank(profile, 0.95),
+        "rank_90": rank_for_share(profile, 0.9),
+        "rank_95": rank_for_share(profile, 0.95),
         "times_smaller": block.numbers / (width * (width + 1)),
         "folds": values,
         "tokens": [
-            {"tokens": int(total(whole[:n]).count), **scores(least_squares(total(whole[:n])), whole[-1])} for n in range(1, FOLDS)
+            {"tokens": int(total(whole[:n]).count), **r2_scores(least_squares(total(whole[:n])), whole[-1])}
+            for n in range(1, FOLDS)
         ],
         "ranks": [[k, profile[k]] for k in marks],
     }
@@ -149,19 +150,19 @@ def _rows(model: PreTrainedModel, block: Block, windows: Tensor) -> tuple[Tensor
 
 
 def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> dict[str, Any]:
-    """The trained baseline against the closed form, on inputs as they are and standardised; the bilinear probe of the rest."""
-    from winnow.studies.linearity.recoverability import Sums, bilinear_gain, least_squares, scores, train_affine
+    """The trained baseline compared with the closed form, on raw and standardised inputs; the bilinear probe of the residual."""
+    from winnow.studies.linearity.recoverability import Sums, bilinear_gain, least_squares, r2_scores, train_affine
 
     x, y = _rows(model, block, windows)
     cut, early = int(0.8 * len(x)), int(0.7 * len(x))
     test = Sums.of(x[cut:], y[cut:])
-    closed = scores(least_squares(Sums.of(x[:cut], y[:cut])), test)["scalar"]
+    closed = r2_scores(least_squares(Sums.of(x[:cut], y[:cut])), test)["scalar"]
     trained = [{"inputs": "closed form", "step": 0, "r2": closed}]
     centre, scale = x[:cut].mean(0), x[:cut].std(0).clamp(min=1e-6)
     for name, inputs in (("as they are", x), ("standardised", (x - centre) / scale)):
         own = Sums.of(inputs[cut:], y[cut:])
         fits = train_affine(inputs[:cut], y[:cut], TRAINED, EVERY, 1e-3, 0)
-        trained += [{"inputs": name, "step": step, "r2": scores(fit, own)["scalar"]} for step, fit in fits]
+        trained += [{"inputs": name, "step": step, "r2": r2_scores(fit, own)["scalar"]} for step, fit in fits]
     fit = least_squares(Sums.of(x[:early], y[:early]))
     parts = [(x[:early], y[:early]), (x[early:cut], y[early:cut]), (x[cut:], y[cut:])]
     gain = bilinear_gain(parts, fit, PROBES["rank"], PROBES["steps"], 0)
@@ -177,11 +178,11 @@ def _loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[
 def _swaps(
     model: PreTrainedModel, blocks: list[Block], sums: dict[int, list[tuple[Sums, Sums]]], ids: Tensor, first: Tensor
 ) -> list[dict[str, Any]]:
-    """The loss with one block at a time replaced by its affine map, whole and cut to a quarter of its rank."""
+    """The loss with one block at a time replaced by its affine map, of full rank and truncated to a quarter of it."""
     import torch
 
     from winnow.evaluation.spread import paired
-    from winnow.studies.linearity.recoverability import affine_of, least_squares, swapped, total
+    from winnow.studies.linearity.recoverability import affine_module, least_squares, swapped, total
 
     dense, found = _loss(model, ids, first), []
     for block in blocks:
@@ -193,7 +194,7 @@ def _swaps(
         for rank in (fit.shape[1], fit.shape[1] // 4):
             slope = fit[:-1] @ lead[:, :rank] @ lead[:, :rank].T
             cut = torch.cat([slope, (means[1] - means[0] @ slope)[None]])
-            with swapped(model, block, affine_of(cut).to(ids.device), ids.shape[1]):
+            with swapped(model, block, affine_module(cut).to(ids.device), ids.shape[1]):
                 rows = _loss(model, ids, first)
             delta, error = paired(rows, dense)
             found.append({"layer": block.layer, "rank": rank, "healed": "no", "delta_nll": delta, "delta_nll_se": error})
@@ -208,12 +209,12 @@ def _healed(
     ids: Tensor,
     first: Tensor,
 ) -> list[dict[str, Any]]:
-    """The affine map, and as a control the dense FFN itself, after the same steps of Adam on the calibration windows."""
+    """The affine map, and the dense FFN as control, after the same steps of Adam on the calibration windows."""
     from winnow.evaluation.spread import paired
-    from winnow.studies.linearity.recoverability import affine_of, least_squares, swapped, total
+    from winnow.studies.linearity.recoverability import affine_module, least_squares, swapped, total
 
     dense, found = _loss(model, ids, first), []
-    affine = affine_of(least_squares(total(pair[0] for pair in folds)))
+    affine = affine_module(least_squares(total(pair[0] for pair in folds)))
     with swapped(model, block, affine, ids.shape[1]):
         _train(model, list(affine.parameters()), windows)
         swap = _loss(model, ids, first)
@@ -233,7 +234,7 @@ def _healed(
 
 
 def _train(model: PreTrainedModel, parameters: list[Any], windows: Tensor) -> None:
-    """Adam on the next-token loss of calibration windows, in an order drawn by a fixed seed."""
+    """Adam on the next-token loss of calibration windows, in a random order with a fixed seed."""
     import torch
 
     optimizer = torch.optim.Adam(parameters, lr=HEAL["rate"])
@@ -252,8 +253,8 @@ def _train(model: PreTrainedModel, parameters: list[Any], windows: Tensor) -> No
 
 
 def _identities(sums: dict[int, list[tuple[Sums, Sums]]]) -> dict[str, float]:
-    """Residuals, the largest over blocks: what must hold exactly on the training tokens."""
-    from winnow.studies.linearity.recoverability import least_squares, reduced_rank, scores, total
+    """Largest residuals over blocks of identities that must hold exactly on the training tokens."""
+    from winnow.studies.linearity.recoverability import least_squares, r2_scores, reduced_rank, total
 
     worst = {"the residual is orthogonal to [X, 1]": 0.0, "reduced rank d is least squares": 0.0}
     worst["R^2 on training tokens falls with the rank: largest rise"] = 0.0
@@ -264,13 +265,13 @@ def _identities(sums: dict[int, list[tuple[Sums, Sums]]]) -> dict[str, float]:
         left = (train.xy - train.xx @ fit).abs() / (train.xx.diagonal().sqrt()[:, None] * train.yy.sqrt() + 1e-300)
         profile = reduced_rank(train, train)
         falls = max([0.0, *(a - b for a, b in itertools.pairwise(profile))])
-        found = (float(left.max()), abs(profile[-1] - scores(fit, train)["feature"]), falls)
+        found = (float(left.max()), abs(profile[-1] - r2_scores(fit, train)["feature"]), falls)
         worst = {name: max(worst[name], value) for name, value in zip(names, found, strict=True)}
     return worst
 
 
 def _answers(found: dict[str, Any]) -> dict[str, Answer]:
-    from winnow.studies.linearity.learned import FRESH, RESIZED, change, correlation, spearman
+    from winnow.studies.linearity.learned import FRESH, RESIZED, change, correlation, rank_correlation
 
     if "missing" in found:
         return dict.fromkeys((f"linearity_{name}" for name in ANSWERED), Answer(missing=found["missing"]))
@@ -282,7 +283,7 @@ def _answers(found: dict[str, Any]) -> dict[str, Answer]:
     turns = sum(a * b < 0 for a, b in itertools.pairwise(steps))
     full = {row["layer"]: row for row in found["swaps"] if row["rank"] == max(r["rank"] for r in found["swaps"])}
     cheapest = min(full.values(), key=lambda row: row["delta_nll"])
-    rank = spearman(r2, [full[row["layer"]]["delta_nll"] for row in blocks])
+    rank = rank_correlation(r2, [full[row["layer"]]["delta_nll"] for row in blocks])
     chance = 1 / math.sqrt(max(1, len(r2) - 1))  # standard error of the rank correlation of unrelated numbers
     last = {p: {r["inputs"]: r["r2"] for r in found["probes"][p]["trained"]} for p in found["probes"]}
     control = found["healed"]["most"][-1]
