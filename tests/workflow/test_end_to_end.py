@@ -239,7 +239,7 @@ def test_bad_input_that_a_job_finds(workspace):
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
     line = refused(workspace, "--until=retrieve_model")
-    assert "model.layers.1.mlp.down_proj.weight holds 1 values that are not finite" in line
+    assert "model.layers.1.mlp.down_proj.weight has 1 values that are not finite" in line
 
 
 @pytest.mark.slow
