@@ -33,7 +33,7 @@ def test_latency_is_measured_beside_dense_and_enters_no_other_table(tmp_path):
     (path,) = (tmp_path / "results").glob("pico-*/few-*/svd-*/ffn-0.5-*/none-*/speed-*.json")
     record = json.loads(path.read_text())
     assert record["machine"]["clock"] == "perf_counter"
-    assert set(record["provenance"]["params"]["spec"]) == {*speed, "dtype", "recovery"} - {"kind"}
+    assert set(record["provenance"]["params"]["spec"]) == {*speed, "name", "dtype", "recovery"}
     assert workspace.planned() == Counter()
     workspace.config["evaluations"]["speed"]["decode"] = 3
     assert workspace.planned() == {"evaluate_latency": 1, "evaluate_latency_dense": 1, "tabulate_latency": 1, "all": 1}
