@@ -64,7 +64,9 @@ def table_of(kind):
 
 def moments_of_cells():
     """Statistics that the cells of the report are made from."""
-    cells = [cell for cell in PLAN.cells.of("perplexity") if PLAN.cells.reads_moments(cell)]
+    cells = [
+        cell for cell in PLAN.cells.of("perplexity") if PLAN.cells.reads_moments(cell)
+    ]
     return of_cells(
         "results/{model}/{calibration}/statistics/moments/manifest.json", cells=cells
     )
@@ -96,7 +98,9 @@ def windows_of_cells():
 
 
 def texts_of_cells():
-    names = dict.fromkeys(text for cell in PLAN.cells for text in PLAN.cells.texts_of(cell))
+    names = dict.fromkeys(
+        text for cell in PLAN.cells for text in PLAN.cells.texts_of(cell)
+    )
     return [f"results/texts/{PLAN.labels['texts'][name]}.parquet" for name in names]
 
 
@@ -105,7 +109,9 @@ def tasks_of_cells():
 
 
 def examples_of_cells():
-    names = dict.fromkeys(name for cell in PLAN.cells for name in PLAN.cells.tasks_of(cell))
+    names = dict.fromkeys(
+        name for cell in PLAN.cells for name in PLAN.cells.tasks_of(cell)
+    )
     return [f"results/examples/{PLAN.task_label(name)}/task.json" for name in names]
 
 

@@ -27,8 +27,12 @@ rule measure_study:
 rule conclude_study:
     """Tables and figures of a study, and a verdict on each of its claims."""
     input:
-        cells=lambda w: [PLAN.paths.result(cell) for cell, _ in PLAN.studies.of(w.study)],
-        scores=lambda w: [PLAN.paths.result(cell) for cell, _ in PLAN.studies.scores(w.study)],
+        cells=lambda w: [
+            PLAN.paths.result(cell) for cell, _ in PLAN.studies.of(w.study)
+        ],
+        scores=lambda w: [
+            PLAN.paths.result(cell) for cell, _ in PLAN.studies.scores(w.study)
+        ],
         measured=lambda w: [
             PLAN.paths.measurement(w.study, cell)
             for cell in PLAN.studies.models().values()
