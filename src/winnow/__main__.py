@@ -155,7 +155,7 @@ def hand_on(command: str, checkpoint: Path, directory: Path, dtype: str) -> None
     said = "loads with winnow"
     with atomic(directory) as folder:
         if command == "export":
-            made = export_dense(checkpoint, folder, {}, measured, dtype)
+            made = export_dense(checkpoint, folder, None, measured, dtype)
             rounded = f"in {made.dtype} with a relative rounding error of {made.error:.1e}"
             said = f"{made.bytes:,} bytes, {rounded}; dense, does not need winnow"
         else:

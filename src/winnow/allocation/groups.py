@@ -10,8 +10,9 @@ import numpy as np
 from winnow.allocation.base import ALLOCATIONS, Choice, dense_bytes, stored_bytes
 from winnow.errors import InputError
 from winnow.io.artifacts import read_json
+from winnow.io.records import AllocationRecord, GroupRecord
 from winnow.models.architectures import Matrix, named_by, select
-from winnow.models.files import ModelFiles, tensor_bytes
+from winnow.models.files import ModelFiles, number_bytes, tensor_bytes
 from winnow.structures.base import Structure
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _group(
     files: ModelFiles, own: Structure, name: str, matrices: list[Matrix], spectra: pd.DataFrame, predicted: pd.DataFrame | None
 ) -> Group:
     record = files.tensors[f"{matrices[0].module}.weight"]
-    unit = tensor_bytes({"shape": [1], "dtype": record["dtype"]})
+    unit = number_bytes(record["dtype"])
     counted = own.bias_name is None  # then its numbers include the biases
     fixed = 0 if counted else sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in matrices if m.bias)
     numbers, error = (np.asarray(spectra.at[name, key]).tolist() for key in ("numbers", "error"))
@@ -175,17 +176,26 @@ def _spread(groups: list[Group], keep: float, allocation: dict[str, Any]) -> Cho
     return choice
 
 
-def summarize(groups: list[Group], sizes: dict[str, int | None]) -> dict[str, Any]:
+def summarize(groups: list[Group], sizes: dict[str, int | None]) -> AllocationRecord:
     """The content of allocation.json: sizes (null: stays dense), bytes, the lost share of the objective in each group, and the
     predicted loss if known."""
-    rows: list[dict[str, Any]] = []
+    rows: list[GroupRecord] = []
     for g in (g for g in groups if g.name in sizes):
         size = sizes[g.name]
         lost = 0.0 if size is None or g.error[0] <= 0 else g.error[size] / g.error[0]
-        row = {"group": g.name, "size": size, "dense_bytes": g.dense, "stored_bytes": g.bytes(size), "relative_error": lost}
+        row: GroupRecord = {
+            "group": g.name,
+            "size": size,
+            "dense_bytes": g.dense,
+            "stored_bytes": g.bytes(size),
+            "relative_error": lost,
+        }
         if g.predicted is not None:
             row["predicted"] = 0.0 if size is None else g.predicted[size]
         rows.append(row)
-    dense, stored = (sum(r[k] for r in rows) for k in ("dense_bytes", "stored_bytes"))
-    total = {"predicted": sum(r["predicted"] for r in rows)} if all("predicted" in r for r in rows) else {}
-    return {"dense_bytes": dense, "stored_bytes": stored, "keep_bytes": stored / dense, **total, "groups": rows}
+    dense, stored = sum(r["dense_bytes"] for r in rows), sum(r["stored_bytes"] for r in rows)
+    keep = stored / dense
+    if not all("predicted" in r for r in rows):
+        return {"dense_bytes": dense, "stored_bytes": stored, "keep_bytes": keep, "groups": rows}
+    predicted = sum(r["predicted"] for r in rows)
+    return {"dense_bytes": dense, "stored_bytes": stored, "keep_bytes": keep, "predicted": predicted, "groups": rows}

@@ -25,6 +25,7 @@ from winnow.checkpoint.layouts import install
 from winnow.errors import InputError, first_line
 from winnow.io.artifacts import MANIFEST, Bundle, write_manifest
 from winnow.io.local_paths import named, without_local
+from winnow.io.records import Provenance
 from winnow.models.architectures import Matrix, matrices_of
 from winnow.models.classes import read_config
 from winnow.models.config_json import METHOD
@@ -216,7 +217,7 @@ def _dense_tensors(checkpoint: Checkpoint, rounding: Rounding) -> Iterator[tuple
 def export_dense(
     source: Path,
     directory: Path,
-    provenance: dict[str, Any],
+    provenance: Provenance | None,
     measured: list[Measured] | None = None,
     dtype: str = ORIGINAL,
 ) -> Exported:
@@ -237,5 +238,5 @@ def export_dense(
         recipe = named(yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")))
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         (directory / "README.md").write_text(card(recipe, measured, exported), encoding="utf-8")
-    write_manifest(directory, {"model_stored_bytes": total, "dtype": widest, "rounding_error": exported.error}, provenance)
+    write_manifest(directory, {"model_stored_bytes": total, "dtype": widest, "rounding_error": exported.error}, provenance or {})
     return exported

@@ -23,6 +23,7 @@ from winnow.checkpoint.hf import WinnowConfig
 from winnow.checkpoint.layouts import install
 from winnow.errors import InputError
 from winnow.io.artifacts import file_digest, read_json, write_json
+from winnow.io.records import Provenance
 from winnow.io.tensors import TensorFile, bytes_of, fill
 from winnow.models.architectures import blocks_of
 from winnow.models.classes import empty_model
@@ -85,7 +86,7 @@ class Streamed:
         device: str,
         artefact: Path | str,
         length: int,
-        provenance: dict[str, Any] | None = None,
+        provenance: Provenance | None = None,
         name: str = NAMES[0],
     ):
         give_back_memory()

@@ -19,6 +19,7 @@ from winnow.errors import InputError
 from winnow.factors.members import fit_file
 from winnow.io.artifacts import Bundle, write_manifest
 from winnow.io.local_paths import named, without_local
+from winnow.io.records import Provenance
 from winnow.io.tensors import NAMES
 from winnow.models.config_json import METHOD
 from winnow.models.files import ModelFiles
@@ -87,7 +88,7 @@ def write_checkpoint(
     groups: Iterable[Compressed],
     dtype: str,
     recipe: dict[str, Any],
-    provenance: dict[str, Any],
+    provenance: Provenance,
 ) -> dict[str, int]:
     """Write the directory (config, weights, tokenizer, card, recipe, manifest); returns its byte counts. Each group is freed
     after it is written.

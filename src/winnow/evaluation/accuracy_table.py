@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from winnow.io.records import Row
+
 # Other people's tools read these columns, as those of the summary. New ones are only appended.
 COLUMNS = [
     *("model", "calibration", "method", "structure", "metric", "budget", "allocation", "recovery", "evaluation"),
@@ -14,7 +16,7 @@ COLUMNS = [
 ]
 
 
-def accuracy_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]], columns: list[str] = COLUMNS) -> pd.DataFrame:
+def accuracy_table(rows: list[Row], results: dict[str, dict[str, Any]], columns: list[str] = COLUMNS) -> pd.DataFrame:
     """One row per cell, task and measure: the cell's names (from `rows`), its bytes, and its scores.
 
     `delta` is the score minus the dense model's, paired by document; 0 for the dense model. Standard errors are empty if lm-eval

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from winnow.io.records import Provenance, sizes_of
 from winnow.registry import Options, Plugin, Registry
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Given:
     inputs: Mapping[str, Any]  # paths of what the evaluation `reads`, and `dense`, the result of the dense model
     resources: Mapping[str, int]  # batch sizes (`Evaluation.batch`), and `stream`
     device: str
-    provenance: dict[str, Any]
+    provenance: Provenance
     output: str  # the path of the result; unfinished work is saved beside it
 
     def model(self) -> PreTrainedModel:
@@ -119,9 +120,6 @@ def with_kind(preset: Any) -> Any:
 def measured(evaluation: type[Evaluation], given: Given) -> dict[str, Any]:
     """The result of a job: the numbers, and the bytes of the measured model."""
     numbers, files, checkpoint = evaluation.measure(given), given.files, given.checkpoint
-    block = files.dense_bytes(files.matrices)
-    sizes = {"dense_bytes": block, "stored_bytes": block, "model_stored_bytes": files.manifest["bytes"]}
-    if checkpoint:
-        sizes = {key: checkpoint.manifest[key] for key in sizes}
+    sizes = sizes_of(checkpoint.manifest) if checkpoint else files.sizes()
     made = {"model_dense_bytes": files.manifest["bytes"], "checkpoint": str((checkpoint or files).directory)}
     return {**numbers, **sizes, **made}

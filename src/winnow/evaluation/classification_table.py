@@ -9,12 +9,13 @@ import pandas as pd
 from winnow.evaluation.accuracy_table import COLUMNS as OF_ACCURACY
 from winnow.evaluation.accuracy_table import accuracy_table
 from winnow.evaluation.classification import scores
+from winnow.io.records import Row
 
 # As in the other tables, new columns are only appended.
 COLUMNS = [*OF_ACCURACY, "delta_control", "delta_control_se"]
 
 
-def classification_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def classification_table(rows: list[Row], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """One row per cell and measure; see `winnow.evaluation.accuracy_table` and `winnow.evaluation.classification.scores`.
 
     `delta` is the difference to the dense model before compression. `delta_control` of a recovered model is the difference to the
@@ -41,5 +42,5 @@ def classification_table(rows: list[dict[str, Any]], results: dict[str, dict[str
     return accuracy_table(rows, found, COLUMNS)
 
 
-def _place(row: dict[str, Any]) -> tuple[str, ...]:
+def _place(row: Row) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in ("model", "calibration", "recovery", "evaluation"))

@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from winnow.io.records import Row
+
 COLUMNS = [
     *("model", "calibration", "method", "structure", "metric", "budget", "allocation", "recovery", "evaluation", "targets"),
     *("keep_requested", "keep_bytes", "phase", "batch", "prompt", "verdict", "ratio", "ratio_q1", "ratio_q3"),
@@ -18,7 +20,7 @@ COLUMNS = [
 ]
 
 
-def latency_table(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def latency_table(rows: list[Row], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """One row per case of every cell's result (`row["result"]` names it).
 
     `ratio` is the time divided by the dense model's in the same repeat (below 1 is faster): median, quartiles, and the 95 %

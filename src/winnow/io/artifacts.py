@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ def _unsealed(path: Path | str) -> bytes:
     return Path(path).read_bytes()
 
 
-def _check_place(path: Path | str, provenance: dict) -> None:
+def _check_place(path: Path | str, provenance: Mapping[str, Any]) -> None:
     """Raise InputError if the file was written for another path: its name differs, or its wildcards are not in the path."""
     if (name := provenance.get("file", Path(path).name)) != Path(path).name:
         raise InputError(f"{path}: written for another path ({name}); {CURE}")
@@ -163,7 +163,7 @@ def _check_place(path: Path | str, provenance: dict) -> None:
             raise InputError(f"{path}: written for another path ({name} {value}); {CURE}")
 
 
-def write_json(path: Path | str, content: dict, provenance: dict | None = None) -> None:
+def write_json(path: Path | str, content: Mapping[str, Any], provenance: Mapping[str, Any] | None = None) -> None:
     """Write `content` with the provenance as its last block and a seal. Raises ValueError for NaN and infinity."""
     block = {} if provenance is None else {"provenance": {**provenance, "file": Path(path).name}}
     with atomic(path) as partial:
@@ -180,7 +180,7 @@ def read_json(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def write_markup(path: Path | str, text: str, provenance: dict) -> None:
+def write_markup(path: Path | str, text: str, provenance: Mapping[str, Any]) -> None:
     """Write SVG or HTML with the provenance and a seal in a comment at its end."""
     block = json.dumps({"provenance": {**provenance, "file": Path(path).name}, "seal": BLANK.decode()})
     block = block.replace("--", "-\\u002d")  # `--` ends comments
@@ -204,7 +204,7 @@ def provenance_of_markup(path: Path | str) -> dict | None:
     return json.loads(last.removeprefix("<!-- ").removesuffix(" -->"))["provenance"]
 
 
-def write_parquet(path: Path | str, table: pd.DataFrame, provenance: dict) -> None:
+def write_parquet(path: Path | str, table: pd.DataFrame, provenance: Mapping[str, Any]) -> None:
     """Write a data frame, with provenance and seal in the schema's metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -268,7 +268,7 @@ def read_tensors(
     return {name: file.read(name) for name in found}, metadata
 
 
-def write_manifest(directory: Path | str, content: dict, provenance: dict) -> None:
+def write_manifest(directory: Path | str, content: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
     """Finish a bundle: write its manifest with the digest of every file of `directory`."""
     directory = Path(directory)
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST and not p.name.startswith("."))

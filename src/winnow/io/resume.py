@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST, read_tensors, write_tensors
+from winnow.io.records import Provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,7 @@ SHARE = 20  # after a save that took s seconds, none for 20 s seconds
 class Resume:
     """Saved state of one artefact: tensors by name."""
 
-    def __init__(self, artefact: Path | str, provenance: dict[str, Any]):
+    def __init__(self, artefact: Path | str, provenance: Provenance):
         artefact = Path(artefact)
         self.path = artefact.with_name(f".{artefact.name}.state")
         self.provenance = json.loads(json.dumps(provenance))  # as it comes back from a file
@@ -74,7 +75,7 @@ class Resume:
         self.path.unlink(missing_ok=True)
 
 
-def own_files(folder: Path, provenance: dict[str, Any]) -> set[str]:
+def own_files(folder: Path, provenance: Provenance) -> set[str]:
     """Names of the safetensors files that a job of the same provenance wrote of an unfinished bundle; all others are removed.
 
     Files are complete, since they are renamed into place. A finished bundle is computed again: its job was asked to rerun.

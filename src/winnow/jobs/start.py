@@ -14,6 +14,7 @@ from typing import Any
 
 from winnow.errors import InputError, absent, first_line, missing
 from winnow.io.artifacts import before_sealing, file_digest
+from winnow.io.records import Provenance
 from winnow.jobs.code import check_code, check_place, check_scripts
 from winnow.planning.outside import Digests
 
@@ -24,7 +25,7 @@ class Job:
 
     spec: dict[str, Any]
     device: str
-    provenance: dict[str, Any]
+    provenance: Provenance
 
 
 def start_job(snakemake: Any) -> Job:
@@ -36,13 +37,13 @@ def start_job(snakemake: Any) -> Job:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     logging.raiseExceptions = False  # a log that cannot be written stops no job; what the job writes says so
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    params = dict(snakemake.params.items())
+    params: Any = dict(snakemake.params.items())
     scripts = Path(os.path.normpath(snakemake.scriptdir))
     check_place(scripts.parent)
     check_scripts(scripts, params)
     check_code(params)
     before_sealing(partial(check_code, params))
-    provenance = {
+    provenance: Provenance = {
         "rule": rule,
         "wildcards": dict(snakemake.wildcards.items()),
         "params": params,

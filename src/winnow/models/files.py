@@ -7,10 +7,11 @@ import math
 from functools import cache
 from os.path import isdir  # unlike Path's, it accepts invalid names
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.errors import InputError
 from winnow.io.artifacts import file_digest, read_json
+from winnow.io.records import Sizes, TensorRecord
 from winnow.io.tensors import BYTES, TensorFile
 from winnow.models.architectures import Matrix, matrices_of
 
@@ -64,11 +65,16 @@ def weight_files(directory: Path | str) -> list[Path]:
     return [directory / name for name in names]
 
 
-def tensor_bytes(record: dict[str, Any]) -> int:
+def tensor_bytes(record: TensorRecord) -> int:
     """Bytes of a tensor as stored. Raises InputError for an unsupported dtype."""
-    if record["dtype"] not in BYTES:
-        raise InputError(f"a tensor is stored as {record['dtype']}; winnow reads {', '.join(BYTES)}")
-    return math.prod(record["shape"]) * BYTES[record["dtype"]]
+    return math.prod(record["shape"]) * number_bytes(record["dtype"])
+
+
+def number_bytes(dtype: str) -> int:
+    """Bytes of a stored number. Raises InputError for an unsupported dtype."""
+    if dtype not in BYTES:
+        raise InputError(f"a tensor is stored as {dtype}; winnow reads {', '.join(BYTES)}")
+    return BYTES[dtype]
 
 
 class ModelFiles:
@@ -77,7 +83,7 @@ class ModelFiles:
     def __init__(self, manifest: Path | str):
         self.manifest = read_json(manifest)
         self.directory = Path(self.manifest["directory"])
-        self.tensors: dict[str, dict[str, Any]] = self.manifest["tensors"]
+        self.tensors: dict[str, TensorRecord] = self.manifest["tensors"]
         self.matrices: list[Matrix] = matrices_of(self.manifest["model_type"], self.tensors)
         self._verified = cache(self._verify)
         self._opened = cache(lambda name: TensorFile(self._verified(name)))
@@ -107,6 +113,11 @@ class ModelFiles:
     def weight(self, matrix: Matrix, device: str = "cpu") -> torch.Tensor:
         """W (out, in) of a matrix in float64."""
         return self.stored(matrix).to(device).double().contiguous()
+
+    def sizes(self) -> Sizes:
+        """Bytes of the dense model."""
+        block = self.dense_bytes(self.matrices)
+        return {"dense_bytes": block, "stored_bytes": block, "model_stored_bytes": self.manifest["bytes"]}
 
     def dense_bytes(self, matrices: list[Matrix]) -> int:
         """Stored bytes of the matrices' modules, including biases."""

@@ -10,6 +10,7 @@ import torch
 
 from winnow.errors import InputError, first_line
 from winnow.io.artifacts import file_digest
+from winnow.io.records import TensorRecord
 from winnow.io.tensors import TensorFile
 from winnow.models.architectures import ARCHITECTURES, matrices_of
 from winnow.models.classes import empty_model, is_causal
@@ -64,7 +65,7 @@ def describe(directory: Path) -> dict[str, Any]:
     tied = {t: s for t, s in model.all_tied_weights_keys.items() if t in model.state_dict()}
     places = stored_tensors(model, weight_files(directory))
     opened = {file: TensorFile(file) for file in {place.file for place in places.values()}}
-    tensors: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, TensorRecord] = {}
     for name, place in places.items():
         if place.dtype not in BYTES:
             raise InputError(f"{place.file}: {place.key} is stored as {place.dtype}; winnow reads {', '.join(BYTES)}")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST, check_whole, file_digest, provenance_of_markup, read_json
+from winnow.io.records import Provenance
 from winnow.planning.plan import Plan
 
 
-def provenance_of(path: Path) -> dict[str, Any]:
+def provenance_of(path: Path) -> Provenance:
     """The provenance inside an artefact: JSON, Parquet, safetensors, or the folder of a bundle.
 
     Raises InputError for a file that holds none.
@@ -38,10 +39,10 @@ def provenance_of(path: Path) -> dict[str, Any]:
         found = {key: value for key, value in metadata.get("provenance", metadata).items() if key != "seal"}
     if not found or "rule" not in found:
         raise InputError(f"{path}: holds no provenance; it is not an artefact of winnow, or one for people only")
-    return found
+    return cast(Provenance, found)
 
 
-def differences(provenance: dict[str, Any], plan: Plan, directory: Path = Path()) -> list[str]:
+def differences(provenance: Provenance, plan: Plan, directory: Path = Path()) -> list[str]:
     """What would be other if the artefact were made today, a line each; none if it is up to date by itself.
 
     `directory` is where the run's relative paths start.
@@ -97,7 +98,7 @@ def finished(outputs: list[str], today: dict[str, Any]) -> bool:
     return True
 
 
-def _changed_params(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _changed_params(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     files, today = then.get("files", {}), now.get("files", {})
     for name in sorted(files | today):
         if files.get(name) != today.get(name):

@@ -7,6 +7,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from winnow.io.records import Row
 from winnow.metrics.base import METRICS
 from winnow.planning.cells import Cell, Cells
 from winnow.planning.config import Config
@@ -86,7 +87,7 @@ class Plan(Labels):
         """The modules of a method's metrics, by its label."""
         return [METRICS.module(kind) for kind in self._kinds_of(method) if kind in METRICS]
 
-    def row(self, cell: Cell) -> dict[str, Any]:
+    def row(self, cell: Cell) -> Row:
         """What a table says of a cell before anything is measured."""
         method = self.config.methods[cell.method] if cell.method else None
         budget = self.config.budgets[cell.budget] if cell.budget else None

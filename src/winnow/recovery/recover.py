@@ -16,9 +16,10 @@ from winnow.checkpoint.loading import load_model
 from winnow.errors import InputError
 from winnow.io.artifacts import Bundle, write_manifest
 from winnow.io.local_paths import named, without_local
+from winnow.io.records import sizes_of
 from winnow.io.resume import Resume
 from winnow.models.architectures import blocks_of
-from winnow.models.files import ModelFiles, tensor_bytes, weight_files
+from winnow.models.files import ModelFiles, weight_files
 from winnow.models.weights import SHARD_BYTES, copy_files, write_weights
 from winnow.numerics.linalg import regularized
 from winnow.recovery.base import Task
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from winnow.jobs.start import Job
 
 RIDGE = 1e-6  # added to the metric of outputs, as a share of its mean
-SIZES = ("dense_bytes", "stored_bytes", "model_stored_bytes")
 
 
 def task_of(
@@ -113,12 +113,7 @@ def write_recovered(
     `recovery`: name and options; `report`: the content of recovery.json. Raises RuntimeError if the number of bytes differs."""
     directory.mkdir(parents=True)
     total = write_weights(directory, _recovered(files, checkpoint, task), SHARD_BYTES)
-    if checkpoint is None:
-        block = files.dense_bytes(files.matrices)
-        before = sum(tensor_bytes(record) for record in files.tensors.values())
-        sizes = {"dense_bytes": block, "stored_bytes": block, "model_stored_bytes": before}
-    else:
-        sizes = {key: checkpoint.manifest[key] for key in SIZES}
+    sizes = sizes_of(checkpoint.manifest) if checkpoint else files.sizes()
     if total != sizes["model_stored_bytes"]:
         raise RuntimeError(f"{total} bytes after the recovery, but {sizes['model_stored_bytes']} before")
     source = checkpoint.directory if checkpoint else files.directory

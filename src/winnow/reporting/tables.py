@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from winnow.evaluation.spread import over_seeds, paired, tied
+from winnow.io.records import Row
 
 # Other people's tools read these columns. New ones are only appended.
 COLUMNS = [
@@ -25,12 +27,12 @@ SPREAD = [
 UNCHANGED = {"delta_nll": 0.0, "delta_nll_se": 0.0, "kl": 0.0, "top1_agreement": 1.0}  # of the dense model itself
 
 
-def is_dense(row: dict[str, Any]) -> bool:
+def is_dense(row: Mapping[str, Any]) -> bool:
     """Whether a row is of the dense model without a recovery."""
     return row["method"] == "dense" and row["recovery"] == "none"
 
 
-def summary(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def summary(rows: list[Row], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """One row per cell: its names (from `rows`) and its numbers (from the result `row["result"]`).
 
     Losses are in nats per token, bytes are those of the compressed matrices (`dense_bytes`, `stored_bytes`) and of the
@@ -46,7 +48,7 @@ def summary(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> p
     return frame.astype({"keep_requested": "float64", "kl": "float64", "top1_agreement": "float64"})
 
 
-def spread(rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def spread(rows: list[Row], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """One row per compressed configuration, aggregated over calibration seeds.
 
     `delta_nll` (nats per token above dense) and `keep_bytes` are means over seeds. `above_best` is the difference to the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ def llama_tensors(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {f"{name}.weight": {"shape": list(shape)} for name, shape in named.items()}
 
 
-def parameters(tensors: dict[str, dict[str, Any]]) -> int:
+def parameters(tensors: Mapping[str, Mapping[str, Any]]) -> int:
     return sum(math.prod(record["shape"]) for record in tensors.values())
 
 

@@ -8,7 +8,7 @@ from winnow.factors.spectra import effective_ranks
 from winnow.metrics.gram import Gram
 from winnow.metrics.weights import Weights
 from winnow.models.architectures import TARGETS, Matrix, moments_file
-from winnow.models.files import tensor_bytes
+from winnow.models.files import number_bytes, tensor_bytes
 from winnow.structures.base import Problem, Structure
 from winnow.structures.bypass import Bypass
 from winnow.structures.low_rank import LowRank
@@ -29,7 +29,7 @@ def formula_bytes(files: ModelFiles, ranks: Ranks) -> int | None:
         return None
     qkv = [m for m in files.matrices if m.role in TARGETS["qkv"] and ranks.attention]
     ffn = [m for m in files.matrices if m.role in TARGETS["ffn"] and ranks.ffn]
-    unit = tensor_bytes({"shape": [1], "dtype": files.tensors[f"{files.matrices[0].module}.weight"]["dtype"]})
+    unit = number_bytes(files.tensors[f"{files.matrices[0].module}.weight"]["dtype"])
     biases = sum(tensor_bytes(files.tensors[f"{m.module}.bias"]) for m in qkv + ffn if m.bias)
     return (stored(qkv, "qkv", ranks) + stored(ffn, "bypass", ranks)) * unit + biases
 
