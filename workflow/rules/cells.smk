@@ -1,4 +1,4 @@
-# Which files a target asks for: of all cells, or of those of a kind. No rule stands here.
+# Which files a target asks for: of all cells, or of those of a kind. Defines no rules.
 
 
 def made_of_cells(what, cells=None):

@@ -1,4 +1,4 @@
-# Configuration, plan, the params of every stage, and what is done around a run. No rule stands here.
+# Configuration, plan, the params of every stage, and what is done around a run. Defines no rules.
 
 import os
 import sys

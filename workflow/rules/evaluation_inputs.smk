@@ -1,4 +1,4 @@
-# What a kind of evaluation reads and asks for. No rule stands here.
+# What a kind of evaluation reads and asks for. Defines no rules.
 
 READ = {  # what an evaluation can read beside the model
     "tokens": "results/{model}/tokens/{evaluation}.safetensors",

@@ -1,4 +1,4 @@
-# Which files jobs read (functions of wildcards). No rule stands here.
+# Which files jobs read (functions of wildcards). Defines no rules.
 
 
 def of_user(files):

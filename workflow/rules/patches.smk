@@ -1,4 +1,4 @@
-# What of Snakemake is replaced while it runs, in one table. No rule stands here.
+# What of Snakemake is replaced while it runs, in one table. Defines no rules.
 #
 # An entry is applied only where Snakemake's own code is the one that it was written for, by the digest of its source. Elsewhere
 # one line says so, and Snakemake does it its own way: slower, or with work repeated. Without the entry for the truth of results

@@ -1,4 +1,4 @@
-# Snakemake's records of finished jobs, held against what results say of themselves. No rule stands here; patches.smk puts it in.
+# Snakemake's records of finished jobs, held against what results say of themselves. Defines no rules; patches.smk puts it in.
 
 import os
 import sys

@@ -1,4 +1,4 @@
-# What a job asks of a cluster. No rule stands here, and no number depends on it.
+# What a job asks of a cluster. Defines no rules, and no number depends on it.
 
 from winnow.planning.needs import Needs
 

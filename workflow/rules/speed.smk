@@ -1,5 +1,5 @@
 # What Snakemake works out anew for every job or file though the answer is the same, kept: a third of a large plan's time.
-# No rule stands here, and nothing here changes what is planned; patches.smk has the table of what is replaced.
+# Defines no rules, and changes nothing of what is planned; patches.smk has the table of what is replaced.
 
 import gc
 from functools import cache
@@ -47,7 +47,7 @@ def filled(pattern, wildcards):
 
 
 def once_per_file(find):
-    """The jobs that make a file, which are the same for all that read it as long as this plan stands."""
+    """The jobs that make a file, which are the same for all that read it as long as this plan lasts."""
     found = {}
 
     async def file2jobs(dag, targetfile, wildcards_dict=None):

@@ -1,4 +1,4 @@
-# Which files of tasks jobs read: rows to learn and to score (functions of wildcards). No rule stands here.
+# Which files of tasks jobs read: rows to learn and to score (functions of wildcards). Defines no rules.
 
 
 def example_files(wildcards):

@@ -1,5 +1,5 @@
 # Scripts run in forks of one process that has imported what they use (src/winnow/jobs/fork.py), where a run has several jobs.
-# No rule stands here, and no number depends on it; patches.smk puts it in. WINNOW_WARM=0 runs every script in an interpreter.
+# Defines no rules, and no number depends on it; patches.smk puts it in. WINNOW_WARM=0 runs every script in an interpreter.
 
 import multiprocessing
 import os

@@ -63,7 +63,7 @@ class Labels:
     def _label(self, section: str, name: str, preset: Strict) -> str:
         content = self._content(section, preset)
         digest = hashlib.sha256(json.dumps([section, content], sort_keys=True).encode()).hexdigest()
-        if section == "calibrations":  # a seed has one label, whether it stands in a list or by itself
+        if section == "calibrations":  # a seed has one label, whether it is given in a list or by itself
             name = self.preset_of_seed[name]
         if section == "budgets":
             name = self.budget_name(name)
