@@ -13,7 +13,7 @@ def params_of(job):
 
 def refuse_unrecorded(has_metadata):
     """Stop at results that Snakemake has no record of, and so calls up to date, if they were made with other params than
-    today's: what they were made from stands in them, too. That happens where .snakemake was removed or results were copied.
+    today's: results also record what they were made from. That happens where .snakemake was removed or results were copied.
     """
 
     def checked(record, job):

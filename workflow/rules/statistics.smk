@@ -1,5 +1,5 @@
 # needs: a model, windows of calibration tokens      makes: statistics of every matrix's input
-# steps: collect_statistics (one forward pass for all methods, ranks and budgets), collect_gradients (one there and back,
+# steps: collect_statistics (one forward pass for all methods, ranks and budgets), collect_gradients (one forward and one backward,
 #        where a metric weighs outputs)
 
 
@@ -29,7 +29,7 @@ rule collect_statistics:
 
 
 rule collect_gradients:
-    """Run the calibration windows there and back; keep second moments of the loss's gradient in every output."""
+    """A forward and a backward pass over the calibration windows; keeps second moments of the gradients in all outputs."""
     input:
         model="results/{model}/model.json",
         tokens="results/{model}/tokens/{calibration}.safetensors",
