@@ -195,7 +195,7 @@ def test_documented_commands_run(installed):
         words = shlex.split(command.replace("<artefact>", "results/tables/summary.parquet"))
         if command.endswith("--latency"):
             refused = installed.full.attempt(*words, folder=installed.checkout)
-            assert "latency.csv: there is no such table" in refused.stderr, "nothing was timed here"
+            assert "latency.csv: no such table" in refused.stderr, "nothing was timed here"
         else:
             installed.full.run(*words, folder=installed.checkout)
     plans = [[*shlex.split(command), "--dry-run"] for command in commands if command not in real]
