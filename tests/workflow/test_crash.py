@@ -120,14 +120,17 @@ def test_an_interrupted_run_keeps_what_its_last_job_finished(tmp_path):
     everything = here.planned()
     said = here.folder.parent / "said.txt"
     with open(said, "w") as stream:
-        process = subprocess.Popen(**here.command(), stdout=stream, stderr=stream, start_new_session=True)
-    made = {}
-    while len(made) < 2 and process.poll() is None:
+        # What is started in the background of a shell ignores SIGINT, and so would all that it starts.
+        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
+        process = subprocess.Popen(**here.command(), stdout=stream, stderr=stream, **heard)
+    made, deadline = {}, time.monotonic() + 120
+    while len(made) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
         found = {path.name: path for path in here.folder.glob("results/*/*/statistics/**/*") if path.is_file()}
         made = {name: path for name, path in found.items() if name in ("manifest.json", "channels.parquet")}
     process.send_signal(signal.SIGINT)
     while "Terminating processes on user request" not in said.read_text() and process.poll() is None:
+        assert time.monotonic() < deadline, said.read_text()
         time.sleep(0.1)  # the job goes on
     (here.folder / "go").touch()
     process.wait()
