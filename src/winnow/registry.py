@@ -95,10 +95,7 @@ class Registry(Mapping[str, type[P]], Generic[P]):
         return iter(self._modules if self.inside else self._found)
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    def __contains__(self, kind: object) -> bool:
-        return kind in list(iter(self))
+        return sum(1 for _ in self)
 
     def module(self, kind: str) -> str:
         """The module that defines a kind, for fingerprints."""

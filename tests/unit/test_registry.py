@@ -9,118 +9,15 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.toys import FILES, METRIC, STUDY
 
-METRIC = '''
-from typing import Literal
-
-from winnow.metrics.base import Metric, MetricOptions
-
-
-class New(Metric):
-    """All columns alike."""
-
-    reference = "a test"
-
-    class Options(MetricOptions):
-        kind: Literal["new"]
-        size: int = 1
-
-    def columns(self, weight, site):
-        return weight.new_ones(weight.shape[1])
-'''
-STRUCTURE = '''
-from typing import Literal
-
-from winnow.structures.base import StructureOptions
-from winnow.structures.low_rank import LowRank
-
-
-class New(LowRank):
-    """As `low_rank`."""
-
-    class Options(StructureOptions):
-        kind: Literal["new"]
-        size: int = 1
-'''
-ALLOCATION = '''
-from typing import Literal
-
-from winnow.allocation.base import Allocation, AllocationOptions, Choice, smallest
-
-
-class New(Allocation):
-    """The smallest size of everything."""
-
-    reference = "a test"
-
-    class Options(AllocationOptions):
-        kind: Literal["new"]
-        size: int = 1
-
-    def allocate(self, groups, keep):
-        return Choice(smallest(groups))
-'''
-RECOVERY = '''
-from typing import Literal
-
-from winnow.recovery.base import Recovery, RecoveryOptions
-
-
-class New(Recovery):
-    """Nothing."""
-
-    reference = "a test"
-
-    class Options(RecoveryOptions):
-        kind: Literal["new"]
-        size: int = 1
-
-    def recover(self, task):
-        return {"steps": 0}
-'''
-EVALUATION = '''
-from typing import Literal
-
-from winnow.evaluation.base import Evaluation, EvaluationOptions
-
-
-class New(Evaluation):
-    """Nothing."""
-
-    reference = "a test"
-
-    class Options(EvaluationOptions):
-        kind: Literal["new"]
-        size: int = 1
-
-    @classmethod
-    def measure(cls, given):
-        return {"size": given.spec["size"]}
-'''
-STUDY = '''
-from winnow.studies.base import Study
-
-
-class New(Study):
-    """Nothing."""
-
-    title = "New"
-    reference = "a test"
-
-    def measure(self, given):
-        return {}
-
-    def conclude(self, evidence):
-        raise NotImplementedError
-'''
-# kind of plug-in: (its file, what is in it, module and name of the registry, section of the configuration and where it stands)
-KINDS = {
-    "metric": ("metrics/new.py", METRIC, "winnow.metrics.base", "METRICS"),
-    "structure": ("structures/new.py", STRUCTURE, "winnow.structures.base", "STRUCTURES"),
-    "allocation": ("allocation/kinds/new.py", ALLOCATION, "winnow.allocation.base", "ALLOCATIONS"),
-    "recovery": ("recovery/kinds/new.py", RECOVERY, "winnow.recovery.base", "RECOVERIES"),
-    "evaluation": ("evaluation/kinds/new.py", EVALUATION, "winnow.evaluation.base", "EVALUATIONS"),
-    "study": ("studies/new/study.py", STUDY, "winnow.studies.base", "STUDIES"),
+KINDS = {  # package: (class, module and name of the registry)
+    "metrics": ("metric", "winnow.metrics.base", "METRICS"),
+    "structures": ("structure", "winnow.structures.base", "STRUCTURES"),
+    "allocation/kinds": ("allocation", "winnow.allocation.base", "ALLOCATIONS"),
+    "recovery/kinds": ("recovery", "winnow.recovery.base", "RECOVERIES"),
+    "evaluation/kinds": ("evaluation", "winnow.evaluation.base", "EVALUATIONS"),
+    "studies": ("study", "winnow.studies.base", "STUDIES"),
 }
 ASKED = """
 import importlib, json, sys
@@ -132,7 +29,7 @@ from winnow.planning.plan import Plan
 
 what, module, name, root = sys.argv[1:]
 registry = getattr(importlib.import_module(module), name)
-spec = {"kind": "new"} if what == "study" else {"kind": "new", "size": 2}
+spec = {"kind": "toy"}
 built = registry.build(spec)
 content = default()
 if what in ("metric", "structure"):
@@ -142,7 +39,7 @@ if what == "allocation":
 if what in ("recovery", "evaluation"):
     content["recoveries" if what == "recovery" else "evaluations"]["mine"] = spec
 plan = Plan(load(content), Path(root))
-code = CodeTracker(Path(root)).fingerprint(registry.module("new"))
+code = CodeTracker(Path(root)).fingerprint(registry.module("toy"))
 print(json.dumps({
     "kinds": list(registry), "built": type(built).__name__, "options": built.options.model_dump(),
     "code": [line.split()[0] for line in code], "studies": list(plan.of_studies), "torch": "torch" in sys.modules,
@@ -157,13 +54,14 @@ def checkout(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("what", KINDS)
-def test_one_file_adds_a_plug_in(checkout, what):
-    file, content, module, name = KINDS[what]
+@pytest.mark.parametrize("package", KINDS)
+def test_one_file_adds_a_plug_in(checkout, package):
+    what, module, name = KINDS[package]
+    file = f"{package}/toy/study.py" if what == "study" else f"{package}/toy.py"
     path = checkout / "src" / "winnow" / file
     path.parent.mkdir(exist_ok=True)
     (path.parent / "__init__.py").touch()
-    path.write_text(content)
+    path.write_text(STUDY if what == "study" else FILES[package])
     try:
         command = [sys.executable, "-c", ASKED, what, module, name, str(checkout)]
         environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
@@ -172,11 +70,11 @@ def test_one_file_adds_a_plug_in(checkout, what):
         shutil.rmtree(path.parent) if what == "study" else path.unlink()
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert "new" in found["kinds"]
-    assert found["built"] == "New"
-    assert found["options"] == ({"kind": "new"} if what == "study" else found["options"] | {"kind": "new", "size": 2})
+    assert "toy" in found["kinds"]
+    assert found["built"] == "Toy"
+    assert found["options"]["kind"] == "toy"
     assert f"winnow.{file.removesuffix('.py').replace('/', '.')}" in found["code"]
-    assert ("new" in found["studies"]) == (what == "study")
+    assert ("toy" in found["studies"]) == (what == "study")
     assert not found["torch"], "a plan imports no torch"
 
 
@@ -187,4 +85,4 @@ def test_a_kind_is_named_by_its_file(checkout):
     environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
     done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
     path.unlink()
-    assert "winnow.metrics.other: the kind of a plug-in is the name of its file, not 'new'" in done.stderr
+    assert "winnow.metrics.other: the kind of a plug-in is the name of its file, not 'toy'" in done.stderr

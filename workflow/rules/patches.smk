@@ -23,8 +23,11 @@ from snakemake.script import PythonScript
 
 
 def source_digest(thing):
-    """A digest of the source of a function or a class, comments and spacing left out."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    """A digest of the source of a function or a class, comments and spacing left out; empty where the source is not here."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    except (OSError, TypeError):  # an installation of compiled files alone, or no Python function
+        return ""
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:10]
 
 

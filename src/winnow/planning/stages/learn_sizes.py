@@ -41,11 +41,10 @@ class LearnSizes(Stage):
         model, and a forward and a backward pass of both; held-out windows take a forward pass of each."""
         options: Any = budget.allocation
         shape, windows, chosen = load.shape, load.calibrations[calibration], select(load.shape.matrices, budget.targets)
-        unit = 4 if load.unit == 4 else 2
         factors = sum(math.prod(m.shape) for m in chosen)
         step = options.batch * windows.length
         masked = sum(2 * min(m.shape) + 3 * m.shape[0] for m in chosen)
-        held = step * (5 * 4 * shape.vocabulary + unit * (12 * shape.width * shape.layers + masked))
+        held = step * (5 * 4 * shape.vocabulary + load.unit * (12 * shape.width * shape.layers + masked))
         looks = (1 + options.steps / options.every) * options.held_out * windows.windows * windows.length
         passes = options.steps * step * (6 * shape.numbers + 4 * factors) + looks * 4 * shape.numbers
-        return unit * (shape.numbers + factors) + held, 1e5, passes
+        return load.unit * (shape.numbers + factors) + held, 1e5, passes
