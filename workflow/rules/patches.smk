@@ -23,10 +23,13 @@ from snakemake.script import PythonScript
 
 
 def source_digest(thing):
-    """A digest of the source of a function or a class, comments and spacing left out; empty where the source is not here."""
+    """A digest of the source of a function or a class, comments and spacing left out.
+
+    Empty where there is no source: an installation of compiled files alone, or no Python function.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError):  # an installation of compiled files alone, or no Python function
+    except (OSError, TypeError):
         return ""
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:10]
 
