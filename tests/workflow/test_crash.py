@@ -92,15 +92,23 @@ def test_one_thread_and_two_agree(uninterrupted, tmp_path):
         assert read_json(single.folder / "results" / name)["nll"] == pytest.approx(whole["nll"], abs=1e-6)
 
 
+def wait_for_go(place: Place) -> None:
+    """Makes the job of the statistics wait, when it has written its results, for a file `go` in the run's folder."""
+    script = place.code / "scripts" / "collect_statistics.py"
+    code = script.read_text()
+    assert "from pathlib import Path" in code
+    script.write_text(code + "    import time\n\n    while not Path('go').exists():\n        time.sleep(0.1)\n")
+
+
 def test_a_second_run_in_the_folder_is_refused_in_one_line(tmp_path):
     busy = place(tmp_path / "here")
+    wait_for_go(busy)  # the first is still at work, however long the second takes to start
     first = started(busy)
     try:
         lock = busy.folder / ".snakemake" / "winnow.lock"
         deadline = time.monotonic() + 60
         while not lock.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(0.5)
         second = busy.run()
     finally:
         kill_tree(first)
@@ -114,9 +122,7 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line(tmp_path):
 def test_an_interrupted_run_keeps_what_its_last_job_finished(tmp_path):
     """SIGINT to the run alone: it waits for the job, which seals its results, but does not record that it ended."""
     here = place(tmp_path / "here")
-    script = here.code / "scripts" / "collect_statistics.py"
-    script.write_text(script.read_text() + "    import time\n\n    while not Path('go').exists():\n        time.sleep(0.1)\n")
-    assert "from pathlib import Path" in script.read_text()
+    wait_for_go(here)
     everything = here.planned()
     said = here.folder.parent / "said.txt"
     with open(said, "w") as stream:
