@@ -325,7 +325,7 @@ def test_rounded_matrices_stand_beside_factors_and_dense_ones(with_bits, tmp_pat
     """Bytes are those of the files; it loads, exports, and recovers with its integers as they were, all bits among them."""
     _, files, structure, groups, factors = with_bits
     others = [("@gauge_fixed", 5), ("", None)]
-    options = itertools.cycle([*(("@rounded", size) for size in (1, 5)), *others, *(("@rounded", size) for size in (2, 3, 4))])
+    options = itertools.cycle([*(("@rounded", size) for size in (2, 6)), *others, *(("@rounded", size) for size in (3, 4, 5))])
     sizes = {f"{m.name}{end}": size for m, (end, size) in zip(files.matrices, options, strict=False)}
     stored, layouts = compress(files, factors, structure, sizes)
     presets = {"method": {"structure": structure.options.model_dump(), "metric": {"kind": "gram"}}}
@@ -342,11 +342,15 @@ def test_rounded_matrices_stand_beside_factors_and_dense_ones(with_bits, tmp_pat
     torch.testing.assert_close(logits(load_model(tmp_path / "export", "float32", "cpu")), logits(loaded), rtol=1e-4, atol=1e-5)
     before = loaded.state_dict()
     for kind in ("sequential", "refine", "distill", "lora"):
-        task, report = run(files, Bundle(folder / MANIFEST), KINDS[kind])
+        fixed = {} if kind == "sequential" else {"rounded": "fixed"}
+        task, report = run(files, Bundle(folder / MANIFEST), KINDS[kind] | fixed)
         after = task.model.state_dict()
         assert all(torch.equal(after[key], value) for key, value in before.items() if not value.is_floating_point())
         assert all(best <= start for start, best in losses(report))
         assert any(best < start for start, best in losses(report)), "the factors have learned"
+    after = run(files, Bundle(folder / MANIFEST), KINDS["distill"] | {"code_rate": 0.05})[0].model.state_dict()
+    changed = {key.rpartition(".")[2] for key, value in before.items() if not torch.equal(after[key], value)}
+    assert {"scale", "steps", "weight"} <= changed, "factors, scales and codes"
 
 
 def test_the_programme_chooses_bits_and_rounds_predict_around_them(with_bits):
@@ -481,7 +485,7 @@ def test_the_studies_are_valid_and_members_are_fitted_once():
             config[section] |= {key: config[section].get(key, {}) | preset for key, preset in presets.items()}  # as by deep merge
         plan = Plan(load(config), ROOT)
         assert plan.members["winnow_factored"] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin"]
-        assert plan.members["winnow"] == [*plan.members["winnow_factored"], "winnow.rounded"]
+        assert plan.members["winnow"] == [*plan.members["winnow_factored"], "rounded_two_sided.rounded"]
         calibrated = {cell.calibration for cell in plan.cells if cell.method}
         assert len(calibrated) == 3, "seeds"
         for cell in plan.cells:
@@ -497,5 +501,5 @@ def test_the_study_of_rounding_fits_every_form_once():
         config[section] |= presets
     plan = Plan(load(config), ROOT)
     assert plan.members["rounded_two_sided"] == ["rounded_two_sided.rounded"]
-    assert plan.members["winnow_rounded"] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin", "rounded_two_sided.rounded"]
-    assert len({cell.budget for cell in plan.cells if cell.method == "winnow_rounded"}) == 5
+    assert plan.members["winnow"] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin", "rounded_two_sided.rounded"]
+    assert len({cell.budget for cell in plan.cells if cell.method == "winnow"}) == 5

@@ -37,7 +37,7 @@ from winnow.recovery import refine, sequential
 from winnow.recovery.base import RECOVERIES, recovery_of
 from winnow.recovery.blocks import Passage, outputs_of
 from winnow.recovery.recover import task_of, write_recovered
-from winnow.recovery.training import Progress, batches, learning_rate
+from winnow.recovery.training import Progress, batches, share_of_peak
 
 WINDOWS = torch.randint(0, 64, (60, 12), generator=torch.Generator().manual_seed(5))
 SHORT = {"steps": 12, "batch": 8, "every": 6, "rate": 1e-3}
@@ -373,8 +373,8 @@ def test_windows_and_rates_of_the_steps():
     for first in (0, 2, 4):
         assert len(set(rows[first] + rows[first + 1])) == 8, "no window twice before all have been seen"
     assert batches(10, 4, 3, seed=3) == rows[:3] != batches(10, 4, 3, seed=4)
-    options = recovery_of({"kind": "refine", "steps": 100, "warmup": 0.1, "rate": 1.0}).options
-    rates = [learning_rate(step, options) for step in range(100)]
+    options = recovery_of({"kind": "refine", "steps": 100, "warmup": 0.1}).options
+    rates = [share_of_peak(step, options) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == rates[10] == 1
     assert rates[55] == pytest.approx(0.5)

@@ -268,30 +268,34 @@ def test_bits_that_are_no_sizes_are_refused(bits, message):
         load(content)
 
 
-def test_training_integers_is_refused_and_norms_may_be_trained(saved_llama, tmp_path):
+def test_fixed_integers_leave_nothing_to_train_but_norms(saved_llama, tmp_path):
     def config(method: str, **recovery) -> dict:
         content = default()
-        content["recoveries"]["mine"] = {"kind": "refine"} | recovery
+        content["recoveries"]["mine"] = {"kind": "refine", "rounded": "fixed"} | recovery
         parts = {"qkv": {"kind": "rounded"}, "ffn": {"kind": "low_rank"}}
         content["methods"]["half"] = {"structure": {"kind": "by_target", "parts": parts}, "metric": {"kind": "weights"}}
         content["experiments"]["demo"] |= {"methods": [method], "recoveries": ["none", "mine"]}
         return content
 
-    with pytest.raises(InputError, match="'mine' has nothing to train in method 'rounded_4bit': rounded stores integers"):
+    with pytest.raises(InputError, match="'mine' has nothing to train in method 'rounded_4bit': rounded stores only integers"):
         load(config("rounded_4bit"))
+    fitted = config("rounded_4bit")
+    fitted["recoveries"]["mine"] = {"kind": "sequential"}
     with pytest.raises(InputError, match=r"'mine' refits low-rank factors .*'rounded_4bit' stores none"):
-        load(config("rounded_4bit", kind="sequential"))
+        load(fitted)
+    load(config("rounded_4bit", rounded="scales"))
     load(config("rounded_4bit", norms=True))
     load(config("half"))
     checkpoint = Bundle(build(saved_llama, tmp_path / "work", ALL, 0.6, "rounded", bits=[4]) / MANIFEST)
     before = load_model(checkpoint.directory, "float32", "cpu").state_dict()
     for name in ("refine", "distill"):
-        task, _ = run(files_of(saved_llama, tmp_path), checkpoint, {**KINDS[name], "norms": True})
+        task, _ = run(files_of(saved_llama, tmp_path), checkpoint, {**KINDS[name], "norms": True, "rounded": "fixed"})
         changed = {key for key, value in task.model.state_dict().items() if not torch.equal(value, before[key])}
         assert changed
         assert all("norm" in key for key in changed)
     for name in ("sequential", "refine", "distill"):  # an allocation of `mixed` may choose nothing else
-        task, _ = run(files_of(saved_llama, tmp_path), checkpoint, KINDS[name])
+        fixed = {} if name == "sequential" else {"rounded": "fixed"}
+        task, _ = run(files_of(saved_llama, tmp_path), checkpoint, KINDS[name] | fixed)
         assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
 
 

@@ -219,12 +219,22 @@ class RoundedLinear(CompressedLinear):
         if zeros:
             self.register_buffer("zero", torch.empty(out_features, packed_width(groups, bits), dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.trained: nn.Module | None = None  # during training: gives the matrix from parameters, see `winnow.recovery.rounded`
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(steps (out, in), scales (out, groups), zero points (out, groups) or None) in float32."""
+        steps, scale = unpacked(self.steps, self.in_features, self.bits), self.scale.view(torch.float16).float()
+        return steps.float(), scale, unpacked(self.zero, scale.shape[1], self.bits).float() if self.zeros else None
+
+    def matrix(self) -> Tensor:
+        """(out, in) float32."""
+        if self.trained is not None:
+            return self.trained()
+        steps, scale, zeros = self.parts()
+        return multiplied(steps, scale, self.group, zeros)
 
     def forward(self, x: Tensor) -> Tensor:
-        steps, scale = unpacked(self.steps, self.in_features, self.bits), self.scale.view(torch.float16).float()
-        zeros = unpacked(self.zero, scale.shape[1], self.bits).float() if self.zeros else None
-        weight = multiplied(steps.float(), scale, self.group, zeros)
-        return functional.linear(x, weight.to(x.dtype), self.bias)
+        return functional.linear(x, self.matrix().to(x.dtype), self.bias)
 
 
 class Constant(nn.Module):

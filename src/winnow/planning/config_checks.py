@@ -90,11 +90,12 @@ def check_training(config: Config, name: str, experiment: Experiment) -> None:
     recoveries = [step for r in experiment.recoveries for step in config.steps(r)]
     for method, r in itertools.product(experiment.methods, recoveries):
         recovery, structure = config.recoveries[r], STRUCTURES.build(config.methods[method].structure.model_dump())
-        if isinstance(recovery, Trained) and not recovery.norms and (reason := structure.untrainable()):
+        fixed = isinstance(recovery, Trained) and not recovery.norms and recovery.rounded == "fixed"
+        if fixed and (reason := structure.untrainable()):
             raise Located(
                 ("experiments", name),
-                f"recovery {r!r} has nothing to train in method {method!r}: {reason}; set `norms: true` in the recovery, or "
-                "remove one of them",
+                f"recovery {r!r} has nothing to train in method {method!r}: {reason}; leave out `rounded: fixed` in the "
+                "recovery, set `norms: true`, or remove one of them",
                 ("methods", method),
                 ("recoveries", r),
             )

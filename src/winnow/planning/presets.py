@@ -17,7 +17,7 @@ GPTQ = "GPTQ, arXiv 2210.17323"
 # Peers use groups of 128 with zero points and scales by the largest number. FORMS are the forms that the programme chooses from;
 # adding smaller groups and zero points would lower the predicted loss by less than 1 % and store more, see docs/rounding.md.
 PEER = {"kind": "rounded", "group": 128, "grids": ["asymmetric"]}
-FORMS = {"kind": "rounded", "bits": [2, 3, 4, 5, 6, 7, 8], "group": [128, None], "grids": ["full"], "scales": "unbiased"}
+FORMS = {"kind": "rounded", "bits": [2, 3, 4, 5, 6, 8], "group": 128, "grids": ["full"], "scales": "unbiased"}
 FED_BACK = FORMS | {"rounding": "feedback"}
 PER_TYPE: dict[str, Any] = {"kind": "per_type"}
 ILP = {"kind": "ilp"}
@@ -71,7 +71,7 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
     "whitened_ilp": ("sizes by integer programme", LOW_RANK, GRAM, ILP),
     "winnow": (
         "recommended: structures, bits and sizes by integer programme",
-        {"kind": "mixed", "members": [*FACTORED, {"kind": "rounded", "bits": [3, 4, 5, 6, 8], "scales": "searched"}]},
+        {"kind": "mixed", "members": [*FACTORED, FED_BACK]},
         {"kind": "two_sided"},
         ILP,
     ),
@@ -87,17 +87,11 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
     "rtn_3bit": (RTN + ", asymmetric", PEER | {"bits": [3]}, WEIGHTS),
     "gptq_4bit": (GPTQ, PEER | {"bits": [4], "rounding": "feedback"}, GRAM),
     "gptq_3bit": (GPTQ, PEER | {"bits": [3], "rounding": "feedback"}, GRAM),
-    "rounded_nearest": ("round to nearest; bits and groups by integer programme", FORMS, GRAM, ILP),
-    "rounded_gram": (GPTQ + "; bits and groups by integer programme", FED_BACK, GRAM, ILP),
+    "rounded_nearest": ("round to nearest; bits by integer programme", FORMS, GRAM, ILP),
+    "rounded_gram": (GPTQ + "; bits by integer programme", FED_BACK, GRAM, ILP),
     "rounded_two_sided": (
-        "feedback on both sides as in YAQA, arXiv 2505.22988; bits and groups by integer programme",
+        "feedback on both sides as in YAQA, arXiv 2505.22988; bits by integer programme",
         FED_BACK,
-        {"kind": "two_sided"},
-        ILP,
-    ),
-    "winnow_rounded": (
-        "`winnow` with rounding as in `rounded_two_sided`",
-        {"kind": "mixed", "members": [*FACTORED, FED_BACK]},
         {"kind": "two_sided"},
         ILP,
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -52,6 +52,13 @@ class Trained(OnWindows):
     batch: int = Field(8, ge=1, description="windows per step")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps for linear warm-up of the learning rate")
     norms: bool = Field(False, description="also train the other vectors of the layers: norm weights, biases of dense matrices")
+    rounded: Literal["fixed", "scales", "codes"] = Field(
+        "codes",
+        description="what of rounded matrices is trained: nothing; their scales; their scales and codes, as in AutoRound",
+    )
+    code_rate: float = Field(
+        5e-3, gt=0, description="peak learning rate of codes, in steps of the grid, with `rounded: codes`; decays like `rate`"
+    )
     held_out: float = Field(
         0.125, gt=0, lt=1, description="share of the calibration windows that are held out to choose the best state"
     )

@@ -18,12 +18,19 @@ from winnow.io.resume import Resume
 from winnow.models.classes import is_causal
 from winnow.recovery.base import Task
 from winnow.recovery.divergence import divergence, mean_of_windows, predictions
+from winnow.recovery.rounded import trainable
 from winnow.recovery.training import Progress, Saver, batches, train
 
 log = logging.getLogger(__name__)
 
 
 def distill(task: Task) -> dict[str, Any]:
+    """Train `task.model`, see `_distill`."""
+    with trainable(task):
+        return _distill(task)
+
+
+def _distill(task: Task) -> dict[str, Any]:
     """Train `task.model` in place; returns held-out losses by step (nats per token). Resumes after the last saved step.
 
     Raises InputError for a model without logits, and FloatingPointError, naming the tensor, if a gradient is not finite."""
@@ -50,7 +57,7 @@ def distill(task: Task) -> dict[str, Any]:
         log.info("nothing to train: the model is left unchanged")
         return {"loss": "nats per token", "tokens": 0, "trained_numbers": 0, **Progress({0: held_out()}).report()}
     lora = options.parameters == "lora"
-    trained = _with_lora(task) if lora else whole
+    trained = _with_lora(task, whole) if lora else whole
     saver = _Saver(task.resume, trained) if task.resume else None
     of_step = lambda step: loss(windows[order[step]].to(device).long())  # noqa: E731
     progress = train("distill", trained, of_step, held_out, options, {} if lora else task.dtypes, saver)
@@ -70,8 +77,8 @@ def distill(task: Task) -> dict[str, Any]:
     return {"loss": "nats per token", "tokens": tokens, "trained_numbers": numbers, **report}
 
 
-def _with_lora(task: Task) -> dict[str, nn.Parameter]:
-    """Add LoRA to every linear map below the compressed modules, and return its parameters."""
+def _with_lora(task: Task, whole: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Add LoRA to every linear map below the compressed modules; returns its parameters, and those of rounded matrices."""
     from peft import LoraConfig, inject_adapter_in_model  # only for `parameters: lora`
 
     users: dict[int, int] = {}
@@ -83,6 +90,9 @@ def _with_lora(task: Task) -> dict[str, nn.Parameter]:
         for name, module in task.model.named_modules()
         if f"{name}.".startswith(inside) and isinstance(module, nn.Linear | Conv1D) and users[id(module.weight)] == 1
     ]
+    rounded = {name: parameter for name, parameter in whole.items() if ".trained." in name}
+    if not targets and rounded:
+        return rounded
     if not targets:
         raise InputError("recovery: LoRA needs a factor that is a separate linear map, and there is none; use `parameters: full`")
     torch.manual_seed(task.options.seed)
@@ -95,7 +105,7 @@ def _with_lora(task: Task) -> dict[str, nn.Parameter]:
     )
     inject_adapter_in_model(config, task.model)
     task.model.eval()
-    return {name: p for name, p in task.model.named_parameters() if ".lora_" in name}
+    return rounded | {name: p for name, p in task.model.named_parameters() if ".lora_" in name}
 
 
 def _merge(task: Task) -> None:

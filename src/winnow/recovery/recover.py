@@ -23,6 +23,7 @@ from winnow.models.files import ModelFiles, weight_files
 from winnow.models.weights import SHARD_BYTES, copy_files, write_weights
 from winnow.numerics.linalg import regularized
 from winnow.recovery.base import Task
+from winnow.recovery.rounded import stored_tensors
 
 if TYPE_CHECKING:
     from winnow.jobs.start import Job
@@ -91,8 +92,11 @@ def _recovered(files: ModelFiles, checkpoint: Bundle | None, task: Task) -> Iter
     """Every tensor to be stored: trainable ones from the model, the others unchanged."""
     trained = {id(parameter) for parameter in task.parameters().values()}
     named = dict(task.model.named_parameters(remove_duplicate=False))
+    rounded = stored_tensors(task)
     for name, tensor in _stored(files, checkpoint):
-        if name in named and id(named[name]) in trained:
+        if name in rounded:
+            yield name, rounded[name].cpu()
+        elif name in named and id(named[name]) in trained:
             yield name, named[name].detach().to("cpu", tensor.dtype)
         else:
             yield name, tensor

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from winnow.recovery.base import Task
 from winnow.recovery.blocks import Calls, Passage, outputs_of
+from winnow.recovery.rounded import stored_tensors, trainable
 from winnow.recovery.training import batches, train
 
 log = logging.getLogger(__name__)
@@ -24,18 +25,21 @@ def refine_blocks(task: Task) -> dict[str, Any]:
 
     Tensors that several blocks share are not trained, as this would change finished blocks. Resumes after the last saved block.
     Raises FloatingPointError, naming the block, if a gradient is not finite."""
-    own = {name: _own_parameters(task, name) for name in task.blocks.values()}
-    flat = {name: parameter.data for parameters in own.values() for name, parameter in parameters.items()}
-    numbers = torch.zeros(len(own), 4, dtype=torch.float64)  # of each block: held-out at start, at best, step of it, steps
+    blocks = list(task.blocks.values())
+    flat = {name: parameter.data for block in blocks for name, parameter in _own_parameters(task, block).items()}
+    flat |= stored_tensors(task)
+    numbers = torch.full((len(blocks), len(KEYS)), torch.nan, dtype=torch.float64)  # nan: nothing to train
     done = task.resume.restore({**flat, "numbers": numbers}) if task.resume else 0
     ways = [Sides(task, windows) for windows in task.split()]
-    for index, parameters in list(enumerate(own.values()))[done:]:
-        if parameters:
-            found = _refine(task, index, parameters, ways)
-            numbers[index] = torch.tensor([found[key] for key in KEYS], dtype=torch.float64)
+    for index, block in list(enumerate(blocks))[done:]:
+        with trainable(task, f"{block}."):
+            if parameters := _own_parameters(task, block):
+                found = _refine(task, index, parameters, ways)
+                numbers[index] = torch.tensor([found[key] for key in KEYS], dtype=torch.float64)
         if task.resume:
             task.resume.save(index + 1, {**flat, "numbers": numbers})
-    rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in zip(own, numbers.tolist(), strict=True) if own[name]}
+    trained = {name: row for name, row in zip(blocks, numbers, strict=True) if not row.isnan().any()}
+    rows = {name: dict(zip(KEYS, row.tolist(), strict=True)) for name, row in trained.items()}
     kept = [name for name, row in rows.items() if row["best_step"] == 0]
     if kept:
         log.info("left unchanged, as the held-out loss did not improve: %s", ", ".join(kept))

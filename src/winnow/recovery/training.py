@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from winnow.recovery.base import Trained
 
 log = logging.getLogger(__name__)
+CODES = ".trained.place"  # the end of the names of parameters that are codes, see `winnow.recovery.rounded`
 
 
 @dataclass
@@ -40,12 +41,12 @@ class Progress:
         }
 
 
-def learning_rate(step: int, options: Trained) -> float:
-    """The learning rate of a step (from 0): linear warm-up, then cosine decay to 0."""
+def share_of_peak(step: int, options: Trained) -> float:
+    """The learning rate of a step (from 0) as a share of the peak rate: linear warm-up, then cosine decay to 0."""
     warm = options.warmup * options.steps
     if step < warm:
-        return options.rate * (step + 1) / (math.floor(warm) + 1)  # type: ignore[attr-defined]
-    return options.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, options.steps - warm)))  # type: ignore[attr-defined]
+        return (step + 1) / (math.floor(warm) + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, options.steps - warm)))
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
@@ -88,12 +89,16 @@ def train(
     saver = saver or Saver()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(list(parameters.values()), lr=options.rate, betas=(0.9, 0.95))  # type: ignore[attr-defined]
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}  # others, and codes of rounded matrices
+    for name, parameter in parameters.items():
+        groups[name.endswith(CODES)].append(parameter)
+    optimizer = torch.optim.Adam([{"params": group} for group in groups.values() if group], betas=(0.9, 0.95))
     progress = Progress()
     done = saver.restore(optimizer, progress)
     if not progress.losses:
         _look(where, 0, parameters, held_out, dtypes, progress)
-    share = height(progress.losses[0])
+    peaks = {False: options.rate * height(progress.losses[0]), True: options.code_rate}  # type: ignore[attr-defined]
+    of_groups = [peaks[codes] for codes, group in groups.items() if group]
     for step in range(done, options.steps):
         if _finished(progress, options.patience):  # type: ignore[attr-defined]
             break
@@ -102,7 +107,8 @@ def train(
         for name, parameter in parameters.items():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 raise FloatingPointError(f"{where}: the gradient of {name} is not finite at step {step + 1}; lower `rate`")
-        optimizer.param_groups[0]["lr"] = learning_rate(step, options) * share
+        for group, peak in zip(optimizer.param_groups, of_groups, strict=True):
+            group["lr"] = peak * share_of_peak(step, options)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % options.every == 0 or step + 1 == options.steps:

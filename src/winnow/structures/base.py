@@ -143,7 +143,7 @@ class Structure(Plugin):
         return None
 
     def untrainable(self) -> str | None:
-        """Why no recovery can train the stored numbers; None if they can be trained."""
+        """Why a recovery with `rounded: fixed` has nothing to train; None if it has."""
         return None
 
     def refits(self) -> bool:

@@ -86,7 +86,7 @@ class Rounded(Structure):
         return forms_of(columns, own.bits, list(own.grids), own.group if isinstance(own.group, list) else [own.group])
 
     def untrainable(self) -> str | None:
-        return "rounded stores integers, which cannot be trained"
+        return "rounded stores only integers"
 
     def limit(self, group: list[Matrix]) -> int:
         return len(self.forms(group[0].shape[1]))
