@@ -105,5 +105,5 @@ def dense_matrix(dense: nn.Module, name: str) -> Tensor | None:
         module = dense.get_submodule(name)
     except AttributeError:
         return None
-    weight = module.weight.detach()
+    weight = cast(Tensor, module.weight).detach()
     return weight.T if isinstance(module, Conv1D) else weight
