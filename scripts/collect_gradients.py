@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 
 from winnow.calibration.gradients import collect_gradients
+from winnow.calibration.gradients_by_block import collect_gradients_by_block
 from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.streaming import Streamed
 from winnow.io.artifacts import read_tensors, write_manifest, write_tensors
-from winnow.io.resume import Resume
+from winnow.io.resume import Resume, own_files
 from winnow.jobs.start import start_job
 from winnow.models.architectures import moments_file
 from winnow.models.files import ModelFiles
@@ -16,14 +18,22 @@ if __name__ == "__main__":
     job = start_job(snakemake)
     spec = job.spec
     files = ModelFiles(snakemake.input.model)
-    model = load_model(files.verify(), spec["dtype"], job.device)
     windows = read_tensors(snakemake.input.tokens, sealed=True)[0]["ids"]
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
-    precision, folder = getattr(torch, spec["precision"]), Path(snakemake.output[0]).parent
-    resume = Resume(snakemake.output[0], job.provenance)
-    options = (batch, precision, spec["gradient_labels"], spec["seed"], spec["first_token"], resume)
-    for layer, roles in collect_gradients(model, files.matrices, windows, *options):
+    manifest, folder = snakemake.output[0], Path(snakemake.output[0]).parent
+    labels = (spec["gradient_labels"], spec["seed"], spec["first_token"])
+    options = (files.matrices, windows, batch, getattr(torch, spec["precision"]), *labels)
+    resume = Resume(manifest, job.provenance)
+    if snakemake.resources.stream:
+        kept = own_files(folder, job.provenance)
+        done = [layer for layer in {m.layer for m in files.matrices} if moments_file(layer) in kept]
+        streamed = Streamed(files.verify(), spec["dtype"], job.device, manifest, windows.shape[1])
+        found = collect_gradients_by_block(streamed, *options, job.provenance, done)
+    else:
+        found = collect_gradients(load_model(files.verify(), spec["dtype"], job.device), *options, resume)
+    for layer, roles in found:
         tensors = {f"{role}.{name}": value for role, values in roles.items() for name, value in values.items()}
         write_tensors(folder / moments_file(layer), tensors, job.provenance)
+        del roles, tensors  # frees memory before the next layer
     write_manifest(folder, {"tokens": windows.numel()}, job.provenance)
     resume.clear()

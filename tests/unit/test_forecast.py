@@ -128,14 +128,19 @@ def test_few_tokens_take_eigenproblems_to_predict():
 
 
 def test_numbers_at_a_time_are_those_of_the_stages():
-    from winnow.calibration import statistics
+    from winnow.calibration import gradients_by_block
     from winnow.evaluation import perplexity
     from winnow.evaluation.kinds.perplexity import LOGITS, STREAMED
     from winnow.models import retrieve
     from winnow.models.shape import PRODUCT
+    from winnow.numerics import products
+    from winnow.planning.stages import collect_gradients
     from winnow.planning.stages.retrieve_model import CHECKED
 
-    assert (CHECKED, PRODUCT, STREAMED) == (retrieve.CHUNK, statistics.PRODUCT, perplexity.STREAMED)
+    assert (CHECKED, PRODUCT, STREAMED) == (retrieve.CHUNK, products.PRODUCT, perplexity.STREAMED)
+    assert collect_gradients.LOGITS == gradients_by_block.LOGITS
+    rule = (ROOT / "workflow" / "rules" / "statistics.smk").read_text().partition("rule collect_gradients:")[2]
+    assert f"batch_tokens={collect_gradients.TOKENS}," in rule
     assert perplexity.CHUNK == LOGITS
 
 

@@ -9,6 +9,7 @@ from winnow.calibration.statistics import Moments, collect
 from winnow.io.artifacts import write_json
 from winnow.models.files import ModelFiles
 from winnow.models.retrieve import describe
+from winnow.numerics import products
 from winnow.numerics.products import gram_of
 
 
@@ -48,7 +49,8 @@ def test_products_by_rows_are_the_product(generator, monkeypatch):
     x, z = torch.randn(50, 23, generator=generator), torch.randn(50, 11, generator=generator)
     whole, parted = (Moments.empty(23, torch.float32, other=11) for _ in range(2))
     whole.accumulate(x, z)
-    monkeypatch.setattr(statistics, "PRODUCT", 23 * 7)
+    monkeypatch.setattr(products, "PRODUCT", 23 * 7)
+    monkeypatch.setattr(products, "PIECE", 40)
     monkeypatch.setattr(statistics, "PIECE", 40)
     parted.accumulate(x, z)
     expected = whole.finish()

@@ -43,6 +43,7 @@ rule collect_gradients:
     resources:
         gpu=1,
         batch_tokens=2048,
+        stream=streamed,
         mem_mb=memory("collect_gradients", 16000),  # the model, its activations, and second moments of all outputs
         runtime=minutes(60),
     params:

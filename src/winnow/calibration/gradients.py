@@ -6,9 +6,9 @@ the text (empirical Fisher).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from winnow.io.progress import every
 from winnow.io.resume import Resume
 from winnow.models.architectures import Matrix, tokens_of
 from winnow.models.classes import is_causal
-from winnow.numerics.products import gram_of
+from winnow.numerics.products import add_product, mean_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+CHUNK = 1 << 24  # logits in float64 at a time
 
 
 @dataclass
@@ -30,7 +32,7 @@ class OutputMoments:
 
     precision: torch.dtype
     count: Tensor  # (): tokens
-    gram: Tensor  # (m, m): sum over tokens of g g^T
+    gram: Tensor  # (m, m): sum over tokens of g g^T; only the lower triangle is always filled in
     fisher: Tensor  # (m,): sum over windows and columns j of (dL/dW_ij)^2
 
     def accumulate(self, x: Tensor, g: Tensor) -> None:
@@ -38,22 +40,85 @@ class OutputMoments:
         x, g = x.to(self.precision), g.to(self.precision)
         self.count += g.shape[0] * g.shape[1]
         flat = g.flatten(0, 1)
-        self.gram += gram_of(flat)
+        add_product(self.gram, flat, flat, self.precision)
         # sum_j (sum_t g_ti x_tj)^2 = sum_tt' g_ti (x x^T)_tt' g_t'i, without forming the gradient of the matrix
         self.fisher += (g * ((x @ x.mT) @ g)).sum((0, 1), dtype=torch.float64)
 
     def finish(self) -> dict[str, Tensor]:
         """Per-token means in `precision`: gradient_gram (m, m) and fisher (m,)."""
-        gram = self.gram / self.count
-        means = {"gradient_gram": (gram + gram.T) / 2, "fisher": self.fisher.clamp(min=0) / self.count}
-        return {name: value.to(self.precision).cpu() for name, value in means.items()}
+        gram = mean_of(self.gram, self.count, self.precision)
+        fisher = self.fisher.clamp(min=0) / self.count
+        return {"gradient_gram": gram.cpu(), "fisher": fisher.to(self.precision).cpu()}
 
 
-def sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One label per position (tokens,), sampled from logits (tokens, vocabulary); the same for every batch size and device."""
-    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
-    below = torch.softmax(logits.double(), dim=-1).cumsum(-1)
-    return torch.searchsorted(below, uniform * below[:, -1:]).flatten().clamp(max=logits.shape[-1] - 1)
+class OutputWatch:
+    """Forward hooks that sum the gradients at the outputs of matrices, of windows of `length` tokens: {name: sums} in `sums`.
+    The first `skipped` tokens of a window are not counted."""
+
+    def __init__(
+        self, model: PreTrainedModel, matrices: list[Matrix], precision: torch.dtype, device: str, length: int, skipped: int
+    ):
+        self.matrices, self.length, self.skipped = matrices, length, skipped
+        self.sums: dict[str, OutputMoments] = {}
+        self.hooks = []
+        for matrix in matrices:
+            m = matrix.shape[0]
+            zeros = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((m, m), (m,))]
+            self.sums[matrix.name] = OutputMoments(precision, torch.tensor(0), *zeros)
+            self.hooks.append(model.get_submodule(matrix.module).register_forward_hook(self._hook(matrix)))
+
+    def _hook(self, matrix: Matrix) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def counted(x: Tensor) -> Tensor:
+            return tokens_of(x, self.length)[:, self.skipped :]
+
+        def forward(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = counted(args[0].detach())
+            output.register_hook(lambda g: self.sums[matrix.name].accumulate(x, counted(g)))
+
+        return forward
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name; they are updated in place."""
+        return {f"{n}.{key}": getattr(s, key) for n, s in self.sums.items() for key in ("count", "gram", "fisher")}
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def finished(self, layer: int, windows: int) -> dict[str, dict[str, Tensor]]:
+        """{role: statistics} of a layer; its sums are freed. Raises RuntimeError if an output has not received the gradients of
+        all `windows`, and FloatingPointError if one was not finite."""
+        found, expected = {}, windows * (self.length - self.skipped)
+        for matrix in (m for m in self.matrices if m.layer == layer):
+            sums = self.sums.pop(matrix.name)
+            if (count := int(sums.count)) != expected:
+                raise RuntimeError(f"{matrix.module}: saw gradients of {count} tokens of {expected}")
+            if not sums.gram.sum().isfinite():  # many times faster than checking every number
+                raise FloatingPointError(f"{matrix.module}: the gradient of its output is not finite")
+            found[matrix.role] = sums.finish()
+        return found
+
+
+def draws(seed: int, window: int, count: int) -> Tensor:
+    """(count, 1): uniform numbers that choose the labels of a window; the same for every batch size and device."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + window)
+    return torch.rand(count, 1, generator=generator, dtype=torch.float64)
+
+
+def sampled(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One label per position (tokens,), sampled from logits (tokens, vocabulary) by uniform numbers (tokens, 1)."""
+    found = []
+    for part, numbers in zip(*(x.split(max(1, CHUNK // logits.shape[-1])) for x in (logits, uniform)), strict=True):
+        below = torch.softmax(part.double(), dim=-1).cumsum(-1)
+        found.append(torch.searchsorted(below, numbers.to(below.device) * below[:, -1:]).flatten())
+    return torch.cat(found).clamp(max=logits.shape[-1] - 1)
+
+
+def check_windows(windows: Tensor) -> None:
+    """Raises InputError for rows of a task."""
+    if (windows < 0).any():
+        raise InputError("gradients need windows of a text, not rows of a task; use a metric without gradients")
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, labels: str) -> Tensor:
@@ -85,28 +150,13 @@ def collect_gradients(
     With `resume`, continues after the last window in the saved sums. Raises FloatingPointError, naming the module, if a gradient
     is not finite.
     """
-    if (windows < 0).any():
-        raise InputError("gradients need windows of a text, not rows of a task; use a metric without gradients")
+    check_windows(windows)
     matrices = [m for m in matrices if m.expert is None]
     model.requires_grad_(False)
     device = next(model.parameters()).device
-    length, skipped = windows.shape[1], 0 if first_token else 1
-    sums: dict[str, OutputMoments] = {}
-    hooks = [model.get_input_embeddings().register_forward_hook(lambda _m, _args, output: output.requires_grad_())]
-
-    def watch(matrix: Matrix):
-        def forward(_module, args, output):
-            x = tokens_of(args[0].detach(), length)[:, skipped:]
-            output.register_hook(lambda g: sums[matrix.name].accumulate(x, tokens_of(g, length)[:, skipped:]))
-
-        return forward
-
-    for matrix in matrices:
-        m = matrix.shape[0]
-        zeros = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((m, m), (m,))]
-        sums[matrix.name] = OutputMoments(precision, torch.tensor(0), *zeros)
-        hooks.append(model.get_submodule(matrix.module).register_forward_hook(watch(matrix)))
-    saved = {f"{n}.{key}": getattr(s, key) for n, s in sums.items() for key in ("count", "gram", "fisher")}
+    embedded = model.get_input_embeddings().register_forward_hook(lambda _m, _args, output: output.requires_grad_())
+    watch = OutputWatch(model, matrices, precision, str(device), windows.shape[1], 0 if first_token else 1)
+    saved = watch.tensors()
     try:
         done = resume.restore(saved) if resume else 0
         for start in every(range(done, len(windows), batch), "gradient batches"):
@@ -116,22 +166,15 @@ def collect_gradients(
                 if labels == "text":
                     logits, targets = logits[:, :-1], ids[:, 1:]
                 else:
-                    draws = [torch.Generator().manual_seed(seed * 1_000_003 + start + row) for row in range(len(ids))]
                     with torch.no_grad():
-                        targets = torch.stack([sampled(*pair) for pair in zip(logits, draws, strict=True)])
+                        rows = [sampled(row, draws(seed, start + n, len(row))) for n, row in enumerate(logits)]
+                        targets = torch.stack(rows)
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
             if resume:
                 resume.save(start + batch, saved)
     finally:
-        for hook in hooks:
-            hook.remove()
-    expected = len(windows) * (length - skipped)
+        embedded.remove()
+        watch.remove()
+    del saved
     for layer in sorted({m.layer for m in matrices}):
-        found = {}
-        for matrix in (m for m in matrices if m.layer == layer):
-            if (count := int(sums[matrix.name].count)) != expected:
-                raise RuntimeError(f"{matrix.module}: saw gradients of {count} tokens of {expected}")
-            if not torch.isfinite(sums[matrix.name].gram).all():
-                raise FloatingPointError(f"{matrix.module}: the gradient of its output is not finite")
-            found[matrix.role] = sums.pop(matrix.name).finish()
-        yield layer, found
+        yield layer, watch.finished(layer, len(windows))

@@ -21,7 +21,7 @@ from winnow.io.progress import every
 from winnow.io.resume import Resume
 from winnow.models.architectures import Matrix, tokens_of
 from winnow.numerics.host import on_host
-from winnow.numerics.products import PARTED, gram_of, one_thread_of_blas
+from winnow.numerics.products import PARTED, PIECE, add_product, mean_of, one_thread_of_blas
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,11 +30,8 @@ if TYPE_CHECKING:
     from winnow.checkpoint.streaming import Streamed
 
 log = logging.getLogger(__name__)
-ROWS = 256  # rows of a Gram matrix that are finished at a time
-PRODUCT = 1 << 22  # numbers of a product that are added at a time
-ROWS_OF_GPU = 2048  # rows of a product: as fast as more (H200), and half of a symmetric product is skipped
+ROWS = 256  # rows of a matrix whose squares are summed at a time
 TOGETHER = 8  # batches in memory whose parts are distributed together, since threads wait for each other at the end
-PIECE = 1 << 20  # numbers processed at a time: larger copies are allocated by the system anew each time, which is slow
 TOKENS = 2048  # tokens per thread, for models with small products; fixed, so that sums do not depend on the number of threads
 Turn = Callable[[str], AbstractContextManager[Any]]
 CHANNELS = ("mean", "mean_abs", "rms", "max_abs", "active")  # statistics with one number per channel
@@ -67,8 +64,8 @@ class Moments:
         if not len(x):
             return
         if other is not None:
-            _add_product(self.cross, x, other.detach(), self.precision, partial(turn, "cross"))
-        _add_product(self.gram, x, x, self.precision, partial(turn, "gram"))
+            add_product(self.cross, x, other.detach(), self.precision, partial(turn, "cross"))
+        add_product(self.gram, x, x, self.precision, partial(turn, "gram"))
         rows = max(1, PIECE // x.shape[1]) if x.device.type == "cpu" else len(x)
         found = [_channels(some.to(self.precision)) for some in x.split(rows)]
         with turn("channels"):
@@ -91,13 +88,7 @@ class Moments:
         """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active, and cross if there is one;
         and count (int64)."""
         n = self.count.clamp(min=1)  # an expert may have seen no tokens: all sums are 0 then
-        gram = torch.empty_like(self.gram, dtype=self.precision)
-        for begin in range(0, len(gram), ROWS):  # without a second copy of the sums
-            part, end = slice(begin, begin + ROWS), min(begin + ROWS, len(gram))
-            lower = (self.gram[part, :end] / n).to(self.precision)
-            lower[:, begin:] = lower[:, begin:].tril() + lower[:, begin:].tril(-1).T
-            gram[part, :end] = lower
-            gram[:begin, part] = lower[:, :begin].T
+        gram = mean_of(self.gram, n, self.precision)
         mean, mean_abs, active = self.sums / n
         means = {
             "gram": gram,
@@ -122,26 +113,6 @@ def _channels(x: Tensor) -> tuple[Tensor, Tensor]:
     total_abs, largest = own.sum(0), own.amax(0)
     active = torch.gt(x, 0, out=own).sum(0)  # as numbers: sums of bools are many times slower
     return torch.stack([total, total_abs, active]), largest.double()
-
-
-def _add_product(
-    total: Tensor, x: Tensor, y: Tensor, precision: torch.dtype, turn: Callable[[], AbstractContextManager[Any]]
-) -> None:
-    """total += x^T y, computed in `precision`. Large products are added in blocks of rows, since the product and its float64 copy
-    would be as large as `total`; of x^T x only the lower half, and without other threads in parallel."""
-    cpu = total.device.type == "cpu"
-    if cpu and total.numel() <= PRODUCT:
-        product = gram_of(x, None if y is x else y, precision)
-        with turn():
-            total += product
-        return
-    step = max(1, PRODUCT // y.shape[1]) if cpu else ROWS_OF_GPU
-    for begin in range(0, x.shape[1], step):
-        rows, end = slice(begin, begin + step), min(begin + step, x.shape[1]) if y is x else y.shape[1]
-        part = gram_of(x[:, rows], y[:, :end], precision)
-        piece = max(1, PIECE // end) if cpu else step
-        for into, added in zip(*(t.split(piece) for t in (total[rows, :end], part)), strict=True):
-            into += added
 
 
 class Seen(Exception):

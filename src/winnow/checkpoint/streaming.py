@@ -211,12 +211,12 @@ class Streamed:
             if first:
                 self._unload(self.embeddings)
 
-    def run(self, first: int, given: dict[str, Tensor]) -> Tensor:
-        """Run windows from `first` on through the loaded block; stores and returns the hidden states (windows, length, width).
-        `given`: the model inputs, with `input_ids` (windows, length)."""
+    def output(self, given: dict[str, Tensor], hidden: Tensor | None) -> Tensor:
+        """The hidden states (windows, length, width) that the loaded block outputs for its input `hidden`; the first block has
+        none, since the embeddings precede it. `given`: the model inputs, with `input_ids` (windows, length)."""
         count, length = given["input_ids"].shape
-        if self.stored is not None:
-            self._given = self.stored.read(first, count, slice(0, length)).to(self.device)
+        if hidden is not None:
+            self._given = hidden
         self.model.base_model(**given, use_cache=False)
         x = self._given
         if x.is_meta or x.shape[:2] != (count, length):
@@ -224,6 +224,13 @@ class Streamed:
             raise InputError(
                 f"{type(self.model).__name__} outputs hidden states {tuple(x.shape)} for {of}; it cannot be streamed"
             )
+        return x
+
+    def run(self, first: int, given: dict[str, Tensor]) -> Tensor:
+        """Run windows from `first` on through the loaded block, see `output`; stores and returns the hidden states."""
+        count, length = given["input_ids"].shape
+        hidden = None if self.stored is None else self.stored.read(first, count, slice(0, length)).to(self.device)
+        x = self.output(given, hidden)
         if self.written is None:
             path = self.prefix.with_name(f"{self.prefix.name}-{self.done % 2}")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,8 +290,20 @@ class Streamed:
         """(tokens, vocabulary): logits at some tokens of a window with `ids` (length,); they depend only on the hidden states of
         these tokens."""
         assert self.stored is not None
-        self._given = self.stored.read(window, 1, tokens).to(self.device)
-        return self.model(input_ids=ids[None, tokens].to(self.device).long(), use_cache=False).logits[0]
+        return self.logits_of(self.stored.read(window, 1, tokens), ids[None, tokens])[0]
+
+    def logits_of(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits of the last block's output (windows, tokens, width) for tokens with `ids` (windows, tokens). Raises InputError
+        for a model without logits."""
+        self._given = hidden.to(self.device)
+        found = getattr(self.model(input_ids=ids.to(self.device).long(), use_cache=False), "logits", None)
+        if found is None:
+            raise InputError(f"{type(self.model).__name__} has no logits")
+        return found
+
+    def release(self) -> None:
+        """Free the tensors of all modules outside of the blocks; they are loaded again on the next use."""
+        self._unload(self.model)
 
     def clear(self) -> None:
         """Remove the files beside the artefact."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from threadpoolctl import ThreadpoolController
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 TOKENS = 2048  # per thread in a product; fixed, like PARTED, so that sums do not depend on the number of threads
+PRODUCT = 1 << 22  # numbers of a product that are added at a time
+PIECE = 1 << 20  # numbers processed at a time: larger copies are allocated by the system anew each time, which is slow
+ROWS = 256  # rows of a sum that are finished at a time
+ROWS_OF_GPU = 2048  # rows of a product: as fast as more (H200), and half of a symmetric product is skipped
 PARTED = 1 << 22  # largest product (numbers) whose tokens are split: larger ones keep all threads busy and would need memory
 
 
@@ -65,3 +70,36 @@ def gram_of(x: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = 
         return x.T @ (x if other is None else other)
     array = x.numpy()
     return torch.from_numpy(_product(array, array if other is None else other.numpy()))
+
+
+def add_product(
+    total: Tensor, x: Tensor, y: Tensor, precision: torch.dtype, turn: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> None:
+    """total += x^T y, computed in `precision`. Large products are added in blocks of rows, since the product and its float64 copy
+    would be as large as `total`; of x^T x only the lower half, and without other threads in parallel."""
+    cpu = total.device.type == "cpu"
+    if cpu and total.numel() <= PRODUCT:
+        product = gram_of(x, None if y is x else y, precision)
+        with turn():
+            total += product
+        return
+    step = max(1, PRODUCT // y.shape[1]) if cpu else ROWS_OF_GPU
+    for begin in range(0, x.shape[1], step):
+        rows, end = slice(begin, begin + step), min(begin + step, x.shape[1]) if y is x else y.shape[1]
+        part = gram_of(x[:, rows], y[:, :end], precision)
+        piece = max(1, PIECE // end) if cpu else step
+        for into, added in zip(*(t.split(piece) for t in (total[rows, :end], part)), strict=True):
+            into += added
+
+
+def mean_of(total: Tensor, count: Tensor, precision: torch.dtype) -> Tensor:
+    """A sum x x^T (n, n), of which the lower triangle is filled in, over `count`, in `precision` and symmetric; without a second
+    copy of the sum."""
+    mean = torch.empty_like(total, dtype=precision)
+    for begin in range(0, len(mean), ROWS):
+        part, end = slice(begin, begin + ROWS), min(begin + ROWS, len(mean))
+        lower = (total[part, :end] / count).to(precision)
+        lower[:, begin:] = lower[:, begin:].tril() + lower[:, begin:].tril(-1).T
+        mean[part, :end] = lower
+        mean[:begin, part] = lower[:, :begin].T
+    return mean

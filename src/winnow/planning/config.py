@@ -53,8 +53,8 @@ class Model(Strict):
     shards: int = Field(1, ge=1, description="number of jobs that factorise the layers; changes no number")
     load: Literal["whole", "stream"] = Field(
         "whole",
-        description="stream: read the weights block by block in statistics and perplexity, for a model larger than memory; "
-        "changes no number beyond rounding",
+        description="stream: read the weights block by block in statistics, gradients and perplexity, for a model larger than "
+        "memory; changes no number beyond rounding",
     )
     finetune: Tuning | None = Field(
         None, description="first train it as a classifier on a task; everything else then uses the fine-tuned model (see below)"

@@ -147,10 +147,17 @@ class Load:
     def activations(self) -> float:
         return self.batch_tokens * self.per_token
 
-    @property
-    def backward(self) -> float:
-        """Bytes that a backward pass holds."""
-        return self.activations * self.shape.layers + 3 * self.batch_tokens * self.shape.vocabulary * 8
+    @cached_property
+    def gradient_of_layer(self) -> tuple[int, int]:
+        """(numbers of these moments of the layer that has most, numbers of the largest)"""
+        layers: dict[int, int] = {}
+        for m in self.shape.matrices:
+            layers[m.layer] = layers.get(m.layer, 0) + m.shape[0] ** 2
+        return max(layers.values()), max(m.shape[0] ** 2 for m in self.shape.matrices)
+
+    def backward(self, tokens: int) -> float:
+        """Bytes that a backward pass of a batch of `tokens` holds."""
+        return tokens * (self.per_token * self.shape.layers + 3 * self.shape.vocabulary * 8)
 
     @property
     def embeddings(self) -> int:

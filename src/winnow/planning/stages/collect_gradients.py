@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
+from winnow.models.shape import PRODUCT
+from winnow.planning.load import BASE
 from winnow.planning.stages.base import HUGGING_FACE, OF_STATISTICS, Stage
+from winnow.planning.stages.collect_statistics import COLLECTING
+
+TOKENS = 2048  # of a batch, as the rule's `batch_tokens`
+LOGITS = 1 << 21  # at a time, of a model that is run block by block
 
 if TYPE_CHECKING:
     from winnow.planning.load import Load, Work
@@ -12,16 +19,28 @@ class CollectGradients(Stage):
     """Second moments of the loss's gradient in the outputs of matrices."""
 
     libraries = HUGGING_FACE
+    streams = True
 
     def spec(self, w: dict[str, str]) -> dict[str, Any]:
         spec = self.plan.preset("calibrations", w["calibration"]).model_dump(include={*OF_STATISTICS, "seed"})
         return {"dtype": self.dtype(w), **spec}
 
     def work(self, load: Load) -> list[Work]:
-        found = []
+        found, shape = [], load.shape
         for name in (name for name in load.calibrations if name in load.gradients):
-            tokens, unit = load.tokens(name), 8 if load.calibrations[name].precision == "float64" else 4
-            memory = load.loaded + 8 * load.gradient + load.backward
-            operations = 6 * tokens * load.shape.numbers + 2 * tokens * load.gradient
-            found += self.needed(load, 1, memory, unit * load.gradient, operations)
+            preset, tokens = load.calibrations[name], load.tokens(name)
+            unit, base = 8 if preset.precision == "float64" else 4, BASE
+            batch = min(preset.windows, max(1, TOKENS // preset.length)) * preset.length
+            disk, operations = float(unit * load.gradient), 6 * tokens * shape.numbers + 2 * tokens * load.gradient
+            memory = load.loaded + 8 * load.gradient + load.backward(batch)
+            if load.streamed:
+                base = COLLECTING
+                layer, largest = load.gradient_of_layer
+                sums = 8 * layer + max(unit * largest, 16 * min(PRODUCT, largest))  # and the mean of one, or a part of a product
+                block = load.unit * shape.block() + sums + batch * (4 * load.per_token + 3 * unit * load.widest)
+                head = load.unit * load.embeddings + LOGITS * (8 + 4 * load.unit) + 3 * preset.length * shape.width * load.unit
+                memory = max(block, head)
+                disk += 2 * (math.isqrt(shape.layers) + 2) * tokens * shape.width * load.unit
+                operations += 2 * tokens * shape.numbers
+            found += self.needed(load, 1, memory, disk, operations, base=base)
         return found

@@ -34,5 +34,5 @@ class PredictInRounds(Stage):
             if rounds := self.plan.allocation(self.plan.labels["budgets"][budget]).rounds():
                 tokens = load.tokens(calibration)
                 operations = rounds * (10 * tokens * load.shape.numbers + 2 * tokens * second)
-                found += self.needed(load, 1, 2 * load.loaded + 8 * second + load.backward, 1e6, operations)
+                found += self.needed(load, 1, 2 * load.loaded + 8 * second + load.backward(load.batch_tokens), 1e6, operations)
         return found
