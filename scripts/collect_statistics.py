@@ -36,16 +36,16 @@ if __name__ == "__main__":
             tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
             write_tensors(folder / moments_file(layer), tensors, job.provenance)
             del sites, tensors  # frees memory before the next layer
-    channels, sites = [], []
+    channels, seen = [], []
     for layer in layers:
         for site in dict.fromkeys(m.site for m in files.matrices if m.layer == layer):
             names = {f"{site}.{key}": key for key in (*CHANNELS, "count")}
             values = {names[name]: v for name, v in read_tensors(folder / moments_file(layer), names=names)[0].items()}
             readers = (files.stored(m) for m in files.matrices if (m.layer, m.site) == (layer, site))
-            sites.append((site, len(values["mean"]), int(values["count"])))
+            seen.append((site, len(values["mean"]), int(values["count"])))
             channels.append(channel_rows(layer, site, values, readers))
     write_parquet(snakemake.output.channels, channel_table(channels), job.provenance)
-    few = few_tokens(sites, len(windows))
+    few = few_tokens(seen, len(windows))
     for line in few:
         logging.warning(line)
     write_manifest(folder, {"tokens": int((windows >= 0).sum()), "few_tokens": few}, job.provenance)

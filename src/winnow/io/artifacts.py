@@ -227,7 +227,9 @@ def read_parquet(path: Path | str) -> pd.DataFrame:
     return table.to_pandas()
 
 
-def write_tensors(path: Path | str, tensors: dict[str, torch.Tensor], metadata: dict | None = None, sealed: bool = False) -> None:
+def write_tensors(
+    path: Path | str, tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any] | None = None, sealed: bool = False
+) -> None:
     """Write a safetensors file, with `metadata` as one JSON string under `winnow`. Single files are `sealed`; files of a bundle
     need not be, since the manifest contains their digests."""
     from safetensors import SafetensorError
