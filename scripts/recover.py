@@ -1,6 +1,7 @@
 """Rules `recover` and `recover_dense`: a recovery of a checkpoint, or of the dense model, at the same bytes."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from winnow.io.artifacts import Bundle, atomic, read_tensors
 from winnow.io.resume import Resume
@@ -9,9 +10,13 @@ from winnow.models.files import ModelFiles
 from winnow.recovery.base import recovery_of
 from winnow.recovery.recover import task_of, write_recovered
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 if __name__ == "__main__":
     job = start_job(snakemake)
-    spec, given = job.spec, snakemake.input
+    spec: "specs.Recover" = job.spec
+    given = snakemake.input
     files, recovery = ModelFiles(given.model), recovery_of(spec["recovery"])
     checkpoint = Bundle(given.checkpoint) if given.get("checkpoint") else None
     windows = read_tensors(given.tokens, sealed=True)[0]["ids"]

@@ -18,6 +18,8 @@ from winnow.structures.base import Structure
 if TYPE_CHECKING:
     import pandas as pd
 
+    from winnow.io import specs
+
 TOLERANCE = 0.005  # as a share of the dense bytes of the chosen matrices
 
 
@@ -114,7 +116,7 @@ def experts_left_dense(files: ModelFiles, structure: Structure, targets: list[st
     return list(dict.fromkeys(name.partition("@")[0] for name, _ in fits if name not in spectra.index))
 
 
-def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
+def allocate(groups: list[Group], budget: specs.Budget) -> Choice:
     """A size (or dense) for every group, for a resolved budget (see `winnow.planning.config.Budget`); for alternative groups, for
     the chosen ones.
 

@@ -33,6 +33,8 @@ from winnow.structures.base import Structure
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.io import specs
+
 log = logging.getLogger(__name__)
 AROUND_DENSE = 2  # weight of the prediction around the dense model, relative to that of a round
 
@@ -107,7 +109,7 @@ def predict_in_rounds(
     factors: dict[str, Bundle],
     structure: Structure,
     groups: list[Group],
-    budget: dict[str, Any],
+    budget: specs.Budget,
     rounds: int,
     setting: Setting,
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:

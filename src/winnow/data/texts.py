@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 from os.path import isfile  # unlike Path's, it accepts invalid names
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from winnow.errors import InputError, first_line
 from winnow.io.strict import parse_json
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 SHINGLE = 24  # words: long enough that documents have a common run only if they have text in common
 MOST_SHARED = 0.01
 
 
-def read_rows(spec: dict[str, Any]) -> list[str]:
+def read_rows(spec: specs.Text) -> list[str]:
     """The rows of a text preset (see `winnow.planning.config.Text`), from `start` to `stop`. Raises InputError if there are
     none."""
     if spec["dataset"]:
-        rows = _hub_rows(spec)
+        rows = _hub_rows(spec["dataset"], spec)
     else:
         rows = [row for file in spec["files"] for row in _file_rows(Path(file), spec)]
     chosen = rows[spec["start"] : spec["stop"]]
@@ -36,7 +39,7 @@ def read_rows(spec: dict[str, Any]) -> list[str]:
     return chosen
 
 
-def _file_rows(path: Path, spec: dict[str, Any]) -> list[str]:
+def _file_rows(path: Path, spec: specs.Text) -> list[str]:
     if not isfile(path):
         raise InputError(f"{path}: there is no such text file; check `files` of the text")
     form, column = spec["format"], spec["column"]
@@ -93,10 +96,10 @@ def broken(text: str) -> str | None:
     return None
 
 
-def _hub_rows(spec: dict[str, Any]) -> list[str]:
-    data = load_hub(spec["dataset"], spec["subset"], spec["split"], spec["revision"])
+def _hub_rows(dataset: str, spec: specs.Text) -> list[str]:
+    data = load_hub(dataset, spec["subset"], spec["split"], spec["revision"])
     if spec["column"] not in data.column_names:
-        raise InputError(f"{spec['dataset']}: no column {spec['column']!r}; it has {', '.join(data.column_names)}")
+        raise InputError(f"{dataset}: no column {spec['column']!r}; it has {', '.join(data.column_names)}")
     return list(data[spec["column"]])
 
 

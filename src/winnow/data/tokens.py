@@ -6,12 +6,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from winnow.errors import InputError, first_line
 from winnow.models.classes import read_config
+
+if TYPE_CHECKING:
+    from winnow.io.records import ModelManifest
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +106,7 @@ def check_length(length: int, longest: int | None) -> None:
         raise InputError(f"windows of {length} tokens are longer than the model's {longest} positions; lower `length`")
 
 
-def check_causal(model: dict[str, Any]) -> None:
+def check_causal(model: ModelManifest) -> None:
     """Raise InputError if a retrieved model (its manifest) has no perplexity."""
     if not model["causal"]:
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from winnow.checkpoint.streaming import Streamed
+    from winnow.evaluation.results import Losses, PerWindow, Summary
 
 CHUNK = 1 << 24  # logits in float64 at a time
 STREAMED = 1 << 21  # the same for a model that is run block by block, as memory is short
@@ -31,7 +32,7 @@ def evaluate(
     first: Tensor,
     batch: int,
     resume: Resume | None = None,
-) -> dict[str, list[float]]:
+) -> PerWindow:
     """Per window: `nll` (sum, nats), `tokens` (scored), and with a dense model `kl` (sum of KL(dense || model)) and `agree`
     (number of tokens with the same top-1 prediction).
 
@@ -57,13 +58,13 @@ def evaluate(
                 sums[key][window] = value
         if resume:
             resume.save(group[-1] + 1, sums)
-    return {key: values.tolist() for key, values in sums.items()}
+    return {key: values.tolist() for key, values in sums.items()}  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def evaluate_by_block(
     model: Streamed, dense: Streamed | None, ids: Tensor, first: Tensor, batch: int, resume: Resume | None = None
-) -> dict[str, list[float]]:
+) -> PerWindow:
     """Like `evaluate`, with only the weights of one block, or of the modules after the blocks, in memory at a time."""
     models = [model] if dense is None else [model, dense]
     keys = ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))
@@ -94,7 +95,7 @@ def evaluate_by_block(
                     sums[key][window] += value
             if resume:
                 resume.save(window + 1, sums)
-    return {key: values.tolist() for key, values in sums.items()}
+    return {key: values.tolist() for key, values in sums.items()}  # type: ignore[return-value]
 
 
 def _parts(first: int, length: int, vocabulary: int) -> list[slice]:
@@ -154,11 +155,11 @@ def _culprit(model: PreTrainedModel, x: Tensor) -> str:
     return f"the first module with such an output is {found[0]}" if found else "every module's output is finite"
 
 
-def summarize_windows(rows: dict[str, list[float]], dense: dict[str, Any] | None) -> dict[str, Any]:
+def summarize_windows(rows: PerWindow, dense: Losses | None) -> Summary:
     """Totals, means and standard errors of per-window sums; differences to `dense` (its record) are paired."""
     counts = rows["tokens"]
     nll, nll_se = ratio(rows["nll"], counts)
-    result: dict[str, Any] = {
+    result: Summary = {
         "windows": len(counts),
         "tokens": int(sum(counts)),
         "nll_sum": math.fsum(rows["nll"]),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from winnow.evaluation.results import PerWindow
 
 
 def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
@@ -18,7 +21,7 @@ def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]
     return mean, math.sqrt(spread) / float(c.sum())
 
 
-def paired(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+def paired(one: PerWindow, other: PerWindow) -> tuple[float, float]:
     """(difference of the losses of two models in nats per token, its standard error), from their per-window `nll` and
     `tokens`. Raises ValueError if they were scored on other windows."""
     if one["tokens"] != other["tokens"]:

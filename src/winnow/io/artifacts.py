@@ -172,7 +172,7 @@ def write_json(path: Path | str, content: Mapping[str, Any], provenance: Mapping
         _seal(partial)
 
 
-def read_json(path: Path | str) -> dict[str, Any]:
+def read_json(path: Path | str) -> Any:
     """The content of a file of `write_json`. Raises InputError if it is incomplete, changed, or written for another path."""
     content = json.loads(_unsealed(path))
     del content["seal"]

@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 class Params(TypedDict):
     """What a job is planned with, besides its input files."""
 
-    spec: dict[str, Any]  # the parameters of its stage, see `winnow.planning.stages`
+    spec: Mapping[str, Any]  # what its stage tells it, see `winnow.io.specs`
     code: list[str]  # `module digest`
     versions: dict[str, str]  # of libraries
     files: dict[str, str]  # {file of the user: SHA-256}
@@ -32,6 +32,50 @@ class TensorRecord(TypedDict):
     key: str
     dtype: str
     shape: list[int]
+
+
+class BaseManifest(TypedDict):
+    """A directory of Hugging Face files."""
+
+    directory: str
+    files: dict[str, str]  # {name: SHA-256}
+
+
+_Class = TypedDict("_Class", {"class": str})  # the name of a model's transformers class
+
+
+class ModelManifest(BaseManifest, _Class):
+    """A model as it is compressed."""
+
+    model_type: str
+    causal: bool
+    max_length: int | None  # positions; None: no limit
+    tied: dict[str, str]  # {tensor: the one that it is tied to}
+    tensors: dict[str, TensorRecord]  # by canonical name
+    bytes: int
+
+
+class StatisticsManifest(TypedDict):
+    """Second moments of a calibration."""
+
+    tokens: int
+    few_tokens: list[str]  # warnings
+
+
+class FactorsManifest(TypedDict):
+    """Fits of a shard."""
+
+    groups: list[str]
+    left_dense: dict[str, int]  # {group of experts: calibration tokens, which are too few}
+
+
+class ExamplesFacts(TypedDict):
+    """The rows of a classification task."""
+
+    labels: list[str]  # names of the classes
+    rows: dict[str, int]  # by split
+    dropped: int  # train rows that are also test rows
+    digests: dict[str, str]
 
 
 class Sizes(TypedDict):
@@ -61,6 +105,7 @@ class AllocationRecord(TypedDict):
     keep_bytes: float
     predicted: NotRequired[float]
     groups: list[GroupRecord]
+    left_dense: NotRequired[dict[str, int]]  # {group of experts: its calibration tokens, which are too few}
 
 
 class Row(TypedDict):

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from winnow.evaluation.results import PerWindow
     from winnow.io.artifacts import Bundle
+    from winnow.io.records import Row
     from winnow.models.files import ModelFiles
     from winnow.studies.claims import Answer
 
@@ -56,10 +58,10 @@ class Evidence:
     model (by name), and, if tasks of the study's kind are configured, the table of scores and its cells."""
 
     summary: pd.DataFrame
-    results: dict[str, dict[str, Any]]
+    results: dict[str, Any]  # of `winnow.evaluation.results`
     measured: dict[str, dict[str, Any]]
     scores: pd.DataFrame | None = None
-    scored: Sequence[dict[str, Any]] = ()  # the cells in `scores`: model, evaluation, method, budget, recovery, result (a path)
+    scored: Sequence[Row] = ()  # the cells in `scores`: model, evaluation, method, budget, recovery, result (a path)
 
     def cell(self, model: str, method: str, budget: str, recovery: str = NONE) -> dict[str, Any]:
         """The summary's row of a cell, with its paired difference to dense. Raises KeyError if there is none. The dense model has
@@ -71,7 +73,7 @@ class Evidence:
             raise KeyError(f"{model}, {method}, {budget}, {recovery}: no such cell")
         return {str(key): value for key, value in rows.iloc[0].items()}
 
-    def windows(self, model: str, cell: Sequence[str]) -> dict[str, Any]:
+    def windows(self, model: str, cell: Sequence[str]) -> PerWindow:
         """The per-window sums of a cell: (method, budget) or (method, budget, recovery)."""
         return self.results[self.cell(model, *cell)["result"]]["per_window"]
 

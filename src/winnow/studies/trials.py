@@ -24,6 +24,8 @@ from winnow.structures.base import STRUCTURES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.evaluation.results import PerWindow
+    from winnow.io import specs
     from winnow.io.artifacts import Bundle
     from winnow.models.files import ModelFiles
 
@@ -85,7 +87,7 @@ class Trial:
         return model.eval()
 
 
-def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[float]]:
+def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> PerWindow:
     """`nll` and `tokens` per window (see `winnow.evaluation.perplexity.evaluate`), in batches of about 4,096 tokens."""
     from winnow.evaluation.perplexity import evaluate
 
@@ -94,7 +96,7 @@ def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[f
 
 
 def time_forms(
-    dense: PreTrainedModel, forms: Mapping[str, PreTrainedModel], spec: dict[str, Any], device: str
+    dense: PreTrainedModel, forms: Mapping[str, PreTrainedModel], spec: specs.Timing, device: str
 ) -> list[dict[str, Any]]:
     """Times of every form relative to the dense model, in turns with it, by the `spec` of
     `winnow.evaluation.latency.evaluate_latency` (prompts limited by the model's positions): a row per form, phase, batch and
@@ -109,7 +111,7 @@ def time_forms(
         found = evaluate_latency(dense, form, {**spec, "prompts": prompts}, device)
         for case in found["cases"]:
             own, control = case["compressed"], case["control"]["ratio"]
-            row = {"form": name, **{key: case[key] for key in ("phase", "batch", "prompt")}}
+            row: dict[str, Any] = {"form": name, **{key: case[key] for key in ("phase", "batch", "prompt")}}
             row |= {"ratio": own["ratio"]["median"], "ratio_low": own["ratio"]["low"], "ratio_high": own["ratio"]["high"]}
             row |= {"control_q1": control["q1"], "control_q3": control["q3"], "verdict": own["verdict"]}
             for key in ("flops", "weight_bytes"):

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import HUGGING_FACE, OF_STATISTICS, Stage
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -13,9 +14,10 @@ class CollectGradients(Stage):
 
     libraries = HUGGING_FACE
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
-        spec = self.plan.preset("calibrations", w["calibration"]).model_dump(include={*OF_STATISTICS, "seed"})
-        return {"dtype": self.dtype(w), **spec}
+    def spec(self, w: dict[str, str]) -> specs.CollectGradients:
+        calibration = self.plan.preset("calibrations", w["calibration"])
+        moments: specs.GradientMoments = calibration.model_dump(include={*OF_STATISTICS, "seed"})
+        return {"dtype": self.dtype(w), **moments}
 
     def work(self, load: Load) -> list[Work]:
         found = []

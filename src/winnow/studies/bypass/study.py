@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from winnow.studies.base import Conclusion, Evidence, Given, Study, speed
 from winnow.studies.bypass.accounting import Ranks
 from winnow.studies.claims import Answer
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 KEPT = 256 / 4096  # directions of the bypass, as a share of the width
 LLAMA = "Llama-3.1-8B"  # from its config alone
 WEIGHTS, GRAM, LOW_RANK, SHARED = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}, {"kind": "shared_basis"}
 BASE = 6.79  # perplexity of the paper's dense model
-TIMED = {"batches": [1], "prompts": [64], "decode": 16, "repeats": 21, "warm_up": 2}
+TIMED: specs.Timing = {"batches": [1], "prompts": [64], "decode": 16, "repeats": 21, "warm_up": 2}
 
 
 class Row(NamedTuple):

@@ -15,6 +15,7 @@ from winnow.studies.clusters.correlation import jackknife, mean_error, spearman
 from winnow.studies.clusters.counts import PUBLISHED, counts, savings
 
 if TYPE_CHECKING:
+    from winnow.evaluation.results import PerWindow
     from winnow.studies.base import Evidence
 
 MEASURES, ABOVE = ("weights", "activations", "blocks", "logits"), "activations above weights"
@@ -45,9 +46,10 @@ def distillation(evidence: Evidence, model: str, starts: Sequence[str], training
     return rows
 
 
-def _closed_raw(before: dict[str, Any], after: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
+def _closed_raw(before: PerWindow, after: PerWindow, dense: PerWindow) -> tuple[float, float]:
     """(closed part of the gap in perplexity in %, its standard error by the jackknife over windows)."""
-    nll, tokens = (np.array([of[key] for of in (before, after, dense)], dtype=np.float64) for key in ("nll", "tokens"))
+    nll = np.array([before["nll"], after["nll"], dense["nll"]], dtype=np.float64)
+    tokens = np.array([before["tokens"], after["tokens"], dense["tokens"]], dtype=np.float64)
 
     def closed(windows: list[int]) -> float:
         first, last, base = np.exp(nll[:, windows].sum(1) / tokens[:, windows].sum(1))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from winnow.evaluation.results import PerWindow
     from winnow.studies.ffsplit.heavy import Ffn
 
 GROUPS = (32, None)  # inputs of a row that share a scale; None: the whole row
@@ -47,8 +48,8 @@ def quantised_pairs(
     dense: PreTrainedModel,
     split: Callable[[], PreTrainedModel],
     ffns: list[Ffn],
-    loss: Callable[[PreTrainedModel], dict[str, list[float]]],
-    of_dense: dict[str, list[float]],
+    loss: Callable[[PreTrainedModel], PerWindow],
+    of_dense: PerWindow,
 ) -> list[dict[str, Any]]:
     """A row per pair of a split (`split` creates a new one) and quantisation of all neurons: at the fewest bits at which the
     latter is no smaller than the split (`more` is "all"), and at one bit fewer (`more` is "split"). With the bits of each per
@@ -58,7 +59,7 @@ def quantised_pairs(
     found = []
     for group in GROUPS:
         costs = {bits: sum(bits_of(shape, bits, group) for shape in shapes) for bits in range(2, MOST + 1)}
-        alike: dict[int, dict[str, list[float]]] = {}
+        alike: dict[int, PerWindow] = {}
         for heavy, light in PAIRS:
             model = split()
             spent = _round(model, ffns, heavy, light, group)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from winnow.evaluation.results import PerWindow
+    from winnow.io import specs
     from winnow.studies.ffsplit.heavy import Ffn
 
 HEAVY, LIGHT, ZEROED = 0.25, 0.1, 0.03  # from the paper: share of heavy neurons, rank of the light ones, neurons of its ablation
@@ -20,7 +22,7 @@ RANKS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the light neurons, as shares of their 
 EQUAL = 0.5  # bytes of the sweep over shares at equal bytes
 SEEDS = (0, 1, 2)  # of random neurons
 WINDOWS = 128  # evaluation windows for sweeps
-TIMED = {"batches": [1, 8], "prompts": [64], "decode": 8, "repeats": 11, "warm_up": 2}
+TIMED: specs.Timing = {"batches": [1, 8], "prompts": [64], "decode": 8, "repeats": 11, "warm_up": 2}
 WEIGHTS, GRAM, LOW_RANK = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}
 AT, TUNED = "ffn-0.35", "fine_tuned"
 SCORES = ["model", "evaluation", "method", "recovery", "measure", "value", "value_se", "delta", "delta_se"]
@@ -140,7 +142,7 @@ class FfsplitStudy(Study):
         return Conclusion(frames, drawn(frames, self.figures), answers, pd.DataFrame(residuals))
 
 
-def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: dict[str, list[float]]) -> dict[str, Any]:
+def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: PerWindow) -> dict[str, Any]:
     """The loss above dense with 3 % of the neurons of every FFN zeroed (`rows`), and pairs of choices (`above`: [nats, error]).
     Random neurons are sampled with several seeds; their error combines those over windows and over seeds."""
     import math
@@ -152,18 +154,18 @@ def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor,
     from winnow.studies.ffsplit.heavy import count_of, zeroed
     from winnow.studies.trials import loss
 
-    def without(choose: Any) -> dict[str, list[float]]:
+    def without(choose: Any) -> PerWindow:
         with zeroed(model, {ffn.down.module: choose(ffn) for ffn in ffns}):
             return loss(model, ids, first)
 
-    def drawn(seed: int) -> dict[str, list[float]]:
+    def drawn(seed: int) -> PerWindow:
         generator = torch.Generator().manual_seed(seed)
         return without(lambda ffn: torch.randperm(len(ffn.norms), generator=generator)[: count_of(len(ffn.norms), ZEROED)])
 
     own = {f"top by {c}": without(lambda ffn, c=c: ffn.top(c, ZEROED)) for c in ("act", "act_x_row", "weight_norm")}
     own |= {f"bottom by {c}": without(lambda ffn, c=c: ffn.bottom(c, ZEROED)) for c in ("act", "act_x_row")}
     seeds = [drawn(seed) for seed in SEEDS]
-    mean = {"nll": np.mean([s["nll"] for s in seeds], axis=0).tolist(), "tokens": seeds[0]["tokens"]}
+    mean: PerWindow = {"nll": np.mean([s["nll"] for s in seeds], axis=0).tolist(), "tokens": seeds[0]["tokens"]}
     of_seeds = over_seeds([paired(s, dense)[0] for s in seeds])
     rows = [{"zeroed": name, **_delta(found, dense)} for name, found in own.items()]
     delta = _delta(mean, dense)
@@ -177,7 +179,7 @@ def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor,
     return {"rows": rows, "above": {name: list(pair) for name, pair in pairs.items()}}
 
 
-def _delta(found: dict[str, list[float]], dense: dict[str, list[float]]) -> dict[str, float]:
+def _delta(found: PerWindow, dense: PerWindow) -> dict[str, float]:
     from winnow.evaluation.spread import paired
 
     return dict(zip(("delta_nll", "delta_nll_se"), paired(found, dense), strict=True))
@@ -186,9 +188,9 @@ def _delta(found: dict[str, list[float]], dense: dict[str, list[float]]) -> dict
 class Sweeps:
     """Split FFNs of many shares, ranks and criteria on one model, with their losses."""
 
-    def __init__(self, given: Given, model: PreTrainedModel, ids: Tensor, first: Tensor, dense: dict[str, list[float]]):
+    def __init__(self, given: Given, model: PreTrainedModel, ids: Tensor, first: Tensor, dense: PerWindow):
         self.given, self.model, self.ids, self.first, self.dense = given, model, ids, first, dense
-        self.losses: dict[float, dict[str, list[float]]] = {}  # of shares at equal bytes
+        self.losses: dict[float, PerWindow] = {}  # of shares at equal bytes
 
     def all(self) -> list[dict[str, Any]]:
         """A row per point: name of the sweep (`sweep`), heavy share, light rank or bytes, criterion, metric, bytes kept, loss."""
@@ -255,7 +257,7 @@ def _latency(given: Given, model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def _quantised(
-    given: Given, model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: dict[str, list[float]]
+    given: Given, model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: PerWindow
 ) -> list[dict[str, Any]]:
     from winnow.studies.ffsplit.quantised import quantised_pairs
     from winnow.studies.trials import Trial, loss

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from winnow.evaluation.results import PerWindow
     from winnow.studies.linearity.recoverability import Block, Sums
 
 FOLDS = 5
@@ -169,7 +170,7 @@ def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> dict[str, 
     return {"layer": block.layer, "trained": trained, "bilinear_gain": gain}
 
 
-def _loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[float]]:
+def _loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> PerWindow:
     from winnow.evaluation.perplexity import evaluate
 
     return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
