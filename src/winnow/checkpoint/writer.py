@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Compressed:
     """The content of a checkpoint for one group of matrices."""
 
-    group: str
+    name: str  # of the group
     stored: dict[str, dict[str, Tensor]]  # {module: {name below it: tensor}}, in the dtype of the dense weights
     layouts: dict[str, dict[str, Any]]  # {module: layout}
     report: dict[str, Any]  # of its optimisation; empty if there is none
@@ -111,7 +111,7 @@ def write_checkpoint(
         nonlocal own
         for group in groups:
             layouts.update(group.layouts)
-            reports.update({group.group: group.report} if group.report else {})
+            reports.update({group.name: group.report} if group.report else {})
             for module, parts in group.stored.items():
                 for part, tensor in parts.items():
                     own += tensor.nbytes

@@ -45,19 +45,19 @@ def evaluate(
     sums = {key: torch.zeros(len(ids), dtype=torch.float64) for key in keys}
     lengths = (ids != PAD).sum(1)
     done = resume.restore(sums) if resume else 0
-    for group in every(_batches(lengths.tolist(), batch, done), "evaluation batches"):
-        x = ids[group][:, : int(lengths[group[0]])].to(device).long()
+    for chosen in every(_batches(lengths.tolist(), batch, done), "evaluation batches"):
+        x = ids[chosen][:, : int(lengths[chosen[0]])].to(device).long()
         logits = model(input_ids=x, use_cache=False).logits
         if not _all_finite(logits):
-            raise FloatingPointError(f"logits are not finite in windows {group[0]} to {group[-1]}; {_culprit(model, x)}")
+            raise FloatingPointError(f"logits are not finite in windows {chosen[0]} to {chosen[-1]}; {_culprit(model, x)}")
         reference = None if dense is None else dense(input_ids=x, use_cache=False).logits
-        for row, window in enumerate(group):
+        for row, window in enumerate(chosen):
             begin = int(first[window])
             pair = None if reference is None else reference[row, begin - 1 : -1]
             for key, value in _score(logits[row, begin - 1 : -1], x[row, begin:], pair).items():
                 sums[key][window] = value
         if resume:
-            resume.save(group[-1] + 1, sums)
+            resume.save(chosen[-1] + 1, sums)
     return {key: values.tolist() for key, values in sums.items()}  # type: ignore[return-value]
 
 
@@ -73,10 +73,10 @@ def evaluate_by_block(
     for streamed in models:
         for layer in streamed.remaining():
             with streamed.block(layer):
-                for group in every(_batches(lengths, batch, 0), f"evaluation batches of layer {layer}"):
-                    x = ids[group][:, : lengths[group[0]]].to(streamed.device).long()
-                    if not _all_finite(streamed.run(group[0], {"input_ids": x})):
-                        where = f"windows {group[0]} to {group[-1]}"
+                for chosen in every(_batches(lengths, batch, 0), f"evaluation batches of layer {layer}"):
+                    x = ids[chosen][:, : lengths[chosen[0]]].to(streamed.device).long()
+                    if not _all_finite(streamed.run(chosen[0], {"input_ids": x})):
+                        where = f"windows {chosen[0]} to {chosen[-1]}"
                         raise FloatingPointError(f"the output of {streamed.names[layer]} is not finite in {where}")
             streamed.advance(layer)
     done = resume.restore(sums) if resume else 0
@@ -106,13 +106,13 @@ def _parts(first: int, length: int, vocabulary: int) -> list[slice]:
 
 def _batches(lengths: list[int], batch: int, done: int) -> list[list[int]]:
     """Consecutive windows of equal length, at most `batch` at a time, from window `done` on."""
-    groups: list[list[int]] = []
+    found: list[list[int]] = []
     for window, length in list(enumerate(lengths))[done:]:
-        if groups and len(groups[-1]) < batch and lengths[groups[-1][0]] == length:
-            groups[-1].append(window)
+        if found and len(found[-1]) < batch and lengths[found[-1][0]] == length:
+            found[-1].append(window)
         else:
-            groups.append([window])
-    return groups
+            found.append([window])
+    return found
 
 
 def _all_finite(x: Tensor) -> bool:
