@@ -152,7 +152,7 @@ def shared_rows(train: pd.DataFrame, test: pd.DataFrame) -> dict[int, int]:
     return {i: places[key] for i, key in enumerate(_keys(train)) if key in places}
 
 
-def check_rows(calibration: list[str], test: pd.DataFrame, names: tuple[str, str]) -> dict[str, Any]:
+def check_rows(calibration: list[str], test: pd.DataFrame, names: tuple[str, str]) -> dict[str, int]:
     """Counts the test rows with a text that is a row of the calibration text; the check of `winnow.data.texts` misses short rows
     in another order. Raises InputError, with the row, if their share exceeds `MOST_SHARED`."""
     known = {" ".join(text.lower().split()) for text in calibration}

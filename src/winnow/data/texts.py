@@ -14,6 +14,7 @@ from winnow.io.strict import parse_json
 
 if TYPE_CHECKING:
     from winnow.io import specs
+    from winnow.io.records import Overlap
 
 SHINGLE = 24  # words: long enough that documents have a common run only if they have text in common
 MOST_SHARED = 0.01
@@ -136,7 +137,7 @@ def shingles(rows: list[str]) -> np.ndarray:
     return np.unique(total)
 
 
-def check_overlap(calibration: list[str], evaluation: list[str], names: tuple[str, str]) -> dict[str, Any]:
+def check_overlap(calibration: list[str], evaluation: list[str], names: tuple[str, str]) -> Overlap:
     """How much of each text is contained in the other, as shares of runs of words.
 
     Raises InputError if either share exceeds `MOST_SHARED`: results on the calibration text would be meaningless.
@@ -150,4 +151,10 @@ def check_overlap(calibration: list[str], evaluation: list[str], names: tuple[st
             f"calibration text's and {shares['of_evaluation']:.1%} of the evaluation text's runs of {SHINGLE} words are in the "
             f"other (allowed: {MOST_SHARED:.0%}); calibrate on a text that is not evaluated"
         )
-    return {"words_per_run": SHINGLE, "common_runs": common, **shares, "allowed": MOST_SHARED}
+    return {
+        "words_per_run": SHINGLE,
+        "common_runs": common,
+        "of_calibration": shares["of_calibration"],
+        "of_evaluation": shares["of_evaluation"],
+        "allowed": MOST_SHARED,
+    }

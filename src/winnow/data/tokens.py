@@ -6,15 +6,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from winnow.errors import InputError, first_line
+from winnow.io.records import ModelManifest
 from winnow.models.classes import read_config
-
-if TYPE_CHECKING:
-    from winnow.io.records import ModelManifest
 
 log = logging.getLogger(__name__)
 

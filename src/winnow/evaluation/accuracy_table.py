@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -9,8 +10,6 @@ import pandas as pd
 from winnow.io.records import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from winnow.evaluation.results import ScoreResult
 
 # Other people's tools read these columns, as those of the summary. New ones are only appended.

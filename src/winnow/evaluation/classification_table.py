@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -12,8 +13,6 @@ from winnow.evaluation.classification import scores
 from winnow.io.records import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from winnow.evaluation.results import AgainstControl, ClassResult
 
 # As in the other tables, new columns are only appended.

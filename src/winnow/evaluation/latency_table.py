@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,6 @@ import pandas as pd
 from winnow.io.records import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from winnow.evaluation.results import Timed, TimeResult
 
 COLUMNS = [

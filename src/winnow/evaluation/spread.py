@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def tied(difference: float, error: float) -> bool:
     return abs(difference) <= 2 * error
 
 
-def standing(cells: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
+def standing(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> list[str]:
     """The ranking of the methods of one budget, one line each: `best` or the difference to it, with ties; and `as dense` if the
     loss is within two standard errors of the dense model's."""
     ties = [tied(float(cell["above_best"]), float(cell["above_best_se"])) for cell in cells]
@@ -46,7 +46,7 @@ def standing(cells: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
     return lines
 
 
-def is_as_dense(cell: dict[str, Any]) -> bool:
+def is_as_dense(cell: Mapping[str, Any]) -> bool:
     """Whether the difference to the dense model's loss is within two standard errors of 0."""
     return tied(float(cell["delta_nll"]), float(cell["delta_nll_se"]))
 

@@ -25,13 +25,16 @@ class Provenance(TypedDict):
     file: NotRequired[str]  # the name of the artefact, of those that are one file
 
 
-class TensorRecord(TypedDict):
+class Shaped(TypedDict):
+    shape: list[int]
+
+
+class TensorRecord(Shaped):
     """Where a tensor of a model is stored."""
 
     file: str
     key: str
     dtype: str
-    shape: list[int]
 
 
 class BaseManifest(TypedDict):
@@ -55,18 +58,34 @@ class ModelManifest(BaseManifest, _Class):
     bytes: int
 
 
-class StatisticsManifest(TypedDict):
+class Sealed(TypedDict):
+    """What is added when a manifest or a result is written."""
+
+    provenance: NotRequired[Provenance]
+
+
+class StatisticsManifest(Sealed):
     """Second moments of a calibration."""
 
     tokens: int
     few_tokens: list[str]  # warnings
 
 
-class FactorsManifest(TypedDict):
+class FactorsManifest(Sealed):
     """Fits of a shard."""
 
     groups: list[str]
     left_dense: dict[str, int]  # {group of experts: calibration tokens, which are too few}
+
+
+class Overlap(Sealed):
+    """What a calibration text and evaluation data have in common, as shares of runs of words."""
+
+    words_per_run: int
+    common_runs: int
+    of_calibration: float
+    of_evaluation: float
+    allowed: float
 
 
 class ExamplesFacts(TypedDict):
@@ -106,6 +125,36 @@ class AllocationRecord(TypedDict):
     predicted: NotRequired[float]
     groups: list[GroupRecord]
     left_dense: NotRequired[dict[str, int]]  # {group of experts: its calibration tokens, which are too few}
+
+
+class LearnedRecord(TypedDict):
+    """What allocation.json says of learned.json: held-out losses, nats per token."""
+
+    held_out_start: float
+    held_out_best: float
+    best_step: int
+
+
+class RoundRecord(TypedDict):
+    """One of the rounds in which losses are predicted."""
+
+    round: int
+    calibration_nll: float
+    predicted: float
+    left_dense: int
+    chosen: NotRequired[bool]
+
+
+class SpectrumRow(TypedDict):
+    """A row of spectra.parquet, besides effective ranks."""
+
+    group: str
+    layer: int  # the first
+    role: str
+    metric: str
+    singular_values: list[float]
+    error: list[float]  # at every size
+    numbers: list[int]  # likewise
 
 
 class Row(TypedDict):

@@ -255,11 +255,6 @@ class Tabulate(Tables):
     table: str  # `module:function`
 
 
-class Report(TypedDict):
-    template: str
-    cells: int
-
-
 class OwnNames(TypedDict):
     """What a study calls the presets of a cell."""
 

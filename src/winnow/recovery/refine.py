@@ -13,7 +13,7 @@ from torch import Tensor
 
 from winnow.recovery.base import Given
 from winnow.recovery.blocks import Calls, Passage, outputs_of
-from winnow.recovery.training import batches, train
+from winnow.recovery.training import Report, batches, train
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ def refine_blocks(given: Given) -> dict[str, Any]:
     for index, parameters in list(enumerate(own.values()))[done:]:
         if parameters:
             found = _refine(given, index, parameters, ways)
-            numbers[index] = torch.tensor([found[key] for key in KEYS], dtype=torch.float64)
+            row = [found["held_out_start"], found["held_out_best"], found["best_step"], found["steps"]]
+            numbers[index] = torch.tensor(row, dtype=torch.float64)
         if given.resume:
             given.resume.save(index + 1, {**flat, "numbers": numbers})
     rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in zip(own, numbers.tolist(), strict=True) if own[name]}
@@ -72,7 +73,7 @@ class Sides:
         return calls, outputs_of(self.dense.get_submodule(self.own.blocks[index]), calls, self.own.batch, self.own.device)
 
 
-def _refine(given: Given, index: int, parameters: dict[str, torch.nn.Parameter], ways: list[Sides]) -> dict[str, Any]:
+def _refine(given: Given, index: int, parameters: dict[str, torch.nn.Parameter], ways: list[Sides]) -> Report:
     """Refine the block `index`; `ways`: of the training windows and of the held-out ones."""
     options, name = given.options, ways[0].own.blocks[index]
     block, device = given.model.get_submodule(name), ways[0].own.device

@@ -1,13 +1,8 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from winnow.evaluation.base import PLAIN
 from winnow.io.artifacts import file_digest
 from winnow.planning.stages.base import TABLES, TEMPLATES, Stage
-
-if TYPE_CHECKING:
-    from winnow.io import specs
 
 
 class Report(Stage):
@@ -15,5 +10,5 @@ class Report(Stage):
 
     libraries = ("jinja2", *TABLES)
 
-    def spec(self, w: dict[str, str]) -> specs.Report:
+    def spec(self, w: dict[str, str]) -> dict[str, str | int]:
         return {"template": file_digest(TEMPLATES / "report.html.j2"), "cells": len(self.plan.cells.of(PLAIN))}
