@@ -1,6 +1,7 @@
 """Rule `collect_gradients`: a file of `{role}.{statistic}` tensors of gradients of the loss per layer."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,9 +15,12 @@ from winnow.jobs.start import start_job
 from winnow.models.architectures import moments_file
 from winnow.models.files import ModelFiles
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 if __name__ == "__main__":
     job = start_job(snakemake)
-    spec = job.spec
+    spec: "specs.CollectGradients" = job.spec
     files = ModelFiles(snakemake.input.model)
     windows = read_tensors(snakemake.input.tokens, sealed=True)[0]["ids"]
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])

@@ -1,6 +1,7 @@
 """Rule `compress`: a size for every group of matrices, and a Hugging Face directory with the truncated factors."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from winnow.allocation.groups import allocate, chosen_groups, experts_left_dense, learned_choice, summarize
 from winnow.checkpoint.writer import compressed, recipe_of, write_checkpoint
@@ -10,9 +11,13 @@ from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
 from winnow.structures.base import STRUCTURES
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 if __name__ == "__main__":
     job = start_job(snakemake)
-    presets = job.spec["presets"]
+    spec: "specs.Compress" = job.spec
+    presets = spec["presets"]
     files = ModelFiles(snakemake.input.model)
     structure = STRUCTURES.build(presets["method"]["structure"])
     given = snakemake.input
@@ -20,10 +25,10 @@ if __name__ == "__main__":
     groups = chosen_groups(*chosen, member_table(structure, given.predicted) if given.get("predicted") else None)
     choice = learned_choice(given.learned) if given.get("learned") else allocate(groups, presets["budget"])
     factors, tokens = factors_of(structure, given.factors)
-    left_dense = {name: tokens[name] for name in experts_left_dense(*chosen)}
-    allocation = {"budget": presets["budget"], **choice.facts, **summarize(groups, choice.sizes), "left_dense": left_dense}
-    recipe = recipe_of(job.spec["names"], presets, allocation)
+    record = summarize(groups, choice.sizes)
+    record["left_dense"] = {name: tokens[name] for name in experts_left_dense(*chosen)}
+    recipe = recipe_of(spec["names"], presets, record)
     with atomic(Path(snakemake.output.checkpoint).parent) as folder:
         parts = compressed(files, factors, structure, choice.sizes)
-        write_checkpoint(folder, files, parts, job.spec["dtype"], recipe, job.provenance)
-    write_json(snakemake.output.allocation, allocation, job.provenance)
+        write_checkpoint(folder, files, parts, spec["dtype"], recipe, job.provenance)
+    write_json(snakemake.output.allocation, {"budget": presets["budget"], **choice.facts, **record}, job.provenance)

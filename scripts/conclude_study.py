@@ -1,6 +1,7 @@
 """Rule `conclude_study`: tables, figures, a verdict per claim, and a page, from the cells and measurements of a study."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from winnow.evaluation.classification_table import classification_table
 from winnow.io.artifacts import read_json, write_manifest, write_text
@@ -11,15 +12,19 @@ from winnow.reporting.tables import summary
 from winnow.studies.base import Evidence, study_of
 from winnow.studies.claims import judge, read_claims_of
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 if __name__ == "__main__":
     job = start_job(snakemake)
-    study, rows, scored = study_of(snakemake.wildcards.study), job.spec["rows"], job.spec["scores"]
+    spec: "specs.ConcludeStudy" = job.spec
+    study, rows, scored = study_of(snakemake.wildcards.study), spec["rows"], spec["scores"]
     results = {row["result"]: read_json(row["result"]) for row in (*rows, *scored)}
     table = summary(rows, results).assign(result=[row["result"] for row in rows])
-    measured = {model: read_json(path) for model, path in job.spec["measured"].items()}
+    measured = {model: read_json(path) for model, path in spec["measured"].items()}
     evidence = Evidence(table, results, measured, classification_table(scored, results) if scored else None, scored)
     conclusion = study.conclude(evidence)
-    verdicts = judge(read_claims_of(job.spec["claims"]), conclusion.answers)
+    verdicts = judge(read_claims_of(spec["claims"]), conclusion.answers)
     folder = Path(snakemake.output[0]).parent
     for name, frame in {**conclusion.tables, "identities": conclusion.identities, "claims": verdicts}.items():
         write_text(folder / f"{name}.csv", frame.to_csv(index=False))

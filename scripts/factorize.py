@@ -1,6 +1,7 @@
 """Rule `factorize`: one file per group of matrices, its leading directions first, with spectrum and error."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,20 +13,24 @@ from winnow.metrics.base import METRICS
 from winnow.models.files import ModelFiles
 from winnow.structures.base import STRUCTURES
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 if __name__ == "__main__":
     job = start_job(snakemake)
-    method = job.spec["method"]
+    spec: "specs.Factorize" = job.spec
+    method = spec["method"]
     structure, metric = STRUCTURES.build(method["structure"]), METRICS.build(method["metric"]) if method["metric"] else None
     given, files = snakemake.input, ModelFiles(snakemake.input.model)
     moments, gradients = (Bundle(given[name]) if given.get(name) else None for name in ("moments", "gradients"))
     labels = labels_by_matrix(read_parquet(given.clusters)) if given.get("clusters") else {}
     folder = Path(snakemake.output[0]).parent
     names = [name.removesuffix(".safetensors") for name in own_files(folder, job.provenance)]
-    options = (labels, structure, metric, job.spec["shard"], job.device, names)
+    options = (labels, structure, metric, spec["shard"], job.device, names)
     for name, fit, numbers in fit_groups(files, moments, gradients, *options):
         tensors = storable(structure, fit) | {"spectrum": fit.spectrum.cpu(), "error": fit.error.cpu()}
         tensors["numbers"] = torch.tensor(numbers)
         write_tensors(folder / f"{name}.safetensors", tensors, job.provenance)
         names.append(name)
-    dense = left_dense(files, moments, structure, metric, job.spec["shard"])
+    dense = left_dense(files, moments, structure, metric, spec["shard"])
     write_manifest(folder, {"groups": sorted(names), "left_dense": dense}, job.provenance)

@@ -1,5 +1,7 @@
 """Rule `learn_sizes`: a size for every group of matrices, trained on the loss of the whole model, and a record of evaluations."""
 
+from typing import TYPE_CHECKING
+
 from winnow.allocation.base import ALLOCATIONS
 from winnow.allocation.groups import chosen_groups
 from winnow.allocation.learning import learn
@@ -9,9 +11,13 @@ from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
 from winnow.structures.base import STRUCTURES
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 if __name__ == "__main__":
     job = start_job(snakemake)
-    spec, given = job.spec, snakemake.input
+    spec: "specs.LearnSizes" = job.spec
+    given = snakemake.input
     files, structure, budget = ModelFiles(given.model), STRUCTURES.build(spec["structure"]), spec["budget"]
     factors, _ = factors_of(structure, given.factors)
     predicted = member_table(structure, given.predicted) if given.get("predicted") else None

@@ -13,6 +13,7 @@ if __name__ == "__main__":
         bundle = Bundle(manifest)
         for name in bundle.manifest["groups"]:
             fit = bundle.tensors(f"{name}.safetensors", ("spectrum", "error", "numbers"))
-            curves = (fit[key].numpy() for key in ("spectrum", "error", "numbers"))
-            rows.append(spectrum_row(name, *curves, job.spec["metric"]))
-    write_parquet(snakemake.output[0], pd.DataFrame(sorted(rows, key=lambda row: row["group"])), job.provenance)
+            spectrum, error, numbers = (fit[key].numpy() for key in ("spectrum", "error", "numbers"))
+            rows.append(spectrum_row(name, spectrum, error, numbers, job.spec["metric"]))
+    rows.sort(key=lambda row: row["group"])
+    write_parquet(snakemake.output[0], pd.DataFrame(rows), job.provenance)

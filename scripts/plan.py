@@ -49,5 +49,5 @@ if __name__ == "__main__":
         print(line)
     if absent:
         print(f"not forecast, since not downloaded yet (`snakemake prefetch`): {', '.join(absent)}")
-    if reason := misfit(works, to_run, memory, disk):
-        raise InputError(reason)
+    if misfits := misfit(works, to_run, memory, disk):
+        raise InputError(misfits)

@@ -1,5 +1,7 @@
 """Rule `predict_in_rounds`: predicted losses around the model compressed to a budget, and a record of every round."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from winnow.allocation.groups import chosen_groups
@@ -11,9 +13,13 @@ from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
 from winnow.structures.base import STRUCTURES
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 if __name__ == "__main__":
     job = start_job(snakemake)
-    spec, given = job.spec, snakemake.input
+    spec: "specs.PredictInRounds" = job.spec
+    given = snakemake.input
     files, structure = ModelFiles(given.model), STRUCTURES.build(spec["structure"])
     factors, _ = factors_of(structure, given.factors)
     tables = (member_table(structure, paths) for paths in (given.spectra, given.predicted))

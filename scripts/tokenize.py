@@ -1,5 +1,7 @@
 """Rule `tokenize`: windows of token ids (windows, length) int32, and for an evaluation the first scored token of each."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from winnow.data.texts import text_digest
@@ -16,9 +18,12 @@ from winnow.io.artifacts import read_json, read_parquet, write_tensors
 from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 if __name__ == "__main__":
     job = start_job(snakemake)
-    spec = job.spec
+    spec: "specs.CalibrationWindows | specs.EvaluationWindows" = job.spec
     model = read_json(snakemake.input.model)
     check_length(spec["length"], model["max_length"])
     tokenizer = load_tokenizer(ModelFiles(snakemake.input.model).verify())

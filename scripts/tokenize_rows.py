@@ -1,5 +1,7 @@
 """Rule `tokenize_rows`: train rows of a task tokenized for a classifier, one window each (windows, longest) int32, padded."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from winnow.data.examples import encode_rows, takes_types
@@ -9,9 +11,13 @@ from winnow.jobs.start import start_job
 from winnow.models.classes import read_config
 from winnow.models.files import ModelFiles
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 if __name__ == "__main__":
     job = start_job(snakemake)
-    spec, files = job.spec, ModelFiles(snakemake.input.model)
+    spec: "specs.Windows" = job.spec
+    files = ModelFiles(snakemake.input.model)
     check_length(spec["length"], files.manifest["max_length"])
     directory = files.verify()
     examples = encode_rows(load_tokenizer(directory), read_parquet(snakemake.input.rows), spec["length"])

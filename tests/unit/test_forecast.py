@@ -216,8 +216,7 @@ def test_rounding_costs_what_its_metric_and_its_forms_do():
     for method in ("rounded_nearest", "rounded_gram", "rounded_two_sided"):
         plan, shape = plan_of(lambda c, only=method: c["experiments"]["demo"].update(methods=[only])), shape_of(DEMO)
         found[method] = {work.stage: work for work in forecast(plan, {"demo": shape})}["factorize"]
-    codes = sum(m.shape[0] * (m.shape[1] * 35 // 8 + 7 * 2 * -(-m.shape[1] // group))
-                for m in shape.matrices for group in {min(128, m.shape[1]), m.shape[1]})  # fmt: skip
+    codes = sum(m.shape[0] * (m.shape[1] * 28 // 8 + 6 * 2 * -(-m.shape[1] // 128)) for m in shape.matrices)
     assert all(work.disk == codes for work in found.values())
     operations = [work.operations for work in found.values()]
     assert operations == sorted(operations)

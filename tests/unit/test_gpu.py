@@ -20,7 +20,7 @@ from winnow.io.artifacts import write_json
 from winnow.models.files import ModelFiles
 from winnow.models.retrieve import describe
 from winnow.recovery.base import recovery_of
-from winnow.recovery.recover import task_of
+from winnow.recovery.recover import given_of
 from winnow.structures.base import STRUCTURES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -125,8 +125,8 @@ def test_recoveries(kind):
     files, checkpoint = compressed("llama")
     reports = []
     for device in DEVICES:
-        task = task_of(files, checkpoint, TRAINING, recovery_of(KINDS[kind]).options, True, device)
-        reports.append(losses(recovery_of(KINDS[kind]).recover(task)))
+        given = given_of(files, checkpoint, TRAINING, recovery_of(KINDS[kind]).options, True, device)
+        reports.append(losses(recovery_of(KINDS[kind]).recover(given)))
     for (start, _), (own, best) in zip(*reports, strict=True):
         assert best < own
         if kind in TRAINED:

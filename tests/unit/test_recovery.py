@@ -36,7 +36,7 @@ from winnow.planning.plan import Plan
 from winnow.recovery import refine, sequential
 from winnow.recovery.base import RECOVERIES, recovery_of
 from winnow.recovery.blocks import Passage, outputs_of
-from winnow.recovery.recover import task_of, write_recovered
+from winnow.recovery.recover import given_of, write_recovered
 from winnow.recovery.training import Progress, batches, share_of_peak
 
 WINDOWS = torch.randint(0, 64, (60, 12), generator=torch.Generator().manual_seed(5))
@@ -62,12 +62,12 @@ def files_of(source, folder) -> ModelFiles:
     return ModelFiles(folder / "model.json")
 
 
-def run(files, checkpoint, options, resume=None, change=lambda task: None, windows=WINDOWS):
-    """(task after its recovery, the report)"""
+def run(files, checkpoint, options, resume=None, change=lambda given: None, windows=WINDOWS):
+    """(what was given, after its recovery; the report)"""
     gradients = gradients_of(files.directory) if recovery_of(options).options.reads_gradients else None
-    task = task_of(files, checkpoint, windows, recovery_of(options).options, True, "cpu", resume, gradients)
-    change(task)
-    return task, recovery_of(options).recover(task)
+    given = given_of(files, checkpoint, windows, recovery_of(options).options, True, "cpu", resume, gradients)
+    change(given)
+    return given, recovery_of(options).recover(given)
 
 
 @cache
@@ -108,10 +108,10 @@ EVERYWHERE = [(family, name) for family in FAMILIES for name in KINDS if family 
 @pytest.mark.parametrize(("family", "name"), EVERYWHERE)
 def test_the_loss_falls_and_the_bytes_stay(family, name, tmp_path):
     files, checkpoint = compressed(family)
-    task, report = run(files, checkpoint, KINDS[name])
+    given, report = run(files, checkpoint, KINDS[name])
     for start, best in losses(report):
         assert best < start
-    write_recovered(tmp_path / "out", files, checkpoint, task, {"name": "mine", **KINDS[name]}, report, JOB)
+    write_recovered(tmp_path / "out", files, checkpoint, given, {"name": "mine", **KINDS[name]}, report, JOB)
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.directory, tmp_path / "out"))
     assert {k: (t.shape, t.dtype) for k, t in before.items()} == {k: (t.shape, t.dtype) for k, t in after.items()}
     assert Bundle(tmp_path / "out" / MANIFEST).manifest["model_stored_bytes"] == checkpoint.manifest["model_stored_bytes"]
@@ -124,7 +124,7 @@ def test_the_loss_falls_and_the_bytes_stay(family, name, tmp_path):
     assert bool(norms) == (name == "shifted"), "nothing else changes but by `norms`"
     loaded = load_model(tmp_path / "out", "float32", "cpu")
     with torch.no_grad():
-        logits = [m(input_ids=WINDOWS[:2].long()).logits for m in (loaded, task.model)]
+        logits = [m(input_ids=WINDOWS[:2].long()).logits for m in (loaded, given.model)]
     assert torch.equal(*logits), "what is written is what was trained"
     share(tmp_path / "out", tmp_path / "shared", [])
     assert "recovery, on the calibration windows" in (tmp_path / "shared" / "README.md").read_text()
@@ -135,12 +135,12 @@ def test_refinement_lowers_what_distillation_looks_at(llama):
     files, checkpoint = llama
     fresh = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(99)).long()
 
-    def kl(task) -> float:
+    def kl(given) -> float:
         with torch.no_grad():
-            q, p = (m(input_ids=fresh).logits.double().log_softmax(-1) for m in (task.model, task.dense))
+            q, p = (m(input_ids=fresh).logits.double().log_softmax(-1) for m in (given.model, given.dense))
         return float((p.exp() * (p - q)).sum(-1).mean())
 
-    before = kl(task_of(files, checkpoint, WINDOWS, recovery_of(KINDS["refine"]).options, True, "cpu"))
+    before = kl(given_of(files, checkpoint, WINDOWS, recovery_of(KINDS["refine"]).options, True, "cpu"))
     refined, distilled = (kl(run(files, checkpoint, {**KINDS[n], "steps": 40})[0]) for n in ("refine", "distill"))
     assert refined < 0.95 * before
     assert distilled < 0.95 * before
@@ -153,14 +153,14 @@ def test_structures_with_shared_and_tied_factors_are_recovered(saved_llama, tmp_
         metric = {"metric": "gram"} if kind != "affine_block" else {}
         checkpoint = Bundle(build(saved_llama, tmp_path / kind, targets, 0.6, kind, **metric) / MANIFEST)
         for name in ("refine", "distill"):
-            task, report = run(files, checkpoint, KINDS[name])
+            given, report = run(files, checkpoint, KINDS[name])
             assert all(best <= start for start, best in losses(report)), kind
             improved = any(best < start for start, best in losses(report))
             assert improved or kind == "affine_block", "which is a least-squares optimum already"
-            write_recovered(tmp_path / kind / name, files, checkpoint, task, {"name": name, **KINDS[name]}, report, JOB)
+            write_recovered(tmp_path / kind / name, files, checkpoint, given, {"name": name, **KINDS[name]}, report, JOB)
             loaded = load_model(tmp_path / kind / name, "float32", "cpu")
             with torch.no_grad():
-                logits = [m(input_ids=WINDOWS[:2].long()).logits for m in (loaded, task.model)]
+                logits = [m(input_ids=WINDOWS[:2].long()).logits for m in (loaded, given.model)]
             assert torch.equal(*logits), kind
 
 
@@ -170,21 +170,21 @@ def test_what_layers_share_stays_and_the_other_factor_is_the_best_one(saved_llam
     files = files_of(saved_llama, tmp_path)
     checkpoint = Bundle(build(saved_llama, tmp_path / "shared", ["ffn"], 0.6, "basis_sharing", metric="gram") / MANIFEST)
     before = run(files, checkpoint, {"kind": "refine", "steps": 1})[0].dense
-    start = task_of(files, checkpoint, WINDOWS, recovery_of(KINDS["sequential"]).options, True, "cpu").model
-    task, report = run(files, checkpoint, {**KINDS["sequential"], "objective": objective})
+    start = given_of(files, checkpoint, WINDOWS, recovery_of(KINDS["sequential"]).options, True, "cpu").model
+    given, report = run(files, checkpoint, {**KINDS["sequential"], "objective": objective})
     assert any(best < at for at, best in losses(report))
     factors = [f"model.layers.{layer}.mlp.gate_proj" for layer in (0, 1)]
-    rights = [m.get_submodule(name).right.weight for m in (start, task.model) for name in factors]
+    rights = [m.get_submodule(name).right.weight for m in (start, given.model) for name in factors]
     assert all(torch.equal(rights[0], right) for right in rights)
     caught = []
-    hook = task.model.get_submodule(factors[0]).register_forward_pre_hook(lambda _m, a: caught.append(a[0]))
+    hook = given.model.get_submodule(factors[0]).register_forward_pre_hook(lambda _m, a: caught.append(a[0]))
     with torch.no_grad():
-        task.model(input_ids=task.split()[0].long())
+        given.model(input_ids=given.split()[0].long())
     hook.remove()
     x = caught[0].flatten(0, 1).double()
     target = x @ before.get_submodule(factors[0]).weight.double().T
     basis = x @ rights[0].double().T
-    left = task.model.get_submodule(factors[0]).left.weight.double()
+    left = given.model.get_submodule(factors[0]).left.weight.double()
     best = torch.linalg.lstsq(basis, target).solution.T
     error, least = ((basis @ w.T - target).norm() for w in (left, best))
     assert error <= 1.01 * least
@@ -217,17 +217,17 @@ def test_a_killed_recovery_goes_on_with_the_same_bits(name, structure, tmp_path,
         run(files, checkpoint, options, Fragile(tmp_path / "artefact", KEY))
     calls = []
 
-    def count(task):
-        task.dense.register_forward_hook(lambda *_: calls.append(1))
-        block = task.dense.get_submodule(task.blocks[0])
+    def count(given):
+        given.dense.register_forward_hook(lambda *_: calls.append(1))
+        block = given.dense.get_submodule(given.blocks[0])
         block.register_forward_hook(lambda *_: calls.append(1))
 
     again, second = run(files, checkpoint, options, Resume(tmp_path / "artefact", KEY), count)
-    states = [task.model.state_dict() for task in (whole, again)]
+    states = [given.model.state_dict() for given in (whole, again)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert report == second
     full = []
-    run(files, checkpoint, options, None, lambda task: task.dense.register_forward_hook(lambda *_: full.append(1)))
+    run(files, checkpoint, options, None, lambda given: given.dense.register_forward_hook(lambda *_: full.append(1)))
     if KINDS[name]["kind"] == "distill":
         assert 0 < len(calls) < 2 * len(full), "the steps that were saved are not done again"
 
@@ -245,21 +245,21 @@ def test_nothing_gets_worse_where_training_does_not_help(llama, name):
     """A rate that ruins every state leaves the start, to the bit, and the report says so."""
     files, checkpoint = llama
     options = {**KINDS[name], "rate": 3.0, "steps": 4, "every": 1}
-    start = task_of(files, checkpoint, WINDOWS, recovery_of(options).options, True, "cpu").model.state_dict()
-    task, report = run(files, checkpoint, options)
-    after = task.model.state_dict()
+    start = given_of(files, checkpoint, WINDOWS, recovery_of(options).options, True, "cpu").model.state_dict()
+    given, report = run(files, checkpoint, options)
+    after = given.model.state_dict()
     assert all(torch.equal(start[key], after[key]) for key in start)
     assert report.get("best_step", 0) == 0
     if "blocks" in report:
-        assert report["left_as_they_were"] == list(task.blocks.values())
+        assert report["left_as_they_were"] == list(given.blocks.values())
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_gradient_that_is_not_finite_stops_with_the_layers_name(llama, name):
     files, checkpoint = llama
 
-    def poison(task):  # the loss stays finite, its gradient does not: the square root's is infinite at 0
-        module = task.model.get_submodule("model.layers.1.mlp.down_proj")
+    def poison(given):  # the loss stays finite, its gradient does not: the square root's is infinite at 0
+        module = given.model.get_submodule("model.layers.1.mlp.down_proj")
         module.register_forward_hook(lambda _m, _a, y: y + (y - y.detach()).abs().sqrt())
 
     with pytest.raises(FloatingPointError, match=r"the gradient of model\.layers\.[01]\.\S+ is not finite at step 1"):
@@ -272,8 +272,8 @@ def test_a_fit_that_is_not_finite_stops_with_the_matrixs_name(structure, monkeyp
     files, checkpoint = compressed("llama", structure)
     name = "model.layers.1.self_attn.q_proj"
 
-    def ruin(task):
-        task.dense.get_submodule(name).weight.data[0, 0] = math.nan
+    def ruin(given):
+        given.dense.get_submodule(name).weight.data[0, 0] = math.nan
 
     with pytest.raises(FloatingPointError, match=rf"^{name}: its weight, or its inputs"):
         run(files, checkpoint, KINDS["sequential"], change=ruin)
@@ -288,10 +288,10 @@ def test_16_bit_checkpoints_stay_so_and_are_judged_as_stored(family, tmp_path):
     files = files_of(tmp_path / "model", tmp_path)
     checkpoint = Bundle(build(tmp_path / "model", tmp_path / "work", ["ffn", "attention"], 0.4, metric="gram") / MANIFEST)
     for name in ("refine", "distill", "lora", "biases"):
-        task, report = run(files, checkpoint, KINDS[name])
-        for parameter in task.parameters().values():
+        given, report = run(files, checkpoint, KINDS[name])
+        for parameter in given.parameters().values():
             assert torch.equal(parameter, parameter.bfloat16().float())
-        write_recovered(tmp_path / name, files, checkpoint, task, {"name": name, **KINDS[name]}, report, JOB)
+        write_recovered(tmp_path / name, files, checkpoint, given, {"name": name, **KINDS[name]}, report, JOB)
         assert {t.dtype for t in load_file(tmp_path / name / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -299,13 +299,13 @@ def test_16_bit_checkpoints_stay_so_and_are_judged_as_stored(family, tmp_path):
 def test_the_dense_model_after_the_same_recovery(family, name, tmp_path):
     """It has nothing to learn from itself, to the bit; from the text it has."""
     files = compressed(family)[0]
-    task, report = run(files, None, KINDS[name])
-    assert set(task.modules) == {m.module for m in files.matrices}
-    write_recovered(tmp_path / "out", files, None, task, {"name": "mine", **KINDS[name]}, report, JOB)
+    given, report = run(files, None, KINDS[name])
+    assert set(given.modules) == {m.module for m in files.matrices}
+    write_recovered(tmp_path / "out", files, None, given, {"name": "mine", **KINDS[name]}, report, JOB)
     manifest = Bundle(tmp_path / "out" / MANIFEST).manifest
     assert manifest["stored_bytes"] == manifest["dense_bytes"] == files.dense_bytes(files.matrices)
     assert manifest["model_stored_bytes"] == files.manifest["bytes"]
-    loaded, dense = load_model(tmp_path / "out", "float32", "cpu").state_dict(), task.dense.state_dict()
+    loaded, dense = load_model(tmp_path / "out", "float32", "cpu").state_dict(), given.dense.state_dict()
     same = all(torch.equal(loaded[key], dense[key]) for key in dense)
     assert same == (name != "nll")
     if name != "nll":
@@ -386,7 +386,7 @@ def test_windows_and_rates_of_the_steps():
 def test_a_block_that_is_nearly_right_is_moved_by_less_than_the_rate(llama, monkeypatch):
     """The first step of Adam moves numbers by the rate: the whole one where a block loses enough, less where it loses little."""
     files, checkpoint = llama
-    start = task_of(files, checkpoint, WINDOWS, recovery_of({"kind": "refine"}).options, True, "cpu").model.state_dict()
+    start = given_of(files, checkpoint, WINDOWS, recovery_of({"kind": "refine"}).options, True, "cpu").model.state_dict()
     exact = {"steps": 1, "warmup": 0.0, "every": 1, "rate": 1e-3, "patience": None}
     key = "model.layers.0.self_attn.q_proj.left.weight"
 
@@ -493,8 +493,8 @@ def test_options_are_checked_in_one_line():
 
 def test_formats_do_not_change(llama, tmp_path):
     files, checkpoint = llama
-    task, report = run(files, checkpoint, {**KINDS["refine"], "steps": 1})
-    write_recovered(tmp_path / "out", files, checkpoint, task, {"name": "r", **KINDS["refine"]}, report, JOB)
+    given, report = run(files, checkpoint, {**KINDS["refine"], "steps": 1})
+    write_recovered(tmp_path / "out", files, checkpoint, given, {"name": "r", **KINDS["refine"]}, report, JOB)
     before, after = (json.loads((f / "config.json").read_text()) for f in (checkpoint.directory, tmp_path / "out"))
     assert before == after
     WinnowConfig(**after["quantization_config"])
@@ -529,25 +529,25 @@ def test_what_is_fitted_anew_is_the_least_squares_optimum(saved_llama, structure
     files = files_of(saved_llama, tmp_path)
     checkpoint = Bundle(build(saved_llama, tmp_path / "work", ["ffn", "attention"], 0.4, structure, metric="gram") / MANIFEST)
     options = {**KINDS["sequential"], "held_out": 0.02, "outputs": outputs}
-    start = task_of(files, checkpoint, WINDOWS, recovery_of(options).options, True, "cpu")
-    task, _ = run(files, checkpoint, options)
+    start = given_of(files, checkpoint, WINDOWS, recovery_of(options).options, True, "cpu")
+    given, _ = run(files, checkpoint, options)
     seen: dict[str, list] = {}
-    for model in (task.model, task.dense):
+    for model in (given.model, given.dense):
         for part in ("q_proj", "o_proj"):
             name = f"model.layers.1.self_attn.{part}"
             keep = lambda _m, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, 1).double())  # noqa: E731
             model.get_submodule(name).register_forward_pre_hook(keep)
     with torch.no_grad():
-        for model in (task.model, task.dense):
-            model(input_ids=task.split()[0].long(), use_cache=False)
+        for model in (given.model, given.dense):
+            model(input_ids=given.split()[0].long(), use_cache=False)
         for name, (own, dense) in seen.items():
-            module, weight = task.model.get_submodule(name), task.dense.get_submodule(name).weight.double()
+            module, weight = given.model.get_submodule(name), given.dense.get_submodule(name).weight.double()
             assert not torch.equal(own, dense)
             own, target = with_ridge(own, dense @ weight.T, weight)
-            metric = task.outputs(name) if outputs == "gradient" else torch.eye(len(weight), dtype=torch.float64)
+            metric = given.outputs(name) if outputs == "gradient" else torch.eye(len(weight), dtype=torch.float64)
             rows = torch.linalg.cholesky(metric)
             optimum = least_error(own, target, module.right.out_features, rows)
-            product, before = (product_of(of.get_submodule(name)) for of in (task.model, start.model))
+            product, before = (product_of(of.get_submodule(name)) for of in (given.model, start.model))
             assert float(((target - own @ product.T) @ rows).square().sum()) == pytest.approx(optimum, rel=1e-4)
             assert float(((target - own @ before.T) @ rows).square().sum()) > 1.001 * optimum
 
@@ -557,29 +557,29 @@ def test_what_is_fitted_anew_is_the_least_squares_optimum(saved_llama, structure
 def test_biases_take_up_the_mean_of_the_errors(family, structure, options):
     """Brute force: of all pairs of a map of the same rank (with the right factor that layers share) and a bias none is nearer."""
     files, checkpoint = compressed(family, structure)
-    task, _ = run(files, checkpoint, {**KINDS["biases"], "held_out": 0.02, **options})
+    given, _ = run(files, checkpoint, {**KINDS["biases"], "held_out": 0.02, **options})
     kept, _ = run(files, checkpoint, {**KINDS["biases"], "held_out": 0.02, **options, "biases": "kept"})
-    (name,) = [m for m in task.modules if m.endswith(("layers.0.fc1", "h.0.mlp.c_fc"))]
-    module, seen = task.model.get_submodule(name), []
-    for model in (task.model, task.dense):
+    (name,) = [m for m in given.modules if m.endswith(("layers.0.fc1", "h.0.mlp.c_fc"))]
+    module, seen = given.model.get_submodule(name), []
+    for model in (given.model, given.dense):
         model.get_submodule(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
     with torch.no_grad():
-        for model in (task.model, task.dense):
-            model(input_ids=task.split()[0].long(), use_cache=False)
+        for model in (given.model, given.dense):
+            model(input_ids=given.split()[0].long(), use_cache=False)
         own, dense = seen if "objective" not in options else seen[:1] * 2
         assert not torch.equal(*seen)
-        target, x = task.dense.get_submodule(name)(dense).double(), own.double()
+        target, x = given.dense.get_submodule(name)(dense).double(), own.double()
         error = target - module(own).double()
         scale = target.std(0).max()
         assert error.mean(0).abs().max() < 1e-5 * scale
         assert (target - kept.model.get_submodule(name)(own)).mean(0).abs().max() > 1e-3 * scale, "the biases do something"
         unit = torch.eye(x.shape[1])
-        weight, product = ((m(unit) - m(0 * unit)).T.double() for m in (task.dense.get_submodule(name), module))
+        weight, product = ((m(unit) - m(0 * unit)).T.double() for m in (given.dense.get_submodule(name), module))
         x, target = with_ridge(x - x.mean(0), target - target.mean(0), weight)
         error = target - x @ product.T
         if structure == "basis_sharing":
             x = x @ module.right.weight.double().T
-        metric = task.outputs(name) if "outputs" in options else torch.eye(target.shape[1], dtype=torch.float64)
+        metric = given.outputs(name) if "outputs" in options else torch.eye(target.shape[1], dtype=torch.float64)
         rows = torch.linalg.cholesky(metric)
         optimum = least_error(x, target, module.right.out_features, rows)
         assert float((error @ rows).square().sum()) == pytest.approx(optimum, rel=1e-4)
@@ -587,12 +587,12 @@ def test_biases_take_up_the_mean_of_the_errors(family, structure, options):
 
 def test_a_block_that_is_put_back_has_its_biases_back(monkeypatch):
     files, checkpoint = compressed("gpt2")
-    start = task_of(files, checkpoint, WINDOWS, recovery_of(KINDS["biases"]).options, True, "cpu").model.state_dict()
+    start = given_of(files, checkpoint, WINDOWS, recovery_of(KINDS["biases"]).options, True, "cpu").model.state_dict()
     wrong = lambda weight, *rest, **named: leading_directions(30 * weight, *rest, **named)  # noqa: E731
     monkeypatch.setattr("winnow.recovery.sequential.leading_directions", wrong)
-    task, report = run(files, checkpoint, KINDS["biases"])
-    after = task.model.state_dict()
-    assert report["left_as_they_were"] == list(task.blocks.values())
+    given, report = run(files, checkpoint, KINDS["biases"])
+    after = given.model.state_dict()
+    assert report["left_as_they_were"] == list(given.blocks.values())
     assert all(torch.equal(start[key], after[key]) for key in start)
 
 
@@ -620,22 +620,22 @@ def test_the_ridge_is_of_the_inputs_that_vary():
 def test_a_model_whose_predictions_come_no_nearer_is_left_as_it_was(llama, monkeypatch):
     """By gradients, blocks are not judged by themselves; a wrong target ruins them, and all are put back, to the bit."""
     files, checkpoint = llama
-    start = task_of(files, checkpoint, WINDOWS, recovery_of(KINDS["weighted"]).options, True, "cpu").model.state_dict()
+    start = given_of(files, checkpoint, WINDOWS, recovery_of(KINDS["weighted"]).options, True, "cpu").model.state_dict()
     with monkeypatch.context() as patch:
         wrong = lambda weight, *rest, **named: leading_directions(30 * weight, *rest, **named)  # noqa: E731
         patch.setattr("winnow.recovery.sequential.leading_directions", wrong)
-        task, report = run(files, checkpoint, KINDS["weighted"])
-    after = task.model.state_dict()
+        given, report = run(files, checkpoint, KINDS["weighted"])
+    after = given.model.state_dict()
     assert all(torch.equal(start[key], after[key]) for key in start)
     assert report["divergence"]["held_out_best"] == report["divergence"]["held_out_start"]
-    assert report["left_as_they_were"] == list(task.blocks.values())
+    assert report["left_as_they_were"] == list(given.blocks.values())
     with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="not finite on the held-out windows"):
         patch.setattr("winnow.recovery.sequential.mean_of_windows", lambda *_: math.nan)
         run(files, checkpoint, KINDS["weighted"])
-    task, report = run(files, checkpoint, KINDS["weighted"])
+    given, report = run(files, checkpoint, KINDS["weighted"])
     assert report["divergence"]["held_out_best"] < report["divergence"]["held_out_start"]
     assert report["left_as_they_were"] == []
-    assert any(not torch.equal(start[key], value) for key, value in task.model.state_dict().items())
+    assert any(not torch.equal(start[key], value) for key, value in given.model.state_dict().items())
 
 
 def test_small_inputs_count_beside_massive_ones(tmp_path):
@@ -659,9 +659,9 @@ def test_small_inputs_count_beside_massive_ones(tmp_path):
 def test_what_hardly_occurs_in_the_calibration_text_is_not_blown_up(llama, monkeypatch):
     """An input that the compressed model has at a ten-thousandth of its size: by those tokens alone it would be multiplied by
     thousands, and a text that has it at its size be ruined."""
-    task = task_of(*llama, WINDOWS, recovery_of(KINDS["sequential"]).options, True, "cpu")
+    given = given_of(*llama, WINDOWS, recovery_of(KINDS["sequential"]).options, True, "cpu")
     key, rare = "model.layers.1.mlp.gate_proj", 3
-    module, weight = task.model.get_submodule(key), task.dense.get_submodule(key).weight.double()
+    module, weight = given.model.get_submodule(key), given.dense.get_submodule(key).weight.double()
     dense, other = torch.randn(2, 200, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     own = dense.clone()
     own[:, rare] = 1e-4 * other[:, rare]
@@ -671,7 +671,7 @@ def test_what_hardly_occurs_in_the_calibration_text_is_not_blown_up(llama, monke
     for ridge in (sequential.RIDGE, 1e-16):
         monkeypatch.setattr(sequential, "RIDGE", ridge)
         with torch.no_grad():
-            sequential._fit(task, key, module, seen)
+            sequential._fit(given, key, module, seen)
         largest[ridge] = product_of(module)[:, rare].norm() / weight[:, rare].norm()
         module.float()
     first, without = largest.values()
@@ -681,15 +681,15 @@ def test_what_hardly_occurs_in_the_calibration_text_is_not_blown_up(llama, monke
 
 def test_small_inputs_are_fitted_beside_massive_ones(llama):
     """As in the test before the last, where the compressed model's inputs are others: by brute force."""
-    task = task_of(*llama, WINDOWS, recovery_of(KINDS["sequential"]).options, True, "cpu")
+    given = given_of(*llama, WINDOWS, recovery_of(KINDS["sequential"]).options, True, "cpu")
     key = "model.layers.1.mlp.gate_proj"
-    module, weight = task.model.get_submodule(key), task.dense.get_submodule(key).weight.double()
+    module, weight = given.model.get_submodule(key), given.dense.get_submodule(key).weight.double()
     dense, other = torch.randn(2, 400, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dense[:, 0] *= 1e4
     own = dense + 0.3 * other
     mean = torch.zeros(weight.shape[1], dtype=torch.float64)
     with torch.no_grad():
-        sequential._fit(task, key, module, sequential.Inputs(own.T @ own, dense.T @ own, mean, mean, 400))
+        sequential._fit(given, key, module, sequential.Inputs(own.T @ own, dense.T @ own, mean, mean, 400))
     x, target = with_ridge(own, dense @ weight.T, weight)
     optimum = least_error(x, target, module.right.out_features, torch.eye(len(weight), dtype=torch.float64))
     assert float((target - x @ product_of(module).T).square().sum()) == pytest.approx(optimum, rel=1e-3)
@@ -709,18 +709,18 @@ def test_sequential_is_for_factors_of_their_own(saved_llama, kind, tmp_path):
     named = {"metric": "weights"} if metric else {}
     checkpoint = Bundle(build(saved_llama, tmp_path / "work", ["ffn"], 0.6, kind, **named) / MANIFEST)
     before = load_model(checkpoint.directory, "float32", "cpu").state_dict()
-    task, report = run(files_of(saved_llama, tmp_path), checkpoint, KINDS["sequential"])
-    assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
-    assert set(task.modules) <= set(report["left_as_they_were"])
+    given, report = run(files_of(saved_llama, tmp_path), checkpoint, KINDS["sequential"])
+    assert all(torch.equal(value, before[key]) for key, value in given.model.state_dict().items())
+    assert set(given.modules) <= set(report["left_as_they_were"])
 
 
 def test_sequential_fits_one_side_of_a_coupling(saved_llama, tmp_path):
     options = {"sides": "one", "tying": "tied"}
     checkpoint = Bundle(build(saved_llama, tmp_path, ["ffn"], 0.6, "coupled", metric="gram", **options) / MANIFEST)
     before = load_model(checkpoint.directory, "float32", "cpu").state_dict()
-    task, report = run(files_of(saved_llama, tmp_path), checkpoint, KINDS["sequential"])
+    given, report = run(files_of(saved_llama, tmp_path), checkpoint, KINDS["sequential"])
     assert any(best < start for start, best in losses(report))
-    changed = [key for key, value in task.model.state_dict().items() if not torch.equal(value, before[key])]
+    changed = [key for key, value in given.model.state_dict().items() if not torch.equal(value, before[key])]
     assert {key.rpartition("proj.")[2] for key in changed} == {"left.weight"}
 
 
@@ -728,8 +728,8 @@ def test_sequential_fits_one_side_of_a_coupling(saved_llama, tmp_path):
 def test_sequential_names_what_it_leaves(saved_llama, kind, tmp_path):
     parts = {"attention": {"kind": "low_rank"}, "ffn": {"kind": kind}}
     folder = build(saved_llama, tmp_path / "work", ["ffn", "attention"], 0.6, "by_target", metric="gram", parts=parts)
-    task, report = run(files_of(saved_llama, tmp_path), Bundle(folder / MANIFEST), KINDS["sequential"])
-    others = {name for name in task.modules if ".mlp." in name}
+    given, report = run(files_of(saved_llama, tmp_path), Bundle(folder / MANIFEST), KINDS["sequential"])
+    others = {name for name in given.modules if ".mlp." in name}
     assert others
     assert others <= set(report["left_as_they_were"])
 
@@ -746,13 +746,13 @@ CHAIN = {
 def test_a_recovery_goes_on_from_the_one_before(llama, tmp_path):
     """By way of a checkpoint as in memory, but for what is in float32 between; the recipe says all, the dense model likewise."""
     files, checkpoint = llama
-    task, report = run(files, checkpoint, CHAIN["fitted"])
+    given, report = run(files, checkpoint, CHAIN["fitted"])
     first = {"name": "fitted", **CHAIN["fitted"]}
-    write_recovered(tmp_path / "fitted", files, checkpoint, task, first, report, JOB)
+    write_recovered(tmp_path / "fitted", files, checkpoint, given, first, report, JOB)
     middle = Bundle(tmp_path / "fitted" / MANIFEST)
     spec = {"after": CHAIN["fitted"], **{k: v for k, v in CHAIN["refined"].items() if k != "after"}}
-    task, report = run(files, middle, spec)
-    write_recovered(tmp_path / "refined", files, middle, task, {"name": "refined", **spec}, report, JOB)
+    given, report = run(files, middle, spec)
+    write_recovered(tmp_path / "refined", files, middle, given, {"name": "refined", **spec}, report, JOB)
     assert Bundle(tmp_path / "refined" / MANIFEST).manifest["stored_bytes"] == checkpoint.manifest["stored_bytes"]
     assert yaml.safe_load((tmp_path / "refined" / "recipe.yaml").read_text())["recovery"] == {"name": "refined", **spec}
     loaded = load_model(tmp_path / "refined", "float32", "cpu").state_dict()

@@ -13,7 +13,7 @@ from winnow.io.resume import SECONDS, Resume
 from winnow.numerics.modules import RoundedLinear
 from winnow.numerics.rounding import packed, packed_width
 from winnow.recovery.base import recovery_of
-from winnow.recovery.recover import task_of, write_recovered
+from winnow.recovery.recover import given_of, write_recovered
 from winnow.recovery.rounded import INSIDE, TrainedRounding, rounded_modules, trainable
 
 ALL = ["ffn", "attention"]
@@ -80,19 +80,19 @@ def test_gradients_pass_through_the_rounding():
 def test_the_loss_falls_at_the_same_bytes(saved_llama, name, what, tmp_path):
     files, checkpoint = files_of(saved_llama, tmp_path), checkpoint_of(saved_llama, tmp_path / "work")
     options = KINDS[name] | {"rounded": what, "code_rate": 0.02, "rate": 3e-3}
-    task, report = run(files, checkpoint, options)
+    given, report = run(files, checkpoint, options)
     assert losses(report)
     for start, best in losses(report):
         assert best < start
-    assert not any("trained" in key for key, _ in task.model.named_parameters())
-    write_recovered(tmp_path / "out", files, checkpoint, task, {"name": "mine", **options}, report, JOB)
+    assert not any("trained" in key for key, _ in given.model.named_parameters())
+    write_recovered(tmp_path / "out", files, checkpoint, given, {"name": "mine", **options}, report, JOB)
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.directory, tmp_path / "out"))
     assert {k: (t.shape, t.dtype) for k, t in before.items()} == {k: (t.shape, t.dtype) for k, t in after.items()}
     changed = {key.rpartition(".")[2] for key in before if not torch.equal(before[key], after[key])}
     assert changed == ({"scale"} if what == "scales" else {"scale", "steps"})
     loaded = load_model(tmp_path / "out", "float32", "cpu")
     with torch.no_grad():
-        logits = [m(input_ids=WINDOWS[:2].long()).logits for m in (loaded, task.model)]
+        logits = [m(input_ids=WINDOWS[:2].long()).logits for m in (loaded, given.model)]
     assert torch.equal(*logits), "what is written is what was trained"
 
 
@@ -105,22 +105,22 @@ def test_a_killed_recovery_goes_on_with_the_same_bits(saved_llama, name, tmp_pat
     with pytest.raises(Killed):
         run(files, checkpoint, options, Fragile(tmp_path / "artefact", KEY))
     again, second = run(files, checkpoint, options, Resume(tmp_path / "artefact", KEY))
-    states = [task.model.state_dict() for task in (whole, again)]
+    states = [given.model.state_dict() for given in (whole, again)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert report == second
 
 
 def test_after_an_error_the_integers_are_as_before(saved_llama, tmp_path):
     files, checkpoint = files_of(saved_llama, tmp_path), checkpoint_of(saved_llama, tmp_path / "work")
-    task = task_of(files, checkpoint, WINDOWS, recovery_of(KINDS["refine"]).options, True, "cpu")
-    before = {name: module.steps.clone() for name, module in rounded_modules(task).items()}
-    dtypes = dict(task.dtypes)
-    with pytest.raises(RuntimeError, match="stop"), trainable(task):
-        for module in rounded_modules(task).values():
+    given = given_of(files, checkpoint, WINDOWS, recovery_of(KINDS["refine"]).options, True, "cpu")
+    before = {name: module.steps.clone() for name, module in rounded_modules(given).items()}
+    dtypes = dict(given.dtypes)
+    with pytest.raises(RuntimeError, match="stop"), trainable(given):
+        for module in rounded_modules(given).values():
             module.trained.place.data.add_(1)
         raise RuntimeError("stop")
     assert before
-    for name, module in rounded_modules(task).items():
+    for name, module in rounded_modules(given).items():
         assert module.trained is None
         assert torch.equal(module.steps, before[name])
-    assert task.dtypes == dtypes
+    assert given.dtypes == dtypes

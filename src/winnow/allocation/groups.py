@@ -10,13 +10,15 @@ import numpy as np
 from winnow.allocation.base import ALLOCATIONS, Choice, dense_bytes, stored_bytes
 from winnow.errors import InputError
 from winnow.io.artifacts import read_json
-from winnow.io.records import AllocationRecord, GroupRecord
+from winnow.io.records import AllocationRecord, GroupRecord, LearnedRecord
 from winnow.models.architectures import Matrix, named_by, select
 from winnow.models.files import ModelFiles, number_bytes, tensor_bytes
 from winnow.structures.base import Structure
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from winnow.io import specs
 
 TOLERANCE = 0.005  # as a share of the dense bytes of the chosen matrices
 
@@ -114,7 +116,7 @@ def experts_left_dense(files: ModelFiles, structure: Structure, targets: list[st
     return list(dict.fromkeys(name.partition("@")[0] for name, _ in fits if name not in spectra.index))
 
 
-def allocate(groups: list[Group], budget: dict[str, Any]) -> Choice:
+def allocate(groups: list[Group], budget: specs.Budget) -> Choice:
     """A size (or dense) for every group, for a resolved budget (see `winnow.planning.config.Budget`); for alternative groups, for
     the chosen ones.
 
@@ -146,7 +148,7 @@ def learned_choice(path: str) -> Choice:
     """The sizes of a learned.json, and its record for allocation.json: held-out losses in nats of the initial and the learned
     sizes."""
     found = read_json(path)
-    return Choice(found["sizes"], {key: found[key] for key in ("held_out_start", "held_out_best", "best_step")})
+    return Choice(found["sizes"], {key: found[key] for key in LearnedRecord.__annotations__})
 
 
 def of_target(group: Group, ranks: Any) -> Any:

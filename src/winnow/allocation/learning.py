@@ -27,6 +27,8 @@ from winnow.recovery.training import batches, train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.io import specs
+
 log = logging.getLogger(__name__)
 WIDTHS = (0.02, 0.005)  # widths of a cut, as a share of the largest size, in the first and the last step
 DECIDED = 0.5  # share of the steps after which gates are fixed and only cuts are trained
@@ -58,7 +60,7 @@ def learn(
     files: ModelFiles,
     factors: dict[str, Bundle],
     groups: list[Group],
-    budget: dict[str, Any],
+    budget: specs.Budget,
     options: Any,
     windows: Tensor,
     dtype: str,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from winnow.structures.base import Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from winnow.io import specs
+    from winnow.io.records import RoundRecord
 
 log = logging.getLogger(__name__)
 AROUND_DENSE = 2  # weight of the prediction around the dense model, relative to that of a round
@@ -107,10 +110,10 @@ def predict_in_rounds(
     factors: dict[str, Bundle],
     structure: Structure,
     groups: list[Group],
-    budget: dict[str, Any],
+    budget: specs.Budget,
     rounds: int,
     setting: Setting,
-) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+) -> tuple[dict[str, list[float]], list[RoundRecord]]:
     """({group: predicted loss of every size}, a record per round): of the first and `rounds` further predictions, the one whose
     allocation has the lowest loss on the calibration windows. `groups` have the prediction around the dense model.
 
@@ -123,7 +126,7 @@ def predict_in_rounds(
         if g.predicted is not None and g.name in factors  # without the dense alternatives, which have no loss
     }
     found: list[dict[str, Tensor]] = []
-    records: list[dict[str, Any]] = []
+    records: list[RoundRecord] = []
     for number in range(rounds + 1):
         tabled = [replace(g, predicted=current[g.name].tolist()) if g.name in current else g for g in groups]
         sizes = allocate(tabled, budget).sizes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
@@ -229,7 +229,7 @@ def collect(
     first_token: bool = True,
     resume: Resume | None = None,
     types: Tensor | None = None,
-) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
+) -> Generator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Yield (layer, {site: statistics}) after one forward pass of `windows` (count, length).
 
     Windows may be padded at the end with ids below 0, which are neither attended to nor counted; `types` (count, length) are
@@ -274,7 +274,7 @@ def collect_by_block(
     precision: torch.dtype,
     first_token: bool = True,
     types: Tensor | None = None,
-) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
+) -> Generator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Like `collect`, with the weights and sums of only one layer in memory at a time. Layers whose hidden states an earlier
     process has stored are skipped; hidden states of a layer are stored after its statistics."""
     batches = Batches(windows, batch, first_token, types)

@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from winnow.io.local_paths import named
+
+if TYPE_CHECKING:
+    from winnow.checkpoint.recipe import WrittenRecipe
+    from winnow.evaluation.results import LossResult
+    from winnow.io.specs import Preset
 
 UNMEASURED = """Results are measured on the finished checkpoint, after this card is written. `snakemake cards` writes a card with
 results beside the evaluations; `python -m winnow {command} <checkpoint> <new directory>` writes a folder with results in its
@@ -38,8 +43,8 @@ class Measured:
     """One evaluation of a checkpoint: the results of `evaluate_perplexity` for it and for the dense model."""
 
     evaluation: str
-    compressed: dict[str, Any]
-    dense: dict[str, Any]
+    compressed: LossResult
+    dense: LossResult
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,11 @@ class Exported:
     error: float
 
 
-def card(recipe: dict[str, Any], measured: list[Measured] | None = None, exported: Exported | None = None) -> str:
+def card(recipe: WrittenRecipe, measured: list[Measured] | None = None, exported: Exported | None = None) -> str:
     """The text of the card. `recipe`: content of recipe.yaml; `exported`: given if the card is for a dense export."""
     dense, recipe = exported is not None, named(recipe)
     how = WITHOUT_WINNOW if dense else WITH_WINNOW
-    sizes = {"dense": recipe["model_dense_bytes"], "compressed": recipe["model_stored_bytes"]}
+    sizes: dict[str, Any] = {"dense": recipe["model_dense_bytes"], "compressed": recipe["model_stored_bytes"]}
     if exported:
         sizes |= {"exported": exported.bytes, "dtype": exported.dtype, "error": exported.error}
     parts = [
@@ -71,7 +76,7 @@ def card(recipe: dict[str, Any], measured: list[Measured] | None = None, exporte
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(recipe: dict[str, Any]) -> str:
+def _front_matter(recipe: WrittenRecipe) -> str:
     """The metadata for a hub; the base model only if it is from a hub (then it has a pinned revision)."""
     facts: dict[str, Any] = {"library_name": "transformers", "tags": ["winnow", "compressed"]}
     if recipe["model"].get("revision"):
@@ -79,7 +84,7 @@ def _front_matter(recipe: dict[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
 
 
-def _options(preset: dict[str, Any] | None) -> str:
+def _options(preset: Preset | None) -> str:
     """`kind` and options in one line."""
     if preset is None:
         return "none: the error of the FFN's output is minimised"
@@ -93,7 +98,7 @@ def _short(value: Any) -> str:
     return ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
-def _calibration(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+def _calibration(recipe: WrittenRecipe) -> list[tuple[str, str]]:
     preset = recipe.get("calibration")
     if preset is None:
         return []
@@ -108,13 +113,13 @@ def _calibration(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _recovery(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+def _recovery(recipe: WrittenRecipe) -> list[tuple[str, str]]:
     """The recovery that followed compression, if one did."""
     preset = {key: value for key, value in recipe.get("recovery", {}).items() if key != "name"}
     return [("recovery, on the calibration windows", _options(preset))] if preset else []
 
 
-def _sizes(recipe: dict[str, Any]) -> str:
+def _sizes(recipe: WrittenRecipe) -> str:
     """The sizes by role, as ranges over layers; recipe.yaml has the size of every layer."""
     by_role: dict[str, list[int]] = {}
     for group, size in recipe["sizes"].items():
@@ -123,7 +128,7 @@ def _sizes(recipe: dict[str, Any]) -> str:
     return "; ".join(f"{role} {low if low == high else f'{low} to {high}'} ({n}x)" for role, (low, high, n) in spans.items())
 
 
-def _recipe(recipe: dict[str, Any], dense: bool) -> list[str]:
+def _recipe(recipe: WrittenRecipe, dense: bool) -> list[str]:
     model, method, budget = recipe["model"], recipe["method"], recipe["budget"]
     revision = f", revision `{model['revision']}`" if model.get("revision") else ""
     share = recipe["stored_bytes"] / recipe["dense_bytes"]

@@ -25,7 +25,7 @@ from winnow.checkpoint.layouts import install
 from winnow.errors import InputError, first_line
 from winnow.io.artifacts import MANIFEST, Bundle, write_manifest
 from winnow.io.local_paths import named, without_local
-from winnow.io.records import Provenance
+from winnow.io.records import Provenance, Shaped
 from winnow.models.architectures import Matrix, matrices_of
 from winnow.models.classes import read_config
 from winnow.models.config_json import METHOD
@@ -185,7 +185,7 @@ def _expanded(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int], ro
 
 def _dense_tensors(checkpoint: Checkpoint, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the dense model, one module at a time, with the names of `save_pretrained`."""
-    shapes = {name: {"shape": list(tensor.shape)} for name, tensor in checkpoint.dense.state_dict().items()}
+    shapes: dict[str, Shaped] = {name: {"shape": list(tensor.shape)} for name, tensor in checkpoint.dense.state_dict().items()}
     matrices = matrices_of(checkpoint.dense.config.model_type, shapes)
     widths = widths_of(checkpoint, matrices)
     for name in sorted(set(checkpoint.layouts) - set(widths)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -11,6 +12,9 @@ from winnow.checkpoint.card import Measured, card
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST, Bundle, file_digest, read_json, write_manifest
 from winnow.io.local_paths import clean, named
+
+if TYPE_CHECKING:
+    from winnow.checkpoint.recipe import WrittenRecipe
 
 
 def measured_beside(checkpoint: Path) -> list[Measured]:
@@ -35,7 +39,7 @@ def measured_beside(checkpoint: Path) -> list[Measured]:
     return found
 
 
-def read_recipe(checkpoint: Path) -> dict:
+def read_recipe(checkpoint: Path) -> WrittenRecipe:
     """The content of recipe.yaml. Raises InputError if there is none."""
     path = checkpoint / "recipe.yaml"
     if not path.is_file():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,12 +26,17 @@ from winnow.models.files import ModelFiles
 from winnow.models.weights import SHARD_BYTES, copy_files, write_weights
 from winnow.structures.base import Structure, format_of
 
+if TYPE_CHECKING:
+    from winnow.checkpoint.recipe import Recipe, WrittenRecipe
+    from winnow.io.records import AllocationRecord
+    from winnow.io.specs import Presets
+
 
 @dataclass(frozen=True)
 class Compressed:
     """The content of a checkpoint for one group of matrices."""
 
-    group: str
+    name: str  # of the group
     stored: dict[str, dict[str, Tensor]]  # {module: {name below it: tensor}}, in the dtype of the dense weights
     layouts: dict[str, dict[str, Any]]  # {module: layout}
     report: dict[str, Any]  # of its optimisation; empty if there is none
@@ -87,7 +92,7 @@ def write_checkpoint(
     files: ModelFiles,
     groups: Iterable[Compressed],
     dtype: str,
-    recipe: dict[str, Any],
+    recipe: Recipe,
     provenance: Provenance,
 ) -> dict[str, int]:
     """Write the directory (config, weights, tokenizer, card, recipe, manifest); returns its byte counts. Each group is freed
@@ -106,7 +111,7 @@ def write_checkpoint(
         nonlocal own
         for group in groups:
             layouts.update(group.layouts)
-            reports.update({group.group: group.report} if group.report else {})
+            reports.update({group.name: group.report} if group.report else {})
             for module, parts in group.stored.items():
                 for part, tensor in parts.items():
                     own += tensor.nbytes
@@ -131,22 +136,32 @@ def write_checkpoint(
     }
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     copy_files(files.manifest["files"], source, directory)
-    recipe = named({**recipe, **sizes, "model_dense_bytes": files.manifest["bytes"]})
-    recipe |= {"format_version": written} if (written := format_of(layouts)) > 1 else {}
-    (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    written: WrittenRecipe = named({**recipe, **sizes, "model_dense_bytes": files.manifest["bytes"]})
+    if (version_of := format_of(layouts)) > 1:
+        written["format_version"] = version_of
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
     if reports:
         (directory / "optimisation.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
-    (directory / "README.md").write_text(card(recipe), encoding="utf-8")
+    (directory / "README.md").write_text(card(written), encoding="utf-8")
     write_manifest(directory, sizes, provenance)
     return sizes
 
 
-def recipe_of(names: dict[str, str], presets: dict[str, Any], allocation: dict[str, Any]) -> dict[str, Any]:
+def recipe_of(names: dict[str, str], presets: Presets, allocation: AllocationRecord) -> Recipe:
     """The content of recipe.yaml: preset names, resolved presets, the size of every group, the bytes of groups that the
     allocation keeps dense, and the experts that stay dense outside of the budget."""
     sizes = {row["group"]: row["size"] for row in allocation["groups"] if row["size"] is not None}
-    counts = {key: allocation[key] for key in ("dense_bytes", "stored_bytes")}
     kept = {row["group"]: row["stored_bytes"] for row in allocation["groups"] if row["size"] is None}
-    dense = {"left_dense": allocation["left_dense"]} if allocation.get("left_dense") else {}
-    dense |= {"kept_dense": kept} if kept else {}
-    return {"winnow": version("winnow"), "names": names, **presets, **counts, "sizes": sizes, **dense}
+    recipe: Recipe = {
+        "winnow": version("winnow"),
+        "names": names,
+        **presets,
+        "dense_bytes": allocation["dense_bytes"],
+        "stored_bytes": allocation["stored_bytes"],
+        "sizes": sizes,
+    }
+    if allocation.get("left_dense"):
+        recipe["left_dense"] = allocation["left_dense"]
+    if kept:
+        recipe["kept_dense"] = kept
+    return recipe

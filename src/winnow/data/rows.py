@@ -14,17 +14,23 @@ from winnow.io.strict import parse_json
 if TYPE_CHECKING:
     import pandas as pd
 
+    from winnow.io import specs
+    from winnow.io.records import ExamplesFacts
+
 SPLITS = ("train", "test")
 
 
-def read_task(spec: dict[str, Any]) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def read_task(spec: specs.Examples) -> tuple[dict[str, pd.DataFrame], ExamplesFacts]:
     """({split: table with columns text, pair (for tasks on pairs), label (number)}, facts) of a resolved task (see
     `winnow.evaluation.kinds.classification`).
 
     Raises InputError, with the split and the row, for a missing column, a value that is not text, an invalid class (GLUE's own
     `test` has -1), and a train row that is also a test row, unless those are dropped.
     """
-    raw, names = _hub_rows(spec) if spec["dataset"] else ({s: _file_rows(s, spec[s]) for s in SPLITS}, None)
+    if spec["dataset"]:
+        raw, names = _hub_rows(spec["dataset"], spec)
+    else:
+        raw, names = {"train": _file_rows("train", spec["train"]), "test": _file_rows("test", spec["test"])}, None
     for split, rows in raw.items():
         if not rows:
             raise InputError(f"{split}: there are no rows")
@@ -46,7 +52,7 @@ def read_task(spec: dict[str, Any]) -> tuple[dict[str, pd.DataFrame], dict[str, 
     absent = sorted(set(range(len(classes))) - set(tables["train"]["label"]))
     if len(classes) < 2 or absent:
         raise InputError(f"train has no row of class {classes[absent[0]]!r}" if absent else "train has a single class")
-    facts = {
+    facts: ExamplesFacts = {
         "labels": classes,
         "rows": {split: len(table) for split, table in tables.items()},
         "dropped": len(shared),
@@ -85,12 +91,12 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _hub_rows(spec: dict[str, Any]) -> tuple[dict[str, list[dict[str, Any]]], list[str] | None]:
+def _hub_rows(dataset: str, spec: specs.Examples) -> tuple[dict[str, list[dict[str, Any]]], list[str] | None]:
     """The rows of both splits, and the names of the classes if the data set has them."""
     found: dict[str, list[dict[str, Any]]] = {}
     names = None
-    for split in SPLITS:
-        data = load_hub(spec["dataset"], spec["subset"], spec[f"{split}_split"], spec["revision"])
+    for split, own in zip(SPLITS, (spec["train_split"], spec["test_split"]), strict=True):
+        data = load_hub(dataset, spec["subset"], own, spec["revision"])
         found[split] = data.to_list()
         names = getattr(data.features.get(spec["label"]), "names", None) or names
     return found, names
@@ -112,7 +118,7 @@ def _classes(values: list[Any]) -> list[str]:
     return sorted({value for value in values if isinstance(value, str)})
 
 
-def _table(split: str, rows: list[dict[str, Any]], spec: dict[str, Any], classes: list[str]) -> pd.DataFrame:
+def _table(split: str, rows: list[dict[str, Any]], spec: specs.Examples, classes: list[str]) -> pd.DataFrame:
     names = ("text", "pair")[: len(spec["columns"])]
     columns: dict[str, list[Any]] = {name: [] for name in (*names, "label")}
     for i, row in enumerate(rows):
@@ -146,7 +152,7 @@ def shared_rows(train: pd.DataFrame, test: pd.DataFrame) -> dict[int, int]:
     return {i: places[key] for i, key in enumerate(_keys(train)) if key in places}
 
 
-def check_rows(calibration: list[str], test: pd.DataFrame, names: tuple[str, str]) -> dict[str, Any]:
+def check_rows(calibration: list[str], test: pd.DataFrame, names: tuple[str, str]) -> dict[str, int]:
     """Counts the test rows with a text that is a row of the calibration text; the check of `winnow.data.texts` misses short rows
     in another order. Raises InputError, with the row, if their share exceeds `MOST_SHARED`."""
     known = {" ".join(text.lower().split()) for text in calibration}

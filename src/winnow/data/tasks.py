@@ -8,10 +8,13 @@ import logging
 import os
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.data.task_files import is_file, is_group
 from winnow.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from winnow.io import specs
 
 log = logging.getLogger(__name__)
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}  # builders of `datasets` by file ending
@@ -29,7 +32,7 @@ def stay_offline() -> None:
     datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
 
 
-def load_tasks(spec: dict[str, Any]) -> dict[str, Any]:
+def load_tasks(spec: specs.Tasks) -> dict[str, Any]:
     """{name: task}, with documents, of a resolved accuracy preset; groups are replaced by their tasks.
 
     Raises InputError, with the name of the task, if lm-eval does not know it, cannot read it, or has no data for it.
@@ -53,7 +56,7 @@ def load_tasks(spec: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _manager(spec: dict[str, Any]) -> Any:
+def _manager(spec: specs.Tasks) -> Any:
     """lm-eval's index of tasks. Reading all definitions takes seconds, so only the folders named like the tasks are read first;
     they suffice if every task is found there and none is a group, whose members may be anywhere."""
     import lm_eval.tasks

@@ -5,22 +5,26 @@ from __future__ import annotations
 import hashlib
 from os.path import isfile  # unlike Path's, it accepts invalid names
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from winnow.errors import InputError, first_line
 from winnow.io.strict import parse_json
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+    from winnow.io.records import Overlap
+
 SHINGLE = 24  # words: long enough that documents have a common run only if they have text in common
 MOST_SHARED = 0.01
 
 
-def read_rows(spec: dict[str, Any]) -> list[str]:
+def read_rows(spec: specs.Text) -> list[str]:
     """The rows of a text preset (see `winnow.planning.config.Text`), from `start` to `stop`. Raises InputError if there are
     none."""
     if spec["dataset"]:
-        rows = _hub_rows(spec)
+        rows = _hub_rows(spec["dataset"], spec)
     else:
         rows = [row for file in spec["files"] for row in _file_rows(Path(file), spec)]
     chosen = rows[spec["start"] : spec["stop"]]
@@ -36,7 +40,7 @@ def read_rows(spec: dict[str, Any]) -> list[str]:
     return chosen
 
 
-def _file_rows(path: Path, spec: dict[str, Any]) -> list[str]:
+def _file_rows(path: Path, spec: specs.Text) -> list[str]:
     if not isfile(path):
         raise InputError(f"{path}: there is no such text file; check `files` of the text")
     form, column = spec["format"], spec["column"]
@@ -93,10 +97,10 @@ def broken(text: str) -> str | None:
     return None
 
 
-def _hub_rows(spec: dict[str, Any]) -> list[str]:
-    data = load_hub(spec["dataset"], spec["subset"], spec["split"], spec["revision"])
+def _hub_rows(dataset: str, spec: specs.Text) -> list[str]:
+    data = load_hub(dataset, spec["subset"], spec["split"], spec["revision"])
     if spec["column"] not in data.column_names:
-        raise InputError(f"{spec['dataset']}: no column {spec['column']!r}; it has {', '.join(data.column_names)}")
+        raise InputError(f"{dataset}: no column {spec['column']!r}; it has {', '.join(data.column_names)}")
     return list(data[spec["column"]])
 
 
@@ -133,7 +137,7 @@ def shingles(rows: list[str]) -> np.ndarray:
     return np.unique(total)
 
 
-def check_overlap(calibration: list[str], evaluation: list[str], names: tuple[str, str]) -> dict[str, Any]:
+def check_overlap(calibration: list[str], evaluation: list[str], names: tuple[str, str]) -> Overlap:
     """How much of each text is contained in the other, as shares of runs of words.
 
     Raises InputError if either share exceeds `MOST_SHARED`: results on the calibration text would be meaningless.
@@ -147,4 +151,10 @@ def check_overlap(calibration: list[str], evaluation: list[str], names: tuple[st
             f"calibration text's and {shares['of_evaluation']:.1%} of the evaluation text's runs of {SHINGLE} words are in the "
             f"other (allowed: {MOST_SHARED:.0%}); calibrate on a text that is not evaluated"
         )
-    return {"words_per_run": SHINGLE, "common_runs": common, **shares, "allowed": MOST_SHARED}
+    return {
+        "words_per_run": SHINGLE,
+        "common_runs": common,
+        "of_calibration": shares["of_calibration"],
+        "of_evaluation": shares["of_evaluation"],
+        "allowed": MOST_SHARED,
+    }

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from winnow.errors import InputError, first_line
+from winnow.io.records import ModelManifest
 from winnow.models.classes import read_config
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def check_length(length: int, longest: int | None) -> None:
         raise InputError(f"windows of {length} tokens are longer than the model's {longest} positions; lower `length`")
 
 
-def check_causal(model: dict[str, Any]) -> None:
+def check_causal(model: ModelManifest) -> None:
     """Raise InputError if a retrieved model (its manifest) has no perplexity."""
     if not model["causal"]:
         raise InputError(

@@ -22,6 +22,8 @@ from winnow.evaluation.spread import ratio
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.evaluation.results import Scores
+
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +51,7 @@ class Harness(HFLM):
 
 def score(
     model: PreTrainedModel, tokenizer: Any, tasks: dict[str, Any], num_fewshot: int | None, limit: int | None, batch: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Scores]:
     """{task: {measure: {value, value_se, per_document}}} by lm-eval's `simple_evaluate`, with its seeds and its prompts.
 
     A measure is named `metric`, or `metric,filter` if the task filters answers. `value_se` is None if lm-eval has no standard
@@ -64,7 +66,7 @@ def score(
     loaded = TaskManager(include_defaults=False)  # empty: the tasks are loaded already
     with redirect_stderr(io.StringIO()):  # hides progress bars; warnings use logging
         found: Any = simple_evaluate(lm, tasks=list(tasks.values()), num_fewshot=num_fewshot, limit=limit, task_manager=loaded)
-    scores: dict[str, dict[str, Any]] = {}
+    scores: dict[str, Scores] = {}
     for name in tasks:
         samples, results = found["samples"][name], found["results"][name]
         _check_answers(name, samples)
@@ -101,7 +103,7 @@ def _mean_of(values: list[Any], value: float) -> list[float]:
     return found if math.isclose(math.fsum(found) / len(found), value, rel_tol=1e-9, abs_tol=1e-12) else []
 
 
-def against(scores: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def against(scores: dict[str, Scores], dense: dict[str, Scores]) -> dict[str, Scores]:
     """The scores with `delta` and `delta_se`: the differences to the dense model, paired by document.
 
     `delta_se` is None if a measure is not a mean over documents. Raises InputError if the documents differ.

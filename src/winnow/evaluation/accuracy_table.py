@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from winnow.io.records import Row
+
+if TYPE_CHECKING:
+    from winnow.evaluation.results import ScoreResult
 
 # Other people's tools read these columns, as those of the summary. New ones are only appended.
 COLUMNS = [
@@ -16,7 +20,7 @@ COLUMNS = [
 ]
 
 
-def accuracy_table(rows: list[Row], results: dict[str, dict[str, Any]], columns: list[str] = COLUMNS) -> pd.DataFrame:
+def accuracy_table(rows: list[Row], results: Mapping[str, ScoreResult], columns: list[str] = COLUMNS) -> pd.DataFrame:
     """One row per cell, task and measure: the cell's names (from `rows`), its bytes, and its scores.
 
     `delta` is the score minus the dense model's, paired by document; 0 for the dense model. Standard errors are empty if lm-eval
@@ -25,7 +29,7 @@ def accuracy_table(rows: list[Row], results: dict[str, dict[str, Any]], columns:
     table = []
     for row in rows:
         result = results[row["result"]]
-        sizes = {key: result[key] for key in COLUMNS if key in result}
+        sizes: dict[str, Any] = {key: value for key, value in result.items() if key in COLUMNS}
         sizes["keep_bytes"] = result["stored_bytes"] / result["dense_bytes"]
         for task, measures in result["scores"].items():
             for measure, score in measures.items():

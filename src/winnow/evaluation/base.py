@@ -49,7 +49,7 @@ class Running:
 class Given:
     """The inputs of a job: the dense model, and optionally a `checkpoint` compared with it."""
 
-    spec: dict[str, Any]  # `Evaluation.spec`, the preset's `name` and `kind`, the model's `dtype`, the checkpoint's `recovery`
+    spec: Any  # `Evaluation.spec`, the preset's `name` and `kind`, the model's `dtype`, the checkpoint's `recovery`
     files: ModelFiles
     checkpoint: Bundle | None
     inputs: Mapping[str, Any]  # paths of what the evaluation `reads`, and `dense`, the result of the dense model
@@ -64,7 +64,7 @@ class Given:
 
         return load_model((self.checkpoint or self.files).verify(), self.spec["dtype"], self.device)
 
-    def dense(self) -> dict[str, Any] | None:
+    def dense(self) -> Any:
         """The dense model's result; None if the dense model is measured."""
         from winnow.io.artifacts import read_json
 
@@ -90,7 +90,7 @@ class Evaluation(Plugin):
     minutes: ClassVar[int] = 60
     Options: ClassVar[type[EvaluationOptions]]
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Mapping[str, Any]:
         """The options on which a result depends, as builtin types."""
         return self.options.model_dump(exclude={"kind"})
 
@@ -101,7 +101,7 @@ class Evaluation(Plugin):
 
     @classmethod
     @abstractmethod
-    def measure(cls, given: Given) -> dict[str, Any]:
+    def measure(cls, given: Given) -> Mapping[str, Any]:
         """The numbers of a model. Sizes and the name of the checkpoint are added by the caller."""
 
     @classmethod

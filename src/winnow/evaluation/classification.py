@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from winnow.errors import InputError
 from winnow.evaluation.spread import ratio
+
+if TYPE_CHECKING:
+    from winnow.evaluation.results import PerRow, Scores
 
 Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], float]  # of (labels, predictions, count of each pair)
 
@@ -47,7 +50,7 @@ def _jackknife(labels: np.ndarray, own: list[int], measure: Measure, minus: list
     return value(counts), math.sqrt((n - 1) / n * float((counts * (without - mean) ** 2).sum()))
 
 
-def scores(labels: list[int], own: dict[str, list], classes: int, dense: dict[str, list] | None = None) -> dict[str, Any]:
+def scores(labels: list[int], own: PerRow, classes: int, dense: PerRow | None = None) -> Scores:
     """{measure: {value, value_se, and with the dense model's outputs `dense` delta, delta_se}}.
 
     Accuracy and loss (nats) are means over rows, with the standard error of a mean; `agreement` is the share of rows with the
@@ -61,18 +64,21 @@ def scores(labels: list[int], own: dict[str, list], classes: int, dense: dict[st
     others = {}
     if dense is not None:
         others = {"accuracy": np.equal(dense["predicted"], answers).astype(float), "loss": np.array(dense["loss"])}
-    found: dict[str, Any] = {}
+    found: Scores = {}
     for name, per_row in values.items():
-        found[name] = dict(zip(("value", "value_se"), ratio(per_row.tolist(), ones), strict=True))
+        value, error = ratio(per_row.tolist(), ones)
+        found[name] = {"value": value, "value_se": error}
         if others:
-            found[name] |= dict(zip(("delta", "delta_se"), ratio((per_row - others[name]).tolist(), ones), strict=True))
+            found[name]["delta"], found[name]["delta_se"] = ratio((per_row - others[name]).tolist(), ones)
     measures: dict[str, Measure] = {"f1": _f1, "matthews": _matthews} if classes == 2 else {}
     for name, measure in measures.items():
-        found[name] = dict(zip(("value", "value_se"), _jackknife(answers, own["predicted"], measure), strict=True))
+        value, error = _jackknife(answers, own["predicted"], measure)
+        found[name] = {"value": value, "value_se": error}
         if dense is not None:
             delta = _jackknife(answers, own["predicted"], measure, dense["predicted"])
-            found[name] |= dict(zip(("delta", "delta_se"), delta, strict=True))
+            found[name]["delta"], found[name]["delta_se"] = delta
     if dense is not None:
         same = np.equal(own["predicted"], dense["predicted"]).astype(float)
-        found["agreement"] = dict(zip(("value", "value_se"), ratio(same.tolist(), ones), strict=True))
+        value, error = ratio(same.tolist(), ones)
+        found["agreement"] = {"value": value, "value_se": error}
     return found

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from torch.utils.flop_counter import flop_registry
 
 from winnow.errors import InputError
 from winnow.io.progress import every
+
+if TYPE_CHECKING:
+    from winnow.evaluation.results import Case, Machine, Quartiles, Ratio, Resources, Timed, Times
+    from winnow.io import specs
 
 SLOT = 0.01  # seconds for which short calls are repeated within one repeat, so that the clock resolution does not matter
 COVERAGE = 0.95  # confidence level of the interval of a median
@@ -82,7 +86,7 @@ def timed(call: Callable[[], Any], clock: Clock, calls: int) -> float:
     return clock(all_calls) / calls
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
+def quartiles(values: list[float]) -> Quartiles:
     """Median and quartiles."""
     q1, median, q3 = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75)).tolist()
     return {"median": median, "q1": q1, "q3": q3}
@@ -102,14 +106,14 @@ def interval(values: list[float]) -> tuple[float, float]:
     return ordered[low], ordered[n - 1 - low]
 
 
-def ratios(own: list[float], dense: list[float]) -> dict[str, float]:
+def ratios(own: list[float], dense: list[float]) -> Ratio:
     """Median and quartiles of the ratios of all repeats, and the interval of the median. Raises ValueError if not paired."""
     values = [a / b for a, b in zip(own, dense, strict=True)]
     low, high = interval(values)
     return {**quartiles(values), "low": low, "high": high}
 
 
-def latency_verdict(ratio: Mapping[str, float], control: Mapping[str, float]) -> str:
+def latency_verdict(ratio: Ratio, control: Ratio) -> str:
     """Faster or slower if the interval of the ratio's median excludes 1 and the median is outside of the control's quartiles;
     otherwise the difference is no larger than that of the dense model to itself."""
     if ratio["high"] < 1 and ratio["median"] < control["q1"]:
@@ -203,9 +207,10 @@ class Generation:
         self.cache = None
         return seconds
 
-    def resources(self) -> dict[str, dict[str, float]]:
+    def resources(self) -> dict[str, Resources]:
         """Per phase: `peak_bytes` (weights, cache and activations), and per token `flops` and `weight_bytes` read."""
-        cuda, found = self.prompt.is_cuda, {}
+        cuda = self.prompt.is_cuda
+        found: dict[str, Resources] = {}
         phases = (("prefill", self.prefill, self.prompt.numel()), ("decode", self._first, len(self.prompt)))
         before = torch.cuda.memory_allocated() if cuda else 0
         with Tally(self.model) as tally:
@@ -215,8 +220,11 @@ class Generation:
                     torch.cuda.reset_peak_memory_stats()
                 call()
                 peak = torch.cuda.max_memory_allocated() - before if cuda else tally.peak
-                per_token = {"flops": tally.flops / tokens, "weight_bytes": tally.weight_bytes / tokens}
-                found[phase] = {"peak_bytes": weight_bytes(self.model) + peak, **per_token}
+                found[phase] = {
+                    "peak_bytes": weight_bytes(self.model) + peak,
+                    "flops": tally.flops / tokens,
+                    "weight_bytes": tally.weight_bytes / tokens,
+                }
         self.cache = None
         return found
 
@@ -225,9 +233,7 @@ class Generation:
 
 
 @torch.no_grad()
-def evaluate_latency(
-    dense: Any, model: Any | None, spec: dict[str, Any], device: str, clock: Clock | None = None
-) -> dict[str, Any]:
+def evaluate_latency(dense: Any, model: Any | None, spec: specs.Timing, device: str, clock: Clock | None = None) -> Times:
     """Prefill and decoding of `model` (None: only the dense model) compared with the dense one, for every batch size and prompt
     length of `spec` (batches, prompts, decode, repeats, warm_up): {"cases": [...], "machine": {...}}.
 
@@ -242,7 +248,7 @@ def evaluate_latency(
             "model; lower `prompts` or `decode` of the evaluation"
         )
     subjects = {"dense": dense, "control": dense, **({} if model is None else {"compressed": model})}
-    cases: list[dict[str, Any]] = []
+    cases: list[Case] = []
     grid = [(batch, length) for batch in spec["batches"] for length in spec["prompts"]]
     for batch, length in every(grid, "batch sizes and prompts"):
         generator = torch.Generator().manual_seed(0)
@@ -254,14 +260,18 @@ def evaluate_latency(
         seconds = interleaved({name: partial(run.slot, clock, calls) for name, run in runs.items()}, spec["repeats"])
         for phase, tokens in (("prefill", batch * length), ("decode", batch)):
             of_phase = {name: values[phase] for name, values in seconds.items()}
-            own = {name: found[phase] for name, found in resources.items()}
-            cases.append({"phase": phase, "batch": batch, "prompt": length, **compared(of_phase, own, tokens)})
+            own = {name: of[phase] for name, of in resources.items()}
+            found = compared(of_phase, own, tokens)
+            case: Case = {"phase": phase, "batch": batch, "prompt": length, "dense": found["dense"], "control": found["control"]}
+            if "compressed" in found:
+                case["compressed"] = found["compressed"]
+            cases.append(case)
     return {"cases": cases, "machine": machine_record(device, dense)}
 
 
-def compared(seconds: dict[str, list[float]], resources: dict[str, dict[str, float]], tokens: int) -> dict[str, Any]:
+def compared(seconds: dict[str, list[float]], resources: dict[str, Resources], tokens: int) -> dict[str, Timed]:
     """One record per subject: seconds, tokens per second, resources, and the ratio to dense with its verdict."""
-    found: dict[str, Any] = {}
+    found: dict[str, Timed] = {}
     control = ratios(seconds["control"], seconds["dense"])
     for name, values in seconds.items():
         found[name] = {
@@ -276,7 +286,7 @@ def compared(seconds: dict[str, list[float]], resources: dict[str, dict[str, flo
     return found
 
 
-def machine_record(device: str, model: Any) -> dict[str, Any]:
+def machine_record(device: str, model: Any) -> Machine:
     """The hardware and software of the measurement; none of it is a parameter, but all of it affects the numbers."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():

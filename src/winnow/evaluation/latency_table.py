@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from winnow.io.records import Row
+
+if TYPE_CHECKING:
+    from winnow.evaluation.results import Timed, TimeResult
 
 COLUMNS = [
     *("model", "calibration", "method", "structure", "metric", "budget", "allocation", "recovery", "evaluation", "targets"),
@@ -20,7 +24,7 @@ COLUMNS = [
 ]
 
 
-def latency_table(rows: list[Row], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def latency_table(rows: list[Row], results: Mapping[str, TimeResult]) -> pd.DataFrame:
     """One row per case of every cell's result (`row["result"]` names it).
 
     `ratio` is the time divided by the dense model's in the same repeat (below 1 is faster): median, quartiles, and the 95 %
@@ -58,7 +62,7 @@ def latency_table(rows: list[Row], results: dict[str, dict[str, Any]]) -> pd.Dat
     return frame.astype({"keep_requested": "float64", "load": "float64"})
 
 
-def _measured(subject: dict[str, Any], prefix: str) -> dict[str, float]:
+def _measured(subject: Timed, prefix: str) -> dict[str, float]:
     """Columns of the numbers of one model."""
     seconds = subject["seconds"]
     return {

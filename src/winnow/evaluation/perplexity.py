@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from winnow.checkpoint.streaming import Streamed
+    from winnow.evaluation.results import Losses, PerWindow, Summary
 
 CHUNK = 1 << 24  # logits in float64 at a time
 STREAMED = 1 << 21  # the same for a model that is run block by block, as memory is short
@@ -31,7 +32,7 @@ def evaluate(
     first: Tensor,
     batch: int,
     resume: Resume | None = None,
-) -> dict[str, list[float]]:
+) -> PerWindow:
     """Per window: `nll` (sum, nats), `tokens` (scored), and with a dense model `kl` (sum of KL(dense || model)) and `agree`
     (number of tokens with the same top-1 prediction).
 
@@ -44,26 +45,26 @@ def evaluate(
     sums = {key: torch.zeros(len(ids), dtype=torch.float64) for key in keys}
     lengths = (ids != PAD).sum(1)
     done = resume.restore(sums) if resume else 0
-    for group in every(_batches(lengths.tolist(), batch, done), "evaluation batches"):
-        x = ids[group][:, : int(lengths[group[0]])].to(device).long()
+    for chosen in every(_batches(lengths.tolist(), batch, done), "evaluation batches"):
+        x = ids[chosen][:, : int(lengths[chosen[0]])].to(device).long()
         logits = model(input_ids=x, use_cache=False).logits
         if not _all_finite(logits):
-            raise FloatingPointError(f"logits are not finite in windows {group[0]} to {group[-1]}; {_culprit(model, x)}")
+            raise FloatingPointError(f"logits are not finite in windows {chosen[0]} to {chosen[-1]}; {_culprit(model, x)}")
         reference = None if dense is None else dense(input_ids=x, use_cache=False).logits
-        for row, window in enumerate(group):
+        for row, window in enumerate(chosen):
             begin = int(first[window])
             pair = None if reference is None else reference[row, begin - 1 : -1]
             for key, value in _score(logits[row, begin - 1 : -1], x[row, begin:], pair).items():
                 sums[key][window] = value
         if resume:
-            resume.save(group[-1] + 1, sums)
-    return {key: values.tolist() for key, values in sums.items()}
+            resume.save(chosen[-1] + 1, sums)
+    return {key: values.tolist() for key, values in sums.items()}  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def evaluate_by_block(
     model: Streamed, dense: Streamed | None, ids: Tensor, first: Tensor, batch: int, resume: Resume | None = None
-) -> dict[str, list[float]]:
+) -> PerWindow:
     """Like `evaluate`, with only the weights of one block, or of the modules after the blocks, in memory at a time."""
     models = [model] if dense is None else [model, dense]
     keys = ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))
@@ -72,10 +73,10 @@ def evaluate_by_block(
     for streamed in models:
         for layer in streamed.remaining():
             with streamed.block(layer):
-                for group in every(_batches(lengths, batch, 0), f"evaluation batches of layer {layer}"):
-                    x = ids[group][:, : lengths[group[0]]].to(streamed.device).long()
-                    if not _all_finite(streamed.run(group[0], {"input_ids": x})):
-                        where = f"windows {group[0]} to {group[-1]}"
+                for chosen in every(_batches(lengths, batch, 0), f"evaluation batches of layer {layer}"):
+                    x = ids[chosen][:, : lengths[chosen[0]]].to(streamed.device).long()
+                    if not _all_finite(streamed.run(chosen[0], {"input_ids": x})):
+                        where = f"windows {chosen[0]} to {chosen[-1]}"
                         raise FloatingPointError(f"the output of {streamed.names[layer]} is not finite in {where}")
             streamed.advance(layer)
     done = resume.restore(sums) if resume else 0
@@ -94,7 +95,7 @@ def evaluate_by_block(
                     sums[key][window] += value
             if resume:
                 resume.save(window + 1, sums)
-    return {key: values.tolist() for key, values in sums.items()}
+    return {key: values.tolist() for key, values in sums.items()}  # type: ignore[return-value]
 
 
 def _parts(first: int, length: int, vocabulary: int) -> list[slice]:
@@ -105,13 +106,13 @@ def _parts(first: int, length: int, vocabulary: int) -> list[slice]:
 
 def _batches(lengths: list[int], batch: int, done: int) -> list[list[int]]:
     """Consecutive windows of equal length, at most `batch` at a time, from window `done` on."""
-    groups: list[list[int]] = []
+    found: list[list[int]] = []
     for window, length in list(enumerate(lengths))[done:]:
-        if groups and len(groups[-1]) < batch and lengths[groups[-1][0]] == length:
-            groups[-1].append(window)
+        if found and len(found[-1]) < batch and lengths[found[-1][0]] == length:
+            found[-1].append(window)
         else:
-            groups.append([window])
-    return groups
+            found.append([window])
+    return found
 
 
 def _all_finite(x: Tensor) -> bool:
@@ -154,11 +155,11 @@ def _culprit(model: PreTrainedModel, x: Tensor) -> str:
     return f"the first module with such an output is {found[0]}" if found else "every module's output is finite"
 
 
-def summarize_windows(rows: dict[str, list[float]], dense: dict[str, Any] | None) -> dict[str, Any]:
+def summarize_windows(rows: PerWindow, dense: Losses | None) -> Summary:
     """Totals, means and standard errors of per-window sums; differences to `dense` (its record) are paired."""
     counts = rows["tokens"]
     nll, nll_se = ratio(rows["nll"], counts)
-    result: dict[str, Any] = {
+    result: Summary = {
         "windows": len(counts),
         "tokens": int(sum(counts)),
         "nll_sum": math.fsum(rows["nll"]),

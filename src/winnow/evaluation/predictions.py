@@ -15,6 +15,8 @@ from winnow.models.classes import classes_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.evaluation.results import PerRow
+
 
 def outputs_of_classes(model: PreTrainedModel, labels: list[str]) -> list[int]:
     """The output index of the model for each class of a task.
@@ -44,7 +46,7 @@ def outputs_of_classes(model: PreTrainedModel, labels: list[str]) -> list[int]:
 
 
 @torch.no_grad()
-def predict_classes(model: PreTrainedModel, examples: Examples, outputs: list[int], batch: int) -> dict[str, list]:
+def predict_classes(model: PreTrainedModel, examples: Examples, outputs: list[int], batch: int) -> PerRow:
     """{predicted: class of every row, loss: its cross-entropy in nats}. Raises FloatingPointError, with the row, if a logit is
     not finite."""
     pad, types, device = padding_of(model.config), takes_types(model.config), str(model.device)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from winnow.evaluation.results import PerWindow
 
 
 def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
@@ -18,7 +21,7 @@ def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]
     return mean, math.sqrt(spread) / float(c.sum())
 
 
-def paired(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+def paired(one: PerWindow, other: PerWindow) -> tuple[float, float]:
     """(difference of the losses of two models in nats per token, its standard error), from their per-window `nll` and
     `tokens`. Raises ValueError if they were scored on other windows."""
     if one["tokens"] != other["tokens"]:
@@ -31,7 +34,7 @@ def tied(difference: float, error: float) -> bool:
     return abs(difference) <= 2 * error
 
 
-def standing(cells: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
+def standing(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> list[str]:
     """The ranking of the methods of one budget, one line each: `best` or the difference to it, with ties; and `as dense` if the
     loss is within two standard errors of the dense model's."""
     ties = [tied(float(cell["above_best"]), float(cell["above_best_se"])) for cell in cells]
@@ -43,7 +46,7 @@ def standing(cells: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
     return lines
 
 
-def is_as_dense(cell: dict[str, Any]) -> bool:
+def is_as_dense(cell: Mapping[str, Any]) -> bool:
     """Whether the difference to the dense model's loss is within two standard errors of 0."""
     return tied(float(cell["delta_nll"]), float(cell["delta_nll_se"]))
 

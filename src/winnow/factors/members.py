@@ -11,6 +11,7 @@ from winnow.io.artifacts import Bundle, read_parquet
 if TYPE_CHECKING:
     import pandas as pd
 
+    from winnow.io.records import FactorsManifest
     from winnow.structures.base import Structure
 
 
@@ -31,8 +32,9 @@ def factors_of(structure: Structure, paths: Sequence[str]) -> tuple[dict[str, Bu
     dense: dict[str, int] = {}
     for suffix, path in by_member(structure, paths):
         bundle = Bundle(path)
-        found |= {f"{name}{suffix}": bundle for name in bundle.manifest["groups"]}
-        dense |= bundle.manifest["left_dense"]
+        manifest: FactorsManifest = bundle.manifest
+        found |= {f"{name}{suffix}": bundle for name in manifest["groups"]}
+        dense |= manifest["left_dense"]
     return found, dense
 
 

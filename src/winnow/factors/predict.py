@@ -3,7 +3,7 @@
 A change D of a matrix changes its output by D x, and the loss by 1/2 E[(g^T D x)^2] with g the gradient of the loss at the
 output: the Fisher information is used as the Hessian. Assuming that x and g are independent, this is 1/2 tr(F D C D^T) with
 C = E[x x^T], F = E[g g^T] (KFAC, arXiv 1503.05671). For a structure that replaces a whole FFN, D x is the change of the FFN's
-output, and F the moment of the gradient there. Changes of several matrices are assumed to add up, which holds if each is small.
+output, and F that of the gradient there. Changes of several matrices are assumed to add up, which holds if each is small.
 
 Directions that never occur in the calibration tokens would cost nothing, such as hidden units that were never active, although
 some are active on other text. One more token is therefore counted, of which nothing is known, see `unseen`.
@@ -60,7 +60,7 @@ def predict(
                 None,
                 inputs.precision,
                 {m.name: files.tensor(f"{m.module}.bias").double().to(device) for m in group if m.bias},
-                {name: {"gradient_gram": expected(moment, tokens[name])} for name, moment in gradients_of.items()},
+                {name: {"gradient_gram": expected(gram, tokens[name])} for name, gram in gradients_of.items()},
             )
         except FloatingPointError as error:
             raise InputError(f"{group[0].module}: {error}") from error
@@ -71,7 +71,7 @@ def predict(
 
 
 def on_other_text(sites: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Input statistics of a group by matrix, with the second moments that are expected for other text."""
+    """Input statistics of a group by matrix, with the Gram matrices that are expected for other text."""
     *inner, last = sites
     if "cross" not in sites[last]:
         return {name: site | {"gram": expected(site["gram"], int(site["count"]))} for name, site in sites.items()}

@@ -1,8 +1,8 @@
-"""The second moment that is expected for other text, estimated from few tokens.
+"""The Gram matrix E[x x^T] that is expected for other text, estimated from few tokens.
 
 A fit to the mean of x x^T over some tokens drops the directions with the least energy in this sample, which are the ones whose
 energy it underestimates most. Evaluated on the same tokens, the fit therefore looks better than it is, the more so the fewer
-tokens there are per channel. Given only the sample, the expectation of the true moment C has the sample's eigenvectors and as
+tokens there are per channel. Given only the sample, the expectation of the true C has the sample's eigenvectors and as
 eigenvalues the energy of C along each of them (Ledoit and Peche 2011; Bun, Bouchaud and Potters 2017), estimated here by
 quadratic-inverse shrinkage (Ledoit and Wolf 2022). A predicted loss is linear in C, so this C gives the expected loss.
 
@@ -24,18 +24,18 @@ COUNTED = 0.5
 ROWS = 512  # rows computed at a time of a matrix with one number for every pair of eigenvalues
 
 
-def expected(moment: Tensor, tokens: int, share: float = COUNTED) -> Tensor:
-    """The expectation of the true second moment (n, n), float64, given that of `tokens` tokens, of which a `share` is counted;
-    `moment` itself if there are enough tokens. The trace does not change. Channels that are always 0 remain 0."""
-    return _shrunk(moment, tokens, share) if too_few(len(moment), tokens) else moment
+def expected(gram: Tensor, tokens: int, share: float = COUNTED) -> Tensor:
+    """The expectation of the true Gram matrix (n, n), float64, given that of `tokens` tokens, of which a `share` is counted;
+    `gram` itself if there are enough tokens. The trace does not change. Channels that are always 0 remain 0."""
+    return _shrunk(gram, tokens, share) if too_few(len(gram), tokens) else gram
 
 
-def _shrunk(moment: Tensor, tokens: int, share: float) -> Tensor:
-    active = (moment.diagonal() > 0).nonzero().flatten()
-    if not len(active) or not finite(moment):  # the caller reports it with a name
-        return moment
-    values, vectors = eigh(moment[active][:, active])
-    found = torch.zeros_like(moment)
+def _shrunk(gram: Tensor, tokens: int, share: float) -> Tensor:
+    active = (gram.diagonal() > 0).nonzero().flatten()
+    if not len(active) or not finite(gram):  # the caller reports it with a name
+        return gram
+    values, vectors = eigh(gram[active][:, active])
+    found = torch.zeros_like(gram)
     found[active[:, None], active] = (vectors * eigenvalues(values, tokens, share)) @ vectors.T
     return found
 
@@ -49,15 +49,15 @@ def expected_jointly(
     if not too_few(max(len(x["mean"]), len(h["mean"])), tokens):
         return x, h
     mean, width = torch.cat([x["mean"], h["mean"]]), len(x["mean"])
-    moment = torch.cat([torch.cat([x["gram"], h["cross"].T], 1), torch.cat([h["cross"], h["gram"]], 1)])
+    joint = torch.cat([torch.cat([x["gram"], h["cross"].T], 1), torch.cat([h["cross"], h["gram"]], 1)])
     around = torch.outer(mean, mean)
-    found = _shrunk(moment - around, tokens, share) + around
+    found = _shrunk(joint - around, tokens, share) + around
     hidden = {"gram": found[width:, width:], "cross": found[width:, :width]}
     return x | {"gram": found[:width, :width]}, h | hidden
 
 
 def eigenvalues(values: Tensor, tokens: int, share: float) -> Tensor:
-    """Expected energy of the true second moment along the eigenvectors of that of `tokens` tokens, from its eigenvalues (n,),
+    """Expected energy of the true Gram matrix along the eigenvectors of that of `tokens` tokens, from its eigenvalues (n,),
     ascending. With more tokens than channels, directions of eigenvalue 0 are assumed to have no energy in other text either."""
     n, total, counted = len(values), values.clamp(min=0).sum(), max(1, int(share * tokens))
     noise = torch.maximum(n * EPSILON * values[-1], -2 * values[0])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+
+from winnow.io.records import SpectrumRow
 
 
 def effective_ranks(singular_values: np.ndarray) -> dict[str, float]:
@@ -22,7 +22,7 @@ def effective_ranks(singular_values: np.ndarray) -> dict[str, float]:
     return {**ranks, "stable_rank": total / float(energy.max()), "entropy_rank": float(np.exp(entropy))}
 
 
-def spectrum_row(name: str, spectrum: np.ndarray, error: np.ndarray, numbers: np.ndarray, metric: str) -> dict[str, Any]:
+def spectrum_row(name: str, spectrum: np.ndarray, error: np.ndarray, numbers: np.ndarray, metric: str) -> SpectrumRow:
     """One row of spectra.parquet: layer(s), role(s), metric, singular values, error and stored numbers at every size, effective
     ranks."""
     layer, _, roles = name.partition(".")
@@ -34,5 +34,5 @@ def spectrum_row(name: str, spectrum: np.ndarray, error: np.ndarray, numbers: np
         "singular_values": spectrum.tolist(),
         "error": error.tolist(),
         "numbers": numbers.tolist(),
-        **effective_ranks(spectrum),
+        **effective_ranks(spectrum),  # type: ignore[typeddict-item]
     }

@@ -172,7 +172,7 @@ def write_json(path: Path | str, content: Mapping[str, Any], provenance: Mapping
         _seal(partial)
 
 
-def read_json(path: Path | str) -> dict[str, Any]:
+def read_json(path: Path | str) -> Any:
     """The content of a file of `write_json`. Raises InputError if it is incomplete, changed, or written for another path."""
     content = json.loads(_unsealed(path))
     del content["seal"]
@@ -227,7 +227,9 @@ def read_parquet(path: Path | str) -> pd.DataFrame:
     return table.to_pandas()
 
 
-def write_tensors(path: Path | str, tensors: dict[str, torch.Tensor], metadata: dict | None = None, sealed: bool = False) -> None:
+def write_tensors(
+    path: Path | str, tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any] | None = None, sealed: bool = False
+) -> None:
     """Write a safetensors file, with `metadata` as one JSON string under `winnow`. Single files are `sealed`; files of a bundle
     need not be, since the manifest contains their digests."""
     from safetensors import SafetensorError

@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 class Params(TypedDict):
     """What a job is planned with, besides its input files."""
 
-    spec: dict[str, Any]  # the parameters of its stage, see `winnow.planning.stages`
+    spec: Mapping[str, Any]  # what its stage tells it, see `winnow.io.specs`
     code: list[str]  # `module digest`
     versions: dict[str, str]  # of libraries
     files: dict[str, str]  # {file of the user: SHA-256}
@@ -25,13 +25,76 @@ class Provenance(TypedDict):
     file: NotRequired[str]  # the name of the artefact, of those that are one file
 
 
-class TensorRecord(TypedDict):
+class Shaped(TypedDict):
+    shape: list[int]
+
+
+class TensorRecord(Shaped):
     """Where a tensor of a model is stored."""
 
     file: str
     key: str
     dtype: str
-    shape: list[int]
+
+
+class BaseManifest(TypedDict):
+    """A directory of Hugging Face files."""
+
+    directory: str
+    files: dict[str, str]  # {name: SHA-256}
+
+
+_Class = TypedDict("_Class", {"class": str})  # the name of a model's transformers class
+
+
+class ModelManifest(BaseManifest, _Class):
+    """A model as it is compressed."""
+
+    model_type: str
+    causal: bool
+    max_length: int | None  # positions; None: no limit
+    tied: dict[str, str]  # {tensor: the one that it is tied to}
+    tensors: dict[str, TensorRecord]  # by canonical name
+    bytes: int
+
+
+class Sealed(TypedDict):
+    """What is added when a manifest or a result is written."""
+
+    provenance: NotRequired[Provenance]
+
+
+class StatisticsManifest(Sealed):
+    """Second moments of a calibration."""
+
+    tokens: int
+    few_tokens: list[str]  # warnings
+
+
+class FactorsManifest(Sealed):
+    """Fits of a shard."""
+
+    groups: list[str]
+    left_dense: dict[str, int]  # {group of experts: calibration tokens, which are too few}
+
+
+class Overlap(Sealed):
+    """What a calibration text and evaluation data have in common, as shares of runs of words."""
+
+    words_per_run: int
+    common_runs: int
+    of_calibration: float
+    of_evaluation: float
+    allowed: float
+
+
+class ExamplesFacts(TypedDict):
+    """The rows of a classification task."""
+
+    labels: list[str]  # names of the classes
+    rows: dict[str, int]  # by split
+    dropped: int  # train rows that are also test rows
+    digests: dict[str, str]
 
 
 class Sizes(TypedDict):
@@ -61,6 +124,37 @@ class AllocationRecord(TypedDict):
     keep_bytes: float
     predicted: NotRequired[float]
     groups: list[GroupRecord]
+    left_dense: NotRequired[dict[str, int]]  # {group of experts: its calibration tokens, which are too few}
+
+
+class LearnedRecord(TypedDict):
+    """What allocation.json says of learned.json: held-out losses, nats per token."""
+
+    held_out_start: float
+    held_out_best: float
+    best_step: int
+
+
+class RoundRecord(TypedDict):
+    """One of the rounds in which losses are predicted."""
+
+    round: int
+    calibration_nll: float
+    predicted: float
+    left_dense: int
+    chosen: NotRequired[bool]
+
+
+class SpectrumRow(TypedDict):
+    """A row of spectra.parquet, besides effective ranks."""
+
+    group: str
+    layer: int  # the first
+    role: str
+    metric: str
+    singular_values: list[float]
+    error: list[float]  # at every size
+    numbers: list[int]  # likewise
 
 
 class Row(TypedDict):

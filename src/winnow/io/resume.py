@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST, read_tensors, write_tensors
@@ -92,7 +92,7 @@ def own_files(folder: Path, provenance: Provenance) -> set[str]:
     return kept
 
 
-def _provenance(path: Path) -> dict[str, Any] | None:
+def _provenance(path: Path) -> Provenance | None:
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from winnow.errors import InputError
+from winnow.io.records import Shaped
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,14 @@ ORDER = (
 CHUNK = 1 << 20  # bytes copied, or numbers converted, at a time
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
+class TensorHeader(Shaped):
+    """What a safetensors file says of a tensor."""
+
+    dtype: str
+    data_offsets: list[int]
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
     """{tensor: its dtype, shape and offsets} of a safetensors file, without reading tensors. Raises InputError if the file is
     incomplete or not safetensors."""
     with open(path, "rb") as stream:
@@ -98,13 +106,22 @@ class TensorFile:
         return tensor
 
 
+class Spooled(NamedTuple):
+    """A tensor in a spool, and where it starts."""
+
+    dtype: str
+    shape: list[int]
+    start: int
+    bytes: int
+
+
 class Spool:
     """Collects the tensors of a safetensors file in a temporary file: the header, which comes first, and the order of the tensors
     are only known at the end."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, Spooled] = {}
         self.bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -115,18 +132,18 @@ class Spool:
             rest = bytes_of(tensor)
             while len(rest):
                 rest = rest[stream.write(rest) :]
-        self.records[name] = {"dtype": dtype, "shape": list(tensor.shape), "from": self.bytes, "bytes": tensor.nbytes}
+        self.records[name] = Spooled(dtype, list(tensor.shape), self.bytes, tensor.nbytes)
         self.bytes += tensor.nbytes
 
     def finish(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the safetensors file, byte for byte as `safetensors.torch.save_file` would, and clear the spool."""
-        names = sorted(self.records, key=lambda name: (ORDER.index(self.records[name]["dtype"]), name))
+        names = sorted(self.records, key=lambda name: (ORDER.index(self.records[name].dtype), name))
         header: dict[str, Any] = {"__metadata__": metadata}
         place = 0
         for name in names:
             record = self.records[name]
-            offsets = [place, place + record["bytes"]]
-            header[name] = {"dtype": record["dtype"], "shape": record["shape"], "data_offsets": offsets}
+            offsets = [place, place + record.bytes]
+            header[name] = {"dtype": record.dtype, "shape": record.shape, "data_offsets": offsets}
             place = offsets[1]
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -134,8 +151,8 @@ class Spool:
         with open(path, "wb") as target, open(self.path, "rb") as source:
             target.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                source.seek(self.records[name]["from"])
-                for part in _parts(self.records[name]["bytes"]):
+                source.seek(self.records[name].start)
+                for part in _parts(self.records[name].bytes):
                     target.write(source.read(part))
         self.path.unlink()
         self.records, self.bytes = {}, 0

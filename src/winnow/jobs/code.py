@@ -11,9 +11,9 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from winnow.errors import InputError
+from winnow.io.records import Params
 from winnow.planning.fingerprints import MEMORY, PACKAGE, remembered
 
 CURE = "run snakemake again"
@@ -47,7 +47,7 @@ def keep_to(root: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(root / "src"), *filter(None, others)]))
 
 
-def check_code(params: dict[str, Any]) -> None:
+def check_code(params: Params) -> None:
     """Raise InputError if a module that was imported is not the one whose digest is in a job's `code`.
 
     Modules that were imported and are not in `code` are not reached by the job: other jobs' modules are in a fork's memory, too.
@@ -59,7 +59,7 @@ def check_code(params: dict[str, Any]) -> None:
             _check(name, digest, *_sources[name])
 
 
-def check_scripts(folder: Path, params: dict[str, Any]) -> None:
+def check_scripts(folder: Path, params: Params) -> None:
     """Raise InputError if a job's script, in `folder`, is not the one whose digest is in its `code`."""
     for name, digest in (line.split() for line in params.get("code", ())):
         if name.endswith(".py"):

@@ -23,7 +23,7 @@ from winnow.planning.outside import Digests
 class Job:
     """A started job: its resolved parameters, its device, and the provenance to store in what it writes."""
 
-    spec: dict[str, Any]
+    spec: Any  # of the stage's type in `winnow.io.specs`
     device: str
     provenance: Provenance
 

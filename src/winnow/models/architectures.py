@@ -7,14 +7,16 @@ site of its input.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from winnow.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from winnow.io.records import Shaped
 
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 FFN_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # gate_up_proj: gate above up, in one matrix
@@ -141,7 +143,7 @@ ARCHITECTURES = {
 }
 
 
-def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
+def matrices_of(model_type: str, tensors: Mapping[str, Shaped]) -> list[Matrix]:
     """All compressible matrices of a model, by layer and then by role.
 
     `tensors` maps canonical tensor names to records with a `shape`. Raises InputError for an unknown family, and for a layer
@@ -178,16 +180,16 @@ def matrices_of(model_type: str, tensors: dict[str, Any]) -> list[Matrix]:
     return found
 
 
-def blocks_of(model_type: str, tensors: dict[str, Any]) -> dict[int, str]:
-    """{layer: the name of its module}, in order. `tensors` and errors as for `matrices_of`."""
+def blocks_of(model_type: str, tensors: Collection[str]) -> dict[int, str]:
+    """{layer: the name of its module}, in order, from the names of all tensors. Errors as for `matrices_of`."""
     if model_type not in ARCHITECTURES:
-        matrices_of(model_type, tensors)  # raises, naming the families
+        matrices_of(model_type, {})  # raises, naming the families
     prefix = _prefix(ARCHITECTURES[model_type].layers, tensors)
     layers = sorted({int(name[len(prefix) :].split(".")[0]) for name in tensors if name.startswith(prefix)})
     return {layer: f"{prefix}{layer}" for layer in layers}
 
 
-def _prefix(layers: str, tensors: dict[str, Any]) -> str:
+def _prefix(layers: str, tensors: Collection[str]) -> str:
     """The prefix of the names of a layer's tensors; models with a head have one more component, such as `bert.`. Raises
     InputError if there are no layers."""
     heads = {name[: name.index(f"{layers}.")] for name in tensors if f"{layers}." in name}

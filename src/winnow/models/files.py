@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from winnow.errors import InputError
 from winnow.io.artifacts import file_digest, read_json
-from winnow.io.records import Sizes, TensorRecord
+from winnow.io.records import ModelManifest, Sizes, TensorRecord
 from winnow.io.tensors import BYTES, TensorFile
 from winnow.models.architectures import Matrix, matrices_of
 
@@ -81,9 +81,9 @@ class ModelFiles:
     """A retrieved model: its manifest, and its tensors read one at a time; a file is verified before its first use."""
 
     def __init__(self, manifest: Path | str):
-        self.manifest = read_json(manifest)
+        self.manifest: ModelManifest = read_json(manifest)
         self.directory = Path(self.manifest["directory"])
-        self.tensors: dict[str, TensorRecord] = self.manifest["tensors"]
+        self.tensors = self.manifest["tensors"]
         self.matrices: list[Matrix] = matrices_of(self.manifest["model_type"], self.tensors)
         self._verified = cache(self._verify)
         self._opened = cache(lambda name: TensorFile(self._verified(name)))

@@ -10,7 +10,7 @@ import torch
 
 from winnow.errors import InputError, first_line
 from winnow.io.artifacts import file_digest
-from winnow.io.records import TensorRecord
+from winnow.io.records import ModelManifest, TensorRecord
 from winnow.io.tensors import TensorFile
 from winnow.models.architectures import ARCHITECTURES, matrices_of
 from winnow.models.classes import empty_model, is_causal
@@ -53,7 +53,7 @@ def _checked(directory: Path) -> list[Path]:
     return files
 
 
-def describe(directory: Path) -> dict[str, Any]:
+def describe(directory: Path) -> ModelManifest:
     """Description of a model directory: family, digests of files, and every tensor under its canonical name.
 
     Canonical names are those of the transformers model, not of the files. Raises InputError with the name of a tensor that is

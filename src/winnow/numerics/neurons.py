@@ -5,7 +5,7 @@ Neuron j is row j of gate and up, and column j of down; its contribution to the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from winnow.numerics.linalg import regularized, square_root
 
 if TYPE_CHECKING:
     from winnow.structures.base import Problem
-
-Criterion = Literal["activation", "activation_x_row", "weight_norm", "leverage", "output", "loss", "random", "lowest"]
 
 
 def statistics_of(criterion: str) -> tuple[str, ...]:

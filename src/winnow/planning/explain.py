@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST, check_whole, file_digest, provenance_of_markup, read_json
-from winnow.io.records import Provenance
+from winnow.io.records import Params, Provenance
 from winnow.planning.plan import Plan
 
 
@@ -22,7 +22,7 @@ def provenance_of(path: Path) -> Provenance:
         path = path / MANIFEST
     if not path.is_file():
         raise InputError(f"{path}: there is no such artefact")
-    found: dict[str, Any] | None = None
+    found: Any = None
     if path.suffix == ".json":
         found = read_json(path).get("provenance")
     elif path.suffix == ".parquet":
@@ -39,7 +39,7 @@ def provenance_of(path: Path) -> Provenance:
         found = {key: value for key, value in metadata.get("provenance", metadata).items() if key != "seal"}
     if not found or "rule" not in found:
         raise InputError(f"{path}: holds no provenance; it is not an artefact of winnow, or one for people only")
-    return cast(Provenance, found)
+    return found
 
 
 def differences(provenance: Provenance, plan: Plan, directory: Path = Path()) -> list[str]:
@@ -68,7 +68,7 @@ def differences(provenance: Provenance, plan: Plan, directory: Path = Path()) ->
     return lines
 
 
-def difference(outputs: list[str], today: dict[str, Any]) -> str | None:
+def difference(outputs: list[str], today: Params) -> str | None:
     """The first difference between the params that the outputs of a job hold and those of `today`; None if there is none.
 
     Outputs for people only hold none; one of a job that does speaks for all.
@@ -81,7 +81,7 @@ def difference(outputs: list[str], today: dict[str, Any]) -> str | None:
     return reason
 
 
-def finished(outputs: list[str], today: dict[str, Any]) -> bool:
+def finished(outputs: list[str], today: Params) -> bool:
     """Whether every output of a job is whole and was made with the params of `today` from the inputs that are there now."""
     for output in outputs:
         path = Path(output)
@@ -98,7 +98,7 @@ def finished(outputs: list[str], today: dict[str, Any]) -> bool:
     return True
 
 
-def _changed_params(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _changed_params(then: Params, now: Params) -> Iterator[str]:
     files, today = then.get("files", {}), now.get("files", {})
     for name in sorted(files | today):
         if files.get(name) != today.get(name):

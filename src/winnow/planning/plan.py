@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from winnow.io.records import Row
+from winnow.io.records import Params, Row
 from winnow.metrics.base import METRICS
 from winnow.planning.cells import Cell, Cells
 from winnow.planning.config import Config
@@ -46,7 +46,7 @@ class Plan(Labels):
         asked = [e for e in self.config.experiments.values() if e.export == "dense"]
         return {self.paths.made(cell, "dense_export"): e.export_dtype for e in asked for cell in self.cells.asked(e)}
 
-    def params(self, stage: str, wildcards: dict[str, str]) -> dict[str, Any]:
+    def params(self, stage: str, wildcards: dict[str, str]) -> Params:
         """All that a stage is recorded with, besides its input files."""
         return {
             "spec": self.spec(stage, wildcards),

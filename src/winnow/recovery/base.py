@@ -8,7 +8,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -66,8 +67,17 @@ class Trained(OnWindows):
     seed: int = Field(0, ge=0, description="seed of the order of the windows and of LoRA's initialisation")
 
 
+class TaskRows(NamedTuple):
+    """The train rows of a classification task: paths of their table, their facts and the tokenizer; tokens per row."""
+
+    train: str
+    facts: str
+    tokenizer: Path
+    length: int
+
+
 @dataclass
-class Task:
+class Given:
     """A model to be recovered (in float32, changed in place), the dense model, and the calibration windows (n, length).
 
     `blocks`: {layer: name of its module}; `modules`: the compressed modules (all matrices if the dense model is recovered);
@@ -84,7 +94,7 @@ class Task:
     first_token: bool = True
     resume: Resume | None = None
     outputs: Callable[[str], Tensor] | None = None
-    rows: dict[str, Any] | None = None  # for `finetune`: paths of the `train` rows and their `facts`, `tokenizer`, `length`
+    rows: TaskRows | None = None  # for `finetune`
 
     def split(self) -> tuple[Tensor, Tensor]:
         """(training windows, held-out windows); the last ones are held out, as the windows are sampled at random.
@@ -118,8 +128,8 @@ class Recovery(Plugin):
     Options: ClassVar[type[RecoveryOptions]]
 
     @abstractmethod
-    def recover(self, task: Task) -> dict[str, Any]:
-        """Change the model of the task in place; returns a report with the initial and final losses."""
+    def recover(self, given: Given) -> dict[str, Any]:
+        """Change `given.model` in place; returns a report with the initial and final losses."""
 
 
 RECOVERIES: Registry[Recovery] = Registry("winnow.recovery.kinds", Recovery)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from winnow.errors import InputError
 from winnow.io.resume import Resume
 from winnow.models.classes import is_causal
-from winnow.recovery.base import Task
+from winnow.recovery.base import Given
 from winnow.recovery.divergence import divergence, mean_of_windows, predictions
 from winnow.recovery.rounded import trainable
 from winnow.recovery.training import Progress, Saver, batches, train
@@ -24,27 +24,27 @@ from winnow.recovery.training import Progress, Saver, batches, train
 log = logging.getLogger(__name__)
 
 
-def distill(task: Task) -> dict[str, Any]:
-    """Train `task.model`, see `_distill`."""
-    with trainable(task):
-        return _distill(task)
+def distill(given: Given) -> dict[str, Any]:
+    """Train `given.model`, see `_distill`."""
+    with trainable(given):
+        return _distill(given)
 
 
-def _distill(task: Task) -> dict[str, Any]:
-    """Train `task.model` in place; returns held-out losses by step (nats per token). Resumes after the last saved step.
+def _distill(given: Given) -> dict[str, Any]:
+    """Train `given.model` in place; returns held-out losses by step (nats per token). Resumes after the last saved step.
 
     Raises InputError for a model without logits, and FloatingPointError, naming the tensor, if a gradient is not finite."""
-    options, device = task.options, next(task.model.parameters()).device
-    if options.nll and not is_causal(task.model.config):
-        raise InputError(f"recovery: {type(task.model).__name__} does not predict the text's next tokens; leave `nll` at 0")
-    windows, held = task.split()
+    options, device = given.options, next(given.model.parameters()).device
+    if options.nll and not is_causal(given.model.config):
+        raise InputError(f"recovery: {type(given.model).__name__} does not predict the text's next tokens; leave `nll` at 0")
+    windows, held = given.split()
     order = batches(len(windows), options.batch, options.steps, options.seed)
-    whole = task.parameters()
+    whole = given.parameters()
     start = {name: parameter.detach().clone() for name, parameter in whole.items()}
 
     def loss(ids: Tensor) -> Tensor:
         """The mean over the tokens of windows (n, length)."""
-        q, p = predictions(task, ids, "use `refine`")
+        q, p = predictions(given, ids, "use `refine`")
         value = divergence(q, p)
         if options.nll:
             value = value - options.nll * q[:, :-1].gather(-1, ids[:, 1:, None]).mean()
@@ -57,14 +57,14 @@ def _distill(task: Task) -> dict[str, Any]:
         log.info("nothing to train: the model is left unchanged")
         return {"loss": "nats per token", "tokens": 0, "trained_numbers": 0, **Progress({0: held_out()}).report()}
     lora = options.parameters == "lora"
-    trained = _with_lora(task, whole) if lora else whole
-    saver = _Saver(task.resume, trained) if task.resume else None
+    trained = _with_lora(given, whole) if lora else whole
+    saver = _Saver(given.resume, trained) if given.resume else None
     of_step = lambda step: loss(windows[order[step]].to(device).long())  # noqa: E731
-    progress = train("distill", trained, of_step, held_out, options, {} if lora else task.dtypes, saver)
+    progress = train("distill", trained, of_step, held_out, options, {} if lora else given.dtypes, saver)
     report = progress.report()
     if lora:
-        _merge(task)
-        report["held_out_merged"] = _rounded(task, held_out)
+        _merge(given)
+        report["held_out_merged"] = _rounded(given, held_out)
         if report["held_out_merged"] >= report["held_out_start"]:
             with torch.no_grad():
                 for name, parameter in whole.items():
@@ -77,17 +77,17 @@ def _distill(task: Task) -> dict[str, Any]:
     return {"loss": "nats per token", "tokens": tokens, "trained_numbers": numbers, **report}
 
 
-def _with_lora(task: Task, whole: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def _with_lora(given: Given, whole: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Add LoRA to every linear map below the compressed modules; returns its parameters, and those of rounded matrices."""
     from peft import LoraConfig, inject_adapter_in_model  # only for `parameters: lora`
 
     users: dict[int, int] = {}
-    for _, parameter in task.model.named_parameters(remove_duplicate=False):
+    for _, parameter in given.model.named_parameters(remove_duplicate=False):
         users[id(parameter)] = users.get(id(parameter), 0) + 1
-    inside = tuple(f"{name}." for name in task.modules)
+    inside = tuple(f"{name}." for name in given.modules)
     targets = [
         name
-        for name, module in task.model.named_modules()
+        for name, module in given.model.named_modules()
         if f"{name}.".startswith(inside) and isinstance(module, nn.Linear | Conv1D) and users[id(module.weight)] == 1
     ]
     rounded = {name: parameter for name, parameter in whole.items() if ".trained." in name}
@@ -95,34 +95,34 @@ def _with_lora(task: Task, whole: dict[str, nn.Parameter]) -> dict[str, nn.Param
         return rounded
     if not targets:
         raise InputError("recovery: LoRA needs a factor that is a separate linear map, and there is none; use `parameters: full`")
-    torch.manual_seed(task.options.seed)
+    torch.manual_seed(given.options.seed)
     config = LoraConfig(
-        r=task.options.lora_rank,
-        lora_alpha=task.options.lora_alpha,
+        r=given.options.lora_rank,
+        lora_alpha=given.options.lora_alpha,
         lora_dropout=0.0,
         target_modules=targets,
-        fan_in_fan_out=any(isinstance(task.model.get_submodule(name), Conv1D) for name in targets),
+        fan_in_fan_out=any(isinstance(given.model.get_submodule(name), Conv1D) for name in targets),
     )
-    inject_adapter_in_model(config, task.model)
-    task.model.eval()
-    return rounded | {name: p for name, p in task.model.named_parameters() if ".lora_" in name}
+    inject_adapter_in_model(config, given.model)
+    given.model.eval()
+    return rounded | {name: p for name, p in given.model.named_parameters() if ".lora_" in name}
 
 
-def _merge(task: Task) -> None:
+def _merge(given: Given) -> None:
     """Merge every LoRA product into its factor, and restore the factor's module."""
     from peft.tuners.lora import LoraLayer
 
-    for name, module in [(n, m) for n, m in task.model.named_modules() if isinstance(m, LoraLayer)]:
+    for name, module in [(n, m) for n, m in given.model.named_modules() if isinstance(m, LoraLayer)]:
         module.merge(safe_merge=True)  # type: ignore[operator]
         parent, _, child = name.rpartition(".")
-        setattr(task.model.get_submodule(parent), child, module.get_base_layer())
+        setattr(given.model.get_submodule(parent), child, module.get_base_layer())
 
 
 @torch.no_grad()
-def _rounded(task: Task, held_out: Any) -> float:
+def _rounded(given: Given, held_out: Any) -> float:
     """The held-out loss after rounding the parameters to their stored dtypes."""
-    for name, parameter in task.parameters().items():
-        parameter.copy_(parameter.to(task.dtypes[name]))
+    for name, parameter in given.parameters().items():
+        parameter.copy_(parameter.to(given.dtypes[name]))
     return held_out()
 
 

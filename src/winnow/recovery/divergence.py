@@ -11,15 +11,15 @@ from torch import Tensor
 from winnow.errors import InputError
 
 if TYPE_CHECKING:
-    from winnow.recovery.base import Task
+    from winnow.recovery.base import Given
 
 
-def predictions(task: Task, ids: Tensor, instead: str) -> tuple[Tensor, Tensor]:
+def predictions(given: Given, ids: Tensor, instead: str) -> tuple[Tensor, Tensor]:
     """Log-probabilities for windows (n, length) of the model and, without gradients, of the dense model. Raises InputError for a
     model without logits; `instead` is the remedy in its message."""
     with torch.no_grad():
-        reference = _logits(task.dense, ids, instead)
-    return _logits(task.model, ids, instead).log_softmax(-1), reference.log_softmax(-1)
+        reference = _logits(given.dense, ids, instead)
+    return _logits(given.model, ids, instead).log_softmax(-1), reference.log_softmax(-1)
 
 
 def divergence(own: Tensor, dense: Tensor) -> Tensor:

@@ -9,19 +9,19 @@ from winnow.data.tokens import load_tokenizer
 from winnow.errors import InputError
 from winnow.evaluation.predictions import outputs_of_classes
 from winnow.io.artifacts import read_json, read_parquet
-from winnow.recovery.base import Task
+from winnow.recovery.base import Given
 from winnow.training.finetune import train_classifier
 
 
-def finetune_again(task: Task) -> dict[str, Any]:
-    """Train all weights of `task.model` in place; returns steps, rows and losses (nats). Resumes after the last saved step.
+def finetune_again(given: Given) -> dict[str, Any]:
+    """Train all weights of `given.model` in place; returns steps, rows and losses (nats). Resumes after the last saved step.
 
     Raises InputError if the model is not a classifier for the task's classes."""
-    if task.rows is None:
+    if given.rows is None:
         raise InputError("recovery: `finetune` needs the train rows of a task")
-    outputs = outputs_of_classes(task.model, read_json(task.rows["facts"])["labels"])
-    examples = encode_rows(load_tokenizer(task.rows["tokenizer"]), read_parquet(task.rows["train"]), task.rows["length"])
-    for parameter in task.parameters().values():
+    outputs = outputs_of_classes(given.model, read_json(given.rows.facts)["labels"])
+    examples = encode_rows(load_tokenizer(given.rows.tokenizer), read_parquet(given.rows.train), given.rows.length)
+    for parameter in given.parameters().values():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    return train_classifier(task.model, examples, outputs, task.options, task.resume)
+    return train_classifier(given.model, examples, outputs, given.options, given.resume)

@@ -22,7 +22,7 @@ from winnow.models.architectures import blocks_of
 from winnow.models.files import ModelFiles, weight_files
 from winnow.models.weights import SHARD_BYTES, copy_files, write_weights
 from winnow.numerics.linalg import regularized
-from winnow.recovery.base import Task
+from winnow.recovery.base import Given
 from winnow.recovery.rounded import stored_tensors
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RIDGE = 1e-6  # added to the metric of outputs, as a share of its mean
 
 
-def task_of(
+def given_of(
     files: ModelFiles,
     checkpoint: Bundle | None,
     windows: Tensor,
@@ -40,9 +40,9 @@ def task_of(
     device: str,
     resume: Resume | None = None,
     gradients: Layers | None = None,
-) -> Task:
-    """The task of a checkpoint (of a compressed or a recovered dense model), or, with None, of the dense model. Both models are
-    in float32, as updates are lost in 16 bits. `gradients`: gradient statistics, for options that need them."""
+) -> Given:
+    """What a recovery is given: a checkpoint (of a compressed or a recovered dense model), or, with None, the dense model. Both
+    models are in float32, as updates are lost in 16 bits. `gradients`: gradient statistics, for options that need them."""
     dense = load_model(files.verify(), "float32", device)
     model = load_model(checkpoint.verify() if checkpoint else files.directory, "float32", device)
     modules = [m.module for m in files.matrices]
@@ -54,7 +54,7 @@ def task_of(
     for each in (model, dense):
         each.requires_grad_(False)
     outputs = _metric_of_outputs(files, gradients, device) if gradients else None
-    return Task(model, dense, windows, blocks, modules, dtypes, options, first_token, resume, outputs)
+    return Given(model, dense, windows, blocks, modules, dtypes, options, first_token, resume, outputs)
 
 
 def _metric_of_outputs(files: ModelFiles, gradients: Layers, device: str) -> Callable[[str], Tensor]:
@@ -88,11 +88,11 @@ def _stored(files: ModelFiles, checkpoint: Bundle | None) -> Iterator[tuple[str,
                 yield name, stream.get_tensor(name)
 
 
-def _recovered(files: ModelFiles, checkpoint: Bundle | None, task: Task) -> Iterator[tuple[str, Tensor]]:
+def _recovered(files: ModelFiles, checkpoint: Bundle | None, given: Given) -> Iterator[tuple[str, Tensor]]:
     """Every tensor to be stored: trainable ones from the model, the others unchanged."""
-    trained = {id(parameter) for parameter in task.parameters().values()}
-    named = dict(task.model.named_parameters(remove_duplicate=False))
-    rounded = stored_tensors(task)
+    trained = {id(parameter) for parameter in given.parameters().values()}
+    named = dict(given.model.named_parameters(remove_duplicate=False))
+    rounded = stored_tensors(given)
     for name, tensor in _stored(files, checkpoint):
         if name in rounded:
             yield name, rounded[name].cpu()
@@ -106,17 +106,17 @@ def write_recovered(
     directory: Path,
     files: ModelFiles,
     checkpoint: Bundle | None,
-    task: Task,
+    given: Given,
     recovery: dict[str, Any],
     report: dict[str, Any],
     job: Job,
 ) -> None:
-    """Write the model of a task as a checkpoint with the same tensors, shapes and dtypes as before the recovery. Its card is
+    """Write the recovered model as a checkpoint with the same tensors, shapes and dtypes as before the recovery. Its card is
     written by `cards` beside it, and by `winnow share` into a copy, so that editing the card's text does not repeat training.
 
     `recovery`: name and options; `report`: the content of recovery.json. Raises RuntimeError if the number of bytes differs."""
     directory.mkdir(parents=True)
-    total = write_weights(directory, _recovered(files, checkpoint, task), SHARD_BYTES)
+    total = write_weights(directory, _recovered(files, checkpoint, given), SHARD_BYTES)
     sizes = sizes_of(checkpoint.manifest) if checkpoint else files.sizes()
     if total != sizes["model_stored_bytes"]:
         raise RuntimeError(f"{total} bytes after the recovery, but {sizes['model_stored_bytes']} before")

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from winnow.numerics.modules import RoundedLinear
 from winnow.numerics.rounding import multiplied, packed
-from winnow.recovery.base import Task
+from winnow.recovery.base import Given
 
 INSIDE = 0.4  # the largest distance of an initial real number from its code
 
@@ -57,29 +57,29 @@ class TrainedRounding(nn.Module):
         return multiplied(*self.stored(), self.group, self.fixed[2])
 
 
-def rounded_modules(task: Task, below: str = "") -> dict[str, RoundedLinear]:
+def rounded_modules(given: Given, below: str = "") -> dict[str, RoundedLinear]:
     """{name: module} of the rounded matrices below a module (default: of the whole model) that the recovery trains."""
-    if getattr(task.options, "rounded", "fixed") == "fixed":
+    if getattr(given.options, "rounded", "fixed") == "fixed":
         return {}
     return {
         name: module
-        for name, module in task.model.named_modules()
+        for name, module in given.model.named_modules()
         if isinstance(module, RoundedLinear) and name.startswith(below)
     }
 
 
 @contextmanager
-def trainable(task: Task, below: str = "") -> Iterator[None]:
+def trainable(given: Given, below: str = "") -> Iterator[None]:
     """Within it, the rounded matrices below a module have trainable parameters; at its end their state is stored in the modules'
     own tensors. After an exception these are unchanged."""
-    modules = rounded_modules(task, below)
-    codes = task.options.rounded == "codes"
+    modules = rounded_modules(given, below)
+    codes = given.options.rounded == "codes"
     added = []
     try:
         for name, module in modules.items():
-            module.trained = TrainedRounding(module, codes, dense_matrix(task.dense, name) if codes else None)
+            module.trained = TrainedRounding(module, codes, dense_matrix(given.dense, name) if codes else None)
             added += [f"{name}.trained.{key}" for key, _ in module.trained.named_parameters()]
-        task.dtypes.update(dict.fromkeys(added, torch.float32))
+        given.dtypes.update(dict.fromkeys(added, torch.float32))
         yield
         with torch.no_grad():
             for module in modules.values():
@@ -90,12 +90,12 @@ def trainable(task: Task, below: str = "") -> Iterator[None]:
         for module in modules.values():
             module.trained = None
         for key in added:
-            del task.dtypes[key]
+            del given.dtypes[key]
 
 
-def stored_tensors(task: Task) -> dict[str, Tensor]:
+def stored_tensors(given: Given) -> dict[str, Tensor]:
     """{name: integers} of all rounded matrices that the recovery trains."""
-    found = rounded_modules(task).items()
+    found = rounded_modules(given).items()
     return {f"{name}.{key}": getattr(module, key) for name, module in found for key in ("steps", "scale")}
 
 

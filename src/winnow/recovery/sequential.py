@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from winnow.numerics.linalg import finite, leading_directions
 from winnow.numerics.modules import LowRankLinear, RowsLinear, SharedLinear
 from winnow.numerics.products import gram_of
-from winnow.recovery.base import Task
+from winnow.recovery.base import Given
 from winnow.recovery.blocks import Calls, Passage, Reached, outputs_of
 from winnow.recovery.divergence import divergence, mean_of_windows, predictions
 
@@ -40,43 +40,43 @@ Factors = LowRankLinear | RowsLinear
 
 
 @torch.no_grad()
-def refit_factors(task: Task) -> dict[str, Any]:
-    """Refit the low-rank factors of `task.model` in place; returns {blocks: {name: held-out losses}}, as `refine` does.
+def refit_factors(given: Given) -> dict[str, Any]:
+    """Refit the low-rank factors of `given.model` in place; returns {blocks: {name: held-out losses}}, as `refine` does.
 
     A block is left unchanged if its error on the held-out windows does not decrease; with `outputs: gradient`, where such a block
     can still be an improvement, the whole model is left unchanged if its divergence from the dense model does not decrease.
     Resumes after the last saved block. Modules without low-rank factors are left unchanged and named in the report; these may be
     all, in a dense model or if an allocation chooses only other structures. Raises InputError for `outputs: gradient` with a
     model without logits, FloatingPointError if predictions are then not finite, or, naming the matrix, if a fit is not."""
-    modules = ((name, task.model.get_submodule(name)) for name in task.modules)
+    modules = ((name, given.model.get_submodule(name)) for name in given.modules)
     factors: dict[str, Factors] = {
         name: module for name, module in modules if isinstance(module, Factors) and not isinstance(module.right, SharedLinear)
     }
-    others = [name for name in task.modules if name not in factors and not _dense(task, name)]
+    others = [name for name in given.modules if name not in factors and not _dense(given, name)]
     if others:
         log.info("left unchanged, as they have no low-rank factors: %s", ", ".join(others))
-    named = (pair for name, module in factors.items() for pair in _numbers(task, name, module).items())
+    named = (pair for name, module in factors.items() for pair in _numbers(given, name, module).items())
     flat = {
         name: weight.data for name, weight in {id(weight): (name, weight) for name, weight in named}.values()
     }  # tied ones once
-    blocks = list(task.blocks.values())
+    blocks = list(given.blocks.values())
     numbers = torch.zeros(len(blocks), 2, dtype=torch.float64)
-    weighted = task.options.outputs == "gradient"
-    start, before = ({name: value.clone() for name, value in flat.items()}, _held_out(task)) if weighted and flat else ({}, 0.0)
-    done = task.resume.restore({**flat, "numbers": numbers}) if task.resume else 0
-    models = (task.model, task.dense) if task.options.objective == "anchored" else (task.model,)
-    ways = [[Passage(model, blocks, part, task.options.batch) for model in models] for part in task.split()]
+    weighted = given.options.outputs == "gradient"
+    start, before = ({name: value.clone() for name, value in flat.items()}, _held_out(given)) if weighted and flat else ({}, 0.0)
+    done = given.resume.restore({**flat, "numbers": numbers}) if given.resume else 0
+    models = (given.model, given.dense) if given.options.objective == "anchored" else (given.model,)
+    ways = [[Passage(model, blocks, part, given.options.batch) for model in models] for part in given.split()]
     for index, block in list(enumerate(blocks))[done:]:
         own = {name: module for name, module in factors.items() if name.startswith(f"{block}.")}
         if own:
-            numbers[index] = torch.tensor(_block(task, index, own, ways), dtype=torch.float64)
-        if task.resume:
-            task.resume.save(index + 1, {**flat, "numbers": numbers})
+            numbers[index] = torch.tensor(_block(given, index, own, ways), dtype=torch.float64)
+        if given.resume:
+            given.resume.save(index + 1, {**flat, "numbers": numbers})
     rows = {name: dict(zip(KEYS, row, strict=True)) for name, row in zip(blocks, numbers.tolist(), strict=True)}
     kept = [name for name, row in rows.items() if row["held_out_best"] == row["held_out_start"]]
     report: dict[str, Any] = {"loss": "squared error over mean square of the target", "blocks": rows}
     if start:
-        after = _held_out(task)
+        after = _held_out(given)
         report["divergence"] = {"held_out_start": before, "held_out_best": min(before, after)}  # nats per token
         log.info("KL divergence from the dense model on held-out windows %.6g before, %.6g after", before, after)
         if not after < before:
@@ -86,21 +86,21 @@ def refit_factors(task: Task) -> dict[str, Any]:
     return {**report, "left_as_they_were": [*kept, *others]}
 
 
-def _numbers(task: Task, key: str, module: Factors) -> dict[str, Tensor]:
+def _numbers(given: Given, key: str, module: Factors) -> dict[str, Tensor]:
     """{name: tensor} of the matrix `key` that are refitted."""
     found: dict[str, Tensor] = {f"{key}.left.weight": module.left.weight, f"{key}.right.weight": module.right.weight}
     where, owner = (key, module) if isinstance(module, RowsLinear) else (f"{key}.left", module.left)
-    if task.options.biases == "fitted" and owner.bias is not None:
+    if given.options.biases == "fitted" and owner.bias is not None:
         found[f"{where}.bias"] = owner.bias
     return found
 
 
-def _held_out(task: Task) -> float:
+def _held_out(given: Given) -> float:
     """KL divergence from the dense model on the held-out windows, nats per token. Raises FloatingPointError if it is not
     finite."""
-    held, device = task.split()[1], next(task.model.parameters()).device
-    loss = lambda ids: divergence(*predictions(task, ids, "use `outputs: equal`"))  # noqa: E731
-    found = mean_of_windows(loss, held, task.options.batch, device)
+    held, device = given.split()[1], next(given.model.parameters()).device
+    loss = lambda ids: divergence(*predictions(given, ids, "use `outputs: equal`"))  # noqa: E731
+    found = mean_of_windows(loss, held, given.options.batch, device)
     if not math.isfinite(found):
         raise FloatingPointError(
             "the divergence of the model's predictions from the dense model's is not finite on the held-out windows"
@@ -108,32 +108,32 @@ def _held_out(task: Task) -> float:
     return found
 
 
-def _dense(task: Task, name: str) -> bool:
+def _dense(given: Given, name: str) -> bool:
     """Whether a module has the same type and shapes as in the dense model."""
-    own, dense = (model.get_submodule(name) for model in (task.model, task.dense))
+    own, dense = (model.get_submodule(name) for model in (given.model, given.dense))
     return type(own) is type(dense) and all(p.shape == q.shape for p, q in zip(own.parameters(), dense.parameters(), strict=True))
 
 
-def _block(task: Task, index: int, factors: dict[str, Factors], ways: list[list[Passage]]) -> tuple[float, float]:
+def _block(given: Given, index: int, factors: dict[str, Factors], ways: list[list[Passage]]) -> tuple[float, float]:
     """Refit the factors of block `index`; returns its held-out loss (before, after). `ways`: of the fitted and the held-out
     windows, each through the compressed and, for `anchored`, the dense model."""
-    options, device = task.options, ways[0][0].device
+    options, device = given.options, ways[0][0].device
     name = ways[0][0].blocks[index]
-    block, dense = task.model.get_submodule(name), task.dense.get_submodule(name)
+    block, dense = given.model.get_submodule(name), given.dense.get_submodule(name)
     calls, inputs = ([way.go_to(index) for way in part] for part in ways)
     target = outputs_of(dense, inputs[-1], options.batch, device)
-    skipped = 0 if task.first_token else 1
+    skipped = 0 if given.first_token else 1
 
     def error() -> float:
         difference = outputs_of(block, inputs[0], options.batch, device) - target
         return float(difference[:, skipped:].double().square().mean() / target[:, skipped:].double().square().mean())
 
     start = error()
-    before = [(own, own.clone()) for key, module in factors.items() for own in _numbers(task, key, module).values()]
+    before = [(own, own.clone()) for key, module in factors.items() for own in _numbers(given, key, module).values()]
     for group in _readers(block, calls[0], factors, options.batch, device):
-        seen = _moments(task, name, group[0], calls, skipped)
+        seen = _moments(given, name, group[0], calls, skipped)
         for key in group:
-            _fit(task, key, factors[key], seen)
+            _fit(given, key, factors[key], seen)
     after = error()
     log.info("%s: held-out loss %.6g before, %.6g after", name, start, after)
     if after < start or options.outputs == "gradient":
@@ -188,17 +188,17 @@ class Inputs:
         return gram + ridge, cross + ridge
 
 
-def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) -> Inputs:
+def _moments(given: Given, name: str, key: str, calls: list[Calls], skipped: int) -> Inputs:
     """Statistics of the inputs of the matrix `key` in the compressed model, and in the dense one if its calls are given."""
     caught: list[Tensor] = []
-    models = (task.model, task.dense)[: len(calls)]
+    models = (given.model, given.dense)[: len(calls)]
 
     def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         caught.append(args[0])
         raise Reached
 
     hooks = [model.get_submodule(key).register_forward_pre_hook(catch) for model in models]
-    device, batch, (count, length, _) = next(task.model.parameters()).device, task.options.batch, calls[0].hidden.shape
+    device, batch, (count, length, _) = next(given.model.parameters()).device, given.options.batch, calls[0].hidden.shape
     sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in calls]
     totals = [torch.zeros((), dtype=torch.float64, device=device) for _ in calls]
     for start in range(0, count, batch):
@@ -215,41 +215,41 @@ def _moments(task: Task, name: str, key: str, calls: list[Calls], skipped: int) 
     return Inputs(sums[0], sums[-1], totals[0] / tokens, totals[-1] / tokens, tokens)
 
 
-def _fit(task: Task, key: str, module: Factors, seen: Inputs) -> None:
+def _fit(given: Given, key: str, module: Factors, seen: Inputs) -> None:
     """Set the module to the best factors of its rank, in their stored dtypes, and to the best bias for these. Raises
     FloatingPointError, naming the matrix, if it, its inputs or the fit are not finite."""
-    dense: Any = task.dense.get_submodule(key)
+    dense: Any = given.dense.get_submodule(key)
     weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).double()
     if not all(map(finite, (weight, seen.gram, seen.cross))):
         raise FloatingPointError(f"{key}: its weight, or its inputs on the calibration windows, are not finite")
-    found = _numbers(task, key, module)
+    found = _numbers(given, key, module)
     places = [name for name in found if name.endswith(".bias")]
-    _fit_factors(task, key, module, weight, *seen.moments(centred=bool(places)))
+    _fit_factors(given, key, module, weight, *seen.moments(centred=bool(places)))
     for name in places:
         found[name].zero_()
-        given = module(seen.mean.to(found[name].dtype)[None])[0].double()  # with the stored factors
-        found[name].copy_((dense.bias.double() + weight @ seen.dense_mean - given).to(task.dtypes[name]))
+        own = module(seen.mean.to(found[name].dtype)[None])[0].double()  # with the stored factors
+        found[name].copy_((dense.bias.double() + weight @ seen.dense_mean - own).to(given.dtypes[name]))
     for name, value in found.items():
         if not finite(value):
             raise FloatingPointError(f"{name} is not finite after the fit")
 
 
-def _fit_factors(task: Task, key: str, module: Factors, weight: Tensor, gram: Tensor, cross: Tensor) -> None:
+def _fit_factors(given: Given, key: str, module: Factors, weight: Tensor, gram: Tensor, cross: Tensor) -> None:
     """Set the module to the best factors of its rank for a dense `weight` (m, n)."""
-    if task.options.objective == "anchored":
+    if given.options.objective == "anchored":
         weight = weight + torch.linalg.solve(gram, weight @ (cross - gram), left=False)
-    tied = task.model.all_tied_weights_keys
+    tied = given.model.all_tied_weights_keys
     if f"{key}.right.weight" in {*tied, *tied.values()}:
         right = module.right.weight.double()
         projected = right @ gram
         left = weight @ projected.T @ torch.linalg.pinv(projected @ right.T, rtol=len(gram) * PRECISION**2, hermitian=True)
-        module.left.weight.copy_(left.to(task.dtypes[f"{key}.left.weight"]))
+        module.left.weight.copy_(left.to(given.dtypes[f"{key}.left.weight"]))
         return
     rank = module.right.out_features
     outputs = None
-    if task.options.outputs == "gradient":
-        assert task.outputs is not None  # statistics that are inputs of the rule
-        outputs = task.outputs(key)
+    if given.options.outputs == "gradient":
+        assert given.outputs is not None  # statistics that are inputs of the rule
+        outputs = given.outputs(key)
     found = leading_directions(weight, gram, PRECISION, outputs, largest=rank)
     left, right = found.left, found.right
     if isinstance(module, RowsLinear):
@@ -258,4 +258,4 @@ def _fit_factors(task: Task, key: str, module: Factors, weight: Tensor, gram: Te
         left, right = torch.linalg.solve(left[rows], left[others], left=False), left[rows] @ right
     for part, value in (("left", left), ("right", right)):
         own = getattr(module, part).weight
-        own.copy_(value.to(task.dtypes[f"{key}.{part}.weight"]))
+        own.copy_(value.to(given.dtypes[f"{key}.{part}.weight"]))

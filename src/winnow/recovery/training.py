@@ -6,16 +6,26 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired
 
 import torch
 from torch import Tensor, nn
+
+from winnow.io.records import LearnedRecord
 
 if TYPE_CHECKING:
     from winnow.recovery.base import Trained
 
 log = logging.getLogger(__name__)
 CODES = ".trained.place"  # the end of the names of parameters that are codes, see `winnow.recovery.rounded`
+
+
+class Report(LearnedRecord):
+    """Of training, for recovery.json."""
+
+    steps: int
+    held_out: dict[str, float]  # by step
+    held_out_merged: NotRequired[float]  # with LoRA merged into rounded weights
 
 
 @dataclass
@@ -30,7 +40,7 @@ class Progress:
         """The step with the lowest held-out loss; the first of equal ones, so that nothing changes without improvement."""
         return min(self.losses, key=lambda step: (self.losses[step], step))
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         best = self.best_step
         return {
             "held_out_start": self.losses[0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import matplotlib
 
@@ -15,6 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from winnow.io.artifacts import atomic, write_markup
+from winnow.io.records import Provenance
 from winnow.models.architectures import ROLES
 
 # Okabe and Ito's palette, safe for colour-blind readers; markers repeat the information of colours.
@@ -130,7 +131,7 @@ def shared_legend(figure: Figure, axes: list, title: str | None = None) -> None:
     )
 
 
-def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
+def effective_rank(spectra: Mapping[tuple[str, ...], pd.DataFrame]) -> Figure:
     """Share of directions with 95 % of the energy, by layer and matrix; one panel per method.
 
     `spectra` maps (model label, calibration label, method label) to the rows of spectra.parquet.
@@ -152,7 +153,7 @@ def effective_rank(spectra: dict[tuple[str, str, str], pd.DataFrame]) -> Figure:
     return figure
 
 
-def save(figure: Figure, paths: Iterable[str], provenance: dict) -> None:
+def save(figure: Figure, paths: Iterable[str], provenance: Provenance) -> None:
     """Write the figure to every path, in the format of the path's ending. The same figure results in the same bytes."""
     for path in paths:
         if path.endswith(".svg"):

@@ -14,6 +14,9 @@ from winnow.evaluation.spread import is_as_dense, paired, standing, tied
 from winnow.io.artifacts import Bundle, read_markup
 
 if TYPE_CHECKING:
+    from winnow.evaluation.results import LossResult
+    from winnow.io.records import Overlap, StatisticsManifest
+    from winnow.io.specs import StudyPage
     from winnow.studies.base import Conclusion, Evidence, Study
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -23,9 +26,9 @@ def render(
     summary: pd.DataFrame,
     spread: pd.DataFrame,
     figures: dict[str, str],
-    results: list[dict[str, Any]],
-    overlaps: list[dict[str, Any]],
-    moments: Sequence[dict[str, Any]] = (),
+    results: list[LossResult],
+    overlaps: list[Overlap],
+    moments: Sequence[StatisticsManifest] = (),
 ) -> str:
     """The page. `figures`: SVG texts; `results`: the evaluations of the summary's rows, in its order; `moments`: the manifests of
     the statistics that cells use."""
@@ -67,7 +70,7 @@ def render_study(study: Study, conclusion: Conclusion, verdicts: pd.DataFrame, e
     )
 
 
-def render_studies(manifests: list[str], described: dict[str, dict[str, Any]], verdicts: Sequence[str]) -> str:
+def render_studies(manifests: list[str], described: dict[str, StudyPage], verdicts: Sequence[str]) -> str:
     """The page of all studies, from the manifests of their finished folders and {study: title, reference, tables, figures};
     `verdicts`: all possible verdicts, in the order of the columns.
 
@@ -84,7 +87,8 @@ def render_studies(manifests: list[str], described: dict[str, dict[str, Any]], v
         figures = {figure: read_markup(bundle.path(f"{figure}.svg")) for figure in own["figures"]}
         found.append(
             {
-                **{key: own[key] for key in ("title", "reference")},
+                "title": own["title"],
+                "reference": own["reference"],
                 "name": name,
                 "folder": str(bundle.directory),
                 "claims": claims.to_dict("records"),
@@ -126,7 +130,7 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _against_best(cells: pd.DataFrame, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _against_best(cells: pd.DataFrame, results: list[LossResult]) -> list[dict[str, Any]]:
     """The rows of one budget, lowest loss first, each with its paired difference to the first; a tie if 0 is within two
     standard errors of it."""
     cells = cells.sort_values("delta_nll", kind="stable")

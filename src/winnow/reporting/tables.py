@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from winnow.evaluation.spread import over_seeds, paired, tied
 from winnow.io.records import Row
+
+if TYPE_CHECKING:
+    from winnow.evaluation.results import LossResult, PerWindow
 
 # Other people's tools read these columns. New ones are only appended.
 COLUMNS = [
@@ -32,7 +35,7 @@ def is_dense(row: Mapping[str, Any]) -> bool:
     return row["method"] == "dense" and row["recovery"] == "none"
 
 
-def summary(rows: list[Row], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def summary(rows: list[Row], results: Mapping[str, LossResult]) -> pd.DataFrame:
     """One row per cell: its names (from `rows`) and its numbers (from the result `row["result"]`).
 
     Losses are in nats per token, bytes are those of the compressed matrices (`dense_bytes`, `stored_bytes`) and of the
@@ -41,14 +44,14 @@ def summary(rows: list[Row], results: dict[str, dict[str, Any]]) -> pd.DataFrame
     table = []
     for row in rows:
         result = results[row["result"]]
-        measured = {key: result[key] for key in COLUMNS if key in result}
+        measured = {key: value for key, value in result.items() if key in COLUMNS}
         own = UNCHANGED if is_dense(row) else {}
         table.append({**row, **measured, **own, "keep_bytes": result["stored_bytes"] / result["dense_bytes"]})
     frame = pd.DataFrame(table).reindex(columns=COLUMNS)
     return frame.astype({"keep_requested": "float64", "kl": "float64", "top1_agreement": "float64"})
 
 
-def spread(rows: list[Row], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def spread(rows: list[Row], results: Mapping[str, LossResult]) -> pd.DataFrame:
     """One row per compressed configuration, aggregated over calibration seeds.
 
     `delta_nll` (nats per token above dense) and `keep_bytes` are means over seeds. `above_best` is the difference to the
@@ -83,7 +86,7 @@ def spread(rows: list[Row], results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(table, columns=SPREAD)
 
 
-def _above(seeds: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> tuple[float, float, float, float]:
+def _above(seeds: dict[int, LossResult], others: dict[int, PerWindow]) -> tuple[float, float, float, float]:
     """(mean over seeds of the paired difference of losses; its standard errors over seeds, over windows, and combined)."""
     differences = [paired(result["per_window"], others[seed])[0] for seed, result in seeds.items()]
     own, other = (

@@ -42,8 +42,8 @@ class LowRank(Structure):
         from winnow.numerics.linalg import truncation_errors
 
         ((name, weight),) = problem.weights.items()
-        moments = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
-        return truncation_errors(weight, tensors["left"].double(), tensors["right"].double(), *moments) / 2
+        grams = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
+        return truncation_errors(weight, tensors["left"].double(), tensors["right"].double(), *grams) / 2
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         left, right = tensors["left"][:, :size], tensors["right"][:size]

@@ -4,7 +4,7 @@ both."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from winnow.evaluation.results import PerWindow
     from winnow.io.artifacts import Bundle
+    from winnow.io.records import Row
     from winnow.models.files import ModelFiles
     from winnow.studies.claims import Answer
+    from winnow.studies.records import CellRow, LossRow, TimeRow
 
 
 NONE = "none"  # the recovery of a cell without one
@@ -29,7 +32,7 @@ def key_of(cell: Sequence[str]) -> tuple[str, str, str]:
     return method, budget, recovery[0] if recovery else NONE
 
 
-def speed(row: dict[str, Any], unit: float = 1.0) -> Answer:
+def speed(row: TimeRow, unit: float = 1.0) -> Answer:
     """The speed from a row of `winnow.studies.trials.time_forms`, relative to dense times `unit` (100: in %); its 95 % interval
     is taken as two standard errors on each side."""
     from winnow.studies.claims import Answer
@@ -56,12 +59,12 @@ class Evidence:
     model (by name), and, if tasks of the study's kind are configured, the table of scores and its cells."""
 
     summary: pd.DataFrame
-    results: dict[str, dict[str, Any]]
-    measured: dict[str, dict[str, Any]]
+    results: dict[str, Any]  # of `winnow.evaluation.results`
+    measured: dict[str, Any]  # what its `measure` returns
     scores: pd.DataFrame | None = None
-    scored: Sequence[dict[str, Any]] = ()  # the cells in `scores`: model, evaluation, method, budget, recovery, result (a path)
+    scored: Sequence[Row] = ()  # the cells in `scores`: model, evaluation, method, budget, recovery, result (a path)
 
-    def cell(self, model: str, method: str, budget: str, recovery: str = NONE) -> dict[str, Any]:
+    def cell(self, model: str, method: str, budget: str, recovery: str = NONE) -> CellRow:
         """The summary's row of a cell, with its paired difference to dense. Raises KeyError if there is none. The dense model has
         the budget `dense`."""
         t = self.summary
@@ -69,9 +72,14 @@ class Evidence:
         rows = t[same & (t["recovery"] == recovery)]
         if rows.empty:
             raise KeyError(f"{model}, {method}, {budget}, {recovery}: no such cell")
-        return {str(key): value for key, value in rows.iloc[0].items()}
+        return {str(key): value for key, value in rows.iloc[0].items()}  # type: ignore[return-value]
 
-    def windows(self, model: str, cell: Sequence[str]) -> dict[str, Any]:
+    def loss(self, model: str, *cell: str) -> LossRow:
+        """What tables say of the loss of a cell."""
+        row = self.cell(model, *cell)
+        return {key: row[key] for key in ("keep_bytes", "delta_nll", "delta_nll_se", "perplexity")}  # type: ignore[return-value]
+
+    def windows(self, model: str, cell: Sequence[str]) -> PerWindow:
         """The per-window sums of a cell: (method, budget) or (method, budget, recovery)."""
         return self.results[self.cell(model, *cell)["result"]]["per_window"]
 
@@ -117,7 +125,7 @@ class Study(Plugin):
         return cls.__module__.split(".")[-2]  # a study has no options; its name is that of its folder
 
     @abstractmethod
-    def measure(self, given: Given) -> dict[str, Any]:
+    def measure(self, given: Given) -> Mapping[str, Any]:
         """Numbers of one model from its weights, statistics and windows, as builtin types."""
 
     @abstractmethod

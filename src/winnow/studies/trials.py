@@ -24,8 +24,11 @@ from winnow.structures.base import STRUCTURES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.evaluation.results import PerWindow
+    from winnow.io import specs
     from winnow.io.artifacts import Bundle
     from winnow.models.files import ModelFiles
+    from winnow.studies.records import TimeRow
 
 
 class Factors:
@@ -85,7 +88,7 @@ class Trial:
         return model.eval()
 
 
-def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[float]]:
+def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> PerWindow:
     """`nll` and `tokens` per window (see `winnow.evaluation.perplexity.evaluate`), in batches of about 4,096 tokens."""
     from winnow.evaluation.perplexity import evaluate
 
@@ -93,9 +96,7 @@ def loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[f
         return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
 
 
-def time_forms(
-    dense: PreTrainedModel, forms: Mapping[str, PreTrainedModel], spec: dict[str, Any], device: str
-) -> list[dict[str, Any]]:
+def time_forms(dense: PreTrainedModel, forms: Mapping[str, PreTrainedModel], spec: specs.Timing, device: str) -> list[TimeRow]:
     """Times of every form relative to the dense model, in turns with it, by the `spec` of
     `winnow.evaluation.latency.evaluate_latency` (prompts limited by the model's positions): a row per form, phase, batch and
     prompt with the median `ratio` and its 95 % interval, the quartiles of dense against dense (`control_*`), the verdict,
@@ -104,15 +105,28 @@ def time_forms(
 
     held = getattr(dense.config.get_text_config(), "max_position_embeddings", None)
     prompts = [min(length, held - spec["decode"] - 1) if held else length for length in spec["prompts"]]
-    rows = []
+    rows: list[TimeRow] = []
     for name, form in forms.items():
         found = evaluate_latency(dense, form, {**spec, "prompts": prompts}, device)
         for case in found["cases"]:
             own, control = case["compressed"], case["control"]["ratio"]
-            row = {"form": name, **{key: case[key] for key in ("phase", "batch", "prompt")}}
-            row |= {"ratio": own["ratio"]["median"], "ratio_low": own["ratio"]["low"], "ratio_high": own["ratio"]["high"]}
-            row |= {"control_q1": control["q1"], "control_q3": control["q3"], "verdict": own["verdict"]}
-            for key in ("flops", "weight_bytes"):
-                row[key] = own[key] / case["dense"][key]
-            rows.append({**row, **{key: found["machine"][key] for key in ("device", "name", "threads")}})
+            rows.append(
+                {
+                    "form": name,
+                    "phase": case["phase"],
+                    "batch": case["batch"],
+                    "prompt": case["prompt"],
+                    "ratio": own["ratio"]["median"],
+                    "ratio_low": own["ratio"]["low"],
+                    "ratio_high": own["ratio"]["high"],
+                    "control_q1": control["q1"],
+                    "control_q3": control["q3"],
+                    "verdict": own["verdict"],
+                    "flops": own["flops"] / case["dense"]["flops"],
+                    "weight_bytes": own["weight_bytes"] / case["dense"]["weight_bytes"],
+                    "device": found["machine"]["device"],
+                    "name": found["machine"]["name"],
+                    "threads": found["machine"]["threads"],
+                }
+            )
     return rows

@@ -14,9 +14,13 @@ import math
 import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from winnow.io import specs
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +223,7 @@ The text comes from Python and its documentation: Copyright (c) 2001-2023 Python
 """
 
 
-def build(folder: Path, train: str, evaluation: str, spec: dict) -> None:
+def build(folder: Path, train: str, evaluation: str, spec: specs.Demo) -> None:
     """Train on the rows of `train`, store in float16, measure the stored model, write model, tokenizer and card."""
     import platform
 

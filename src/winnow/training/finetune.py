@@ -22,13 +22,15 @@ from winnow.training.options import Tuning
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.io.records import BaseManifest
+
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # newly initialised weights are logged here, or refused
 log = logging.getLogger(__name__)
 EPS, BETAS = 1e-8, (0.9, 0.999)  # of AdamW
 
 
-def verified(base: dict[str, Any]) -> Path:
+def verified(base: BaseManifest) -> Path:
     """The directory of a retrieved base model. Raises InputError if one of its files has changed."""
     directory = Path(base["directory"])
     for name, digest in base["files"].items():

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,6 +8,8 @@ from winnow.evaluation.base import FORMATS, Evaluation, EvaluationOptions
 
 if TYPE_CHECKING:
     from winnow.evaluation.base import Given, Running
+    from winnow.evaluation.results import TaskScores
+    from winnow.io import specs
 
 
 class Accuracy(Evaluation):
@@ -54,7 +56,7 @@ class Accuracy(Evaluation):
         return memory + 3 * 4 * running.batch_tokens * running.shape.vocabulary, disk, operations
 
     @classmethod
-    def measure(cls, given: Given) -> dict[str, Any]:
+    def measure(cls, given: Given) -> TaskScores:
         """Scores on tasks, per document, compared with the dense model's."""
         from winnow.data.tasks import check_documents, load_tasks, stay_offline
         from winnow.data.tokens import load_tokenizer
@@ -62,7 +64,8 @@ class Accuracy(Evaluation):
         from winnow.io.artifacts import read_json
 
         stay_offline()
-        spec, facts = given.spec, read_json(given.inputs["tasks"])["tasks"]
+        spec: specs.Accuracy = given.spec
+        facts = read_json(given.inputs["tasks"])["tasks"]
         tasks = load_tasks(spec)
         check_documents(tasks, facts, spec["limit"])
         tokenizer, batch = load_tokenizer(given.files.verify()), given.resources["batch_requests"]

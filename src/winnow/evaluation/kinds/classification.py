@@ -8,8 +8,10 @@ from winnow.data.text_formats import ROWS, rows_of
 from winnow.evaluation.base import FORMATS, Evaluation, EvaluationOptions
 
 if TYPE_CHECKING:
-    from winnow.data.text_formats import ROWS, rows_of
-from winnow.evaluation.base import Given, Running
+    from winnow.evaluation.base import Given, Running
+    from winnow.evaluation.results import ClassScores
+    from winnow.io import specs
+    from winnow.io.records import ExamplesFacts
 
 
 class Classification(Evaluation):
@@ -69,9 +71,9 @@ class Classification(Evaluation):
                 raise ValueError(f"{sorted(set(self.train) & set(self.test))[0]}: in both `train` and `test`")
             return self
 
-        def rows(self) -> dict[str, Any]:
+        def rows(self) -> specs.Examples:
             """The options that determine the rows and their classes; the others determine the scoring."""
-            return self.model_dump(exclude={"kind", "length", "limit"})
+            return self.model_dump(exclude={"kind", "length", "limit"})  # type: ignore[return-value]
 
         def training(self) -> dict[str, Any]:
             """The options that determine the training rows."""
@@ -86,7 +88,7 @@ class Classification(Evaluation):
         return memory, disk, 2.0 * rows * self.options.length * running.shape.numbers
 
     @classmethod
-    def measure(cls, given: Given) -> dict[str, Any]:
+    def measure(cls, given: Given) -> ClassScores:
         """Predicted classes of the test rows, and scores compared with the dense model's."""
         from winnow.data.examples import encode_rows
         from winnow.data.tokens import check_length, load_tokenizer
@@ -94,11 +96,12 @@ class Classification(Evaluation):
         from winnow.evaluation.predictions import outputs_of_classes, predict_classes
         from winnow.io.artifacts import read_json, read_parquet
 
-        spec, facts = given.spec, read_json(given.inputs["facts"])
+        spec: specs.Classification = given.spec
+        facts: ExamplesFacts = read_json(given.inputs["facts"])
         check_length(spec["length"], given.files.manifest["max_length"])
         tokenizer, model = load_tokenizer(given.files.verify()), given.model()
         outputs = outputs_of_classes(model, facts["labels"])
-        examples = encode_rows(tokenizer, read_parquet(given.inputs["test"]).head(spec["limit"]), spec["length"])
+        examples = encode_rows(tokenizer, read_parquet(given.inputs["test"])[: spec["limit"]], spec["length"])
         own, labels = predict_classes(model, examples, outputs, given.resources["batch_rows"]), examples.labels.tolist()
         dense = given.dense()
         return {

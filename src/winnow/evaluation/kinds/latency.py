@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -10,6 +11,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 if TYPE_CHECKING:
     from winnow.evaluation.base import Given, Running
+    from winnow.io import specs
 
 
 class Latency(Evaluation):
@@ -38,12 +40,12 @@ class Latency(Evaluation):
         return 2 * running.loaded + held * running.unit, 1e5, 0.0
 
     @classmethod
-    def measure(cls, given: Given) -> dict[str, Any]:
+    def measure(cls, given: Given) -> Mapping[str, Any]:
         """Times (in turns with the dense model), memory, FLOPs and bytes read."""
         from winnow.checkpoint.loading import load_model
         from winnow.evaluation.latency import evaluate_latency
 
-        spec = given.spec
+        spec: specs.Latency = given.spec
         dense = load_model(given.files.verify(), spec["dtype"], given.device)
         model = given.model() if given.checkpoint else None
         protocol = {key: spec[key] for key in ("batches", "prompts", "decode", "repeats", "warm_up", "dtype")}

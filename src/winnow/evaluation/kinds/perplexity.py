@@ -13,6 +13,8 @@ STREAMED = 1 << 21  # numbers of logits at a time, where the model is streamed
 
 if TYPE_CHECKING:
     from winnow.evaluation.base import Given, Running
+    from winnow.evaluation.results import Losses
+    from winnow.io import specs
 
 
 class Perplexity(Evaluation):
@@ -67,7 +69,7 @@ class Perplexity(Evaluation):
         return memory, disk, 2.0 * models * scored * shape.numbers
 
     @classmethod
-    def measure(cls, given: Given) -> dict[str, Any]:
+    def measure(cls, given: Given) -> Losses:
         """Loss per window, sums and means, compared with the dense model's."""
         from winnow.checkpoint.loading import load_model
         from winnow.checkpoint.streaming import NAMES, Streamed
@@ -75,7 +77,8 @@ class Perplexity(Evaluation):
         from winnow.io.artifacts import read_tensors
         from winnow.io.resume import Resume
 
-        spec, where = given.spec, (given.spec["dtype"], given.device)
+        spec: specs.Perplexity = given.spec
+        where = (spec["dtype"], given.device)
         directories = [(given.checkpoint or given.files).verify()]
         if given.checkpoint and spec["compare"]:
             directories.append(given.files.verify())
@@ -92,10 +95,16 @@ class Perplexity(Evaluation):
         else:
             models = [load_model(path, *where) for path in directories]
             rows = evaluate(models[0], models[1] if models[1:] else None, *windows, resume)
-        protocol = ("protocol", "protocol_version", "rule", "length", "stride", "dtype")
         return {
-            "protocol": {key: spec[key] for key in protocol},
-            "text": {key: facts[key] for key in ("text_digest", "text_tokens", "bos")},
+            "protocol": {
+                "protocol": spec["protocol"],
+                "protocol_version": spec["protocol_version"],
+                "rule": spec["rule"],
+                "length": spec["length"],
+                "stride": spec["stride"],
+                "dtype": spec["dtype"],
+            },
+            "text": {"text_digest": facts["text_digest"], "text_tokens": facts["text_tokens"], "bos": facts["bos"]},
             **summarize_windows(rows, given.dense()),
             "per_window": rows,
         }

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import TABLES, TORCH, Stage
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -13,7 +14,7 @@ class AssignClusters(Stage):
 
     libraries = (*TORCH, *TABLES, "scikit-learn")
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> dict[str, specs.Preset]:
         return {"clustering": self.plan.clusterings()[w["clustering"]].model_dump()}
 
     def work(self, load: Load) -> list[Work]:

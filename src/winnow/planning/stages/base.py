@@ -5,6 +5,7 @@ A stage has the name of its file, of its rule, of its script and of its folder o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,7 @@ from winnow.registry import Plugin, Registry
 from winnow.structures.base import STRUCTURES
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.plan import Plan
 
 TORCH = ("torch", "numpy", "safetensors")
@@ -54,7 +56,7 @@ class Stage(Plugin):
         """The rules whose jobs are of this stage."""
         return [self.name, *self.others]
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> Mapping[str, Any]:
         """Parameters, as builtin types."""
         return {}
 
@@ -94,7 +96,7 @@ class Stage(Plugin):
     def dtype(self, w: dict[str, str]) -> str:
         return self.plan.preset("models", w["model"]).dtype
 
-    def method(self, w: dict[str, str]) -> dict[str, Any]:
+    def method(self, w: dict[str, str]) -> specs.Method:
         """The method as its factors depend on it."""
         method = self.plan.preset("methods", w["method"])
         return method.model_dump(exclude={"paper", "allocation"}) | {  # the allocation is the budget's by then
@@ -102,15 +104,16 @@ class Stage(Plugin):
             "metric_version": METRICS[method.metric.kind].version if method.metric else None,
         }
 
-    def structure(self, w: dict[str, str]) -> dict[str, Any]:
-        return {key: self.method(w)[key] for key in ("structure", "structure_version")}
+    def structure(self, w: dict[str, str]) -> specs.Structure:
+        method = self.method(w)
+        return {"structure": method["structure"], "structure_version": method["structure_version"]}
 
-    def allocation(self, w: dict[str, str]) -> dict[str, Any]:
+    def allocation(self, w: dict[str, str]) -> specs.Allocation:
         """The budget's allocation, of whose options the budget tells."""
         allocation = self.plan.allocation(w["budget"])
         return {"version": allocation.version, "libraries": versions(*allocation.libraries)}
 
-    def recovery(self, label: str) -> dict[str, Any]:
+    def recovery(self, label: str) -> specs.Preset:
         """The options of a recovery, and in the place of a name those of the one that it goes on from."""
         recovery = self.plan.preset("recoveries", label)
         after = {"after": self.recovery(self.plan.labels["recoveries"][recovery.after])} if recovery.after else {}

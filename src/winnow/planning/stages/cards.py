@@ -1,18 +1,22 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from winnow.evaluation.base import PLAIN
 from winnow.planning.cells import Cell
 from winnow.planning.stages.base import Stage
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+
 
 class Cards(Stage):
     """The README of every checkpoint."""
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Cards:
         """{card: the checkpoint that it describes, and {evaluation: the artefacts for it and for the dense model}}."""
-        plan, cards = self.plan, dict[str, Any]()
+        plan = self.plan
+        cards: dict[str, specs.Card] = {}
         for cell in (cell for cell in plan.cells.of(PLAIN) if cell.method):
             found = cards.setdefault(
                 f"{plan.paths.recovered(cell)}/README.md", {"checkpoint": plan.paths.made(cell), "evaluations": {}}

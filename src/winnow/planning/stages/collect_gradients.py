@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.models.shape import PRODUCT
 from winnow.planning.load import BASE
@@ -12,6 +12,7 @@ TOKENS = 2048  # of a batch, as the rule's `batch_tokens`
 LOGITS = 1 << 21  # at a time, of a model that is run block by block
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -21,9 +22,10 @@ class CollectGradients(Stage):
     libraries = HUGGING_FACE
     streams = True
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
-        spec = self.plan.preset("calibrations", w["calibration"]).model_dump(include={*OF_STATISTICS, "seed"})
-        return {"dtype": self.dtype(w), **spec}
+    def spec(self, w: dict[str, str]) -> specs.CollectGradients:
+        calibration = self.plan.preset("calibrations", w["calibration"])
+        moments: specs.GradientMoments = calibration.model_dump(include={*OF_STATISTICS, "seed"})
+        return {"dtype": self.dtype(w), **moments}
 
     def work(self, load: Load) -> list[Work]:
         found, shape = [], load.shape

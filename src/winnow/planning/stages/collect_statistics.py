@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.load import BASE, MB
 from winnow.planning.stages.base import HUGGING_FACE, Stage
@@ -9,6 +9,7 @@ COLLECTING = 485 * MB  # of a process that does so block by block; measured
 TABLE, ROW = 50 * MB, 600  # bytes of the table of channels: of the library that writes it, and of a row in all its copies
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -18,8 +19,8 @@ class CollectStatistics(Stage):
     libraries = HUGGING_FACE
     streams = True
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
-        spec = self.plan.preset("calibrations", w["calibration"]).model_dump(include={"precision", "first_token"})
+    def spec(self, w: dict[str, str]) -> specs.CollectStatistics:
+        spec: specs.Moments = self.plan.preset("calibrations", w["calibration"]).model_dump(include={"precision", "first_token"})
         return {"dtype": self.dtype(w), **spec}
 
     def work(self, load: Load) -> list[Work]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.allocation.base import ALLOCATIONS
 from winnow.planning.config import Calibration
@@ -13,6 +13,7 @@ COMPRESSING = 355 * MB  # of a process that imported what it needs; measured
 SIZE = 190  # bytes of a size of a fit (what it stores, what it loses), of all matrices at once, in all copies; measured
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -21,7 +22,7 @@ class Compress(Stage):
 
     libraries = (*TORCH, *TABLES)
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Compress:
         plan = self.plan
         sections = ("models", "calibrations", "methods", "budgets")
         names = {s.removesuffix("s"): plan.names[s][w[s.removesuffix("s")]] for s in sections}
@@ -41,7 +42,7 @@ class Compress(Stage):
             },
         }
 
-    def _calibration_text(self, calibration: Calibration) -> dict[str, Any]:
+    def _calibration_text(self, calibration: Calibration) -> specs.Preset:
         """Where the words of a calibration come from, for the recipe."""
         if calibration.text is None:
             task = self.plan.task(str(calibration.task))

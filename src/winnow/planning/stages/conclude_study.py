@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from winnow.io.artifacts import file_digest
 from winnow.planning.stages.base import TABLES, TEMPLATES, Stage
 from winnow.studies.base import STUDIES
 from winnow.studies.claims import read_claims
+
+if TYPE_CHECKING:
+    from winnow.io import specs
 
 CLAIMS = Path("resources/claims.yaml")
 
@@ -16,7 +19,7 @@ class ConcludeStudy(Stage):
 
     libraries = ("matplotlib", "jinja2", *TABLES)
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.ConcludeStudy:
         """The claims, the rows of the study's cells under its own names of presets, and {model: measurement}."""
         plan, study = self.plan, w["study"]
         return {

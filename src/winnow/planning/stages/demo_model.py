@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import HUGGING_FACE, Stage
 
-DEMO_MODEL = {  # the recipe of resources/models/demo
+if TYPE_CHECKING:
+    from winnow.io import specs
+
+DEMO_MODEL: specs.Demo = {  # the recipe of resources/models/demo
     "vocab_size": 1024,
     "shape": {
         "hidden_size": 128,
@@ -24,5 +27,5 @@ class DemoModel(Stage):
 
     libraries = HUGGING_FACE
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Demo:
         return DEMO_MODEL

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from winnow.evaluation.base import EVALUATIONS, PLAIN, Running
@@ -32,7 +33,7 @@ class Evaluate(Stage):
     def streams(self) -> bool:  # type: ignore[override]
         return EVALUATIONS[self.of].streams
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> Mapping[str, Any]:
         """Not what it runs on: device, threads and kernels are in the result, and times are never the same bits."""
         evaluation = EVALUATIONS.build(self.plan.preset("evaluations", w["evaluation"]).model_dump())
         recovery = {"recovery": self.recovery(w["recovery"])} if "recovery" in w else {}

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.models.shape import WIDTHS
 from winnow.planning.stages.base import HUGGING_FACE, Stage
@@ -15,7 +15,7 @@ class ExportDense(Stage):
     libraries = HUGGING_FACE
     others = ("export_dense_recovered",)
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> dict[str, str]:
         steps = ("model", "calibration", "method", "budget", "recovery")
         made = "/".join(["results", *(w[step] for step in steps if step in w), "dense_export/manifest.json"])
         return {"dtype": self.plan.export_dtypes.get(made, "original")}

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.metrics.base import METRICS
 from winnow.planning.stages.base import TORCH, Stage
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -14,7 +15,7 @@ class Factorize(Stage):
 
     libraries = TORCH
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Factorize:
         return {"method": self.method(w), "shard": w["shard"]}
 
     def code(self, w: dict[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ from winnow.models.architectures import select
 from winnow.planning.stages.base import HUGGING_FACE, TABLES, Stage
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.config import Budget
     from winnow.planning.load import Load, Work
 
@@ -17,7 +18,7 @@ class LearnSizes(Stage):
 
     libraries = (*HUGGING_FACE, *TABLES)
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.LearnSizes:
         return {
             **self.structure(w),
             "dtype": self.dtype(w),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import TABLES, TORCH, Stage
 
@@ -14,7 +14,7 @@ class MeasureSpectra(Stage):
 
     libraries = (*TORCH, *TABLES)
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> dict[str, str]:
         return {"metric": self.plan.preset("methods", w["method"]).objective}
 
     def work(self, load: Load) -> list[Work]:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.allocation.base import ALLOCATIONS
 from winnow.planning.stages.base import HUGGING_FACE, OF_STATISTICS, TABLES, Stage
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -14,11 +15,12 @@ class PredictInRounds(Stage):
 
     libraries = (*HUGGING_FACE, *TABLES)
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.PredictInRounds:
         calibration = self.plan.preset("calibrations", w["calibration"])
+        moments: specs.GradientMoments = calibration.model_dump(include={*OF_STATISTICS, "seed"})
         return {
             **self.structure(w),
-            **calibration.model_dump(include={*OF_STATISTICS, "seed"}),
+            **moments,
             "dtype": self.dtype(w),
             "budget": self.plan.preset("budgets", w["budget"]).model_dump(),
             "rounds": self.plan.allocation(w["budget"]).rounds(),

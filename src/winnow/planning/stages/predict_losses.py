@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import TABLES, TORCH, Stage
 from winnow.structures.base import EIGEN
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -14,7 +15,7 @@ class PredictLosses(Stage):
 
     libraries = (*TORCH, *TABLES)
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Structure:
         return self.structure(w)
 
     def work(self, load: Load) -> list[Work]:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import HUGGING_FACE, Stage
 from winnow.recovery.base import RECOVERIES, OnWindows
 from winnow.training.options import Tuning
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -17,17 +18,19 @@ class Recover(Stage):
     libraries = HUGGING_FACE
     others = ("recover_dense",)
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Recover:
         recovery = self.plan.preset("recoveries", w["recovery"])
         task = getattr(recovery, "task", None)
-        return {
+        spec: specs.Recover = {
             "name": self.plan.names["recoveries"][w["recovery"]],
             "recovery": self.recovery(w["recovery"]),
-            **({"length": self.plan.task(task).length} if task else {}),
             "version": RECOVERIES[recovery.kind].version,
             "first_token": self.plan.preset("calibrations", w["calibration"]).first_token,
             "dtype": self.dtype(w),
         }
+        if task:
+            spec["length"] = self.plan.task(task).length
+        return spec
 
     def code(self, w: dict[str, str]) -> list[str]:
         return [*super().code(w), RECOVERIES.module(self.plan.preset("recoveries", w["recovery"]).kind)]

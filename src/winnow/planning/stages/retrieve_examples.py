@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import TABLES, Stage
+
+if TYPE_CHECKING:
+    from winnow.io import specs
 
 
 class RetrieveExamples(Stage):
@@ -10,7 +13,7 @@ class RetrieveExamples(Stage):
 
     libraries = TABLES
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Examples:
         return self.plan.tasks()[w["task"]].rows()
 
     def uses(self, w: dict[str, str]) -> tuple[str, ...]:

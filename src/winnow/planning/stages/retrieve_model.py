@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import HUGGING_FACE, Stage
 
 CHECKED = 1 << 22  # numbers of weights that are looked at together
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -15,7 +16,7 @@ class RetrieveModel(Stage):
 
     libraries = HUGGING_FACE
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Source:
         if self.plan.tuned(w["model"]):  # what `finetune` made
             return {"source": f"results/{w['model']}/tuned", "revision": None}
         model = self.plan.preset("models", w["model"])

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import TASKS, Stage
+
+if TYPE_CHECKING:
+    from winnow.io import specs
 
 
 class RetrieveTasks(Stage):
@@ -10,7 +13,7 @@ class RetrieveTasks(Stage):
 
     libraries = TASKS
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Tasks:
         return self.plan.preset("evaluations", w["evaluation"]).model_dump(exclude={"kind"})
 
     def files(self, w: dict[str, str]) -> dict[str, str]:

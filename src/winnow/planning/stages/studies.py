@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from winnow.io.artifacts import file_digest
 from winnow.planning.stages.base import TABLES, TEMPLATES, Stage
 from winnow.studies.base import study_of
+
+if TYPE_CHECKING:
+    from winnow.io import specs
 
 
 class Studies(Stage):
@@ -12,9 +15,11 @@ class Studies(Stage):
 
     libraries = ("jinja2", *TABLES)
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Studies:
         """What the page of all papers says of each study that its folder does not hold."""
         all_of = {name: study_of(name) for name in self.plan.of_studies}
-        keys = ("title", "reference", "tables", "figures")
-        described = {name: {key: getattr(study, key) for key in keys} for name, study in all_of.items()}
+        described: dict[str, specs.StudyPage] = {
+            name: {"title": of.title, "reference": of.reference, "tables": of.tables, "figures": of.figures}
+            for name, of in all_of.items()
+        }
         return {"studies": described, "template": [file_digest(TEMPLATES / f"{name}.html.j2") for name in ("studies", "parts")]}

@@ -7,6 +7,7 @@ from winnow.evaluation.base import PLAIN
 from winnow.planning.stages.base import HUGGING_FACE, OF_STATISTICS, Stage
 
 if TYPE_CHECKING:
+    from winnow.io import specs
     from winnow.planning.load import Load, Work
 
 
@@ -15,13 +16,14 @@ class Tokenize(Stage):
 
     libraries = HUGGING_FACE
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.CalibrationWindows | specs.EvaluationWindows:
         section = "calibrations" if w["windows"] in self.plan.names["calibrations"] else "evaluations"
         preset = self.plan.preset(section, w["windows"])
-        windows = preset.model_dump(exclude={"kind", "text", "task", "compare", *OF_STATISTICS})
+        spec: Any = {"kind": section, "join": self.plan.config.texts[preset.text].join}
+        spec |= preset.model_dump(exclude={"kind", "text", "task", "compare", *OF_STATISTICS})
         if section == "evaluations":
-            windows["version"] = PROTOCOLS[preset.protocol].version
-        return {"kind": section, "join": self.plan.config.texts[preset.text].join, **windows}
+            spec["version"] = PROTOCOLS[preset.protocol].version
+        return spec
 
     def work(self, load: Load) -> list[Work]:
         calibrations = [work for name in load.calibrations for work in self.needed(load, 1, 0, load.tokens(name) * 4)]

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import HUGGING_FACE, Stage
+
+if TYPE_CHECKING:
+    from winnow.io import specs
 
 
 class TokenizeRows(Stage):
@@ -10,5 +13,5 @@ class TokenizeRows(Stage):
 
     libraries = HUGGING_FACE
 
-    def spec(self, w: dict[str, str]) -> dict[str, Any]:
+    def spec(self, w: dict[str, str]) -> specs.Windows:
         return self.plan.preset("calibrations", w["windows"]).model_dump(include={"windows", "length", "seed"})

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from winnow.recovery.base import Recovery, Trained
 
 if TYPE_CHECKING:
-    from winnow.recovery.base import Task
+    from winnow.recovery.base import Given
 
 
 class Distill(Recovery):
@@ -43,7 +43,7 @@ class Distill(Recovery):
                 raise ValueError("`lora_rank` and `lora_alpha` are only used with `parameters: lora`")
             return self
 
-    def recover(self, task: Task) -> dict[str, Any]:
+    def recover(self, given: Given) -> dict[str, Any]:
         from winnow.recovery.distill import distill
 
-        return distill(task)
+        return distill(given)

@@ -8,7 +8,7 @@ from winnow.recovery.base import Recovery, RecoveryOptions
 from winnow.training.options import Tuning
 
 if TYPE_CHECKING:
-    from winnow.recovery.base import Task
+    from winnow.recovery.base import Given
 
 
 class Finetune(Recovery):
@@ -21,7 +21,7 @@ class Finetune(Recovery):
         whole: ClassVar[bool] = True
         kind: Literal["finetune"] = Field(description="finetune")
 
-    def recover(self, task: Task) -> dict[str, Any]:
+    def recover(self, given: Given) -> dict[str, Any]:
         from winnow.recovery.finetune import finetune_again
 
-        return finetune_again(task)
+        return finetune_again(given)

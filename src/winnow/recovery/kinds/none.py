@@ -7,7 +7,7 @@ from pydantic import Field
 from winnow.recovery.base import Recovery, RecoveryOptions
 
 if TYPE_CHECKING:
-    from winnow.recovery.base import Task
+    from winnow.recovery.base import Given
 
 
 class NoRecovery(Recovery):
@@ -19,5 +19,5 @@ class NoRecovery(Recovery):
         kind: Literal["none"] = Field(description="none")
         after: None = Field(default=None, description="always null")
 
-    def recover(self, task: Task) -> dict[str, Any]:
+    def recover(self, given: Given) -> dict[str, Any]:
         return {}

@@ -7,7 +7,7 @@ from pydantic import Field
 from winnow.recovery.base import Recovery, Trained
 
 if TYPE_CHECKING:
-    from winnow.recovery.base import Task
+    from winnow.recovery.base import Given
 
 
 class Refine(Recovery):
@@ -37,7 +37,7 @@ class Refine(Recovery):
             "never",
         )
 
-    def recover(self, task: Task) -> dict[str, Any]:
+    def recover(self, given: Given) -> dict[str, Any]:
         from winnow.recovery.refine import refine_blocks
 
-        return refine_blocks(task)
+        return refine_blocks(given)

@@ -7,7 +7,7 @@ from pydantic import Field
 from winnow.recovery.base import OnWindows, Recovery
 
 if TYPE_CHECKING:
-    from winnow.recovery.base import Task
+    from winnow.recovery.base import Given
 
 
 class Sequential(Recovery):
@@ -43,7 +43,7 @@ class Sequential(Recovery):
         def reads_gradients(self) -> bool:
             return self.outputs == "gradient"
 
-    def recover(self, task: Task) -> dict[str, Any]:
+    def recover(self, given: Given) -> dict[str, Any]:
         from winnow.recovery.sequential import refit_factors
 
-        return refit_factors(task)
+        return refit_factors(given)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.models.architectures import TARGETS, Matrix
+
+if TYPE_CHECKING:
+    from winnow.io.records import Shaped
+    from winnow.studies.bypass.found import Removed
 
 LLAMA_8B = {  # config.json of meta-llama/Llama-3.1-8B
     "vocab_size": 128256,
@@ -39,7 +43,7 @@ class Ranks:
     kept: float = 0.0
 
 
-def llama_tensors(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def llama_tensors(config: dict[str, Any]) -> dict[str, Shaped]:
     """{tensor: {shape}} of a Llama model, from its config alone."""
     d, f, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head = config.get("head_dim") or d // config["num_attention_heads"]
@@ -112,19 +116,21 @@ def _part(part: list[Matrix], form: str, ranks: Ranks) -> int:
     return k * (m + n - (k if fixed else 0))
 
 
-def removed(matrices: list[Matrix], total: int, ranks: Ranks) -> list[dict[str, Any]]:
+def removed(matrices: list[Matrix], total: int, ranks: Ranks) -> list[Removed]:
     """Removed parameters by every convention, in % of all `total` parameters and of those in `matrices`."""
     attention = [m for m in matrices if m.role in TARGETS["attention"]]
     ffn = [m for m in matrices if m.role in TARGETS["ffn"]]
-    whole, rows = dense(matrices), []
+    whole = dense(matrices)
+    rows: list[Removed] = []
     for name, (of_attention, of_ffn, counted) in CONVENTIONS.items():
         gone = whole - stored(attention, of_attention, ranks) - stored(ffn, of_ffn, ranks)
-        row = {"convention": name, "counted": counted, "removed_numbers": gone}
-        rows.append({**row, "of_all": 100 * gone / total, "of_blocks": 100 * gone / whole})
+        of_all, of_blocks = 100 * gone / total, 100 * gone / whole
+        row: Removed = {"convention": name, "counted": counted, "removed_numbers": gone, "of_all": of_all, "of_blocks": of_blocks}
+        rows.append(row)
     return rows
 
 
-def reachable(rows: list[dict[str, Any]]) -> tuple[float, float]:
+def reachable(rows: list[Removed]) -> tuple[float, float]:
     """(least, most) removed under any convention that counts everything stored, in % of either total."""
     values = [row[key] for row in rows if row["counted"] for key in ("of_all", "of_blocks")]
     return min(values), max(values)

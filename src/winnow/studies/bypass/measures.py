@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from winnow.factors.spectra import effective_ranks
 from winnow.metrics.gram import Gram
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from winnow.io.artifacts import Bundle
     from winnow.models.files import ModelFiles
+    from winnow.studies.bypass.found import Grc
 
 
 def formula_bytes(files: ModelFiles, ranks: Ranks) -> int | None:
@@ -44,12 +45,12 @@ def _stacks(files: ModelFiles, target: str) -> list[Tensor]:
     return [torch.cat([files.weight(m) for m in group]) for group in found.values()]
 
 
-def grc_numbers(files: ModelFiles) -> dict[str, float | None]:
+def grc_numbers(files: ModelFiles) -> Grc:
     """`k95_qkv` and `k95_gate_up` (shares of the width, means over layers; None without such matrices), `sinks` (gain in %,
     mean over layers), and `full`, the largest change of a weight at k = d (% of the largest weight)."""
     import torch
 
-    found: dict[str, float | None] = {}
+    found: Any = {}
     for target in ("qkv", "gate_up"):
         shares = [effective_ranks(torch.linalg.svdvals(s).numpy())["k95"] / s.shape[1] for s in _stacks(files, target)]
         found[f"k95_{target}"] = sum(shares) / len(shares) if shares else None

@@ -3,7 +3,7 @@ profile over layers has the shape of an hourglass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from winnow.io.artifacts import Bundle
     from winnow.models.files import ModelFiles
+    from winnow.studies.bypass.found import EffectiveRanks, Hourglass, Parts
 
 DEFINITIONS = {
     "k95": "directions with 95 % of the energy",  # HyperTensor Paper I
@@ -30,11 +31,11 @@ ORDERS = 2000  # number of random orders of layers, if there are too many to use
 ALL_ORDERS = 7  # largest number of layers for which all orders are used
 
 
-def profile(files: ModelFiles, moments: Bundle) -> list[dict[str, Any]]:
+def profile(files: ModelFiles, moments: Bundle) -> list[EffectiveRanks]:
     """One row per matrix and metric, without experts: the effective ranks as shares of the smaller side, `ambient`."""
     import torch
 
-    rows = []
+    rows: list[EffectiveRanks] = []
     for m in (m for m in files.matrices if m.expert is None):
         weight, site = files.weight(m), moments.tensors(moments_file(m.layer))
         gram, mean = site[f"{m.site}.gram"].double(), site[f"{m.site}.mean"].double()
@@ -43,10 +44,18 @@ def profile(files: ModelFiles, moments: Bundle) -> list[dict[str, Any]]:
         found["outputs"] = (_values(weight, gram), _values(weight, gram - torch.outer(mean, mean)))
         for metric, (values, centred) in found.items():
             ambient, own = min(m.shape), effective_ranks(values.numpy())
-            ranks = {"k95": own["k95"], "stable": own["stable_rank"], "entropy": own["entropy_rank"]}
-            ranks["rrr90"] = effective_ranks(centred.numpy())["k90"]
-            shares = {name: value / ambient for name, value in ranks.items()}
-            rows.append({"layer": m.layer, "role": m.role, "metric": metric, "ambient": ambient, **shares})
+            rows.append(
+                {
+                    "layer": m.layer,
+                    "role": m.role,
+                    "metric": metric,
+                    "ambient": ambient,
+                    "k95": own["k95"] / ambient,
+                    "stable": own["stable_rank"] / ambient,
+                    "entropy": own["entropy_rank"] / ambient,
+                    "rrr90": effective_ranks(centred.numpy())["k90"] / ambient,
+                }
+            )
     return rows
 
 
@@ -64,7 +73,7 @@ def ends(layers: int) -> tuple[int, int]:
     return -(-EARLY * layers // OF), -(-LATE * layers // OF)
 
 
-def hourglass(values: Sequence[float]) -> dict[str, float]:
+def hourglass(values: Sequence[float]) -> Parts:
     """Means over the early, middle and late layers; `excess`: the difference of the lower end to the middle in %; and `chance`:
     the share of orders of the layers with at least this excess. An hourglass has a positive excess.
 
@@ -80,8 +89,13 @@ def hourglass(values: Sequence[float]) -> dict[str, float]:
         orders = np.array([own, *(generator.permutation(own) for _ in range(ORDERS))])
     excess = _excess(own[None], early, late)[0]
     chance = float((_excess(orders, early, late) >= excess - 1e-9).mean())
-    parts = {"early": own[:early].mean(), "middle": own[early:-late].mean(), "late": own[-late:].mean()}
-    return {**{name: float(value) for name, value in parts.items()}, "excess": float(excess), "chance": chance}
+    return {
+        "early": float(own[:early].mean()),
+        "middle": float(own[early:-late].mean()),
+        "late": float(own[-late:].mean()),
+        "excess": float(excess),
+        "chance": chance,
+    }
 
 
 def _excess(orders: np.ndarray, early: int, late: int) -> np.ndarray:
@@ -90,12 +104,12 @@ def _excess(orders: np.ndarray, early: int, late: int) -> np.ndarray:
     return 100 * (lower / orders[:, early:-late].mean(1) - 1)
 
 
-def hourglasses(rows: list[dict[str, Any]], roles: Sequence[str]) -> list[dict[str, Any]]:
+def hourglasses(rows: Sequence[Mapping[str, Any]], roles: Sequence[str]) -> list[Hourglass]:
     """One row per role (and `ffn`, the mean of all), metric and definition. Empty if there are too few layers."""
     layers = sorted({row["layer"] for row in rows if row["role"] in roles})
     if not layers or sum(ends(len(layers))) >= len(layers):
         return []
-    found = []
+    found: list[Hourglass] = []
     named = {role: [role] for role in roles} | {"ffn": list(roles)}
     for name, own in named.items():
         for metric in METRICS:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from winnow.studies.base import Conclusion, Evidence, Given, Study, speed
 from winnow.studies.bypass.accounting import Ranks
 from winnow.studies.claims import Answer
 
+if TYPE_CHECKING:
+    from winnow.io import specs
+    from winnow.studies.bypass.found import Bypassed, Removed
+    from winnow.studies.records import TimeRow
+
 KEPT = 256 / 4096  # directions of the bypass, as a share of the width
 LLAMA = "Llama-3.1-8B"  # from its config alone
 WEIGHTS, GRAM, LOW_RANK, SHARED = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}, {"kind": "shared_basis"}
 BASE = 6.79  # perplexity of the paper's dense model
-TIMED = {"batches": [1], "prompts": [64], "decode": 16, "repeats": 21, "warm_up": 2}
+TIMED: specs.Timing = {"batches": [1], "prompts": [64], "decode": 16, "repeats": 21, "warm_up": 2}
 
 
 class Row(NamedTuple):
@@ -112,7 +117,7 @@ class BypassStudy(Study):
 
     reads = ("moments",)
 
-    def measure(self, given: Given) -> dict[str, Any]:
+    def measure(self, given: Given) -> Bypassed:
         """Effective ranks and their profiles, stored numbers under every way to count, GRC's numbers, its times compared with
         dense, identities."""
         from winnow.models.architectures import FFN_ROLES, TARGETS
@@ -144,7 +149,8 @@ class BypassStudy(Study):
 
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
         answers, identities = _of_llama(tables["accounting"])
-        for model, found in evidence.measured.items():
+        measured: dict[str, Bypassed] = evidence.measured
+        for model, found in measured.items():
             for claim, answer in (_of_model(found) | _of_cells(evidence, model)).items():
                 answers.setdefault(claim, {})[model] = answer
             tables["rows"] += _rows(evidence, model)
@@ -152,13 +158,14 @@ class BypassStudy(Study):
             tables["alone"] += [_cell(evidence, model, cell) for cell in ALONE]
             tables["hourglass"] += [{"model": model, **row} for row in found["hourglass"]]
             tables["accounting"] += _counts(model, found["accounting"])
-            for name in ("ranks", "latency"):
-                tables[name] += [{"model": model, **row} for row in found[name]]
+            tables["ranks"] += [{"model": model, **row} for row in found["ranks"]]
+            tables["latency"] += [{"model": model, **row} for row in found["latency"]]
             exact = dict(found["identities"])
             if found["stored_bytes"]["both"] is not None:
                 exact["bytes stored in rows 1 to 4 are those of the formulas"] = max(
                     abs(evidence.cell(model, *ROWS[name].cell)["stored_bytes"] - expected)
                     for name, expected in found["stored_bytes"].items()
+                    if expected is not None
                 )
             identities += [{"model": model, "identity": name, "residual": value} for name, value in exact.items()]
         frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
@@ -171,7 +178,7 @@ class BypassStudy(Study):
         return Conclusion(frames, drawn, answers, pd.DataFrame(identities))
 
 
-def _latency(given: Given) -> list[dict[str, Any]]:
+def _latency(given: Given) -> list[TimeRow]:
     """Times of the cell of row 1, GRC at k = d / 4, compared with dense."""
     from winnow.checkpoint.loading import load_model
     from winnow.studies.trials import Trial, time_forms
@@ -208,7 +215,7 @@ def _of_llama(table: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Answer]]
     return answers, [{"model": LLAMA, "identity": name, "residual": float(abs(total - 8_030_261_248))}]
 
 
-def _of_model(found: dict[str, Any]) -> dict[str, Answer]:
+def _of_model(found: Bypassed) -> dict[str, Answer]:
     """Answers from weights and statistics."""
     answers = {"bypass_ffn_share": Answer(found["ffn_share"])}
     few = "its FFNs are experts of a mixture"
@@ -295,7 +302,7 @@ def _rows(evidence: Evidence, model: str) -> list[dict[str, Any]]:
             row = evidence.cell(model, method, budget)
             gone = 100 * (1 - row["model_stored_bytes"] / row["model_dense_bytes"])
             own = {"model": model, "row": name, "form": form, "k_attention": ranks.attention, "k_ffn": ranks.ffn, "r": ranks.kept}
-            own |= {key: row[key] for key in ("keep_bytes", "delta_nll", "delta_nll_se", "perplexity")}
+            own |= evidence.loss(model, method, budget)
             own |= {"removed_%": gone}
             paper = {
                 "paper_delta_nll": math.log(perplexity / BASE),
@@ -307,10 +314,8 @@ def _rows(evidence: Evidence, model: str) -> list[dict[str, Any]]:
 
 
 def _cell(evidence: Evidence, model: str, cell: tuple[str, str]) -> dict[str, Any]:
-    row = evidence.cell(model, *cell)
-    own = ("keep_bytes", "delta_nll", "delta_nll_se", "perplexity")
-    return {"model": model, "budget": cell[1], "method": cell[0], **{key: row[key] for key in own}}
+    return {"model": model, "budget": cell[1], "method": cell[0], **evidence.loss(model, *cell)}
 
 
-def _counts(model: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _counts(model: str, found: dict[str, list[Removed]]) -> list[dict[str, Any]]:
     return [{"model": model, "row": name, "claimed": ROWS[name].removed, **row} for name, rows in found.items() for row in rows]

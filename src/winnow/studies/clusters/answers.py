@@ -15,7 +15,9 @@ from winnow.studies.clusters.correlation import jackknife, mean_error, spearman
 from winnow.studies.clusters.counts import PUBLISHED, counts, savings
 
 if TYPE_CHECKING:
+    from winnow.evaluation.results import PerWindow
     from winnow.studies.base import Evidence
+    from winnow.studies.clusters.found import CellErrorsAndLoss, Clustered, Correlation
 
 MEASURES, ABOVE = ("weights", "activations", "blocks", "logits"), "activations above weights"
 DENSE, HEALED, LORA = ("dense", "dense"), ("dense", "dense", "lora"), "lora"
@@ -45,9 +47,10 @@ def distillation(evidence: Evidence, model: str, starts: Sequence[str], training
     return rows
 
 
-def _closed_raw(before: dict[str, Any], after: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
+def _closed_raw(before: PerWindow, after: PerWindow, dense: PerWindow) -> tuple[float, float]:
     """(closed part of the gap in perplexity in %, its standard error by the jackknife over windows)."""
-    nll, tokens = (np.array([of[key] for of in (before, after, dense)], dtype=np.float64) for key in ("nll", "tokens"))
+    nll = np.array([before["nll"], after["nll"], dense["nll"]], dtype=np.float64)
+    tokens = np.array([before["tokens"], after["tokens"], dense["tokens"]], dtype=np.float64)
 
     def closed(windows: list[int]) -> float:
         first, last, base = np.exp(nll[:, windows].sum(1) / tokens[:, windows].sum(1))
@@ -56,21 +59,21 @@ def _closed_raw(before: dict[str, Any], after: dict[str, Any], dense: dict[str, 
     return jackknife(closed, nll.shape[1])
 
 
-def rank_correlations(cells: list[dict[str, Any]], budgets: Sequence[str]) -> list[dict[str, Any]]:
+def rank_correlations(cells: list[CellErrorsAndLoss], budgets: Sequence[str]) -> list[Correlation]:
     """Spearman correlations of every error measure with the loss over the methods at each budget, at several budgets (`mean`),
     and over all cells of FFNs together; with standard errors by the jackknife over cells."""
     ffn = [cell for cell in cells if cell["budget"].startswith("ffn")]
-    rows = [{"budget": "all", **row} for row in _correlations(ffn)]
+    rows: list[Correlation] = [{"budget": "all", **row} for row in _correlations(ffn)]
     by_budget = {budget: _correlations([cell for cell in ffn if cell["budget"] == budget]) for budget in budgets}
     rows += [{"budget": budget, **row} for budget, found in by_budget.items() for row in found]
     for own in zip(*by_budget.values(), strict=True):
         error = math.sqrt(sum(row["spearman_se"] ** 2 for row in own)) / len(own)
-        mean = {"spearman": sum(row["spearman"] for row in own) / len(own), "spearman_se": error}
-        rows.append({"budget": "mean", "measure": own[0]["measure"], "cells": sum(row["cells"] for row in own), **mean})
+        mean, count = sum(row["spearman"] for row in own) / len(own), sum(row["cells"] for row in own)
+        rows.append({"budget": "mean", "measure": own[0]["measure"], "cells": count, "spearman": mean, "spearman_se": error})
     return rows
 
 
-def _correlations(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _correlations(cells: list[Any]) -> list[Correlation]:
     """The rows of some cells: every measure, and the correlation of output errors minus that of weight errors."""
 
     def rho(measure: str, items: list[int]) -> float:
@@ -80,7 +83,7 @@ def _correlations(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return rho("activations", items) - rho("weights", items)
 
     statistics: dict[str, Callable[[list[int]], float]] = {measure: partial(rho, measure) for measure in MEASURES}
-    rows = []
+    rows: list[Correlation] = []
     for name, statistic in (statistics | {ABOVE: more}).items():
         value, error = jackknife(statistic, len(cells))
         rows.append({"measure": name, "cells": len(cells), "spearman": value, "spearman_se": error})
@@ -88,7 +91,7 @@ def _correlations(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def answers_of(
-    evidence: Evidence, model: str, found: dict[str, Any], correlations: list[dict[str, Any]], healed: list[dict[str, Any]]
+    evidence: Evidence, model: str, found: Clustered, correlations: list[Correlation], healed: list[dict[str, Any]]
 ) -> dict[str, dict[str, Answer]]:
     """{claim: {model: answer}}; answers from a published model's config are listed under the name of that model."""
     own = _of_losses(evidence, model) | _of_lora(evidence, model, healed)
@@ -113,13 +116,13 @@ OF_MEASUREMENT = (
 )
 
 
-def _of_reconstruction(found: dict[str, Any]) -> dict[str, Answer]:
+def _of_reconstruction(found: Clustered) -> dict[str, Answer]:
     published = {(r["matrices"], r["clusters"], r["k"]): r for r in found["published"]}
-    table = {(r["by"], r["clusters"], r["k"]): r for r in found["reconstruction"]}
+    table: dict[tuple[str, int, float], Any] = {(r["by"], r["clusters"], r["k"]): r for r in found["reconstruction"]}
     mine, norm = published["this model", 4, 0.25], table["norm", 4, 0.25]
     undefined = Answer(missing="one SVD of as many numbers is exact: the matrices are too small")
 
-    def gain(row: dict[str, Any], key: str) -> Answer:
+    def gain(row: Any, key: str) -> Answer:
         return undefined if row[key] is None else Answer(row[key], row[f"{key}_se"])
 
     def apart(one: tuple[str, int], other: tuple[str, int], key: str) -> Answer:
@@ -151,9 +154,11 @@ def _of_reconstruction(found: dict[str, Any]) -> dict[str, Answer]:
     }
 
 
-def _of_columns(found: dict[str, Any], correlations: list[dict[str, Any]]) -> dict[str, Answer]:
+def _of_columns(found: Clustered, correlations: list[Correlation]) -> dict[str, Answer]:
     rho = {r["measure"]: Answer(r["spearman"], r["spearman_se"]) for r in correlations if r["budget"] == "mean"}
-    by = {name: [r for r in found["massive"] if r["score"] == name] for name in ("activation", "weight norm")}
+    by: dict[str, list[Any]] = {
+        name: [r for r in found["massive"] if r["score"] == name] for name in ("activation", "weight norm")
+    }
     mean = lambda name, key: Answer(*mean_error([r[key] for r in by[name]]))  # noqa: E731
     return {
         "clusters_proxy": rho["weights"],

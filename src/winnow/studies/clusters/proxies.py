@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from winnow.io.artifacts import Bundle
     from winnow.models.files import ModelFiles
+    from winnow.studies.clusters.found import MatrixErrors, OutputErrors
 
 
 def matrix_of(module: nn.Module, inputs: int) -> Tensor:
@@ -29,26 +30,25 @@ def matrix_of(module: nn.Module, inputs: int) -> Tensor:
         return (module(eye) - zero).T.double().cpu()
 
 
-def matrix_errors(files: ModelFiles, moments: Bundle, checkpoint: Bundle, model: PreTrainedModel) -> dict[str, float]:
+def matrix_errors(files: ModelFiles, moments: Bundle, checkpoint: Bundle, model: PreTrainedModel) -> MatrixErrors:
     """Mean relative squared errors of the matrices that a checkpoint replaces: `weights`, and `activations`, of their outputs on
     the calibration tokens with the dense model's inputs. Every matrix must be a separate module."""
     config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
     replaced, held = config["quantization_config"]["layers"], (-1, dict[str, Tensor]())
-    found: dict[str, list[float]] = {"weights": [], "activations": []}
+    weights: list[float] = []
+    activations: list[float] = []
     for matrix in (m for m in files.matrices if m.module in replaced):
         if held[0] != matrix.layer:
             held = (matrix.layer, moments.tensors(moments_file(matrix.layer)))
         weight, gram = files.weight(matrix), held[1][f"{matrix.site}.gram"].double()
         lost = weight - matrix_of(model.get_submodule(matrix.module), matrix.shape[1])
-        found["weights"].append(float(lost.square().sum() / weight.square().sum()))
-        found["activations"].append(float(((lost @ gram) * lost).sum() / ((weight @ gram) * weight).sum()))
-    return {name: sum(values) / len(values) for name, values in found.items()}
+        weights.append(float(lost.square().sum() / weight.square().sum()))
+        activations.append(float(((lost @ gram) * lost).sum() / ((weight @ gram) * weight).sum()))
+    return {"weights": sum(weights) / len(weights), "activations": sum(activations) / len(activations)}
 
 
 @torch.no_grad()
-def output_errors(
-    dense: PreTrainedModel, model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int
-) -> dict[str, float]:
+def output_errors(dense: PreTrainedModel, model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int) -> OutputErrors:
     """`blocks`: the squared error of a block's output with the dense model's inputs, relative to the square of the block's
     contribution, mean over blocks; `logits`: KL(dense || model), nats per token. On windows (count, length)."""
     sums, kl = torch.zeros(len(blocks), 2, dtype=torch.float64), 0.0

@@ -4,9 +4,13 @@ cluster paper's script, in which clusters have more rank. All errors are exact, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from winnow.studies.clusters.found import Outlying
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def structureless(kind: str, d: int, hidden: int, seed: int = 0) -> list[Tensor]
     return [*found[:2], found[2].T.contiguous()]
 
 
-def outlying(values: Tensor, sigmas: float = 5.0, top: int = 5) -> dict[str, float]:
+def outlying(values: Tensor, sigmas: float = 5.0, top: int = 5) -> Outlying:
     """Statistics of column scores (n,): number of scores more than `sigmas` standard deviations above the mean, share of the sum
     in the `top` largest relative to equal scores, and largest divided by median."""
     largest = values.sort(descending=True).values[:top].sum()

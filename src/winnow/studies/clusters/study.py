@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from winnow.studies.base import NONE, Conclusion, Evidence, Given, Study, key_of
 from winnow.studies.clusters.answers import answers_of, distillation, rank_correlations
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from winnow.models.architectures import Matrix
     from winnow.studies.claims import Answer
+    from winnow.studies.clusters.found import CellErrors, Clustered, Comparison, Correlation, Gains, Massive
+    from winnow.studies.clusters.reconstruction import Blocks
+    from winnow.studies.records import Missing
 
 COUNTS, FRACTIONS = (2, 4, 8), (0.25, 0.5, 0.75)
 WAYS = ("norm", "cosine", "activation", "random")
@@ -71,7 +74,7 @@ class ClustersStudy(Study):
     figures = ("reconstruction", "correlations", "massive", "distillation")
     reads = ("moments", "windows", "checkpoints")
 
-    def measure(self, given: Given) -> dict[str, Any]:
+    def measure(self, given: Given) -> Clustered | Missing:
         """Errors of clusters compared with one SVD, outlying columns, errors of the study's checkpoints, training of LoRA."""
         from winnow.models.architectures import ffn_groups, moments_file
 
@@ -89,22 +92,23 @@ class ClustersStudy(Study):
             if name.startswith(f"{m.site}.")
         }
         cut = [_cut(m, files.weight(m), statistics(m)) for group in sampled for m in group]
-        found: dict[str, Any] = {
+        errors, massive = self._of_model(given, [group[-1] for group in groups], statistics)
+        return {
             "reconstruction": _table(cut),
             "published": _published([[files.weight(m) for m in g] for g in (groups[0], groups[len(groups) // 2], groups[-1])]),
             "flatness": _flatness(cut),
             "identities": _identities(sampled[0][0], files.weight(sampled[0][0]), cut),
+            "errors": errors,
+            "massive": massive,
+            "training": {
+                method: json.loads(bundle.path("recovery.json").read_text(encoding="utf-8"))
+                for (method, _, recovery), bundle in given.checkpoints.items()
+                if recovery != NONE
+            },
         }
-        found |= self._of_model(given, [group[-1] for group in groups], statistics)
-        found["training"] = {
-            method: json.loads(bundle.path("recovery.json").read_text(encoding="utf-8"))
-            for (method, _, recovery), bundle in given.checkpoints.items()
-            if recovery != NONE
-        }
-        return found
 
-    def _of_model(self, given: Given, downs: list[Matrix], statistics: Any) -> dict[str, Any]:
-        """Measurements on the model: errors of every checkpoint, and of removing single columns of down."""
+    def _of_model(self, given: Given, downs: list[Matrix], statistics: Any) -> tuple[list[CellErrors], list[Massive]]:
+        """(errors of every checkpoint, columns of down that stand out, and the loss without single ones)."""
         import torch
 
         from winnow.checkpoint.loading import load_model
@@ -118,21 +122,27 @@ class ClustersStudy(Study):
         assert moments is not None
         dense = load_model(files.verify(), given.dtype, given.device)
         names, shown = list(blocks_of(files.manifest["model_type"], files.tensors).values()), windows[:WINDOWS]
-        batch, errors = max(1, 4096 // windows.shape[1]), []
+        batch = max(1, 4096 // windows.shape[1])
+        errors: list[CellErrors] = []
         for (method, budget, recovery), bundle in given.checkpoints.items():
             if recovery == NONE:
                 model = load_model(bundle.verify(), given.dtype, given.device)
-                own = matrix_errors(files, moments, bundle, model) | output_errors(dense, model, names, shown, batch)
-                errors.append({"method": method, "budget": budget, **own})
-        massive, generator = [], torch.Generator().manual_seed(0)
+                of_matrices, of_outputs = (
+                    matrix_errors(files, moments, bundle, model),
+                    output_errors(dense, model, names, shown, batch),
+                )
+                errors.append({"method": method, "budget": budget, **of_matrices, **of_outputs})
+        massive: list[Massive] = []
+        generator = torch.Generator().manual_seed(0)
         for down in downs:
             scores = {"activation": statistics(down)["mean_abs"], "weight norm": files.weight(down).norm(dim=0)}
             columns = torch.randperm(down.shape[1], generator=generator)[:COLUMNS].sort().values
             lost = losses_without(dense, down, columns.tolist(), windows[:LEFT_OUT])
             for name, score in scores.items():
-                row = {"layer": down.layer, "score": name, "columns": down.shape[1], **outlying(score)}
-                massive.append({**row, "left_out": spearman(score[columns].tolist(), lost)})
-        return {"errors": errors, "massive": massive}
+                left_out, width = spearman(score[columns].tolist(), lost), down.shape[1]
+                own = outlying(score)
+                massive.append({"layer": down.layer, "score": name, "columns": width, **own, "left_out": left_out})
+        return errors, massive
 
     def conclude(self, evidence: Evidence) -> Conclusion:
         import pandas as pd
@@ -140,7 +150,8 @@ class ClustersStudy(Study):
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
         identities: list[dict[str, Any]] = []
         answers: dict[str, dict[str, Answer]] = {}
-        for model, found in evidence.measured.items():
+        measured: dict[str, Clustered] = evidence.measured
+        for model, found in measured.items():
             for method, budget, recovery in map(key_of, self.cells):
                 row = evidence.cell(model, method, budget, recovery)
                 own = {key: row[key] for key in ("keep_bytes", "delta_nll", "delta_nll_se", "kl", "perplexity")}
@@ -148,12 +159,13 @@ class ClustersStudy(Study):
                     tables["loss"].append({"model": model, "method": method, "budget": budget, **own})
             healed = distillation(evidence, model, STARTS, found.get("training", {}))
             tables["distillation"] += [{"model": model, **row} for row in healed]
-            correlations = []
+            correlations: list[Correlation] = []
             if "missing" not in found:
-                for name in ("reconstruction", "published", "massive"):
-                    tables[name] += [{"model": model, **row} for row in found[name]]
+                tables["reconstruction"] += [{"model": model, **row} for row in found["reconstruction"]]
+                tables["published"] += [{"model": model, **row} for row in found["published"]]
+                tables["massive"] += [{"model": model, **row} for row in found["massive"]]
                 losses = {(r["method"], r["budget"]): r for r in tables["loss"] if r["model"] == model}
-                of_cells = [{**row, **losses[row["method"], row["budget"]]} for row in found["errors"]]
+                of_cells: list[Any] = [{**row, **losses[row["method"], row["budget"]]} for row in found["errors"]]
                 correlations = rank_correlations(of_cells, EQUAL)
                 shown = ("model", "method", "budget", "weights", "activations", "blocks", "logits", "delta_nll", "delta_nll_se")
                 tables["errors"] += [{key: row[key] for key in shown} for row in of_cells]
@@ -171,7 +183,15 @@ class ClustersStudy(Study):
         return Conclusion(frames, figures, answers, pd.DataFrame(identities))
 
 
-def _cut(matrix: Matrix, weight: Tensor, site: dict[str, Tensor]) -> dict[str, Any]:
+class Cut(NamedTuple):
+    """The singular values of a matrix, and of its clusters by clustering, count and seed."""
+
+    shape: tuple[int, int]
+    one: Blocks
+    clustered: dict[tuple[str, int, int], Blocks]
+
+
+def _cut(matrix: Matrix, weight: Tensor, site: dict[str, Tensor]) -> Cut:
     """The singular values of a matrix and of its clusters for every clustering and count; `random` several times."""
     from winnow.calibration.clusters import Clustering, assign
     from winnow.studies.clusters.reconstruction import cluster_blocks
@@ -182,10 +202,10 @@ def _cut(matrix: Matrix, weight: Tensor, site: dict[str, Tensor]) -> dict[str, A
             clustering = Clustering.model_validate({"clusters": count, "by": by, "seed": seed})
             labels = assign(weight, site, clustering, matrix)[0]
             clustered[by, count, seed] = cluster_blocks(weight, labels)
-    return {"shape": matrix.shape, "role": matrix.role, "one": cluster_blocks(weight), "clustered": clustered}
+    return Cut(matrix.shape, cluster_blocks(weight), clustered)
 
 
-def _table(cut: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _table(cut: list[Cut]) -> list[Gains]:
     """Gains of clusters over one SVD and over random clusters of the same matrix; means over matrices with standard errors."""
     from winnow.studies.clusters.correlation import mean_error
     from winnow.studies.clusters.reconstruction import gains
@@ -194,28 +214,28 @@ def _table(cut: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for by, count, share in product(WAYS, COUNTS, FRACTIONS):
         of[by, count, share] = []
         for each in cut:
-            k = max(1, int(share * min(each["shape"])))
-            seeds = [gains(b, each["one"], k) for (way, c, _), b in each["clustered"].items() if (way, c) == (by, count)]
+            k = max(1, int(share * min(each.shape)))
+            seeds = [gains(b, each.one, k) for (way, c, _), b in each.clustered.items() if (way, c) == (by, count)]
             known = [g for g in seeds if g is not None]
             mean = {key: sum(g[key] for g in known) / len(known) for key in known[0]} if len(known) == len(seeds) else None
             of[by, count, share].append(mean)
-    rows = []
+    rows: list[Gains] = []
     for (by, count, share), found in of.items():
-        row: dict[str, Any] = {"by": by, "clusters": count, "k": share}
+        row: Any = {"by": by, "clusters": count, "k": share}
         pairs = [(g, r) for g, r in zip(found, of["random", count, share], strict=True) if g is not None and r is not None]
         row |= {"matrices": len(pairs), "stored": mean_error([g["stored"] for g, _ in pairs])[0] if pairs else None}
         for key in ("equal_rank", "equal_bytes", "gauge_fixed"):
             row[key], row[f"{key}_se"] = mean_error([g[key] for g, _ in pairs]) if pairs else (None, None)
         over = mean_error([g["equal_bytes"] - r["equal_bytes"] for g, r in pairs]) if pairs else (None, None)
-        rows.append({**row, "over_random": over[0], "over_random_se": over[1]})
+        rows.append(row | {"over_random": over[0], "over_random_se": over[1]})
     return rows
 
 
-def _published(layers: list[list[Tensor]], shape: tuple[int, int] = PAPER) -> list[dict[str, Any]]:
+def _published(layers: list[list[Tensor]], shape: tuple[int, int] = PAPER) -> list[Comparison]:
     """The paper's comparison on the FFNs of some layers, and on unstructured matrices of the paper's shape."""
     from winnow.studies.clusters.reconstruction import cluster_blocks, norm_bins, published_comparison, structureless
 
-    rows = []
+    rows: list[Any] = []
     for name, ffns in {"this model": layers, **{kind: [structureless(kind, *shape)] for kind in ("noise", "flat")}}.items():
         one = [[cluster_blocks(w) for w in ffn] for ffn in ffns]
         for count in (4, 8, 16):
@@ -230,16 +250,16 @@ def _published(layers: list[list[Tensor]], shape: tuple[int, int] = PAPER) -> li
     return rows
 
 
-def _flatness(cut: list[dict[str, Any]]) -> float:
+def _flatness(cut: list[Cut]) -> float:
     """The share of directions with 95 % of the squared norm, mean over the matrices."""
     shares = []
     for each in cut:
-        (energy,) = each["one"].energies
+        (energy,) = each.one.energies
         shares.append(float((energy.cumsum(0) < 0.95 * energy.sum()).sum() + 1) / len(energy))
     return sum(shares) / len(shares)
 
 
-def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> dict[str, float]:
+def _identities(matrix: Matrix, weight: Tensor, cut: list[Cut]) -> dict[str, float]:
     """Residuals, relative to the squared norm, of exact identities; the first is a bound, whose excess is at most 0."""
     import torch
 
@@ -250,8 +270,8 @@ def _identities(matrix: Matrix, weight: Tensor, cut: list[dict[str, Any]]) -> di
     excess = [
         found["excess"]
         for each, share in product(cut, FRACTIONS)
-        for blocks in each["clustered"].values()
-        if (found := gains(blocks, each["one"], max(1, int(share * min(each["shape"])))))
+        for blocks in each.clustered.values()
+        if (found := gains(blocks, each.one, max(1, int(share * min(each.shape)))))
     ]
     structure = STRUCTURES.build({"kind": "cluster", "clusters": 1})
     labels = torch.zeros(weight.shape[1], dtype=torch.int64)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from winnow.numerics.coupling import Coupling, Sections
+    from winnow.studies.coupling.found import Chained, Errors, Sweep
+    from winnow.studies.records import Missing
 
 SHARE = 0.25  # d / D of the paper
 SWEEPS = 60  # maximum number of updates of every section
@@ -52,7 +54,7 @@ class CouplingStudy(Study):
 
     reads = ("moments",)
 
-    def measure(self, given: Given) -> dict[str, Any]:
+    def measure(self, given: Given) -> Chained | Missing:
         """Energies over lambda and tying of the o_proj of all layers, errors of other forms on the same scale, identities."""
         import torch
 
@@ -79,7 +81,7 @@ class CouplingStudy(Study):
             anchors = _anchors(coupling, lefts)
             return coupling, solve(coupling, anchors, strength * scale, 2 if strength else 3, SWEEPS, 0)[0], anchors
 
-        sweep = []
+        sweep: list[Sweep] = []
         for strength in STRENGTHS:
             coupling, sections, anchors = form(1, strength)
             distance = math.sqrt(sum(_apart(s, a) for s, a in zip(sections, anchors, strict=True)))
@@ -98,7 +100,7 @@ class CouplingStudy(Study):
             "Basis Sharing": _shared(weights, grams, k),
             "SVD": plain.U[:, :, :k] @ (plain.S[:, :k, None] * plain.Vh[:, :k]),
         }
-        errors = {}
+        errors: dict[str, Errors] = {}
         for name, approximation in kept.items():
             lost = weights - approximation
             seen = sum(float((part @ root).square().sum()) for part, root in zip(lost, roots, strict=True))
@@ -123,13 +125,13 @@ class CouplingStudy(Study):
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables if name != "scores"}
         identities: list[dict[str, Any]] = []
         answers: dict[str, dict[str, Answer]] = _hellaswag(evidence)
-        for model, found in evidence.measured.items():
+        measured: dict[str, Chained] = evidence.measured
+        for model, found in measured.items():
             for claim, answer in self._answers(evidence, model, found).items():
                 answers.setdefault(claim, {})[model] = answer
             for method, budget in self.cells:
-                row = evidence.cell(model, method, budget)
-                own = ("keep_bytes", "delta_nll", "delta_nll_se", "perplexity")
-                tables["loss"].append({"model": model, "method": method, "budget": budget, **{key: row[key] for key in own}})
+                row = evidence.loss(model, method, budget)
+                tables["loss"].append({"model": model, "method": method, "budget": budget, **row})
             if "missing" in found:
                 continue
             tables["sweep"] += [{"model": model, **row} for row in found["sweep"]]
@@ -141,7 +143,7 @@ class CouplingStudy(Study):
         figures = {"sweep": _sweep_figure(frames["sweep"], evidence.measured), "loss": _loss_figure(frames["loss"])}
         return Conclusion(frames, figures, answers, pd.DataFrame(identities))
 
-    def _answers(self, evidence: Evidence, model: str, found: dict[str, Any]) -> dict[str, Answer]:
+    def _answers(self, evidence: Evidence, model: str, found: Chained) -> dict[str, Answer]:
         gap = evidence.above(model, ("coupled", "o-rank-0.25"), ("whitened", "o-rank-0.25"))
         bytes_gap = evidence.above(model, ("coupled", "o-rank-0.25"), ("whitened", "o-0.344"))
         culprit = evidence.above(model, ("coupled_gram", "o-rank-0.25"), ("coupled", "o-rank-0.25"))
@@ -246,7 +248,7 @@ def _identities(coupling: Coupling, sections: Sections, anchors: Sections, bound
     }
 
 
-def _sweep_figure(sweep: pd.DataFrame, measured: dict[str, dict[str, Any]]) -> Any:
+def _sweep_figure(sweep: pd.DataFrame, measured: dict[str, Chained]) -> Any:
     from winnow.reporting.figures import axes_grid, line_style
 
     models = list(sweep["model"].unique()) if len(sweep) else []

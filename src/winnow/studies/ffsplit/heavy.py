@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from winnow.io.artifacts import Bundle
     from winnow.models.files import ModelFiles
+    from winnow.studies.ffsplit.found import Concentration
 
 CRITERIA = ("act", "act_x_row")
 MARKS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75)  # shares of the neurons of the concentration curve
@@ -110,7 +111,7 @@ def zeroed(model: PreTrainedModel, chosen: dict[str, Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def concentration(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, share: float) -> list[dict[str, Any]]:
+def concentration(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, share: float) -> list[Concentration]:
     """Per layer and criterion, for the `share` of neurons that are heaviest on the calibration tokens: their part of the sum of
     scores there (`held`) and on other tokens ids (windows, length) (`held_elsewhere`), the part of them that is also among the
     heaviest there (`same`), their mean part of the sum of a single token (`per_token`), that of the heaviest neurons of each
@@ -132,7 +133,7 @@ def concentration(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, share: f
                     found = [own.sum(0), (own[:, heavy].sum(1) / whole).sum(), (best.sum(1) / whole).sum()]
                     before = sums.get((ffn.down.layer, criterion), [0.0] * 3)
                     sums[ffn.down.layer, criterion] = [a + b for a, b in zip(before, found, strict=True)]
-    rows = []
+    rows: list[Concentration] = []
     for ffn in ffns:
         for criterion in CRITERIA:
             scores, heavy = ffn.scores[criterion], ffn.top(criterion, share)

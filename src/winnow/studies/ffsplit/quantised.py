@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from winnow.evaluation.results import PerWindow
+    from winnow.studies.ffsplit.found import Quantised
     from winnow.studies.ffsplit.heavy import Ffn
 
 GROUPS = (32, None)  # inputs of a row that share a scale; None: the whole row
@@ -47,9 +49,9 @@ def quantised_pairs(
     dense: PreTrainedModel,
     split: Callable[[], PreTrainedModel],
     ffns: list[Ffn],
-    loss: Callable[[PreTrainedModel], dict[str, list[float]]],
-    of_dense: dict[str, list[float]],
-) -> list[dict[str, Any]]:
+    loss: Callable[[PreTrainedModel], PerWindow],
+    of_dense: PerWindow,
+) -> list[Quantised]:
     """A row per pair of a split (`split` creates a new one) and quantisation of all neurons: at the fewest bits at which the
     latter is no smaller than the split (`more` is "all"), and at one bit fewer (`more` is "split"). With the bits of each per
     number of the dense FFNs, losses above dense (nats per token), and the difference of the two losses, paired by window."""
@@ -58,7 +60,7 @@ def quantised_pairs(
     found = []
     for group in GROUPS:
         costs = {bits: sum(bits_of(shape, bits, group) for shape in shapes) for bits in range(2, MOST + 1)}
-        alike: dict[int, dict[str, list[float]]] = {}
+        alike: dict[int, PerWindow] = {}
         for heavy, light in PAIRS:
             model = split()
             spent = _round(model, ffns, heavy, light, group)
@@ -69,7 +71,7 @@ def quantised_pairs(
                     model = copy.deepcopy(dense)
                     _round(model, ffns, bits, bits, group)
                     alike[bits] = loss(model)
-                row: dict[str, Any] = {"scale": f"of {group} inputs" if group else "of a row"}
+                row: Any = {"scale": f"of {group} inputs" if group else "of a row"}
                 row |= {"heavy_bits": heavy, "light_bits": light, "all_bits": bits, "more": "all" if bits == enough else "split"}
                 row |= {"split_per_number": spent / numbers, "all_per_number": costs[bits] / numbers}
                 pairs = {"split_nll": (own, of_dense), "all_nll": (alike[bits], of_dense), "above": (own, alike[bits])}
@@ -79,10 +81,9 @@ def quantised_pairs(
     return found
 
 
-def answered(rows: list[dict[str, Any]]) -> tuple[float, float]:
+def answered(rows: list[Quantised]) -> tuple[float, float]:
     """(nats of the split above quantisation of all neurons, standard error) for the pair of the claim."""
-    keys = ("scale", "heavy_bits", "light_bits", "more")
-    (row,) = (row for row in rows if tuple(row[key] for key in keys) == ANSWERED)
+    (row,) = (r for r in rows if (r["scale"], r["heavy_bits"], r["light_bits"], r["more"]) == ANSWERED)
     return row["above"], row["above_se"]
 
 

@@ -12,7 +12,9 @@ from winnow.models.architectures import blocks_of, ffn_groups, matrices_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.io.records import Shaped
     from winnow.structures.base import Structure
+    from winnow.studies.ffsplit.found import Size
 
 # The paper's models, by their published configs.
 _BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
@@ -34,11 +36,11 @@ def published(name: str) -> PreTrainedModel:
         return AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
 
 
-def counted(model: Any, structure: Structure, share: float) -> dict[str, Any]:
+def counted(model: Any, structure: Structure, share: float) -> Size:
     """Parameters of a model on `meta`: in total, without embeddings (of tokens, positions and types, and a head), and only of its
     blocks; those of its FFNs; and the share of each that a structure at `share` of its whole rank removes."""
     own = {name: parameter for name, parameter in model.named_parameters()}  # tied ones once
-    tensors = {name: {"shape": list(parameter.shape)} for name, parameter in own.items()}
+    tensors: dict[str, Shaped] = {name: {"shape": list(parameter.shape)} for name, parameter in own.items()}
     kind = model.config.get_text_config().model_type
     groups = ffn_groups([m for m in matrices_of(kind, tensors) if m.expert is None])
     dense = sum(m.shape[0] * m.shape[1] + m.bias * m.shape[0] for group in groups for m in group)
@@ -53,7 +55,9 @@ def counted(model: Any, structure: Structure, share: float) -> dict[str, Any]:
     blocks = sum(p.numel() for name, p in own.items() if name.startswith(inside))
     numbers = {"whole": whole, "without_embeddings": whole - embeddings, "blocks": blocks}
     return {
-        **numbers,
+        "whole": whole,
+        "without_embeddings": whole - embeddings,
+        "blocks": blocks,
         "ffn": dense,
         "ffn_stored": stored,
         "ffn_kept": stored / dense,

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from winnow.evaluation.results import PerWindow
+    from winnow.io import specs
+    from winnow.studies.ffsplit.found import Delta, Quantised, Size, Split, SweepRow, Unsplit, Zeroed, ZeroedRow
     from winnow.studies.ffsplit.heavy import Ffn
+    from winnow.studies.records import TimeRow
 
 HEAVY, LIGHT, ZEROED = 0.25, 0.1, 0.03  # from the paper: share of heavy neurons, rank of the light ones, neurons of its ablation
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # of heavy neurons
@@ -20,7 +24,7 @@ RANKS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the light neurons, as shares of their 
 EQUAL = 0.5  # bytes of the sweep over shares at equal bytes
 SEEDS = (0, 1, 2)  # of random neurons
 WINDOWS = 128  # evaluation windows for sweeps
-TIMED = {"batches": [1, 8], "prompts": [64], "decode": 8, "repeats": 11, "warm_up": 2}
+TIMED: specs.Timing = {"batches": [1, 8], "prompts": [64], "decode": 8, "repeats": 11, "warm_up": 2}
 WEIGHTS, GRAM, LOW_RANK = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}
 AT, TUNED = "ffn-0.35", "fine_tuned"
 SCORES = ["model", "evaluation", "method", "recovery", "measure", "value", "value_se", "delta", "delta_se"]
@@ -70,7 +74,7 @@ class FfsplitStudy(Study):
     figures = ("concentration", "zeroed", "sweeps", "loss", "latency", "quantised")
     reads = ("moments", "evaluation")
 
-    def measure(self, given: Given) -> dict[str, Any]:
+    def measure(self, given: Given) -> Split | Unsplit:
         """Concentration by layer, losses without some neurons and with rounded numbers, sweeps of the split, sizes, times
         compared with dense, identities."""
         from winnow.checkpoint.loading import load_model
@@ -114,13 +118,14 @@ class FfsplitStudy(Study):
             missing = {"any": Answer(missing="no model with an evaluation of kind `perplexity` is configured")}
             answers |= dict.fromkeys((f"ffsplit_{name}" for name in (*ANSWERED, *SIZES, *COMPARED)), missing)
         residuals: list[dict[str, Any]] = []
-        for model, found in evidence.measured.items():
+        measured: dict[str, Split] = evidence.measured
+        for model, found in measured.items():
             for claim, answer in _answers(evidence, model, found).items():
                 answers.setdefault(claim, {})[model] = answer
             for method, budget, *used in (("dense", "dense", TUNED), *self.cells):
-                row = evidence.cell(model, method, budget, *used)
-                own = ("recovery", "keep_bytes", "delta_nll", "delta_nll_se", "perplexity")
-                tables["loss"].append({"model": model, "method": method, **{key: row[key] for key in own}})
+                recovery = evidence.cell(model, method, budget, *used)["recovery"]
+                row = evidence.loss(model, method, budget, *used)
+                tables["loss"].append({"model": model, "method": method, "recovery": recovery, **row})
             for name, size in found["sizes"].items():
                 of = model if name == "this model" else f"{name}, by its config"
                 if not any(row["model"] == of for row in tables["sizes"]):
@@ -129,18 +134,19 @@ class FfsplitStudy(Study):
                     answers.setdefault(claim, {})[of] = answer
             if "missing" in found:
                 continue
-            for row in found["concentration"]:
-                tables["concentration"].append({"model": model, **{key: value for key, value in row.items() if key != "curve"}})
-            own_rows = {"zeroed": found["zeroed"]["rows"], **{name: found[name] for name in ("sweeps", "latency", "quantised")}}
-            for name, rows in own_rows.items():
-                tables[name] += [{"model": model, **row} for row in rows]
+            for each in found["concentration"]:
+                tables["concentration"].append({"model": model, **{key: value for key, value in each.items() if key != "curve"}})
+            tables["zeroed"] += [{"model": model, **row} for row in found["zeroed"]["rows"]]
+            tables["sweeps"] += [{"model": model, **row} for row in found["sweeps"]]
+            tables["latency"] += [{"model": model, **row} for row in found["latency"]]
+            tables["quantised"] += [{"model": model, **row} for row in found["quantised"]]
             residuals += [{"model": model, "identity": name, "residual": v} for name, v in found["identities"].items()]
         frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
         frames["scores"] = pd.DataFrame(columns=SCORES) if evidence.scores is None else evidence.scores[SCORES]
         return Conclusion(frames, drawn(frames, self.figures), answers, pd.DataFrame(residuals))
 
 
-def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: dict[str, list[float]]) -> dict[str, Any]:
+def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: PerWindow) -> Zeroed:
     """The loss above dense with 3 % of the neurons of every FFN zeroed (`rows`), and pairs of choices (`above`: [nats, error]).
     Random neurons are sampled with several seeds; their error combines those over windows and over seeds."""
     import math
@@ -152,20 +158,20 @@ def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor,
     from winnow.studies.ffsplit.heavy import count_of, zeroed
     from winnow.studies.trials import loss
 
-    def without(choose: Any) -> dict[str, list[float]]:
+    def without(choose: Any) -> PerWindow:
         with zeroed(model, {ffn.down.module: choose(ffn) for ffn in ffns}):
             return loss(model, ids, first)
 
-    def drawn(seed: int) -> dict[str, list[float]]:
+    def drawn(seed: int) -> PerWindow:
         generator = torch.Generator().manual_seed(seed)
         return without(lambda ffn: torch.randperm(len(ffn.norms), generator=generator)[: count_of(len(ffn.norms), ZEROED)])
 
     own = {f"top by {c}": without(lambda ffn, c=c: ffn.top(c, ZEROED)) for c in ("act", "act_x_row", "weight_norm")}
     own |= {f"bottom by {c}": without(lambda ffn, c=c: ffn.bottom(c, ZEROED)) for c in ("act", "act_x_row")}
     seeds = [drawn(seed) for seed in SEEDS]
-    mean = {"nll": np.mean([s["nll"] for s in seeds], axis=0).tolist(), "tokens": seeds[0]["tokens"]}
+    mean: PerWindow = {"nll": np.mean([s["nll"] for s in seeds], axis=0).tolist(), "tokens": seeds[0]["tokens"]}
     of_seeds = over_seeds([paired(s, dense)[0] for s in seeds])
-    rows = [{"zeroed": name, **_delta(found, dense)} for name, found in own.items()]
+    rows: list[ZeroedRow] = [{"zeroed": name, **_delta(found, dense)} for name, found in own.items()]
     delta = _delta(mean, dense)
     rows.append({"zeroed": f"random, {len(SEEDS)} seeds", **delta, "delta_nll_se": math.hypot(delta["delta_nll_se"], of_seeds)})
     above, error = paired(own["top by act"], mean)
@@ -174,23 +180,24 @@ def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor,
         "random": (above, math.hypot(error, of_seeds)),
         "weight_norm": paired(own["top by act"], own["top by weight_norm"]),
     }
-    return {"rows": rows, "above": {name: list(pair) for name, pair in pairs.items()}}
+    return {"rows": rows, "above": pairs}
 
 
-def _delta(found: dict[str, list[float]], dense: dict[str, list[float]]) -> dict[str, float]:
+def _delta(found: PerWindow, dense: PerWindow) -> Delta:
     from winnow.evaluation.spread import paired
 
-    return dict(zip(("delta_nll", "delta_nll_se"), paired(found, dense), strict=True))
+    delta, error = paired(found, dense)
+    return {"delta_nll": delta, "delta_nll_se": error}
 
 
 class Sweeps:
     """Split FFNs of many shares, ranks and criteria on one model, with their losses."""
 
-    def __init__(self, given: Given, model: PreTrainedModel, ids: Tensor, first: Tensor, dense: dict[str, list[float]]):
+    def __init__(self, given: Given, model: PreTrainedModel, ids: Tensor, first: Tensor, dense: PerWindow):
         self.given, self.model, self.ids, self.first, self.dense = given, model, ids, first, dense
-        self.losses: dict[float, dict[str, list[float]]] = {}  # of shares at equal bytes
+        self.losses: dict[float, PerWindow] = {}  # of shares at equal bytes
 
-    def all(self) -> list[dict[str, Any]]:
+    def all(self) -> list[SweepRow]:
         """A row per point: name of the sweep (`sweep`), heavy share, light rank or bytes, criterion, metric, bytes kept, loss."""
         from winnow.studies.trials import Trial
 
@@ -208,15 +215,15 @@ class Sweeps:
         rows += [self._criterion("random", seed) for seed in SEEDS]
         return sorted(rows, key=lambda row: row["sweep"])
 
-    def quarter(self) -> list[float]:
-        """[loss of a quarter of heavy neurons above the best other share at the same bytes, standard error]."""
+    def quarter(self) -> tuple[float, float]:
+        """(loss of a quarter of heavy neurons above the best other share at the same bytes, standard error)."""
         from winnow.evaluation.spread import paired
 
         own = self.losses[HEAVY]
         others = [paired(own, found) for share, found in self.losses.items() if share != HEAVY]
-        return list(max(others))
+        return max(others)
 
-    def _criterion(self, criterion: str, seed: int = 0) -> dict[str, Any]:
+    def _criterion(self, criterion: str, seed: int = 0) -> SweepRow:
         from winnow.studies.trials import Trial
 
         trial = Trial.of(self.given.files, self.given.moments, split_of(criterion=criterion, seed=seed), self.given.device)
@@ -232,18 +239,25 @@ class Sweeps:
         rank: float = LIGHT,
         metric: str = "weights",
         criterion: str = "activation",
-    ) -> dict[str, Any]:
+    ) -> SweepRow:
         from winnow.studies.trials import loss
 
         found = loss(trial.model(self.model, sizes), self.ids, self.first)
-        own = {"sweep": sweep, "heavy": share, "light_rank": rank, "criterion": criterion, "metric": metric}
         if "bytes" in sweep:
             self.losses[share] = found
-            own["light_rank"] = statistics.mean(sizes[g.name] / g.structure.whole(g.matrices) for g in trial.groups)
-        return {**own, "keep_bytes": trial.kept(sizes), **_delta(found, self.dense)}
+            rank = statistics.mean(sizes[g.name] / g.structure.whole(g.matrices) for g in trial.groups)
+        return {
+            "sweep": sweep,
+            "heavy": share,
+            "light_rank": rank,
+            "criterion": criterion,
+            "metric": metric,
+            "keep_bytes": trial.kept(sizes),
+            **_delta(found, self.dense),
+        }
 
 
-def _latency(given: Given, model: PreTrainedModel) -> list[dict[str, Any]]:
+def _latency(given: Given, model: PreTrainedModel) -> list[TimeRow]:
     """Times, compared with dense, of the split FFN and of FFNs with a single neuron; the latter is the time outside of FFNs."""
     from winnow.studies.trials import Trial, time_forms
 
@@ -255,8 +269,8 @@ def _latency(given: Given, model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def _quantised(
-    given: Given, model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: dict[str, list[float]]
-) -> list[dict[str, Any]]:
+    given: Given, model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: PerWindow
+) -> list[Quantised]:
     from winnow.studies.ffsplit.quantised import quantised_pairs
     from winnow.studies.trials import Trial, loss
 
@@ -304,7 +318,7 @@ def _split_identities(given: Given, ffns: list[Ffn]) -> dict[str, float]:
     return worst
 
 
-def _answers(evidence: Evidence, model: str, found: dict[str, Any]) -> dict[str, Answer]:
+def _answers(evidence: Evidence, model: str, found: Split) -> dict[str, Answer]:
     from winnow.studies.ffsplit.quantised import answered
 
     answers = {f"ffsplit_{name}": Answer(*evidence.above(model, *pair)) for name, pair in COMPARED.items()}
@@ -332,7 +346,7 @@ def _answers(evidence: Evidence, model: str, found: dict[str, Any]) -> dict[str,
     return answers | {f"ffsplit_{name}": answer for name, answer in zip(ANSWERED, values, strict=True)}
 
 
-def _of_sizes(size: dict[str, Any], claimed: bool) -> dict[str, Answer]:
+def _of_sizes(size: Size, claimed: bool) -> dict[str, Answer]:
     """Answers about sizes from a config; savings only if the paper claims them."""
     saved, share = size["saved"], {"ffsplit_ffn_size": Answer(size["ffn_share"]["whole"])}
     if not claimed:
@@ -342,10 +356,11 @@ def _of_sizes(size: dict[str, Any], claimed: bool) -> dict[str, Answer]:
     return share | {"ffsplit_size": Answer(low=low, high=high), "ffsplit_size_whole": whole}
 
 
-def _sizes_row(model: str, size: dict[str, Any]) -> dict[str, Any]:
+def _sizes_row(model: str, size: Size) -> dict[str, Any]:
     """Parameter counts, and in % of each the savings by the split and the share of the FFNs."""
     short = {"whole": "all", "without_embeddings": "no_embeddings", "blocks": "blocks"}
-    numbers = {name: size[key] for key, name in short.items()} | {key: size[key] for key in ("ffn", "ffn_kept")}
+    numbers: dict[str, float] = {"all": size["whole"], "no_embeddings": size["without_embeddings"], "blocks": size["blocks"]}
+    numbers |= {"ffn": size["ffn"], "ffn_kept": size["ffn_kept"]}
     saved = {f"saved_of_{short[key]}": value for key, value in size["saved"].items()}
     return {"model": model, **numbers, **saved, **{f"ffn_of_{short[key]}": value for key, value in size["ffn_share"].items()}}
 

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from winnow.studies.linearity.found import Key, Linear, Untrained
     from winnow.studies.linearity.recoverability import Block
 
 SEEDS = (0, 1, 2)
 TRAINED, FRESH, RESIZED = "trained", "untrained", "untrained, trained norms"
-KEYS = ("scalar", "feature")  # definitions of R^2, as in `recoverability.r2_scores`
+KEYS: tuple[Key, ...] = ("scalar", "feature")  # definitions of R^2, as in `recoverability.r2_scores`
 
 
 def untrained(directory: Path | str, dtype: str, device: str, seed: int) -> PreTrainedModel:
@@ -69,12 +70,13 @@ def resize(model: PreTrainedModel, sizes: dict[str, Tensor]) -> None:
 
 def untrained_blocks(
     directory: Path | str, sizes: dict[str, Tensor], blocks: list[Block], windows: Tensor, folds: int, dtype: str, device: str
-) -> list[dict[str, Any]]:
+) -> list[Untrained]:
     """R^2 of every block on the last fold of windows (count, length), fitted on the others, for untrained models by seed: as
     initialised, and with the `sizes` of the trained model. Raises FloatingPointError as `collect_sums` does."""
     from winnow.studies.linearity.recoverability import collect_sums, least_squares, r2_scores, total
 
-    found, batch = [], max(1, 4096 // windows.shape[1])
+    found: list[Untrained] = []
+    batch = max(1, 4096 // windows.shape[1])
     for seed in SEEDS:
         model = untrained(directory, dtype, device, seed)
         for weights in (FRESH, RESIZED):
@@ -83,11 +85,11 @@ def untrained_blocks(
             for layer, parts in collect_sums(model, blocks, windows, folds, batch).items():
                 *train, test = (whole for whole, _ in parts)
                 r2 = r2_scores(least_squares(total(train)), test)
-                found.append({"weights": weights, "seed": seed, "layer": layer, **{key: r2[key] for key in KEYS}})
+                found.append({"weights": weights, "seed": seed, "layer": layer, "scalar": r2["scalar"], "feature": r2["feature"]})
     return found
 
 
-def profiles(found: dict[str, Any], key: str) -> dict[str, list[list[float]]]:
+def profiles(found: Linear, key: Key) -> dict[str, list[list[float]]]:
     """{weights: R^2 by one definition of every block, in order of the layers, for every model with these weights}."""
     blocks = sorted(found["blocks"], key=lambda row: row["layer"])
     shown = {TRAINED: [[row[key] for row in blocks]]}
@@ -105,7 +107,7 @@ def means(models: list[list[float]]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*models, strict=True)]
 
 
-def change(found: dict[str, Any], weights: str, key: str) -> tuple[float, float]:
+def change(found: Linear, weights: str, key: Key) -> tuple[float, float]:
     """(mean over blocks of trained minus untrained R^2, its standard error; NaN for a single block).
 
     Differences are paired by block. Blocks and seeds are both samples: the squared errors over blocks (of differences to the mean
@@ -126,13 +128,13 @@ def rank_correlation(one: list[float], other: list[float]) -> float:
     return float(pd.Series(one).rank().corr(pd.Series(other).rank()))
 
 
-def correlation(found: dict[str, Any], weights: str, key: str) -> float:
+def correlation(found: Linear, weights: str, key: Key) -> float:
     """Spearman's correlation over blocks of the trained R^2 and the untrained mean over seeds; NaN for a single block."""
     shown = profiles(found, key)
     return rank_correlation(shown[TRAINED][0], means(shown[weights]))
 
 
-def change_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+def change_rows(found: Linear) -> list[dict[str, Any]]:
     """`change` and `correlation` against both kinds of untrained weights, by both definitions of R^2."""
     rows = []
     for weights in (FRESH, RESIZED):
@@ -143,7 +145,7 @@ def change_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def learned_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+def learned_rows(found: Linear) -> list[dict[str, Any]]:
     """A row per block and kind of weights: the mean over `models` of R^2 by both definitions, with its standard error."""
     from winnow.evaluation.spread import over_seeds
 

@@ -19,6 +19,8 @@ from winnow.models.architectures import Matrix, ffn_groups, tokens_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from winnow.studies.linearity.found import Scores
+
 PRECISION = 1e-13  # eigenvalues of X^T X below this share of the largest are treated as 0
 
 
@@ -68,7 +70,7 @@ def residual(fit: Tensor, test: Sums) -> Tensor:
     return left.clamp(min=0)
 
 
-def r2_scores(fit: Tensor, test: Sums) -> dict[str, float]:
+def r2_scores(fit: Tensor, test: Sums) -> Scores:
     """R^2 on the test tokens by three definitions: relative to the grand mean of all outputs (`scalar`, as published), to every
     output's own mean (`feature`), and the median over outputs of their R^2 (`median`)."""
     left, n = residual(fit, test), test.count

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from winnow.evaluation.results import PerWindow
+    from winnow.studies.linearity.found import BlockScores, Linear, Probe, Swap, TrainedMap
     from winnow.studies.linearity.recoverability import Block, Sums
+    from winnow.studies.records import Missing
 
 FOLDS = 5
 ROWS = 15_000  # tokens for gradient training, from the paper's survey
@@ -36,7 +39,7 @@ class LinearityStudy(Study):
     tables = ("blocks", "tokens", "ranks", "trained", "swaps", "learned", "changes")
     figures = ("profile", "swaps", "learned")
 
-    def measure(self, given: Given) -> dict[str, Any]:
+    def measure(self, given: Given) -> Linear | Missing:
         """R^2 of every block by all definitions, folds and token counts, also untrained; probes of the most and least linear
         blocks; swaps."""
         import torch
@@ -61,15 +64,22 @@ class LinearityStudy(Study):
         with torch.random.fork_rng(devices=[]):
             probes = {name: _probes(model, block, given.windows) for name, block in chosen.items()}
         ids, first = (part[:WINDOWS] for part in given.evaluation)
-        swaps, healed = _swaps(model, blocks, sums, ids, first), {}
+        swaps = _swaps(model, blocks, sums, ids, first)
+        healed: dict[str, list[Swap]] = {}
         for name, block in chosen.items():
             with torch.random.fork_rng(devices=[]):
                 healed[name] = _healed(model, block, sums[block.layer], given.windows, ids, first)
-        found = {"blocks": rows, "probes": probes, "swaps": swaps, "healed": healed, "identities": _identities(sums)}
-        sizes = sizes_of(model)
+        identities, sizes = _identities(sums), sizes_of(model)
         del model, sums  # frees memory for an untrained model
         learned = untrained_blocks(directory, sizes, blocks, given.windows, FOLDS, given.dtype, given.device)
-        return {**found, "learned": learned}
+        return {
+            "blocks": rows,
+            "probes": probes,
+            "swaps": swaps,
+            "healed": healed,
+            "identities": identities,
+            "learned": learned,
+        }
 
     def conclude(self, evidence: Evidence) -> Conclusion:
         import pandas as pd
@@ -79,7 +89,8 @@ class LinearityStudy(Study):
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in self.tables}
         answers: dict[str, dict[str, Answer]] = {}
         identities: list[dict[str, Any]] = []
-        for model, found in evidence.measured.items():
+        measured: dict[str, Linear] = evidence.measured
+        for model, found in measured.items():
             for claim, answer in _answers(found).items():
                 answers.setdefault(claim, {})[model] = answer
             if "missing" in found:
@@ -103,7 +114,7 @@ class LinearityStudy(Study):
         return Conclusion(frames, figures, answers, pd.DataFrame(identities))
 
 
-def _block(block: Block, folds: list[tuple[Sums, Sums]]) -> dict[str, Any]:
+def _block(block: Block, folds: list[tuple[Sums, Sums]]) -> BlockScores:
     """All least-squares results of a block; every fold is held out once, only the last one for single numbers."""
     from winnow.studies.linearity.recoverability import least_squares, r2_scores, rank_for_share, reduced_rank, total
 
@@ -130,7 +141,7 @@ def _block(block: Block, folds: list[tuple[Sums, Sums]]) -> dict[str, Any]:
             {"tokens": int(total(whole[:n]).count), **r2_scores(least_squares(total(whole[:n])), whole[-1])}
             for n in range(1, FOLDS)
         ],
-        "ranks": [[k, profile[k]] for k in marks],
+        "ranks": [(k, profile[k]) for k in marks],
     }
 
 
@@ -149,7 +160,7 @@ def _rows(model: PreTrainedModel, block: Block, windows: Tensor) -> tuple[Tensor
     return torch.cat(xs), torch.cat(ys)
 
 
-def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> dict[str, Any]:
+def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> Probe:
     """The trained baseline compared with the closed form, on raw and standardised inputs; the bilinear probe of the residual."""
     from winnow.studies.linearity.recoverability import Sums, bilinear_gain, least_squares, r2_scores, train_affine
 
@@ -157,7 +168,7 @@ def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> dict[str, 
     cut, early = int(0.8 * len(x)), int(0.7 * len(x))
     test = Sums.of(x[cut:], y[cut:])
     closed = r2_scores(least_squares(Sums.of(x[:cut], y[:cut])), test)["scalar"]
-    trained = [{"inputs": "closed form", "step": 0, "r2": closed}]
+    trained: list[TrainedMap] = [{"inputs": "closed form", "step": 0, "r2": closed}]
     centre, scale = x[:cut].mean(0), x[:cut].std(0).clamp(min=1e-6)
     for name, inputs in (("as they are", x), ("standardised", (x - centre) / scale)):
         own = Sums.of(inputs[cut:], y[cut:])
@@ -169,7 +180,7 @@ def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> dict[str, 
     return {"layer": block.layer, "trained": trained, "bilinear_gain": gain}
 
 
-def _loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[float]]:
+def _loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> PerWindow:
     from winnow.evaluation.perplexity import evaluate
 
     return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
@@ -177,14 +188,15 @@ def _loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> dict[str, list[
 
 def _swaps(
     model: PreTrainedModel, blocks: list[Block], sums: dict[int, list[tuple[Sums, Sums]]], ids: Tensor, first: Tensor
-) -> list[dict[str, Any]]:
+) -> list[Swap]:
     """The loss with one block at a time replaced by its affine map, of full rank and truncated to a quarter of it."""
     import torch
 
     from winnow.evaluation.spread import paired
     from winnow.studies.linearity.recoverability import affine_module, least_squares, swapped, total
 
-    dense, found = _loss(model, ids, first), []
+    dense = _loss(model, ids, first)
+    found: list[Swap] = []
     for block in blocks:
         train = total(pair[0] for pair in sums[block.layer])
         fit = least_squares(train)
@@ -208,12 +220,13 @@ def _healed(
     windows: Tensor,
     ids: Tensor,
     first: Tensor,
-) -> list[dict[str, Any]]:
+) -> list[Swap]:
     """The affine map, and the dense FFN as control, after the same steps of Adam on the calibration windows."""
     from winnow.evaluation.spread import paired
     from winnow.studies.linearity.recoverability import affine_module, least_squares, swapped, total
 
-    dense, found = _loss(model, ids, first), []
+    dense = _loss(model, ids, first)
+    found: list[Swap] = []
     affine = affine_module(least_squares(total(pair[0] for pair in folds)))
     with swapped(model, block, affine, ids.shape[1]):
         _train(model, list(affine.parameters()), windows)
@@ -227,8 +240,8 @@ def _healed(
     _train(control, own, windows)
     for name, rows in (("affine", swap), ("dense control", _loss(control, ids, first))):
         delta, error = paired(rows, dense)
-        row = {"layer": block.layer, "rank": affine.weight.shape[0], "healed": name}
-        found.append({**row, "delta_nll": delta, "delta_nll_se": error})
+        rank = affine.weight.shape[0]
+        found.append({"layer": block.layer, "rank": rank, "healed": name, "delta_nll": delta, "delta_nll_se": error})
     above, error = paired(swap, _loss(control, ids, first))
     return [*found, {"layer": block.layer, "healed": "affine above control", "delta_nll": above, "delta_nll_se": error}]
 
@@ -270,7 +283,7 @@ def _identities(sums: dict[int, list[tuple[Sums, Sums]]]) -> dict[str, float]:
     return worst
 
 
-def _answers(found: dict[str, Any]) -> dict[str, Answer]:
+def _answers(found: Linear) -> dict[str, Answer]:
     from winnow.studies.linearity.learned import FRESH, RESIZED, change, correlation, rank_correlation
 
     if "missing" in found:
