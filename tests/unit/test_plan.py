@@ -259,8 +259,8 @@ EDITS = [
     ("src/winnow/numerics/linalg.py", "clamp(min=0).sqrt()) @", "clamp(min=1e-9).sqrt()) @", OF_METHODS | STUDY),
     (
         "src/winnow/calibration/statistics.py",
-        "lower = (self.gram[part, :end] / n)",
-        "lower = (self.gram[part, :end] / (n - 1))",
+        "mean_of(self.gram, n, self.precision)",
+        "mean_of(self.gram, n - 1, self.precision)",
         {"collect_statistics", "predict_in_rounds"},
     ),
     ("src/winnow/allocation/groups.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", ALLOCATING),
@@ -323,8 +323,8 @@ EDITS = [
     ("src/winnow/calibration/clusters.py", "n_init=5", "n_init=6", {"assign_clusters"}),
     (
         "src/winnow/calibration/gradients.py",
-        "(gram + gram.T) / 2",
-        "(gram + gram.T) / 3",
+        "mean_of(self.gram, self.count, self.precision)",
+        "mean_of(self.gram, self.count + 1, self.precision)",
         {"collect_gradients", "predict_in_rounds"},
     ),
     ("src/winnow/numerics/coupling.py", "import annotations", "import annotations\n\nx = 1", STUDY),  # of another structure

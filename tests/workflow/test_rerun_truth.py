@@ -158,12 +158,12 @@ ROWS = [
     ("touch of every file", touched, Counter()),
     (
         "the Gram",
-        code("calibration/statistics.py", "lower = (self.gram[part, :end] / n)", "lower = (self.gram[part, :end] / (n + 1))"),
+        code("calibration/statistics.py", "mean_of(self.gram, n, self.precision)", "mean_of(self.gram, n + 1, self.precision)"),
         Counter(collect_statistics=1) + fits(2),
     ),
     (
         "the gradient's moments",
-        code("calibration/gradients.py", "gram + gram.T) / 2", "gram + gram.T) / 3"),
+        code("calibration/gradients.py", "(self.gram, self.count, self", "(self.gram, self.count + 1, self"),
         Counter(collect_gradients=1) + fits(1),
     ),
     ("the clustering", code("calibration/clusters.py", "n_init=5", "n_init=6"), Counter(assign_clusters=1) + fits(1)),
@@ -263,8 +263,8 @@ def test_results_without_snakemakes_record_are_judged_by_what_stands_in_them(res
         assert restored.planned() == Counter()
         restored.edit(
             "src/winnow/calibration/statistics.py",
-            "lower = (self.gram[part, :end] / n)",
-            "lower = (self.gram[part, :end] / (n + 1))",
+            "mean_of(self.gram, n, self.precision)",
+            "mean_of(self.gram, n + 1, self.precision)",
         )
         refused = restored.run("-n")
         assert refused.returncode == 1
@@ -276,8 +276,8 @@ def test_results_without_snakemakes_record_are_judged_by_what_stands_in_them(res
         shutil.rmtree(restored.folder / "results" / "figures")
         restored.edit(
             "src/winnow/calibration/statistics.py",
-            "lower = (self.gram[part, :end] / (n + 1))",
-            "lower = (self.gram[part, :end] / n)",
+            "mean_of(self.gram, n + 1, self.precision)",
+            "mean_of(self.gram, n, self.precision)",
         )
         assert restored.planned() == Counter(figures=1, report=1, all=1), "what is missing is made"
     finally:
