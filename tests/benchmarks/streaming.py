@@ -31,7 +31,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 OFF = 0.15  # that a forecast may be, of the peak
-STAGES = ("retrieve_model", "collect_statistics", "evaluate_dense", "factorize", "compress", "evaluate_perplexity")
+STAGES = ("retrieve_model", "collect_statistics", "collect_gradients", "factorize", "compress")
+STAGES += ("evaluate_dense", "evaluate_perplexity")
 RECORD = '''"""Peaks of resident memory: a line per job."""
 import atexit, os, sys
 
@@ -86,21 +87,24 @@ def write_model(folder: Path, layers: int, width: int, hidden: int, vocabulary: 
 
 
 def configuration(model: Path, windows: int, length: int, load: str = "stream") -> dict:
-    """One method at one budget, with the dense model beside it."""
+    """Two methods, one of which needs gradients, at one budget, with the dense model beside them."""
     rows: dict = {"format": "jsonl", "stop": 60}
     texts = ROOT / "resources" / "texts" / "demo"
     return {
         "models": {"large": {"source": str(model), "load": load}},
         "texts": {part: {"files": [str(texts / f"{part}.jsonl")], **rows} for part in ("calibration", "evaluation")},
         "calibrations": {"c": {"text": "calibration", "windows": windows, "length": length, "precision": "float32"}},
-        "methods": {"whitened": {"structure": {"kind": "low_rank"}, "metric": {"kind": "gram"}}},
+        "methods": {
+            name: {"structure": {"kind": "low_rank"}, "metric": {"kind": kind}}
+            for name, kind in (("whitened", "gram"), ("kfac", "two_sided"))
+        },
         "budgets": {"all-0.8": {"targets": ["ffn", "attention"], "keep_bytes": 0.8}},
         "evaluations": {"e": {"text": "evaluation", "protocol": "p1", "length": length, "windows": windows}},
         "experiments": {
             "x": {
                 "models": ["large"],
                 "calibrations": ["c"],
-                "methods": ["whitened"],
+                "methods": ["whitened", "kfac"],
                 "budgets": ["all-0.8"],
                 "evaluations": ["e"],
             }

@@ -38,8 +38,8 @@ class CollectGradients(Stage):
             if load.streamed:
                 base = COLLECTING
                 layer, largest = load.gradient_of_layer
-                sums = 8 * layer + max(unit * largest, 16 * min(PRODUCT, largest))  # and the mean of one, or a part of a product
-                block = load.unit * shape.block() + sums + batch * (4 * load.per_token + 3 * unit * load.widest)
+                adding = (unit + 2) * min(PRODUCT, largest) + 2 * batch * load.per_token  # with the graph of a batch
+                block = 8 * layer + max(load.unit * shape.block() + adding, unit * largest)
                 head = load.unit * load.embeddings + LOGITS * (8 + 4 * load.unit) + 3 * preset.length * shape.width * load.unit
                 memory = max(block, head)
                 disk += 2 * (math.isqrt(shape.layers) + 2) * tokens * shape.width * load.unit
