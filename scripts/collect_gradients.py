@@ -7,6 +7,7 @@ import torch
 
 from winnow.calibration.gradients import collect_gradients
 from winnow.calibration.gradients_by_block import collect_gradients_by_block
+from winnow.calibration.stored import stored
 from winnow.checkpoint.loading import load_model
 from winnow.checkpoint.streaming import Streamed
 from winnow.io.artifacts import read_tensors, write_manifest, write_tensors
@@ -36,8 +37,7 @@ if __name__ == "__main__":
     else:
         found = collect_gradients(load_model(files.verify(), spec["dtype"], job.device), *options, resume)
     for layer, roles in found:
-        tensors = {f"{role}.{name}": value for role, values in roles.items() for name, value in values.items()}
-        write_tensors(folder / moments_file(layer), tensors, job.provenance)
-        del roles, tensors  # frees memory before the next layer
+        write_tensors(folder / moments_file(layer), stored(roles), job.provenance)
+        del roles  # frees memory before the next layer
     write_manifest(folder, {"tokens": windows.numel()}, job.provenance)
     resume.clear()

@@ -9,6 +9,7 @@ import torch
 
 from winnow.calibration.few_tokens import few_tokens
 from winnow.calibration.statistics import CHANNELS, channel_rows, channel_table, collect, collect_by_block
+from winnow.calibration.stored import stored
 from winnow.checkpoint.loading import load_model
 from winnow.checkpoint.streaming import Streamed, clear_left
 from winnow.io.artifacts import read_tensors, write_manifest, write_parquet, write_tensors
@@ -38,9 +39,8 @@ if __name__ == "__main__":
         found = collect(load_model(files.verify(), spec["dtype"], job.device), *options, resume, types)
     with closing(found):
         for layer, sites in found:
-            tensors = {f"{site}.{name}": value for site, values in sites.items() for name, value in values.items()}
-            write_tensors(folder / moments_file(layer), tensors, job.provenance)
-            del sites, tensors  # frees memory before the next layer
+            write_tensors(folder / moments_file(layer), stored(sites), job.provenance)
+            del sites  # frees memory before the next layer
     channels, seen = [], []
     for layer in layers:
         for site in dict.fromkeys(m.site for m in files.matrices if m.layer == layer):

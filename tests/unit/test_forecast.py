@@ -48,8 +48,9 @@ def test_jobs_bytes_and_memory_of_the_demo():
     assert {stage: works[stage].jobs for stage in jobs} == jobs
     assert works["evaluate_perplexity"].jobs == 32
     assert "collect_gradients" not in works, "no metric of the default asks for gradients"
-    gram = 6 * (128**2 * 3 + 352**2 + 352 * 128)  # four inputs a layer, and the FFN's cross moment; float64
-    assert works["collect_statistics"].disk == 8 * gram
+    square, cross = 6 * (128**2 * 3 + 352**2), 6 * 352 * 128  # four inputs a layer, and the FFN's cross moment; float64
+    gram = square + cross
+    assert works["collect_statistics"].disk == 8 * (square / 2 + cross), "symmetric ones by half"
     assert works["collect_statistics"].memory > 8 * gram + 4 * shape.numbers
     doubled = plan_of(lambda c: c["calibrations"]["demo"].update(windows=256))
     more = {work.stage: work for work in forecast(doubled, {"demo": shape})}

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from winnow.errors import InputError
 from winnow.io.artifacts import read_json, read_tensors, write_json, write_tensors
+from winnow.io.symmetric import halved, symmetric
 from winnow.io.tensors import NAMES, Spool, TensorFile
 from winnow.models.weights import write_weights
 
@@ -102,3 +103,18 @@ def test_a_seal_is_found_wherever_chunks_end(place, tmp_path, monkeypatch):
         (tmp_path / "file").write_bytes(damaged)
         with pytest.raises(InputError, match="changed since it was written"):
             read_json(tmp_path / "file")
+
+
+@pytest.mark.parametrize("n", [1, 2, 255, 256, 700])
+def test_a_symmetric_matrix_comes_back_from_its_half(n, tmp_path):
+    made = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    tensors = {"a.gram": made + made.T, "a.mean": made[0]}
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, halved(tensors, ("gram",)))
+    assert path.stat().st_size < 8 * (n * (n + 1) // 2 + n) + 500
+    found = read_tensors(path)[0]
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())
+    assert read_tensors(path, names=["a.gram"])[0].keys() == {"a.gram"}
+    with pytest.raises(ValueError, match="4 numbers are not a triangle"):
+        symmetric(torch.ones(4))

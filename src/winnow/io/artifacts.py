@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError
+from winnow.io.symmetric import LOWER, symmetric
 from winnow.io.tensors import TensorFile
 
 if TYPE_CHECKING:
@@ -251,8 +252,9 @@ def write_tensors(
 def read_tensors(
     path: Path | str, sealed: bool = False, names: Collection[str] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """({name: tensor}, metadata) of a file of `write_tensors`, limited to `names` if given. Raises InputError if the file is
-    incomplete or, if sealed, changed or written for another path."""
+    """({name: tensor}, metadata) of a file of `write_tensors`, limited to `names` if given; matrices that are stored by half (see
+    `winnow.io.symmetric`) are whole. Raises InputError if the file is incomplete or, if sealed, changed or written for another
+    path."""
     from safetensors import SafetensorError, safe_open
 
     if sealed:
@@ -260,14 +262,15 @@ def read_tensors(
     try:
         with safe_open(path, framework="np") as stream:  # checks the header; `pt` would map all of the file
             metadata = json.loads((stream.metadata() or {}).get("winnow", "{}"))
-            found = [name for name in stream.keys() if names is None or name in names]
+            found = [name for name in stream.keys() if names is None or name.removesuffix(LOWER) in names]
     except SafetensorError as error:
         raise InputError(f"{path}: incomplete or not a safetensors file ({error}); {CURE}") from error
     metadata.pop("seal", None)
     if sealed:
         _check_place(path, metadata.get("provenance", {}))
     file = TensorFile(Path(path))
-    return {name: file.read(name) for name in found}, metadata
+    halves = {name for name in found if name.endswith(LOWER)}
+    return {n.removesuffix(LOWER): symmetric(file.read(n)) if n in halves else file.read(n) for n in found}, metadata
 
 
 def write_manifest(directory: Path | str, content: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:

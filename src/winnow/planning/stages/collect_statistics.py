@@ -28,7 +28,7 @@ class CollectStatistics(Stage):
         for name, preset in load.calibrations.items():
             tokens, unit = load.tokens(name), 8 if preset.precision == "float64" else 4
             memory = load.loaded + 8 * (load.gram + load.cross) + load.activations
-            disk, base = float(unit * (load.gram + load.cross)), BASE
+            disk, base = unit * (load.gram / 2 + load.cross), BASE
             if load.streamed:
                 batch = min(preset.windows, max(1, load.batch_tokens // preset.length)) * preset.length
                 memory = load.unit * (shape.block() + load.embeddings) + shape.layer_sums(unit) + batch * load.per_token
