@@ -216,3 +216,14 @@ def test_the_file_that_holds_the_key_is_named(tmp_path):
         config["budgets"]["mine"] = {"keep_byts": 0.5}
 
     assert refused(change, sources([], [one, two])).startswith(f"{one}: budgets.mine.keep_byts: unknown key")
+
+
+def test_the_nearest_bytes_are_an_option_of_budgets_in_bytes():
+    content = default()
+    content["budgets"]["x"] = {"targets": ["ffn"], "keep_bytes": 0.25, "nearest": True}
+    budgets = load(content).budgets
+    assert budgets["x"].model_dump()["nearest"] is True
+    assert "nearest" not in budgets["ffn-0.9"].model_dump(), "labels are as before"
+    content["budgets"]["x"] = {"targets": ["ffn"], "rank": 3, "nearest": True}
+    with pytest.raises(InputError, match="nearest: is for `keep_bytes`; remove it"):
+        load(content)

@@ -164,8 +164,10 @@ def test_other_sizes_are_refused_in_one_line():
     budget = {"keep_bytes": 0.5, "rank": None, "rank_fraction": None, "allocation": {"kind": "uniform"}}
     one = r"layers\.0\.up_proj \(64 x 96\) has only one size, `rank_fraction: 1`"
     for keep in (0.2, 0.5):
-        with pytest.raises(InputError, match=rf"^keep_bytes {keep} cannot be met within 0\.5%: the nearest is 0\.2656; {one}$"):
+        line = rf"^keep_bytes {keep} cannot be met within 0\.5%: the nearest is 0\.2656; {one}, or set `nearest: true` in"
+        with pytest.raises(InputError, match=line):
             allocate([group], {**budget, "keep_bytes": keep})
+        assert allocate([group], {**budget, "keep_bytes": keep, "nearest": True}).sizes == {group.name: 1}
     with pytest.raises(InputError, match=f"^rank 2 is not possible: {one}$"):
         allocate([group], {**budget, "keep_bytes": None, "rank": 2})
     for asked in ({"rank": 1}, {"rank_fraction": 1.0}, {"keep_bytes": 0.27}):  # the last: at its own bytes, beside other methods

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from winnow.io import specs
 
+log = logging.getLogger(__name__)
 TOLERANCE = 0.005  # as a share of the dense bytes of the chosen matrices
 
 
@@ -128,7 +130,7 @@ def allocate(groups: list[Group], budget: specs.Budget) -> Choice:
             f"{budget['allocation']['kind']} cannot choose between structures; use `keep_bytes` with the allocation `ilp`"
         )
     if budget["keep_bytes"] is not None:
-        return _spread(groups, budget["keep_bytes"], budget["allocation"])
+        return _spread(groups, budget["keep_bytes"], budget["allocation"], budget.get("nearest", False))
     sizes: dict[str, int | None] = {}
     for g in groups:
         rank = of_target(g, budget["rank"])
@@ -164,17 +166,20 @@ def of_target(group: Group, ranks: Any) -> Any:
     return found.pop()
 
 
-def _spread(groups: list[Group], keep: float, allocation: dict[str, Any]) -> Choice:
-    """The allocation's choice. Raises InputError if its bytes exceed the budget, or are lower by more than the tolerance."""
+def _spread(groups: list[Group], keep: float, allocation: dict[str, Any], nearest: bool) -> Choice:
+    """The allocation's choice. Raises InputError if its bytes exceed the budget, or are lower by more than the tolerance, unless
+    the `nearest` bytes are wanted."""
     dense = dense_bytes(groups)
     choice = ALLOCATIONS.build(allocation).allocate(groups, keep)
     stored = stored_bytes(groups, choice.sizes)
     if stored > keep * dense + 1e-6 or keep * dense - stored > TOLERANCE * dense:
+        found = f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}"
+        if nearest:
+            log.info("%s, which is stored", found)
+            return choice
         chosen = [g for g in groups if g.name in choice.sizes]
         g = max([g for g in chosen if g.largest] or chosen, key=lambda g: keep * g.dense - g.bytes(choice.sizes[g.name]))
-        raise InputError(
-            f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}; {g.offered()}"
-        )
+        raise InputError(f"{found}; {g.offered()}, or set `nearest: true` in the budget")
     return choice
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_serializer, model_validator
 
 from winnow.allocation.base import ALLOCATIONS, AllocationOptions
 from winnow.allocation.kinds.uniform import Uniform
@@ -204,6 +204,11 @@ class Budget(Strict):
     keep_bytes: float | None = Field(
         None, gt=0, le=1, description="stored over dense bytes of the chosen matrices, met within 0.5 %"
     )
+    nearest: bool = Field(
+        False,
+        description="if `keep_bytes` cannot be met, as with structures of few sizes, store the nearest bytes that the allocation "
+        "finds, which may be more, instead of an error; tables have the stored bytes",
+    )
     rank: Ranks | None = Field(
         None, description="the same rank for every chosen matrix; or `{target: rank}` instead of `targets`"
     )
@@ -233,9 +238,16 @@ class Budget(Strict):
     def _one_currency(self) -> Budget:
         if sum(v is not None for v in (self.keep_bytes, self.rank, self.rank_fraction)) != 1:
             raise ValueError("give exactly one of `keep_bytes`, `rank`, `rank_fraction`")
+        if self.keep_bytes is None and self.nearest:
+            raise ValueError("nearest: is for `keep_bytes`; remove it")
         if self.keep_bytes is None and self.allocation != UNIFORM:
             raise ValueError(f"allocation: {self.allocation.kind} distributes bytes; give `keep_bytes`, or remove `allocation`")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: Any) -> dict[str, Any]:
+        """Without `nearest: false`, so that the labels of such budgets are those of earlier versions."""
+        return {key: value for key, value in handler(self).items() if key != "nearest" or value}
 
     def spread_by(self, method: Method) -> Budget:
         """The budget with the method's allocation, if only the method has one; otherwise itself."""
