@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 BLOCK = 128  # columns (and rows) rounded one by one before a matrix product applies their errors to all others
 DAMPING = 0.01  # added to the diagonals of C and F, as a share of their means
 PARTS = 2  # parts of a column in coordinate descent
+DENSE = 8  # one in so many rows of a part moves
 
 
 @dataclass(frozen=True)
@@ -229,16 +230,18 @@ def descend_codes(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor, c
     change = change.permute(1, 0, 2).clone(memory_format=torch.contiguous_format)  # (m, S, n)
     product, low, high = change @ columns, grids.low, grids.high
     parts = [slice(part, None, PARTS) for part in range(min(PARTS, len(weight)))]
+    halves = [rows[own].contiguous() for own in parts]
     for begin in range(0, columns.shape[1], BLOCK):
         end = min(begin + BLOCK, columns.shape[1])
-        inside = product[:, :, begin:end].permute(2, 0, 1)
-        slopes = rows @ inside  # (columns, m, S): half the gradient; for the remaining columns it includes all moves so far
+        inside = product[:, :, begin:end].reshape(len(rows), -1)  # one product of matrices, not one for every column
+        slopes = (rows @ inside).unflatten(1, (-1, end - begin)).permute(2, 0, 1).contiguous()
+        # (columns, m, S): half the gradient; for the remaining columns it includes all moves so far
         scales, zeros = (part[:, :, begin:end].permute(2, 1, 0).contiguous() for part in (grids.scales, grids.zeros))
         start = change[:, :, begin:end].permute(2, 0, 1).contiguous()
         now = start.clone()
         for k, j in enumerate(range(begin, end)):
             heights, before = rows.diagonal() * columns[j, j], slopes[k].clone()
-            for own in parts:
+            for own, half in zip(parts, halves, strict=True):
                 point, slope, height = weight[own, j, None] + now[k][own], slopes[k][own], heights[own][:, None]
                 scale, zero = scales[k][own], zeros[k][own]
                 step = (_codes(point - slope / height, scale, zero, low, high) - zero) * scale - point
@@ -247,11 +250,14 @@ def descend_codes(weight: Tensor, grids: Grids, rows: Tensor, columns: Tensor, c
                 moved = step.any(1).nonzero()[:, 0]
                 if not len(moved):
                     continue
-                bent = columns[j, j] * (rows[own][moved].T @ step[moved])  # (m, S): change of the slopes by all moves
+                if DENSE * len(moved) > len(step):  # selecting rows would take longer than multiplying by zeros
+                    bent = columns[j, j] * (half.T @ step)  # (m, S): change of the slopes by all moves
+                else:
+                    bent = columns[j, j] * (half[moved].T @ step[moved])
                 joint = -(step * (2 * slope + bent[own])).sum(0)
                 best, where = gain.max(0)
                 alone = torch.zeros_like(step).scatter_(0, where[None], step.gather(0, where[None]))
-                single = columns[j, j] * rows[own][where].T * alone.gather(0, where[None])
+                single = columns[j, j] * half[where].T * alone.gather(0, where[None])
                 together = joint > best
                 now[k][own] += step.where(together, alone)
                 slopes[k] += bent.where(together, single)
