@@ -7,6 +7,7 @@ import pytest
 from tests.benchmarks.streaming import MIB, OFF, configuration, forecasts, peaks, run, write_model
 from tests.workflow.test_end_to_end import Workspace
 from winnow.io.artifacts import Bundle, read_json, read_parquet
+from winnow.planning.config_files import default
 
 pytestmark = pytest.mark.workflow
 LAST = 1e-6
@@ -19,6 +20,12 @@ def results(folder: Path, name: str) -> list[Path]:
 @pytest.mark.slow
 def test_streaming_changes_no_number_and_no_key(tmp_path):
     whole, streamed = (Workspace(tmp_path / name) for name in ("whole", "streamed"))
+    for place in (whole, streamed):  # the recommended preset needs gradients and predicted losses
+        place.config["methods"]["winnow"] = default()["methods"]["winnow"]
+        place.config["budgets"]["all-0.4"] = {"targets": ["ffn", "attention"], "keep_bytes": 0.4}
+        (name,) = place.config["experiments"]
+        one = {"methods": ["winnow"], "budgets": ["all-0.4"]}
+        place.config["experiments"]["recommended"] = place.config["experiments"][name] | one
     streamed.config["models"]["pico"] |= {"load": "stream", "source": str(whole.folder / "model")}
     whole.config["models"]["pico"] |= {"source": str(whole.folder / "model")}
     for place in (whole, streamed):
@@ -35,7 +42,14 @@ def test_streaming_changes_no_number_and_no_key(tmp_path):
     for path in results(whole.folder, "channels.parquet"):
         one, two = (read_parquet(place.folder / path) for place in (whole, streamed))
         assert one.drop(columns=["site"]).to_numpy() == pytest.approx(two.drop(columns=["site"]).to_numpy(), rel=LAST, abs=LAST)
-    for path in (p for p in results(whole.folder, "manifest.json") if p.parent.name == "moments"):
+    chosen = results(whole.folder, "allocation.json")
+    assert any("winnow" in str(path) for path in chosen)
+    for path in chosen:
+        one, two = (read_json(place.folder / path)["groups"] for place in (whole, streamed))
+        assert [(group["group"], group["size"]) for group in one] == [(group["group"], group["size"]) for group in two]
+    bundles = [p for p in results(whole.folder, "manifest.json") if p.parent.name in ("moments", "gradients")]
+    assert len({p.parent.name for p in bundles}) == 2
+    for path in bundles:
         one, two = (Bundle(place.folder / path) for place in (whole, streamed))
         for name in one.manifest["files"]:
             there = two.tensors(name)
