@@ -224,3 +224,18 @@ def test_rounding_costs_what_its_metric_and_its_forms_do():
     assert len(set(operations)) == 3
     memory = [work.memory for work in found.values()]
     assert max(memory) < 2e9
+
+
+def test_a_recovery_holds_what_it_trains():
+    """Codes of all matrices at once in a distillation, those of a block in a refinement, none where integers stay fixed."""
+
+    def memory(kind: str, rounded: str) -> float:
+        def change(c):
+            c["recoveries"]["mine"] = {"kind": kind, "rounded": rounded}
+            c["experiments"]["demo"].update(methods=["winnow"], budgets=["all-0.4"], recoveries=["mine"])
+
+        return {work.stage: work for work in forecast(plan_of(change), {"demo": shape_of(DEMO)})}["recover"].memory
+
+    numbers = sum(m.shape[0] * m.shape[1] for m in shape_of(DEMO).matrices)
+    assert memory("distill", "codes") - memory("distill", "fixed") == pytest.approx(4 * (7 - 6 * 0.4) * numbers)
+    assert memory("refine", "codes") - memory("refine", "fixed") == pytest.approx(4 * (7 - 6 * 0.4) * numbers / 6)

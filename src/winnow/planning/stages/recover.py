@@ -4,7 +4,8 @@ import math
 from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import HUGGING_FACE, Stage
-from winnow.recovery.base import RECOVERIES, OnWindows
+from winnow.recovery.base import RECOVERIES, OnWindows, Trained
+from winnow.recovery.kinds.refine import Refine
 from winnow.training.options import Tuning
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class Recover(Stage):
     def uses(self, w: dict[str, str]) -> tuple[str, ...]:
         return self.plan.preset("recoveries", w["recovery"]).libraries
 
+    def _rounds(self, method: str) -> bool:
+        """Whether a method may store rounded matrices."""
+        structure = self.plan.structure(self.plan.labels["methods"][method])
+        return any(own.kind() == "rounded" for own in structure.alternatives().values())
+
     def work(self, load: Load) -> list[Work]:
         found, shape = [], load.shape
         fitted = sum(math.prod(m.shape) for m in shape.matrices)
@@ -54,6 +60,11 @@ class Recover(Stage):
             step = options.batch * windows.length
             held = step * (3 * shape.vocabulary + 12 * shape.width * shape.layers + 4 * load.widest)
             passes = 8 * steps * step + 4 * windows.windows * windows.length * shape.layers
-            memory = 4 * (2 * shape.numbers + 6 * share * fitted + states + held)
+            trained = 6 * share * fitted  # parameters, gradients, two moments, the best and the exact state
+            if method and isinstance(options, Trained) and options.rounded == "codes" and self._rounds(method):
+                trained = 7 * fitted  # of every number, and its code
+            if isinstance(options, Refine.Options):
+                trained /= shape.layers  # a block at a time
+            memory = 4 * (2 * shape.numbers + trained + states + held)
             found += self.needed(load, 1, memory, share * shape.bytes, passes * shape.numbers, rule=rule)
         return found
