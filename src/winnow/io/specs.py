@@ -141,7 +141,7 @@ class Budget(TypedDict):
 
     targets: list[str]
     keep_bytes: Any  # a share, or None
-    nearest: NotRequired[bool]
+    nearest: bool
     rank: Any  # a number, {target: number}, or None
     rank_fraction: Any  # likewise
     allocation: Preset

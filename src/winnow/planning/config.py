@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from winnow.allocation.base import ALLOCATIONS, AllocationOptions
 from winnow.allocation.kinds.uniform import Uniform
@@ -243,11 +243,6 @@ class Budget(Strict):
         if self.keep_bytes is None and self.allocation != UNIFORM:
             raise ValueError(f"allocation: {self.allocation.kind} distributes bytes; give `keep_bytes`, or remove `allocation`")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: Any) -> dict[str, Any]:
-        """Without `nearest: false`, so that the labels of such budgets are those of earlier versions."""
-        return {key: value for key, value in handler(self).items() if key != "nearest" or value}
 
     def spread_by(self, method: Method) -> Budget:
         """The budget with the method's allocation, if only the method has one; otherwise itself."""
