@@ -203,6 +203,11 @@ class Structure(Plugin):
         cached = 4.0 * sum(matrix.shape[0] * matrix.shape[1] for matrix in group)
         return memory, 2.0 * m * n * n + EIGEN * min(m, n) ** 3, cached
 
+    def predicting(self, group: list[Matrix]) -> float:
+        """Bytes of memory of `predicted` with its problem and its fit, for forecasts."""
+        m, n = sum(matrix.shape[0] for matrix in group), max(matrix.shape[1] for matrix in group)
+        return 8.0 * (2 * m * n + 2 * (m * m + n * n))
+
     @abstractmethod
     def fit(self, problem: Problem, largest: int) -> Fit:
         """Fit the group once for every size up to `largest`."""

@@ -32,6 +32,16 @@ class FfnStructure(Structure):
     def judged(self, group: list[Matrix]) -> list[Matrix]:
         return group[-1:]
 
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+        """As in `Structure`, but with the memory of the neurons' second moments and factors, and of the matrices."""
+        _, operations, cached = super().work(group, needs)
+        (d, f), weights = group[-1].shape, sum(m.shape[0] * m.shape[1] for m in group)
+        return 8.0 * (5.5 * f * f + weights + 2 * d * f), operations, cached
+
+    def predicting(self, group: list[Matrix]) -> float:
+        (d, f), weights = group[-1].shape, sum(m.shape[0] * m.shape[1] for m in group)
+        return 8.0 * (8 * f * f + weights + 2 * d * f)
+
     def control(self) -> StructureOptions | None:
         """The same with randomly selected neurons, if the options have a criterion."""
         criterion = getattr(self.options, "criterion", "random")

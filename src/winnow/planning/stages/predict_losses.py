@@ -22,7 +22,8 @@ class PredictLosses(Stage):
         found = []
         for calibration, method in (fit for fit in load.fits if fit in load.predicted):
             sides, few = load.sides(method), load.few(calibration, method)
-            held = 8 * max(2 * m * n + 2 * (m * m + n * n) for m, n in sides)
+            structure = self.plan.structure(self.plan.labels["methods"][method])
+            held = max(structure.predicting(group) for group in structure.groups(load.shape.matrices))
             operations = 1.0 * sum(4 * m * n * (m + n) for m, n in sides) + EIGEN * sum(n**3 for n in few)
             found += self.needed(load, 1, held + 8 * 5 * max(few, default=0) ** 2, 1e6, operations)
         return found
