@@ -107,8 +107,8 @@ def train(
     done = saver.restore(optimizer, progress)
     if not progress.losses:
         _look(where, 0, parameters, held_out, dtypes, progress)
-    peaks = {False: options.rate * height(progress.losses[0]), True: options.code_rate}  # type: ignore[attr-defined]
-    of_groups = [peaks[codes] for codes, group in groups.items() if group]
+    rate = options.rate * height(progress.losses[0])  # type: ignore[attr-defined]
+    peaks = [options.code_rate if codes else rate for codes, group in groups.items() if group]
     for step in range(done, options.steps):
         if _finished(progress, options.patience):  # type: ignore[attr-defined]
             break
@@ -117,7 +117,7 @@ def train(
         for name, parameter in parameters.items():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 raise FloatingPointError(f"{where}: the gradient of {name} is not finite at step {step + 1}; lower `rate`")
-        for group, peak in zip(optimizer.param_groups, of_groups, strict=True):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share_of_peak(step, options)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
