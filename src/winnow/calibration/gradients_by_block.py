@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from winnow.calibration.gradients import OutputWatch, check_windows, draws, sampled
 from winnow.errors import InputError
 from winnow.io.artifacts import file_digest, read_json, write_json
+from winnow.io.hidden_states import HiddenStates
 from winnow.io.progress import every
 from winnow.models.architectures import Matrix
 from winnow.models.classes import is_causal
 
 if TYPE_CHECKING:
-    from winnow.checkpoint.streaming import HiddenStates, Streamed
+    from winnow.checkpoint.streaming import Streamed
     from winnow.io.records import Provenance
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,6 @@ class Passes:
 
     def write(self, name: str, first: int, x: Tensor) -> None:
         """Store x (windows, length, width) for the windows from `first` on."""
-        from winnow.checkpoint.streaming import HiddenStates
-
         if name not in self.files:
             path = self.path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +94,6 @@ class Passes:
             write_json(self._state(), {"complete": self.complete, "kind": self.kind, "of": self.provenance})
 
     def _restore(self) -> None:
-        from winnow.checkpoint.streaming import HiddenStates
-
         if self.provenance is None or not self._state().is_file():
             return
         try:
