@@ -60,7 +60,7 @@ def test_every_recovered_row_has_its_control(finished):
 def test_cards_and_exports_are_of_what_was_recovered(finished):
     results = finished.folder / "results"
     (card,) = results.glob("pico-*/few-*/whitened-*/ffn-0.5-*/refine-*/README.md")
-    assert "| recovery, on the calibration windows | `refine` (batch 2, every 2" in card.read_text()
+    assert "| recovery, on the calibration windows | `refine` (batch 2, code_rate 0.005, every 2" in card.read_text()
     (plain,) = results.glob("pico-*/few-*/whitened-*/ffn-0.5-*/none-*/README.md")
     assert "recovery, on" not in plain.read_text()
     export = Bundle(card.parent / "dense_export" / MANIFEST).verify()
