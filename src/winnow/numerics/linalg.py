@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -66,11 +67,13 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def left_singular(matrix: Tensor) -> Tensor:
     """The left singular vectors (m, min(m, n)) of a matrix (m, n), by descending singular values.
 
-    On a CPU this uses NumPy: MKL, used by PyTorch, does not converge on some matrices of half rank, and OpenBLAS does.
+    On a CPU this uses NumPy: MKL, used by PyTorch, does not converge on some matrices of half rank, and OpenBLAS does. It fails on
+    others, of few directions, on which MKL converges.
     """
-    if matrix.device.type != "cpu":
-        return torch.linalg.svd(matrix, full_matrices=False).U
-    return torch.from_numpy(np.linalg.svd(matrix.numpy(), full_matrices=False)[0])
+    if matrix.device.type == "cpu":
+        with suppress(np.linalg.LinAlgError):
+            return torch.from_numpy(np.linalg.svd(matrix.numpy(), full_matrices=False)[0])
+    return torch.linalg.svd(matrix, full_matrices=False).U
 
 
 def regularized(gram: Tensor, ridge: float, what: str) -> Tensor:
