@@ -1,5 +1,6 @@
 """The weighted low-rank routine against exact identities (numbers T1 to T9 as in the methods reference)."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
