@@ -67,8 +67,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def left_singular(matrix: Tensor) -> Tensor:
     """The left singular vectors (m, min(m, n)) of a matrix (m, n), by descending singular values.
 
-    On a CPU this uses NumPy: MKL, used by PyTorch, does not converge on some matrices of half rank, and OpenBLAS does. It fails on
-    others, of few directions, on which MKL converges.
+    On a CPU this uses NumPy: MKL, used by PyTorch, does not converge on some matrices of half rank, and OpenBLAS does. On others,
+    of few directions, it is the other way round.
     """
     if matrix.device.type == "cpu":
         with suppress(np.linalg.LinAlgError):
