@@ -62,7 +62,7 @@ CALIBRATED = [
 def default() -> dict[str, Any]:
     """The default configuration: the demo model, four methods, four byte budgets for FFN and for FFN + attention."""
     parts = ("calibration", "evaluation")
-    keeps = (0.9, 0.8, 0.6, 0.4)
+    keeps = (0.9, 0.8, 0.6, 0.4, 0.3, 0.2)
     targets = {"ffn": ["ffn"], "all": ["ffn", "attention"]}
     return {
         "models": {"demo": {"source": "resources/models/demo"}},
@@ -79,7 +79,7 @@ def default() -> dict[str, Any]:
                 "models": ["demo"],
                 "calibrations": ["demo"],
                 "methods": presets.DEMO,
-                "budgets": [f"{name}-{keep}" for name in targets for keep in keeps],
+                "budgets": [f"all-{keep}" for keep in keeps[1:]],
                 "recoveries": ["none"],
                 "evaluations": ["demo"],
             }

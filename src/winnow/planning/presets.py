@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-DEMO = ["svd", "weight_norm", "asvd", "whitened"]  # those of the default experiment; config/studies/ runs the others
+# Those of the default experiment; config/studies/ runs the others. Two that everyone knows, the best recipes of others for factors
+# and for rounding, and what winnow recommends without rounding and with it.
+DEMO = ["svd", "whitened", "svd_llm_v2_steep", "rounded_gram", "winnow_factored", "winnow"]
 PAPER_7, PAPER_8 = "HyperTensor Paper VII", "HyperTensor Paper VIII"
 FFSPLIT, SVD_LLM, GRC = "FFSplit, arXiv 2401.04044", "SVD-LLM, arXiv 2403.07378", "GRC, HyperTensor Paper I"
 SVD_LLM_V2 = "SVD-LLM V2, arXiv 2503.12340"
