@@ -103,6 +103,10 @@ class Drawing(Files):
             return [path for path in self if path.endswith("spectra.parquet")]
         if name == "moments":
             return [path for path in self if "/moments/" in path]
+        if name == "models":
+            return [path for path in self if path.endswith("/model.json")]
+        if name == "allocations":
+            return [path for path in self if path.endswith("/allocation.json")]
         if name == "results":
             return [path for path in self if re.search(r"/(none-\w+|dense)/", path)]
         return super().get(name, default)

@@ -28,6 +28,7 @@ rule figures:
     """Loss against bytes, methods in order, and effective rank against depth; each as SVG and PNG."""
     input:
         summary="results/tables/summary.parquet",
+        models=of_cells("results/{model}/model.json", "perplexity"),
         spectra=spectra_of_matrices(),
     output:
         frontier=multiext("results/figures/frontier", ".svg", ".png"),
