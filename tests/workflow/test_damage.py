@@ -188,7 +188,7 @@ CASES = [
     ("results/pico-*/dense/short-*.json", f"{C}/whitened-*/some-*/none-*/short-*.json"),
     (f"{C}/whitened-*/some-*/none-*/short-*.json", "results/tables/summary.parquet"),
     ("results/tables/summary.parquet", "results/figures/frontier.svg"),
-    ("results/figures/frontier.svg", "results/report.html"),
+    ("results/figures/ranking.svg", "results/report.html"),
     ("results/texts/overlap/*/*.json", "results/report.html"),
     (f"{C}/statistics/moments/manifest.json", "results/report.html"),
 ]
@@ -209,7 +209,7 @@ def replace(path: Path, folder: Path) -> None:
     name = str(path.relative_to(folder))
     pattern = re.sub(r"^model/", "other/", re.sub(r"pico-\w+", "other-*", name))
     if pattern == name:
-        pattern = re.sub(r"calibration-\w+(?=\.)", "evaluation-*", name).replace("frontier", "ranking")
+        pattern = re.sub(r"calibration-\w+(?=\.)", "evaluation-*", name).replace("ranking", "frontier")
     others = [p for p in folder.glob(pattern) if p.read_bytes() != path.read_bytes()]
     others += [p for p in folder.glob(f"results/other-*/**/*{path.suffix}") if p.is_file()]
     path.write_bytes(others[0].read_bytes())

@@ -102,13 +102,18 @@ def wrapped(names: str, width: int = 60, lines: int = 2) -> str:
     return "\n".join(textwrap.wrap(names, width, max_lines=lines, placeholder=" ..."))
 
 
+def svg_of(figure: Figure) -> str:
+    """The figure as SVG. The same figure results in the same text."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
 def save(figure: Figure, paths: Iterable[str], provenance: Provenance) -> None:
     """Write the figure to every path, in the format of the path's ending. The same figure results in the same bytes."""
     for path in paths:
         if path.endswith(".svg"):
-            text = io.StringIO()
-            figure.savefig(text, format="svg", metadata={"Date": None})
-            write_markup(path, text.getvalue(), provenance)
+            write_markup(path, svg_of(figure), provenance)
         else:
             with atomic(path) as partial:
                 figure.savefig(partial, format=path.rpartition(".")[2], dpi=160)

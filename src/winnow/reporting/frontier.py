@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -25,29 +25,32 @@ TICKS = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01)
 QUANTITIES = {"delta_nll": "loss above dense (nats per token)", "kl": "KL divergence from dense (nats per token)"}
 
 
-def frontier(summary: pd.DataFrame, dense_bits: Mapping[str, float]) -> Figure:
+def frontier(summary: pd.DataFrame, dense_bits: Mapping[str, float], quantities: Sequence[str] = tuple(QUANTITIES)) -> Figure:
     """Loss above the dense model, and the KL divergence from it if that was measured, against the share of bytes kept.
 
-    A row of panels for every model, evaluation and targets; a line per method (and per calibration and recovery, if there are
-    several). The lines with the lowest losses have a colour and a label at their end, the others are grey. `dense_bits`: {model:
-    bits of a number of the dense matrices}, for the marks of sizes."""
+    A row of panels for every model, evaluation and targets, and a column for each of `quantities`; a line per method (and per
+    calibration and recovery, if there are several). The lines with the lowest losses have a colour and a label at their end, the
+    others are grey. `dense_bits`: {model: bits of a number of the dense matrices}, for the marks of sizes."""
     cells = with_lines(summary)
     panels = [(key, panel, coloured(panel)) for key, panel in cells.groupby(["model", "evaluation", "targets"], sort=False)]
     lines = list(dict.fromkeys(line for _, _, best in panels for line in best))
-    columns = [name for name in QUANTITIES if name != "kl" or cells["kl"].notna().any()]
-    size = (5.6 * len(columns), 4.3 * max(1, len(panels)))
+    columns = [name for name in quantities if name != "kl" or cells["kl"].notna().any()]
+    if not columns:
+        return plt.figure(figsize=(1, 1))
+    width = 5.6 if len(columns) > 1 else 5.2  # one column is for narrow pages
+    size = (width * len(columns), 4.3 * max(1, len(panels)))
     figure, grid = plt.subplots(max(1, len(panels)), len(columns), figsize=size, squeeze=False, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr]  # beside the labels of lines
+    figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr, call-arg]  # beside the labels of lines
     for row, ((model, evaluation, targets), panel, best) in zip(grid, panels, strict=True):
         for axis, quantity in zip(row, columns, strict=True):
             _draw(axis, panel, quantity, best, lines, dense_bits.get(str(model)))
-        title = f"{model}, {str(targets).replace('+', ' + ')}, evaluation {evaluation}"
         total, shown = panel["line"].nunique(), len(best)
-        row[0].set_title(title, fontsize=9.5, loc="left", pad=30)
-        if shown < total:
-            text = f"{shown} of {total} methods in colour: lowest mean rank over budgets"
-            row[-1].set_title(text, fontsize=8, loc="left", pad=30, color="0.35")
-    _explain(figure, cells)
+        titles = [f"{model}, {str(targets).replace('+', ' + ')}, evaluation {evaluation}"]
+        titles += [f"{shown} of {total} methods in colour: lowest mean rank over budgets"] if shown < total else []
+        for axis, title in zip([row[0], row[-1]], titles, strict=False):
+            text = "\n".join(titles) if len(columns) == 1 else title
+            axis.set_title(text, fontsize=9.5 if title is titles[0] else 8, loc="left", pad=30)
+    _explain(figure, cells, columns)
     return figure
 
 
@@ -140,20 +143,19 @@ def _label_ends(axis: Axes, ends: list[tuple[str, float, float, str]]) -> None:
         axis.annotate(name, (share, value), (1.035, place + shift), textcoords="axes fraction", **given)
 
 
-def _explain(figure: Figure, cells: pd.DataFrame) -> None:
+def _explain(figure: Figure, cells: pd.DataFrame, columns: list[str]) -> None:
     """What the marks mean, below all panels."""
-    texts = {
-        "dense model": "*",
-        "measured; bars: 2 standard errors, paired by window": "o",
-        "within 2 standard errors of dense": "o",
-    }
-    sizes, faces = (9, 5, 5), ("black", "0.3", "white")
-    marks = [
+    marks = {"dense model": ("*", 9, "black")}
+    if "delta_nll" in columns:
+        marks["measured; bars: 2 standard errors, paired by window"] = ("o", 5, "0.3")
+        marks["within 2 standard errors of dense"] = ("o", 5, "white")
+    drawn = [
         Line2D([], [], marker=marker, markersize=size, color="0.3", markerfacecolor=face, linestyle="", label=text)
-        for (text, marker), size, face in zip(texts.items(), sizes, faces, strict=True)
+        for text, (marker, size, face) in marks.items()
     ]
     if len(cells):
-        figure.legend(handles=marks, loc="outside lower left", ncols=3, frameon=False, fontsize=7.5, handletextpad=0.3)
+        place: dict[str, Any] = {"loc": "outside lower left", "ncols": 3 if len(columns) > 1 else 1}
+        figure.legend(handles=drawn, frameon=False, fontsize=7.5, handletextpad=0.3, **place)
 
 
 def ranking(summary: pd.DataFrame) -> Figure:
