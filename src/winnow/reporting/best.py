@@ -68,7 +68,7 @@ def question(
         protocol = results[position]["protocol"]  # type: ignore[call-overload]
         own = f"{row['windows']:,} windows of {protocol['length']:,} tokens, {row['tokens']:,} scored"
         loss = f"{with_error(row['nll'], row['nll_se'])} nats per token, perplexity {perplexity(row['perplexity'])}"
-        evaluations.append(f"{row['evaluation']}: {own}; dense {row['model']}: {loss}")
+        evaluations.append(f"{row['evaluation']}: {own}; the dense {row['model']} has {loss}")
     for allocation in allocations:
         spec = allocation["provenance"]["params"]["spec"]
         options, name = spec["presets"]["calibration"], spec["names"]["calibration"]

@@ -26,11 +26,10 @@ def with_error(value: float, error: float) -> str:
 
 
 def loss(value: float) -> str:
-    """Nats with four decimals, or up to seven such that two digits are shown; a dash if unknown."""
+    """Nats with four decimals, or two digits and the power of ten below 0.001; a dash if unknown."""
     if value != value:
         return "\u2013"
-    decimals = next((n for n in range(4, 7) if abs(value) >= 10.0 ** (1 - n)), 7 if value else 4)
-    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+    return f"{value:.1e}".replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def duration(seconds: float | None) -> str:

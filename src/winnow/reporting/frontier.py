@@ -50,7 +50,8 @@ def frontier(summary: pd.DataFrame, dense_bits: Mapping[str, float], quantities:
         for axis, title in zip([row[0], row[-1]], titles, strict=False):
             text = "\n".join(titles) if len(columns) == 1 else title
             axis.set_title(text, fontsize=9.5 if title is titles[0] else 8, loc="left", pad=30)
-    _explain(figure, cells, columns)
+    if len(columns) > 1 and len(cells):
+        _explain(figure)
     return figure
 
 
@@ -103,8 +104,8 @@ def _shares(axis: Axes, shares: pd.Series, bits: float | None) -> None:
         kept = [tick for tick in TICKS if tick >= low * 0.97]
     axis.xaxis.set_major_locator(FixedLocator(kept))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    axis.set_xlabel("bytes kept of the compressed matrices")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}"))
+    axis.set_xlabel("bytes kept of the compressed matrices (%)")
     named = {1.0: "dense" if bits is None else f"dense\n{bits:.3g} bits"}
     named |= {count / bits: f"{count} bits" for count in BITS if bits and low * 0.97 <= count / bits < 1}
     for place in list(named)[1:]:
@@ -143,19 +144,18 @@ def _label_ends(axis: Axes, ends: list[tuple[str, float, float, str]]) -> None:
         axis.annotate(name, (share, value), (1.035, place + shift), textcoords="axes fraction", **given)
 
 
-def _explain(figure: Figure, cells: pd.DataFrame, columns: list[str]) -> None:
+def _explain(figure: Figure) -> None:
     """What the marks mean, below all panels."""
-    marks = {"dense model": ("*", 9, "black")}
-    if "delta_nll" in columns:
-        marks["measured; bars: 2 standard errors, paired by window"] = ("o", 5, "0.3")
-        marks["within 2 standard errors of dense"] = ("o", 5, "white")
-    drawn = [
+    texts = {
+        "dense model": "*",
+        "measured; bars: 2 standard errors, paired by window": "o",
+        "within 2 standard errors of dense": "o",
+    }
+    marks = [
         Line2D([], [], marker=marker, markersize=size, color="0.3", markerfacecolor=face, linestyle="", label=text)
-        for text, (marker, size, face) in marks.items()
+        for (text, marker), size, face in zip(texts.items(), (9, 5, 5), ("black", "0.3", "white"), strict=True)
     ]
-    if len(cells):
-        place: dict[str, Any] = {"loc": "outside lower left", "ncols": 3 if len(columns) > 1 else 1}
-        figure.legend(handles=drawn, frameon=False, fontsize=7.5, handletextpad=0.3, **place)
+    figure.legend(handles=marks, loc="outside lower left", ncols=3, frameon=False, fontsize=7.5, handletextpad=0.3)
 
 
 def ranking(summary: pd.DataFrame) -> Figure:

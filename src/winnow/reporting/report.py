@@ -133,7 +133,10 @@ def _marked(rows: list[dict[str, Any]], best: dict[str, Any]) -> list[dict[str, 
     """The rows of one budget with their ranking and a CSS class: `best` (bold), or `tie` (not bold) if the lowest loss is within
     two standard errors of the dense model's."""
     mark = "tie" if is_as_dense(best) else "best"
-    lines = standing(rows, best)
+    lines = []
+    for row, line in zip(rows, standing(rows, best), strict=True):
+        above, error = float(row["above_best"]), float(row["above_best_se"])
+        lines.append(line.replace(f"{above:.4f} ± {error:.4f}", formats.with_error(above, error)))  # the digits of the error
     return [{**row, "standing": line, "mark": mark if row["tie"] else ""} for row, line in zip(rows, lines, strict=True)]
 
 
@@ -146,7 +149,9 @@ def _predicted(
     for row, result in zip(_records(summary), results, strict=True):
         labels = labels_of(result.get("provenance", {}))  # type: ignore[arg-type]
         if row["recovery"] == "none" and labels in known:
-            found.append({**row, "predicted": known[labels]})
+            predicted = known[labels]
+            clear = predicted and not is_as_dense(row)
+            found.append({**row, "predicted": predicted, "ratio": row["delta_nll"] / predicted if clear else None})
     return found
 
 
