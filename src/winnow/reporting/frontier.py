@@ -20,6 +20,7 @@ from winnow.reporting.scales import plain, set_scale
 
 BITS = (8, 4, 2)  # sizes of a number that are marked, besides that of the dense model
 GREY = "0.72"
+REFERENCES = 4  # models that are only rounded, at most
 NEAR = 0.85  # of the horizontal axis, from which on the label of a line is beside the axis
 TICKS = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01)
 QUANTITIES = {"delta_nll": "loss above dense (nats per token)", "kl": "KL divergence from dense (nats per token)"}
@@ -33,12 +34,12 @@ def frontier(summary: pd.DataFrame, dense_bits: Mapping[str, float], quantities:
     others are grey. `dense_bits`: {model: bits of a number of the dense matrices}, for the marks of sizes."""
     cells = with_lines(summary)
     panels = [(key, panel, coloured(panel)) for key, panel in cells.groupby(["model", "evaluation", "targets"], sort=False)]
-    lines = list(dict.fromkeys(line for _, _, best in panels for line in best))
+    drawn = ((panel[panel["line"] == line], line) for _, panel, best in panels for line in best)
+    lines = list(dict.fromkeys(line for own, line in drawn if not _reference(own)))
     columns = [name for name in quantities if name != "kl" or cells["kl"].notna().any()]
     if not columns:
         return plt.figure(figsize=(1, 1))
-    width = 5.6 if len(columns) > 1 else 5.2  # one column is for narrow pages
-    size = (width * len(columns), 4.3 * max(1, len(panels)))
+    size = (5.1 * len(columns), 3.9 * max(1, len(panels)))  # inches, of panels that stay readable at the width of a page
     figure, grid = plt.subplots(max(1, len(panels)), len(columns), figsize=size, squeeze=False, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr, call-arg]  # beside the labels of lines
     for row, ((model, evaluation, targets), panel, best) in zip(grid, panels, strict=True):
@@ -100,7 +101,7 @@ def _shares(axis: Axes, shares: pd.Series, bits: float | None) -> None:
     else:
         axis.set_xlim(1.02, low - 0.04 * (1 - low))
     kept = sorted({1.0, *(float(f"{share:.2g}") for share in shares)})
-    if len(kept) > 8 or any(above < 1.06 * below for below, above in pairwise(kept)):
+    if len(kept) > 8 or any(above < 1.12 * below for below, above in pairwise(kept)):
         kept = [tick for tick in TICKS if tick >= low * 0.97]
     axis.xaxis.set_major_locator(FixedLocator(kept))
     axis.xaxis.set_minor_locator(NullLocator())
@@ -190,14 +191,14 @@ def with_lines(summary: pd.DataFrame) -> pd.DataFrame:
 
 def coloured(panel: pd.DataFrame) -> list[str]:
     """The lines of a panel that have a colour and a label, in the order of the table: all if they are few; else those with the
-    lowest mean rank over their budgets, among the lines with the most budgets. Plainly rounded models are always among them."""
+    lowest mean rank over their budgets, among the lines with the most budgets. Models that are only rounded are beside them."""
+    fixed = [str(line) for line, own in panel.groupby("line", sort=False) if _reference(own)]
     lines = [str(line) for line in panel["line"].unique()]
-    if len(lines) <= LEGIBLE:
-        return lines
-    fixed = [str(line) for line, own in panel.groupby("line", sort=False) if _reference(own)][:2]
-    places = panel.assign(place=panel.groupby("budget")["delta_nll"].rank()).groupby("line", sort=False)["place"]
-    full = places.mean()[places.count() == places.count().max()].drop(fixed, errors="ignore")
-    best = {*fixed, *full.nsmallest(LEGIBLE - len(fixed)).index.astype(str)}
+    best = set(lines)
+    if len(lines) - len(fixed) > LEGIBLE:
+        places = panel.assign(place=panel.groupby("budget")["delta_nll"].rank()).groupby("line", sort=False)["place"]
+        full = places.mean()[places.count() == places.count().max()].drop(fixed, errors="ignore")
+        best = {*fixed[:REFERENCES], *full.nsmallest(LEGIBLE).index.astype(str)}
     return [line for line in lines if line in best]
 
 

@@ -60,7 +60,9 @@ class Times:
         if log.is_file():
             told = re.search(r"device (\w+), (\d+) threads", log.read_text(encoding="utf-8", errors="replace"))
         seconds, memory = _measured(self.results / "benchmarks" / f"{name}.tsv")
-        return JobTime(rule, labels, seconds, memory, f"{told[1]}, {told[2]} threads" if told else "")
+        return JobTime(
+            rule, labels, seconds, memory, f"{told[1]}, {told[2]} thread{'s' if told[2] != '1' else ''}" if told else ""
+        )
 
 
 def _measured(path: Path) -> tuple[float | None, float | None]:
