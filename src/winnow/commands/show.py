@@ -64,8 +64,9 @@ def of_dense(rows: list[dict[str, str]]) -> list[str]:
     found = []
     for row in (r for r in rows if r["method"] == "dense"):
         model = f"Dense `{row['model']}`" + ("" if row["recovery"] == "none" else f" after the recovery `{row['recovery']}`")
-        loss = f"{float(row['nll']):.4f} ± {float(row['nll_se']):.4f} nats per token, perplexity {perplexity(float(row['perplexity']))}"
-        found.append(f"{model}: {loss}, over {int(row['tokens']):,} tokens in {row['windows']} windows.")
+        loss = f"{float(row['nll']):.4f} ± {float(row['nll_se']):.4f} nats per token"
+        text = f"over {int(row['tokens']):,} tokens in {row['windows']} windows"
+        found.append(f"{model}: {loss}, perplexity {perplexity(float(row['perplexity']))}, {text}.")
     return found
 
 
