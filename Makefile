@@ -13,7 +13,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed  ## the main job, offline: four methods, eight byte budgets, tables, figures, report
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES) --quiet rules host reason
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES)
 	$(BIN)/python -m winnow show results
 
 test: .venv/installed  ## all tests but those marked slow
