@@ -65,8 +65,8 @@ def card(recipe: WrittenRecipe, measured: list[Measured] | None = None, exported
 
 
 def _with_metadata(recipe: WrittenRecipe, measured: list[Measured], text: str) -> str:
-    """The text below the metadata for a hub, which has the measured numbers, and the base model only if it is from a hub (then it has
-    a pinned revision)."""
+    """The text below the metadata for a hub: the measured numbers, and the base model only if it is from a hub (then it has a
+    pinned revision)."""
     from huggingface_hub import ModelCard, ModelCardData
 
     results = eval_results(measured)

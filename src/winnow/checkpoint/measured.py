@@ -68,8 +68,8 @@ METRICS = {  # {name in a result: (type, name with its unit)}
 
 
 def eval_results(measured: list[Measured]) -> list[EvalResult]:
-    """The numbers of the compressed model for the `model-index` of a card. The data set is the one on the hub; for a text in files
-    it is the name of the text, or of the evaluation if the text is not known."""
+    """The numbers of the compressed model for the `model-index` of a card. The data set is the one on the hub; for a text in
+    files it is the name of the text, or of the evaluation if the text is not known."""
     from huggingface_hub import EvalResult
 
     found = []
