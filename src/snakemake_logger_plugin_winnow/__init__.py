@@ -67,6 +67,8 @@ class LogHandler(LogHandlerBase):
                 self.own.emit(record)
             else:
                 self._show(str(getattr(record, "event", None) or ""), record)
+        except BrokenPipeError:  # whoever read has enough
+            pass
         except Exception:  # noqa: BLE001 - a record that is not understood stops no run
             self.handleError(record)
 

@@ -69,6 +69,7 @@ class Stages:
     def __init__(self) -> None:
         self.stages: dict[str, Stage] = {}
         self.running: dict[int, Job] = {}
+        self.ever: dict[int, Job] = {}  # all that were started
         self.done = self.total = 0
 
     def plan(self, stats: Mapping[str, int]) -> None:
@@ -78,7 +79,7 @@ class Stages:
 
     def start(self, number: int, job: Job) -> Stage | None:
         """A job was started or submitted; returns its stage if it is the first of it."""
-        self.running[number] = job
+        self.running[number] = self.ever[number] = job
         stage = self.stages.setdefault(job.rule, Stage(job.rule, 0))
         stage.started.add(number)
         if len(stage.started) > stage.total:  # a checkpoint found more to do
@@ -97,10 +98,10 @@ class Stages:
         return stage if stage.complete and not job.target else None
 
     def fail(self, number: int) -> Job | None:
-        """A job failed; it may be started again."""
+        """A job failed; it may be started again. Some versions of Snakemake say so twice."""
         if job := self.running.pop(number, None):
             self.stages[job.rule].failed += 1
-        return job
+        return self.ever.get(number)
 
     def open(self) -> list[Stage]:
         """Stages that began and are not complete."""

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from snakemake_logger_plugin_winnow.stages import Stage, Stages, seconds
@@ -37,7 +38,8 @@ class Lines:
         self.say(f"{stage.name}: begins, {stage.total} job{'s' * (stage.total > 1)}")
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.ended.set()
