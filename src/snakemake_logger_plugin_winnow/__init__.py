@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+from importlib.util import find_spec
 from typing import Any
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
@@ -28,7 +29,7 @@ LAST = 20  # lines of the log of a job that failed
 ROUTINE = re.compile(
     r"None$|$|Select jobs to execute|Execute \d+ jobs|Building DAG of jobs|Assuming unrestricted shared filesystem|Using shell:"
     r"|host:|Group jobs: inactive|Touching output file|Removing temporary output|Write-protecting output file"
-    r"|Job \d+ has been submitted"
+    r"|Job \d+ has been submitted|Submitted array job"
 )
 
 
@@ -103,7 +104,7 @@ class LogHandler(LogHandlerBase):
 
     def _open(self) -> None:
         if not self.quiet & {"all", "progress"}:
-            terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+            terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and find_spec("rich")
             self.view = Bars(self.stages) if terminal else Lines(self.stages)
 
     def _say(self, text: str) -> None:

@@ -159,5 +159,7 @@ def test_a_job_that_takes_long_shows_the_last_line_of_its_log(tmp_path, capsys, 
     (stage,) = handler.stages.open()
     assert (stage.done, stage.failed, stage.total) == (2, 1, 3)
     handler.emit(record(None, "Select jobs to execute..."))
+    handler.emit(record(None, "Job 3 has been submitted with SLURM jobid 12 (log: x)."))
     handler.emit(record(None, "Select another disk", logging.WARNING))
-    assert capsys.readouterr().err.splitlines()[-1] == "Select another disk"
+    handler.emit(record("group_error", "Error in group evaluate", logging.ERROR))
+    assert capsys.readouterr().err.splitlines()[-2:] == ["Select another disk", "Error in group evaluate"]
