@@ -1,0 +1,106 @@
+"""Pages, and parts of pages, that are generated from the code when the site is built."""
+
+import argparse
+import ast
+import contextlib
+import importlib
+import inspect
+import os
+import tokenize
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+from winnow import __main__ as program
+from winnow.allocation.base import ALLOCATIONS
+from winnow.metrics.base import METRICS
+from winnow.planning.config import Config
+from winnow.planning.config_files import readme
+from winnow.planning.config_tables import protocol_rows, section, structure
+from winnow.planning.stages.conclude_study import CLAIMS
+from winnow.structures.base import STRUCTURES
+from winnow.studies.claims import read_claims
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pages():
+    """{name: Markdown} of the pages that are generated as a whole."""
+    made = {"reference/configuration/index.md": _configuration(), "reference/structures/index.md": _structures()}
+    for name in Config.model_fields:
+        made[f"reference/configuration/{name}.md"] = "\n".join([f"# {name}", "", *section(name)])
+    for kind in STRUCTURES:
+        made[f"reference/structures/{kind}.md"] = "\n".join([f"# {kind}", "", *structure(kind)])
+    return made
+
+
+def _configuration():
+    introduction = readme().partition("\n## ")[0].split("\n\n", 2)[2]
+    rows = [f"| [{name}]({name}.md) | {field.description} |" for name, field in Config.model_fields.items()]
+    return "\n".join(["# Sections", "", introduction, "", "| section | what is in it |", "|---|---|", *rows])
+
+
+def _structures():
+    rows = [f"| [{kind}]({kind}.md) | {cls.stores} | {cls.formula} |" for kind, cls in STRUCTURES.items()]
+    about = "A structure is what is stored instead of matrices. m and n are the outputs and inputs of a matrix, d and f the width"
+    more = "and the hidden width of an FFN, k is the size that a budget determines."
+    return "\n".join(["# Structures", "", about, more, "", "| kind | stores | numbers stored |", "|---|---|---|", *rows])
+
+
+def _commands():
+    """The help of every command of the program, as it prints it."""
+    found = []
+
+    def parsed(parser, *_, **__):
+        found.append(parser)
+        raise SystemExit
+
+    with patch.object(argparse.ArgumentParser, "parse_known_args", parsed), patch.dict(os.environ, COLUMNS="100"):
+        with contextlib.suppress(SystemExit):
+            program.main()
+        (parser,) = found
+        (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+        lines = ["```text", parser.format_help().rstrip(), "```"]
+        for name, command in commands.items():
+            lines += ["", f"## {name}", "", "```text", command.format_help().rstrip(), "```"]
+    return lines
+
+
+def _fields(module):
+    """A table of fields for every type in a module of TypedDicts, with the comments beside them."""
+    source = inspect.getsource(importlib.import_module(module))
+    tokens = tokenize.generate_tokens(StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    lines = []
+    for node in ast.parse(source).body:
+        fields = [part for part in getattr(node, "body", []) if isinstance(part, ast.AnnAssign)]
+        if not isinstance(node, ast.ClassDef) or not fields:
+            continue
+        bases = [ast.unparse(base) for base in node.bases if ast.unparse(base) != "TypedDict"]
+        also = [f"And the fields of {', '.join(f'`{base}`' for base in bases)}."] if bases else []
+        about = " ".join(filter(None, [ast.get_docstring(node), *also]))
+        lines += ["", f"### {node.name}", "", " ".join(about.split()), "", "| field | type | meaning |", "|---|---|---|"]
+        for part in fields:
+            kind = ast.unparse(part.annotation).replace("|", "\\|")
+            lines.append(f"| `{ast.unparse(part.target)}` | `{kind}` | {comments.get(part.end_lineno, '')} |")
+    return lines
+
+
+def _claims(study):
+    """A table of the claims of a study's paper, from resources/claims.yaml."""
+    claims = read_claims(ROOT / CLAIMS)
+    lines = ["| claim | number | what is measured | why it can differ |", "|---|---|---|---|"]
+    for claim in claims:
+        if claim.study == study:
+            number = "" if claim.number is None else f"{claim.number:g} {claim.unit}"
+            lines.append(f"| {claim.says} | {number} | {claim.measured} | {claim.differs} |")
+    return lines
+
+
+def _kinds(which):
+    """A line for every metric or allocation."""
+    registry = {"metrics": METRICS, "allocations": ALLOCATIONS}[which]
+    return [f"- `{kind}`: {' '.join(str(cls.__doc__).split())}" for kind, cls in registry.items()]
+
+
+MARKED = {"commands": _commands, "fields": _fields, "claims": _claims, "protocols": protocol_rows, "kinds": _kinds}
