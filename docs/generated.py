@@ -55,7 +55,7 @@ def _commands():
         found.append(parser)
         raise SystemExit
 
-    with patch.object(argparse.ArgumentParser, "parse_known_args", parsed), patch.dict(os.environ, COLUMNS="100"):
+    with patch.object(argparse.ArgumentParser, "parse_known_args", parsed), patch.dict(os.environ, COLUMNS="84"):
         with contextlib.suppress(SystemExit):
             program.main()
         (parser,) = found
@@ -70,10 +70,11 @@ def _fields(module):
     """A table of fields for every type in a module of TypedDicts, with the comments beside them."""
     source = inspect.getsource(importlib.import_module(module))
     tokens = tokenize.generate_tokens(StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    comments = {token.start[0]: token.string.lstrip("#: ") for token in tokens if token.type == tokenize.COMMENT}
     lines = []
     for node in ast.parse(source).body:
-        fields = [part for part in getattr(node, "body", []) if isinstance(part, ast.AnnAssign)]
+        body = [part for part in getattr(node, "body", []) if isinstance(part, ast.AnnAssign)]
+        fields = [part for part in body if not ast.unparse(part.target).startswith("_")]
         if not isinstance(node, ast.ClassDef) or not fields:
             continue
         bases = [ast.unparse(base) for base in node.bases if ast.unparse(base) != "TypedDict"]
