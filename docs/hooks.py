@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOG = logging.getLogger("mkdocs.hooks")
 DASH = "\N{EN DASH}"
 TABLE = re.compile(r"^\[[^\]]*\]\(([^)#\s]+\.csv)(?:#([^)]+))?\)$", re.MULTILINE)
-LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"(?P<before>\(?)\[(?P<text>[^\]]+)\]\((?!https?:)(?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 MARK = re.compile(r"^<!-- generated: ([\w. ]+) -->$", re.MULTILINE)
 
 
@@ -83,13 +83,16 @@ def _cell(row, name):
 
 def _link(found, folder, page):
     """A link from a page, or the path if it leads out of this folder."""
-    text, target, anchor = found[1], posixpath.normpath(posixpath.join(folder, found[2])), found[3] or ""
+    before, text, target = found["before"], found["text"], posixpath.normpath(posixpath.join(folder, found["target"]))
+    anchor = found["anchor"] or ""
     if target == "config/README.md":  # of which the reference has a page per section
         target, anchor = f"docs/reference/configuration/{anchor.removeprefix('#') or 'index'}.md", ""
     if target == "README.md":
         target = "docs/index.md"
     if target.startswith("docs/"):
-        return f"[{text}]({posixpath.relpath(target.removeprefix('docs/'), posixpath.dirname(page) or '.')}{anchor})"
+        return f"{before}[{text}]({posixpath.relpath(target.removeprefix('docs/'), posixpath.dirname(page) or '.')}{anchor})"
     if not (ROOT / target).exists():
-        LOG.warning(f"{page}: a link to {found[2]}, which does not exist")
-    return f"`{target}`" if text.strip("`") in (target, posixpath.basename(target)) else f"{text} (`{target}`)"
+        LOG.warning(f"{page}: a link to {found['target']}, which does not exist")
+    if text.strip("`") in (target, posixpath.basename(target)):
+        return f"{before}`{target}`"
+    return f"({text}: `{target}`" if before else f"{text} (`{target}`)"
