@@ -3,7 +3,8 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 
-configfile: "config/config.yaml"
+# By its place: in whatever folder a run works, the default is there, and other files add to it.
+configfile: workflow.current_basedir.join("config/config.yaml").get_path_or_uri(secret_free=True)
 
 
 include: "workflow/rules/speed.smk"

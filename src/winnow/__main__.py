@@ -135,12 +135,12 @@ def checkout() -> Path:
 def plan_of(files: list[Path], replace: bool) -> Plan:
     """The plan of a configuration as Snakemake merges it: the default file, then `files`, key by key."""
     from winnow.planning.config import load
-    from winnow.planning.config_sources import merged, sources
+    from winnow.planning.config_sources import anchored, merged, sources
     from winnow.planning.plan import Plan
 
     root = checkout()
     parts = sources([] if replace else [root / DEFAULT], files)
-    return Plan(load(merged(parts), parts), root)
+    return Plan(load(anchored(merged(parts), parts, root), parts), root)
 
 
 def hand_on(command: str, checkpoint: Path, directory: Path, dtype: str) -> None:

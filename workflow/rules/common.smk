@@ -9,7 +9,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT / "src"))
 
 from winnow.planning.config import load
-from winnow.planning.config_sources import sources
+from winnow.planning.config_sources import anchored, sources
 from winnow.errors import InputError
 from winnow.evaluation.base import EVALUATIONS, PLAIN
 from winnow.planning.plan import Plan
@@ -38,7 +38,7 @@ try:
         GIVEN.config,
         sys.argv,
     )
-    PLAN = Plan(load(config, PARTS), ROOT, MEMORY)
+    PLAN = Plan(load(anchored(config, PARTS, ROOT), PARTS), ROOT, MEMORY)
     PLAN.cells.check_sources()
 except InputError as error:
     print(f"winnow: {error}", file=sys.stderr)

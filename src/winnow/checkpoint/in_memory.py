@@ -18,8 +18,8 @@ def put(model: PreTrainedModel, stored: dict[str, dict[str, Tensor]], layouts: d
     first = next(model.parameters())
     device, dtype = first.device, first.dtype
     install(model, layouts)
-    held = {
-        f"{name}.{key}": t.to(device, dtype) if t.is_floating_point() else t.to(device)
+    held = {  # contiguous, as read from a file: products of other strides are rounded in another order
+        f"{name}.{key}": (t.to(device, dtype) if t.is_floating_point() else t.to(device)).contiguous()
         for name, tensors in stored.items()
         for key, t in tensors.items()
     }

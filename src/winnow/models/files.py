@@ -80,8 +80,9 @@ def number_bytes(dtype: str) -> int:
 class ModelFiles:
     """A retrieved model: its manifest, and its tensors read one at a time; a file is verified before its first use."""
 
-    def __init__(self, manifest: Path | str):
-        self.manifest: ModelManifest = read_json(manifest)
+    def __init__(self, manifest: Path | str | ModelManifest):
+        """`manifest`: the path of a model.json, or its content."""
+        self.manifest: ModelManifest = manifest if isinstance(manifest, dict) else read_json(manifest)
         self.directory = Path(self.manifest["directory"])
         self.tensors = self.manifest["tensors"]
         self.matrices: list[Matrix] = matrices_of(self.manifest["model_type"], self.tensors)

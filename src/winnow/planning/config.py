@@ -17,6 +17,7 @@ from winnow.evaluation.kinds.perplexity import Perplexity
 from winnow.metrics.base import METRICS, MetricOptions
 from winnow.models.architectures import GRADIENTS, ROLES, TARGETS, Target, disjoint
 from winnow.options import Name, Strict
+from winnow.planning import presets
 from winnow.planning.config_checks import check_allocations, check_exports, check_targets, check_training
 from winnow.planning.config_errors import Located, described, nearest
 from winnow.planning.config_sources import Source, source_of
@@ -279,9 +280,16 @@ class Config(Strict):
     models: dict[Name, Model] = Field(description="what is compressed")
     texts: dict[Name, Text] = Field(description="texts for calibration and evaluation")
     calibrations: dict[Name, Calibrations] = Field(description="data on which statistics are collected")
-    methods: dict[Name, Method] = Field(description="points of the design space: structure x metric")
+    methods: dict[Name, Method] = Field(
+        {},
+        description="points of the design space: structure x metric; those of the table below are known by name, "
+        "and need not be defined here",
+    )
     budgets: dict[Name, Budget] = Field(description="how much is kept, of which matrices")
-    recoveries: dict[Name, AnyRecovery] = Field({"none": NoRecovery.Options(kind="none")}, description="steps after compression")
+    recoveries: dict[Name, AnyRecovery] = Field(
+        {"none": NoRecovery.Options(kind="none")},
+        description="steps after compression; those of the default configuration are known by name",
+    )
     evaluations: dict[Name, AnyEvaluation] = Field(description="what is measured: loss, accuracy, latency")
     experiments: dict[Name, Experiment] = Field(description="products of the names above; `snakemake` runs them all")
 
@@ -373,13 +381,16 @@ def random_control(method: Method) -> Method | None:
     return None if control is None else Method(paper=None, structure=control, metric=method.metric, allocation=method.allocation)
 
 
-def _known(where: tuple[str, ...], name: str, presets: dict[str, Any]) -> None:
-    if name not in presets:
-        raise Located(where, f"there is no {name!r}{nearest(name, presets)}")
+def _known(where: tuple[str, ...], name: str, valid: dict[str, Any]) -> None:
+    if name not in valid:
+        shipped = {"methods": presets.methods, "recoveries": presets.recoveries}.get(where[-1], dict)()
+        raise Located(where, f"there is no {name!r}{nearest(name, {**valid, **shipped})}")
 
 
 def load(config: dict[str, Any], parts: Sequence[Source] = ()) -> Config:
-    """Validate a configuration merged from `parts`. Raises InputError, one line: file, key, what is wrong, nearest valid key."""
+    """Validate a configuration merged from `parts`, with the presets that it names without defining them. Raises InputError, one
+    line: file, key, what is wrong, nearest valid key."""
+    config = presets.completed(config)
     try:
         return Config.model_validate(config)
     except ValidationError as error:

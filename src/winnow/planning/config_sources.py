@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,22 @@ def merged(parts: Iterable[Source]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in parts:
         _merge(found, part.content)
+    return found
+
+
+def anchored(config: dict[str, Any], parts: Iterable[Source], root: Path) -> dict[str, Any]:
+    """The configuration with relative paths of the workflow's own files as paths below `root`, the checkout, if a run works in
+    another folder. Paths that the user gave are relative to the folder of the run."""
+    if Path.cwd() == root:
+        return config
+    found = copy.deepcopy(config)
+    for own in (part.content for part in parts if part.own):
+        for section, key in (("models", "source"), ("texts", "files")):
+            for name, preset in own.get(section, {}).items():
+                place = found.get(section, {}).get(name)
+                if isinstance(place, dict) and key in preset and place.get(key) == preset[key] and "revision" not in place:
+                    given = place[key]
+                    place[key] = [str(root / path) for path in given] if isinstance(given, list) else str(root / given)
     return found
 
 

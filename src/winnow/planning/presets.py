@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Those of the default experiment; config/studies/ runs the others. Two that everyone knows, the best recipes of others for factors
-# and for rounding, and what winnow recommends without rounding and with it.
+# Those of the default experiment; config/studies/ runs the others. Two that everyone knows, the best recipes of others for
+# factors and for rounding, and what winnow recommends without rounding and with it.
 DEMO = ["svd", "whitened", "svd_llm_v2_steep", "rounded_gram", "winnow_factored", "winnow"]
 PAPER_7, PAPER_8 = "HyperTensor Paper VII", "HyperTensor Paper VIII"
 FFSPLIT, SVD_LLM, GRC = "FFSplit, arXiv 2401.04044", "SVD-LLM, arXiv 2403.07378", "GRC, HyperTensor Paper I"
@@ -116,3 +116,24 @@ def recoveries() -> dict[str, dict[str, Any]]:
     chained = {"fitted_refined": {"kind": "refine", "after": "sequential"}}
     chained["fitted_refined_distilled"] = {"kind": "distill", "after": "fitted_refined"}
     return plain | {"distill_lora": {"kind": "distill", "parameters": "lora"}} | chained
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the presets of this module that its experiments name and that it does not define itself: the default
+    configuration is then not needed for them."""
+    experiments = config.get("experiments")
+    given = [e for e in experiments.values() if isinstance(e, dict)] if isinstance(experiments, dict) else []
+    added = {}
+    for section, known in (("methods", methods()), ("recoveries", recoveries())):
+        own = config.get(section, {})
+        listed = (e.get(section, ["none"] if section == "recoveries" else []) for e in given)  # by default there is no recovery
+        names = [name for names in listed if isinstance(names, list) for name in names if isinstance(name, str)]
+        found: dict[str, Any] = {}
+        while names:
+            name = names.pop(0)
+            if name in known and isinstance(own, dict) and name not in own and name not in found:
+                found[name] = known[name]
+                names += [known[name]["after"]] if "after" in known[name] else []
+        if found:
+            added[section] = {**own, **found}
+    return {**config, **added}
