@@ -3,14 +3,11 @@
 python docs/update.py [results]
 """
 
-import contextlib
-import io
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
-
-from winnow.__main__ import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
@@ -19,10 +16,8 @@ COPIED = {"tables/summary.csv": "docs/results/demo.csv", "figures/frontier.png":
 
 def block(results: Path) -> str:
     """What `winnow show results --markdown` prints."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        markdown(results)
-    return printed.getvalue()
+    command = [sys.executable, "-m", "winnow", "show", str(results), "--markdown"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main(results: Path) -> None:
