@@ -1,5 +1,6 @@
 """The tutorial, and what README.md says of one's own model, in a copy of the checkout: as it stands there, on less."""
 
+import copy
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import yaml
 
 from tests.conftest import ROOT, pico
 from tests.pages import TUTORIAL, blocks, documented
+from winnow.planning import presets
 
 pytestmark = pytest.mark.workflow
 RESOURCES = ROOT / "resources"
@@ -52,8 +54,9 @@ class Checkout:
         for section in ("calibrations", "evaluations"):
             for preset in config[section].values():
                 preset |= {"windows": 8, "length": 64}
-        for budget in config["budgets"].values():
-            budget["targets"] = ["attention"]
+        config["methods"] = {"winnow": copy.deepcopy(presets.methods()["winnow"])}
+        for member in config["methods"]["winnow"]["structure"]["members"]:
+            member |= {"bits": [4, 8]} if member["kind"] == "rounded" else {}
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
