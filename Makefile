@@ -14,7 +14,8 @@ BIN := .venv/bin
 
 demo: .venv/installed  ## the main job, offline: six methods, five byte budgets, tables, figures, report
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES) --quiet rules host reason
-	$(BIN)/python -m winnow show results
+	$(BIN)/winnow show results
+	@echo 'Next, your own model: . $(BIN)/activate; winnow init path/to/model --text your.txt'
 
 test: .venv/installed  ## all tests but those marked slow
 	$(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist loadscope --no-loadscope-reorder

@@ -1,5 +1,6 @@
 """Small random models, made here; no network."""
 
+import copy
 import os
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +13,8 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+
+from winnow.planning.config_files import default
 
 torch.set_num_threads(1)  # tests run side by side, on small matrices
 # The same examples in every run: a change is judged by the change. `--hypothesis-profile default` draws new ones.
@@ -117,3 +120,11 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("architectures at full rank, against the dense model")
         for line in table:
             terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def plain() -> dict:
+    """The default configuration, with the four metrics of two factors at eight budgets as its experiment."""
+    config = copy.deepcopy(default())
+    budgets = [f"{name}-{keep}" for name in ("ffn", "all") for keep in (0.9, 0.8, 0.6, 0.4)]
+    config["experiments"]["demo"] |= {"methods": ["svd", "weight_norm", "asvd", "whitened"], "budgets": budgets}
+    return config

@@ -1,6 +1,5 @@
 """Kinds of allocations: bytes met by all, the integer programme against brute force and its bound, dense matrices, and files."""
 
-import copy
 import itertools
 
 import numpy as np
@@ -9,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, plain
 from tests.unit.test_allocation import LOW_RANK, budget
 from winnow.allocation.base import ALLOCATIONS, stored_bytes
 from winnow.allocation.groups import TOLERANCE, Group, allocate, summarize
@@ -246,7 +245,7 @@ def test_what_is_not_predicted_is_named():
 
 
 def refused(change):
-    config = copy.deepcopy(default())
+    config = plain()
     change(config)
     with pytest.raises(InputError) as error:
         load(config)
@@ -274,14 +273,14 @@ def test_a_configuration_that_cannot_be_allocated_is_refused_by_its_key():
 
 
 def test_every_structure_can_be_allocated_by_its_own_error():
-    config = copy.deepcopy(default())
+    config = plain()
     config["budgets"]["x"] = allocated("ilp", objective="relative")
     config["experiments"]["demo"] |= {"methods": ["modegpt_mlp", "whitened"], "budgets": ["x"]}
     assert len(load(config).experiments["demo"].methods) == 2
 
 
 def test_the_study_is_valid_and_asks_for_gradients_only_where_it_must():
-    config = copy.deepcopy(default())
+    config = plain()
     study = yaml.safe_load((ROOT / "config" / "studies" / "allocation.yaml").read_text())
     for section, presets in study.items():
         config[section] |= presets

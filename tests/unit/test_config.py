@@ -1,11 +1,9 @@
 """Configuration: generated files in step, and every mistake named with its file, key and cure."""
 
-import copy
-
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, plain
 from winnow.data.texts import check_overlap, read_rows
 from winnow.errors import InputError
 from winnow.planning import presets
@@ -54,7 +52,7 @@ def test_every_preset_stands_beside_the_peers():
 
 
 def refused(change, parts=()):
-    config = copy.deepcopy(default())
+    config = plain()
     change(config)
     with pytest.raises(InputError) as caught:
         load(config, parts)
@@ -219,7 +217,7 @@ def test_the_file_that_holds_the_key_is_named(tmp_path):
 
 
 def test_the_nearest_bytes_are_an_option_of_budgets_in_bytes():
-    content = default()
+    content = plain()
     content["budgets"]["x"] = {"targets": ["ffn"], "keep_bytes": 0.25, "nearest": True}
     budgets = load(content).budgets
     assert budgets["x"].model_dump()["nearest"] is True

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from winnow.__main__ import plan_of
+from winnow.commands.planned import plan_of
 from winnow.errors import InputError
 
 BUDGET = "{targets: [ffn], keep_bytes: 0.5}"

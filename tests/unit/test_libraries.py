@@ -17,6 +17,7 @@ from tests.unit.test_explain import provenance
 from tests.unit.test_plan import plan_of, wildcards_of
 from winnow import __main__ as command_line
 from winnow.allocation.base import ALLOCATIONS
+from winnow.commands import planned
 from winnow.errors import InputError
 from winnow.evaluation.base import EVALUATIONS
 from winnow.planning import fingerprints as sources
@@ -112,12 +113,12 @@ def test_a_command_says_that_a_library_is_missing(monkeypatch, tmp_path):
 
 def test_explain_uses_the_checkout_that_it_is_run_in(monkeypatch, tmp_path):
     """A wheel has neither the workflow nor its default configuration."""
-    monkeypatch.setattr(command_line, "__file__", str(tmp_path / "lib" / "site-packages" / "winnow" / "__main__.py"))
+    monkeypatch.setattr(planned, "__file__", str(tmp_path / "lib" / "site-packages" / "winnow" / "commands" / "planned.py"))
     monkeypatch.chdir(ROOT)
-    assert command_line.plan_of([], replace=False).code.root == ROOT
+    assert planned.plan_of([], replace=False).code.root == ROOT
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=re.escape(f"{tmp_path}: not a checkout of winnow")):
-        command_line.plan_of([], replace=False)
+        planned.plan_of([], replace=False)
 
 
 def test_the_extra_of_the_workflow_has_all_that_stages_use():

@@ -1,11 +1,10 @@
 """Labels, cells and fingerprints: what moves a path, what reruns a stage, and what does neither."""
 
-import copy
 import shutil
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, plain
 from tests.unit.test_structures import metrics_of
 from winnow.errors import InputError
 from winnow.planning.config import load
@@ -17,7 +16,7 @@ from winnow.structures.base import STRUCTURES
 
 
 def plan_of(change=lambda c: None, root=ROOT, memory=None):
-    config = copy.deepcopy(default())
+    config = plain()
     config["evaluations"]["tasks"] = {"kind": "accuracy", "tasks": ["hellaswag"]}
     config["evaluations"]["times"] = {"kind": "latency"}
     config["evaluations"]["reviews"] = {"kind": "classification", "train": ["a.csv"], "test": ["b.csv"], "columns": ["text"]}

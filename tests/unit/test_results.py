@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from winnow.__main__ import markdown, show, with_error
+from winnow.commands.show import markdown, show, with_error
 from winnow.errors import InputError
 from winnow.evaluation.spread import paired
 from winnow.factors.spectra import effective_ranks, spectrum_row

@@ -1,11 +1,16 @@
 """The Python functions give the numbers of the workflow, which knows the recommended preset by its name."""
 
+import subprocess
+import sys
+
 import pytest
 
 import winnow
+from tests.conftest import ROOT
 from tests.workflow.test_end_to_end import Workspace
 from winnow.checkpoint.loading import load_model
 from winnow.io.artifacts import read_json, read_tensors
+from winnow.planning.preview import jobs_of
 
 pytestmark = pytest.mark.workflow
 
@@ -49,3 +54,12 @@ def test_what_is_saved_is_the_workflows_checkpoint(recommended, tmp_path):
     (expected,) = model.glob("few-*/winnow-*/all-0.4-*/checkpoint")
     for path in (*expected.glob("*.safetensors"), expected / "config.json", expected / "tokenizer.json"):
         assert (saved / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_in_another_folder_a_file_of_ones_own_adds_to_the_default(tmp_path):
+    """Its relative paths are of the checkout; the demo's cells are planned from there."""
+    (tmp_path / "mine.yaml").write_text("experiments: {demo: {methods: [svd, winnow], budgets: [all-0.4]}}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "snakemake", "-n", "--snakefile", str(ROOT / "Snakefile"), "--configfile", "mine.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=Workspace.environment())
+    assert done.returncode == 0, done.stderr
+    assert jobs_of(done.stdout + done.stderr)["compress"] == 2

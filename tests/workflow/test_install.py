@@ -66,6 +66,10 @@ class Environment:
         if like:
             shutil.rmtree(folder / "lib")
             shutil.copytree(like.folder / "lib", folder / "lib", copy_function=os.link, symlinks=True)
+        # A Slurm that is installed and not running lets its plugin wait ten seconds for it, at every start of Snakemake.
+        silent = folder / "bin" / "scontrol"
+        silent.write_text("#!/bin/sh\nexit 1\n")
+        silent.chmod(0o755)
         outside = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "WINNOW_SAVE_SECONDS")}
         self.variables = {**outside, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 

@@ -38,7 +38,8 @@ try:
         GIVEN.config,
         sys.argv,
     )
-    PLAN = Plan(load(anchored(config, PARTS, ROOT), PARTS), ROOT, MEMORY)
+    CONFIG = anchored(config, PARTS, ROOT)
+    PLAN = Plan(load(CONFIG, PARTS), ROOT, MEMORY)
     PLAN.cells.check_sources()
 except InputError as error:
     print(f"winnow: {error}", file=sys.stderr)

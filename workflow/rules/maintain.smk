@@ -13,7 +13,7 @@ rule plan:
         runtime=10,
     params:
         spec={
-            "config": dict(config),
+            "config": CONFIG,
             "root": str(ROOT),
             "limits": [MEMORY_GB, DISK_GB],
         },

@@ -6,13 +6,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from winnow.errors import InputError
 from winnow.io.artifacts import read_json
 from winnow.io.tensors import BYTES, read_header
 from winnow.models.architectures import Matrix, matrices_of, select
 from winnow.models.config_json import check_source
-from winnow.models.files import model_files, tensor_bytes
+from winnow.models.files import model_files, tensor_bytes, weight_files
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 PRODUCT = 1 << 22  # numbers of sums of statistics that are added at a time
@@ -53,6 +54,15 @@ class Shape:
         return sum(m.shape[0] * m.shape[1] for m in select(self.matrices, targets)) * self.unit
 
 
+def _canonical(source: Path) -> dict[str, Any]:
+    """{name in the model of transformers: dtype and shape} of a directory, from headers."""
+    from winnow.models.classes import empty_model
+    from winnow.models.naming import stored_tensors
+
+    places = stored_tensors(empty_model(source), weight_files(source))
+    return {name: {"dtype": place.dtype, "shape": place.shape} for name, place in places.items()}
+
+
 def shape_of(source: Path, manifest: Path | None = None) -> Shape:
     """The shape of a model directory, from its config and the headers of its weight files (or from a manifest of
     `retrieve_model`). Raises InputError for a directory that holds no usable weights or an unknown family, and for a config.json
@@ -70,6 +80,9 @@ def shape_of(source: Path, manifest: Path | None = None) -> Shape:
     matrices = matrices_of(family, tensors)
     if not matrices:  # files of some families leave the name of the base model out
         matrices = matrices_of(family, {f"{base}.{name}": t for name, t in tensors.items() for base in ("transformer", "model")})
+    if not any(m.site.endswith("ffn_hidden") for m in matrices):  # names of files that transformers changes, as of experts
+        tensors = _canonical(source)
+        matrices = matrices_of(family, tensors)
     if not matrices:
         raise InputError(f"{source}: no layer of a {family} model is in its weight files")
     record = next(t for name, t in tensors.items() if name.endswith(f"{matrices[0].module.partition('.')[2]}.weight"))
@@ -79,6 +92,6 @@ def shape_of(source: Path, manifest: Path | None = None) -> Shape:
         sum(tensor_bytes(t) for t in tensors.values()),
         BYTES[record["dtype"]],
         int(config.get("vocab_size", 0)),
-        next(m.shape[1] for m in matrices if m.site == "ffn_input"),
+        next(m.shape[1] for m in matrices if m.site.endswith("ffn_input")),
         len({m.layer for m in matrices}),
     )

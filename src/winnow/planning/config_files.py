@@ -66,6 +66,11 @@ _Dumper.add_representer(dict, _mapping)
 _Dumper.add_representer(list, _sequence)
 
 
+def dumped(content: dict[str, Any]) -> str:
+    """Presets as YAML: what has no mappings in it on one line."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
 def default_yaml() -> str:
     """The default configuration with a comment on every section."""
     content = default()
@@ -76,8 +81,7 @@ def default_yaml() -> str:
         "# yaml-language-server: $schema=../workflow/schemas/config.schema.json",
     ]
     for name, field in Config.model_fields.items():
-        section = yaml.dump({name: content[name]}, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
-        lines += ["", f"# {field.description}", section.rstrip()]
+        lines += ["", f"# {field.description}", dumped({name: content[name]}).rstrip()]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,1 @@
+"""Commands outside of a workflow run, one file each."""
