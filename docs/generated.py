@@ -1,8 +1,6 @@
 """Pages, and parts of pages, that are generated from the code when the site is built."""
 
-import argparse
 import ast
-import contextlib
 import importlib
 import inspect
 import os
@@ -49,16 +47,8 @@ def _structures():
 
 def _commands():
     """The help of every command of the program, as it prints it."""
-    found = []
-
-    def parsed(parser, *_, **__):
-        found.append(parser)
-        raise SystemExit
-
-    with patch.object(argparse.ArgumentParser, "parse_known_args", parsed), patch.dict(os.environ, COLUMNS="84"):
-        with contextlib.suppress(SystemExit):
-            program.main()
-        (parser,) = found
+    with patch.dict(os.environ, COLUMNS="84"):
+        parser = program.parser()
         (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
         lines = ["```text", parser.format_help().rstrip(), "```"]
         for name, command in commands.items():
