@@ -87,7 +87,7 @@ def test_documented_commands_have_these_options_and_targets(tmp_path):
     place = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
     listing = [sys.executable, "-m", "snakemake", "--list-rules", *place]
     listed = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
-    rules = {line.split()[0] for line in listed.splitlines()}
+    rules = {words[0] for words in map(str.split, listed.splitlines()) if words}
     for command in documented("winnow ", "snakemake"):
         program, *words = shlex.split(command.replace("<new directory>", "new"))
         if program == "winnow":
