@@ -273,7 +273,7 @@ EDITS = [
         "src/winnow/evaluation/spread.py",
         "n / (n - 1)",
         "n / n",
-        {*EVALUATIONS, "predict_in_rounds", "tables", "report", "studies", "tabulate_classification", *STUDY},
+        {*EVALUATIONS, "predict_in_rounds", "tables", "figures", "report", "tabulate_classification", *STUDY},
     ),
     ("src/winnow/checkpoint/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
     ("src/winnow/recovery/refine.py", "skipped = 0 if", "skipped = 2 if", {"recover"}),

@@ -24,8 +24,11 @@ from winnow.io.artifacts import (
     write_parquet,
     write_tensors,
 )
-from winnow.reporting.figures import LEGIBLE, effective_rank, frontier, ranking, save
-from winnow.reporting.html import render
+from winnow.reporting.chosen import dense_bits
+from winnow.reporting.figures import LEGIBLE, effective_rank, save
+from winnow.reporting.frontier import frontier, ranking
+from winnow.reporting.report import render
+from winnow.reporting.scales import plain, threshold
 from winnow.reporting.tables import COLUMNS, SPREAD, spread, summary
 
 CONTRACT = [
@@ -55,6 +58,7 @@ CONTRACT = [
     "top1_agreement",
     "checkpoint",
 ]
+MODULES = [f"self_attn.{role}_proj" for role in "qkvo"] + [f"mlp.{role}_proj" for role in ("gate", "up", "down")]
 NAMES = {"model": "m", "evaluation": "e"}
 NUMBERS = {
     "windows": 3,
@@ -112,7 +116,7 @@ def small_summary():
             size = {"dense_bytes": 1000, "stored_bytes": int(1000 * keep), "model_stored_bytes": int(500 + 1000 * keep)}
             windows = {"nll": [9.0 + noise, 21.0, 30.0 - noise], "tokens": [10.0] * 3}
             results[key] = {**NUMBERS, **PROTOCOL, **loss, **size, "per_window": windows}
-    return summary(rows, results), [results[row["result"]] for row in rows], spread(rows, results)
+    return summary(rows, results), {row["result"]: results[row["result"]] for row in rows}, spread(rows, results)
 
 
 def test_the_summary_has_the_contracted_columns():
@@ -130,7 +134,7 @@ def test_figures_are_written_and_repeatable(tmp_path):
         "000.up_proj", np.array([3.0, 2.0, 1.0]), np.array([14.0, 5.0, 1.0, 0.0]), np.array([0, 7, 14, 21]), "gram"
     )
     for name, draw in (
-        ("f", lambda: frontier(table)),
+        ("f", lambda: frontier(table, {"m": 16.0})),
         ("r", lambda: ranking(table)),
         ("e", lambda: effective_rank({})),
         ("s", lambda: effective_rank({("m-1", "c-1", "x-1"): pd.DataFrame([row])})),
@@ -144,23 +148,96 @@ def test_figures_are_written_and_repeatable(tmp_path):
             assert first == second
 
 
-def test_a_figure_of_many_methods_shows_those_that_can_be_told_apart():
+def texts_of(axis) -> list[str]:
+    return [text.get_text() for text in axis.texts]
+
+
+def test_a_figure_of_many_methods_names_those_that_can_be_told_apart():
     table, _, _ = small_summary()
     rows = table[table["method"] != "dense"]
-    many = [rows.assign(method=f"m{i:02d}", delta_nll=rows["delta_nll"] + i) for i in range(30)]
-    figure = frontier(pd.concat([table, *many], ignore_index=True))
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(labels) == LEGIBLE
-    assert "m00" in labels
-    assert "m29" not in labels
-    assert "lowest of" in figure.axes[0].get_title()
+    own = rows[rows["method"] == "svd"]
+    many = [own.assign(method=f"m{i:02d}", delta_nll=own["delta_nll"] + 1 + i) for i in range(30)]
+    single = rows.iloc[:1].assign(method="eight", structure="rounded", keep_bytes=0.53)
+    figure = frontier(pd.concat([table, *many, single], ignore_index=True), {"m": 16.0})
+    loss, divergence = figure.axes
+    named = [text for text in texts_of(loss) if text in {*(f"m{i:02d}" for i in range(30)), "svd", "whitened", "eight"}]
+    assert len(named) == LEGIBLE + 1
+    assert {"m00", "svd", "eight"} <= set(named), "a model that is only rounded is always named"
+    assert "m29" not in named
+    assert divergence.get_title(loc="left").startswith(f"{LEGIBLE + 1} of 33 methods in colour")
+    grey = [line for line in loss.lines if line.get_color() == "0.72"]
+    assert len(grey) == 32 - LEGIBLE, "the others are drawn too"
+
+
+def test_sizes_of_numbers_are_marked_relative_to_those_of_the_dense_model():
+    table, _, _ = small_summary()
+    for bits, marks in ((16.0, {"8 bits": 0.5}), (32.0, {})):  # of 32 bits, 8 are a quarter, and the smallest share is 0.4
+        axis = frontier(table, {"m": bits}).axes[0]
+        found = {text.get_text(): text.get_position()[0] for text in axis.texts if text.get_text().endswith(" bits")}
+        assert found.pop(f"dense\n{bits:g} bits") == 1.0
+        assert found == marks
+    records = {f"model.layers.0.{name}.weight": {"shape": [4, 4], "dtype": "BF16"} for name in MODULES}
+    records["model.layers.0.mlp.down_proj.weight"] = {"shape": [4, 16], "dtype": "F32"}
+    manifest = {"model_type": "llama", "tensors": records, "provenance": {"wildcards": {"model": "a-b-123456"}}}
+    assert dense_bits([manifest]) == {"a-b": (6 * 16 * 16 + 64 * 32) / (6 * 16 + 64)}
+
+
+def test_without_kl_there_is_no_panel_of_it():
+    table, _, _ = small_summary()
+    assert len(frontier(table, {}).axes) == 2
+    assert len(frontier(table.assign(kl=float("nan")), {}).axes) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "errors", "at"),
+    [
+        ([0.1, 0.2, 1.0], [0.01] * 3, None),  # one decade
+        ([0.01, 0.2, 1.0], [0.0] * 3, 0.01),
+        ([13.8, 0.02, 0.5], [0.1, 0.001, 0.01], 0.01),
+        ([-0.00002, 0.0005, 0.03, 2.5], [0.0001, 0.0004, 0.001, 0.01], 0.001),  # two cannot be told from 0
+        ([0.0, 0.0], [0.0, 0.0], None),
+        ([-0.5, 0.3], [1.0, 1.0], None),  # nothing is resolved
+        ([1e-12, 1.0], [0.0, 0.0], 1e-6),  # at most six decades
+    ],
+)
+def test_losses_over_decades_have_a_logarithmic_scale_above_their_resolution(values, errors, at):
+    found = threshold(values, errors)
+    assert found is None if at is None else found == pytest.approx(at)
+
+
+def test_losses_below_0_are_drawn_on_a_logarithmic_scale():
+    table, _, _ = small_summary()
+    losses = [0.0, -0.001, 0.5, 0.01, 4.0]
+    axis = frontier(table.assign(delta_nll=losses, delta_nll_se=0.002), {}).axes[0]
+    assert axis.get_yscale() == "symlog"
+    low, high = axis.get_ylim()
+    assert low <= -0.005, "with its two standard errors"
+    assert high > 4
+    hollow = [line for line in axis.lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_ydata()[0] for line in hollow] == [-0.001], "what cannot be told from dense is hollow"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.001, "0.001"), (10.0, "10"), (1e-5, "10⁻⁵"), (-1e-4, "-10⁻⁴"), (2e6, "2·10⁶")]
+)
+def test_tick_labels_are_plain_where_they_are_short(value, text):
+    assert plain(value) == text
+
+
+def test_methods_with_the_same_spectra_share_a_panel():
+    row = spectrum_row("000.up_proj", np.array([3.0, 2.0]), np.array([13.0, 4.0, 0.0]), np.array([0, 7, 14]), "gram")
+    other = spectrum_row("000.up_proj", np.array([3.0, 0.1]), np.array([9.0, 0.1, 0.0]), np.array([0, 7, 14]), "gram")
+    frames = {("m-1", "c-1", f"{name}-1"): pd.DataFrame([row]) for name in ("one", "two")}
+    figure = effective_rank({**frames, ("m-1", "c-1", "three-1"): pd.DataFrame([other])})
+    titles = [axis.get_title().splitlines()[-1] for axis in figure.axes if axis.get_visible()]
+    assert titles == ["one, two", "three"]
 
 
 def test_the_report_is_one_file_that_needs_no_network(tmp_path):
     table, results, means = small_summary()
-    save(frontier(table), [str(tmp_path / "f.svg")], {})
+    save(frontier(table, {}), [str(tmp_path / "f.svg")], {})
     svg = (tmp_path / "f.svg").read_text()
-    page = render(table, means, {"frontier": svg, "ranking": svg, "spectra": svg}, results, [OVERLAP])
+    page = render(table, means, {"ranking": svg, "spectra": svg}, results, [OVERLAP])
     assert "<svg" in page
     for attribute in ('src="', "url(http", 'href="http', "@import"):
         assert attribute not in page.replace('xlink:href="#', "")
@@ -185,14 +262,14 @@ def over_seeds(losses: dict[str, dict[int, list[float]]]) -> pd.DataFrame:
 
 
 def test_with_one_seed_the_spread_is_that_of_the_windows():
-    table, results, means = small_summary()
+    _, results, means = small_summary()
     assert list(means.columns) == SPREAD
     assert means["delta_nll_seed_se"].isna().all()
     assert (means["seeds"] == 1).all()
     assert (means["delta_nll_se"] == means["delta_nll_window_se"]).all()
     for _, row in means.iterrows():
-        one = results[table.index[(table["method"] == row["method"]) & (table["budget"] == row["budget"])][0]]["per_window"]
-        difference, error = paired(one, results[0]["per_window"])
+        one = results[row["method"] + row["budget"].removeprefix("b")]["per_window"]
+        difference, error = paired(one, results["dense"]["per_window"])
         assert row["delta_nll"] == pytest.approx(difference, abs=1e-15)
         assert row["delta_nll_window_se"] == pytest.approx(error, rel=1e-12)
     assert means["tie"].all(), "equal sums over windows"
@@ -278,7 +355,7 @@ def test_a_loss_that_cannot_be_told_from_none_is_said_so_and_no_bold_best(tmp_pa
     printed = capsys.readouterr().out.split("spread.csv")[1]
     assert "best, as dense" in printed
     assert printed.count("as dense") == 1
-    figures = dict.fromkeys(("frontier", "ranking", "spectra"), "<svg>")
+    figures = dict.fromkeys(("ranking", "spectra"), "<svg>")
     page = render(table, means, figures, results, []).split("Spread over calibration seeds")[1]
     assert "<td>best, as dense</td>" in page
     assert 'class="best"' not in page
@@ -309,7 +386,7 @@ def test_a_loss_is_printed_to_the_digits_of_its_error(value, error, text):
 
 def test_the_report_shows_several_seeds():
     table, results, means = small_summary()
-    figures = dict.fromkeys(("frontier", "ranking", "spectra"), "<svg>")
+    figures = dict.fromkeys(("ranking", "spectra"), "<svg>")
     page = render(table, means.assign(seeds=2, delta_nll_seed_se=0.0123), figures, results, [])
     assert "Spread over calibration seeds" in page
     assert "± 0.0123" in page

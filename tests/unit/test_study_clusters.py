@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import ROOT, pico
+from tests.conftest import ROOT, pico, plain
 from winnow.models.architectures import Matrix
 from winnow.numerics.modules import LowRankLinear
 from winnow.planning.config import load
-from winnow.planning.config_files import default
 from winnow.planning.plan import Plan
 from winnow.studies import base as studies
 from winnow.studies.base import Evidence
@@ -186,7 +185,7 @@ def test_rank_correlations_and_their_errors():
 
 
 def test_a_study_can_have_recoveries_with_the_dense_model_beside_them():
-    plan = Plan(load(default()), ROOT)
+    plan = Plan(load(plain()), ROOT)
     cells = plan.studies.of("clusters")
     keys = [tuple(own.values()) for _, own in cells]
     assert len(set(keys)) == len(keys)
@@ -201,7 +200,7 @@ def test_a_study_can_have_recoveries_with_the_dense_model_beside_them():
     of = plan.studies.checkpoints("clusters", plan.labels["models"]["demo"])
     assert len(of) == len(cells) - 1
     assert {c["manifest"] for c in of if c["recovery"] == "lora"} >= {f"{plan.paths.recovered(healed)}/checkpoint/manifest.json"}
-    same = default()
+    same = plain()
     same["recoveries"]["mine"] = STUDY.recoveries["lora"]
     assert Plan(load(same), ROOT).of_studies["clusters"]["lora"] == "mine", "a preset of the same content serves"
 

@@ -103,6 +103,10 @@ class Drawing(Files):
             return [path for path in self if path.endswith("spectra.parquet")]
         if name == "moments":
             return [path for path in self if "/moments/" in path]
+        if name == "models":
+            return [path for path in self if path.endswith("/model.json")]
+        if name == "allocations":
+            return [path for path in self if path.endswith("/allocation.json")]
         if name == "results":
             return [path for path in self if re.search(r"/(none-\w+|dense)/", path)]
         return super().get(name, default)
@@ -184,7 +188,7 @@ CASES = [
     ("results/pico-*/dense/short-*.json", f"{C}/whitened-*/some-*/none-*/short-*.json"),
     (f"{C}/whitened-*/some-*/none-*/short-*.json", "results/tables/summary.parquet"),
     ("results/tables/summary.parquet", "results/figures/frontier.svg"),
-    ("results/figures/frontier.svg", "results/report.html"),
+    ("results/figures/ranking.svg", "results/report.html"),
     ("results/texts/overlap/*/*.json", "results/report.html"),
     (f"{C}/statistics/moments/manifest.json", "results/report.html"),
 ]
@@ -205,7 +209,7 @@ def replace(path: Path, folder: Path) -> None:
     name = str(path.relative_to(folder))
     pattern = re.sub(r"^model/", "other/", re.sub(r"pico-\w+", "other-*", name))
     if pattern == name:
-        pattern = re.sub(r"calibration-\w+(?=\.)", "evaluation-*", name).replace("frontier", "ranking")
+        pattern = re.sub(r"calibration-\w+(?=\.)", "evaluation-*", name).replace("ranking", "frontier")
     others = [p for p in folder.glob(pattern) if p.read_bytes() != path.read_bytes()]
     others += [p for p in folder.glob(f"results/other-*/**/*{path.suffix}") if p.is_file()]
     path.write_bytes(others[0].read_bytes())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,24 @@ def test_the_run_ends_with_table_figures_and_report(finished):
     for name in ("figures/frontier.svg", "figures/frontier.png", "figures/effective_rank.svg", "report.html"):
         assert (finished.folder / "results" / name).stat().st_size > 1000
     assert "Report: results/report.html" in finished.output
+
+
+def test_the_report_links_to_what_it_tells_of_and_names_no_place(finished):
+    results = finished.folder / "results"
+    page = (results / "report.html").read_text()
+    links = [link for link in re.findall(r'(?<!:)href="([^"]+)"', page) if not link.startswith("#")]
+    for link in links:
+        assert (results / link).exists(), link
+    table = pd.read_csv(results / "tables" / "summary.csv")
+    for folder in table[table["method"] != "dense"]["checkpoint"]:
+        at = folder.removeprefix("results/")
+        card = at.replace("/checkpoint", "/none-")
+        assert {f"{at}/", f"{at}/recipe.yaml"} <= set(links)
+        assert any(link.startswith(card) and link.endswith("/README.md") for link in links)
+    assert str(finished.folder) not in page.rpartition("<!-- ")[0]
+    times = re.findall(r'<td class="time">(.*?)</td>', page)
+    assert times
+    assert all(time.endswith(" s") for time in times), "all jobs of a run have a record"
 
 
 FEW = "ffn_hidden: 256 calibration tokens for 96 channels, whose second moment is a rough estimate: fits lose more on "

@@ -179,6 +179,7 @@ ROWS = [
     ("the table", code("reporting/tables.py", '"kl": 0.0', '"kl": 0.1'), TAIL - Counter(cards=1)),
     ("the order of the table", lambda p: p.experiment(methods=list(METHODS)[::-1]), TAIL - Counter(cards=1)),
     ("the report's template", code("reporting/templates/report.html.j2", "<h1>winnow", "<h1>Winnow"), Counter(report=1, all=1)),
+    ("a part of it", code("reporting/templates/report_parts.html.j2", "<th>time", "<th>Time"), Counter(report=1, all=1)),
     ("the module that all import", code("io/artifacts.py", 'CURE = "delete', 'CURE = "remove'), EVERYTHING),
     ("a new method", added, fits(1)),
     ("a method less", lambda p: p.experiment(methods=list(METHODS)[:3]), TAIL),

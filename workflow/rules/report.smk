@@ -1,4 +1,4 @@
-# needs: perplexity JSON and spectra of all cells      makes: tables, figures, one self-contained HTML report
+# needs: perplexity JSON, allocations and spectra of all cells, manifests of models      makes: tables, figures, one self-contained HTML report
 # steps: tables, figures, report
 
 
@@ -25,9 +25,10 @@ rule tables:
 
 
 rule figures:
-    """Loss against bytes, methods in order, and effective rank against depth; each as SVG and PNG."""
+    """Loss and KL against bytes, methods in order, and effective rank against depth; each as SVG and PNG."""
     input:
         summary="results/tables/summary.parquet",
+        models=of_cells("results/{model}/model.json", "perplexity"),
         spectra=spectra_of_matrices(),
     output:
         frontier=multiext("results/figures/frontier", ".svg", ".png"),
@@ -49,16 +50,25 @@ rule figures:
 
 
 rule report:
-    """A single HTML file that opens without a network."""
+    """A single HTML file that opens without a network.
+
+    It also tells the seconds and the memory of the jobs behind its rows, from the benchmark files and logs that are beside the
+    results when it is made. These are no inputs: they are written by the same jobs as the results and no number depends on them,
+    so a report does not become out of date by a job that is timed again with the same result.
+    """
     input:
         summary="results/tables/summary.parquet",
         spread="results/tables/spread.parquet",
-        frontier="results/figures/frontier.svg",
         ranking="results/figures/ranking.svg",
         spectra="results/figures/effective_rank.svg",
         results=results_of("perplexity"),
         overlaps=overlaps_of_cells(),
         moments=moments_of_cells(),
+        allocations=of_cells(
+            "results/{model}/{calibration}/{method}/{budget}/allocation.json",
+            "perplexity",
+        ),
+        models=of_cells("results/{model}/model.json", "perplexity"),
     output:
         "results/report.html",
     log:

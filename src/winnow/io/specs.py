@@ -252,6 +252,11 @@ class Tables(TypedDict):
     rows: list[Row]
 
 
+class Report(TypedDict):
+    template: list[str]  # digests
+    cells: int
+
+
 class Tabulate(Tables):
     table: str  # `module:function`
 
