@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import os
 import tokenize
 from io import StringIO
@@ -29,7 +30,21 @@ def pages():
         made[f"reference/configuration/{name}.md"] = "\n".join([f"# {name}", "", *section(name)])
     for kind in STRUCTURES:
         made[f"reference/structures/{kind}.md"] = "\n".join([f"# {kind}", "", *structure(kind)])
+    for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        made[f"notebooks/{path.stem}.md"] = _notebook(path)
     return made
+
+
+def _notebook(path):
+    """A notebook with the text of its outputs."""
+    lines = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        lines += ["", source] if cell["cell_type"] == "markdown" else ["", "```python", source, "```"]
+        for output in cell.get("outputs", []):
+            text = "".join(output.get("text") or output.get("data", {}).get("text/plain", ""))
+            lines += ["", "```text", text.rstrip(), "```"]
+    return "\n".join(lines)
 
 
 def _configuration():

@@ -90,6 +90,7 @@ def _link(found, folder, page):
     if target == "README.md":
         target = "docs/index.md"
     if target.startswith("docs/"):
+        target = re.sub(r"\.ipynb$", ".md", target)  # of which there is a page
         return f"{before}[{text}]({posixpath.relpath(target.removeprefix('docs/'), posixpath.dirname(page) or '.')}{anchor})"
     if not (ROOT / target).exists():
         LOG.warning(f"{page}: a link to {found['target']}, which does not exist")
