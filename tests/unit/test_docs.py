@@ -11,14 +11,18 @@ import subprocess
 import sys
 from unittest.mock import patch
 
+import pandas as pd
 import pytest
 import yaml
 
 from tests.conftest import ROOT
 from tests.pages import PATHS, PROGRAMS, blocks, documented
 from winnow.__main__ import main, parser
-from winnow.planning.config import load
+from winnow.allocation.base import ALLOCATIONS
+from winnow.metrics.base import METRICS
+from winnow.planning.config import Config, load
 from winnow.planning.config_files import default
+from winnow.structures.base import STRUCTURES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTALL, TUTORIAL = "tests/workflow/test_install.py", "tests/workflow/test_tutorial.py"
@@ -59,6 +63,18 @@ def test_the_readme_has_the_numbers_of_the_demo(tmp_path, capsys, monkeypatch):
     block = README.split("<!-- results -->\n")[1].split("<!-- end of results -->")[0]
     assert block == capsys.readouterr().out
     assert len(block.splitlines()) > 5
+
+
+def test_what_the_readme_says_of_the_divergence_is_so():
+    assert "by the divergence (right), `winnow` is closer to dense at every budget" in " ".join(README.split())
+    rows = pd.read_csv(ROOT / "docs" / "results" / "demo.csv").query("method != 'dense'")
+    kl = rows.pivot(index="budget", columns="method", values="kl")
+    assert (kl["winnow"] < kl.drop(columns="winnow").min(axis=1)).all()
+
+
+def test_the_design_space_is_drawn_with_all_kinds():
+    drawn = set(re.findall(r">(\w+)</text>", (ROOT / "docs" / "space.svg").read_text(encoding="utf-8")))
+    assert {*STRUCTURES, *METRICS, *ALLOCATIONS} <= drawn, "python docs/draw_space.py"
 
 
 def test_the_demo_is_that_of_the_default_configuration():
@@ -159,9 +175,6 @@ def test_the_site_loads_nothing_from_elsewhere(site):
 
 
 def test_the_site_has_a_page_for_every_section_and_structure_and_every_row_of_results(site):
-    from winnow.planning.config import Config
-    from winnow.structures.base import STRUCTURES
-
     made = {path.stem for path in (site / "reference").glob("*/*.html")}
     assert {*Config.model_fields, *STRUCTURES} <= made
     models = (site / "models.html").read_text(encoding="utf-8")
