@@ -13,7 +13,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed  ## the main job, offline: six methods, five byte budgets, tables, figures, report
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES) --quiet rules host reason
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES)
 	$(BIN)/winnow show results
 	@echo 'Next, your own model: . $(BIN)/activate; winnow init path/to/model --text your.txt'
 

@@ -5,7 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(workflow.basedir)
+# From the place of this file: the main Snakefile is another's where this workflow is used as a module.
+ROOT = Path(workflow.current_basedir).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from winnow.planning.config import load
