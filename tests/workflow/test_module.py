@@ -1,5 +1,6 @@
 """The workflow as a module of another one, from a folder and from a Git repository: the same jobs and results as by itself."""
 
+import copy
 import json
 import os
 import re
@@ -70,6 +71,15 @@ def test_a_snakefile_of_five_lines_makes_the_same_results(alone, tmp_path):
     assert made(folder) == expected
     assert "Nothing to be done" in run(folder, "-n")
     assert "2 cells, 0 jobs to run" in run(folder, "plan")
+
+
+def test_relative_paths_are_of_the_users_folder_and_presets_known_by_name(alone, tmp_path):
+    config = copy.deepcopy(alone.config)
+    config["models"]["pico"]["source"] = "own"
+    del config["methods"]
+    folder = using(tmp_path / "mine", f'"{ROOT / "Snakefile"}"', config)
+    (folder / "own").symlink_to(alone.folder / "model")
+    assert re.search(r"^compress +1$", run(folder, "-n"), flags=re.MULTILINE)
 
 
 def test_of_a_git_repository_the_whole_commit_is_used(alone, tmp_path, monkeypatch):
