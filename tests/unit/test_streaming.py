@@ -96,7 +96,8 @@ def losses(model: Path, reference: Path | None, tmp_path: Path, dtype: str = "fl
 
 def test_what_a_killed_job_left_is_removed_by_one_that_ends_whatever_way_it_went(tmp_path):
     """Of statistics and losses, and of gradients, whose states are at the inputs of several blocks."""
-    left = [f".manifest.json.{name}" for name in ("hidden-0", "hidden.json", "compared-1", "hidden-input-12", "hidden-gradient-3")]
+    names = ("hidden-0", "hidden.json", "compared-1", "hidden-input-12", "hidden-gradient-3")
+    left = [f".manifest.json.{name}" for name in names]
     for name in (*left, "manifest.json", ".manifest.json.partial-7"):
         (tmp_path / name).touch()
     clear_left(tmp_path / "manifest.json")
