@@ -118,6 +118,7 @@ class Installed:
         self.wheel, self.with_extras = str(wheel), what.replace(".", str(wheel), 1)
         self.bare.install("--constraint", str(self.constraints), self.wheel)
         self.full = Environment(folder / "full", like=self.bare)
+        self.full.install("--no-deps", "--force-reinstall", self.wheel)  # its command, of this environment
         self.full.install("--constraint", str(self.constraints), self.with_extras)
 
     def upgrade(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.io.artifacts import file_digest
 from winnow.io.local_paths import named
+from winnow.io.provenance import provenance_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -31,31 +32,20 @@ class Measured:
 
 def text_of(result: dict[str, Any], folders: list[Path]) -> tuple[str | None, dict[str, Any] | None]:
     """(name, preset) of the text that a result was measured on, from the provenance of its tokens and of their text; both None if
-    these are no longer there. `folders`: where the paths of the run may be relative to."""
+    these are no longer there, and the preset where pyarrow is not, as in an installation that only loads checkpoints. `folders`:
+    where the paths of the run may be relative to."""
     tokens = _input(result["provenance"]["inputs"], "/tokens/", folders)
-    text = tokens and _input(_provenance(tokens)["inputs"], "/texts/", folders)
+    text = tokens and _input(provenance_of(tokens)["inputs"], "/texts/", folders)
     if not text:
         return None, None
-    made = _provenance(text)
-    return text.stem.rpartition("-")[0], made["params"]["spec"]
+    spec = dict(provenance_of(text)["params"]["spec"]) if find_spec("pyarrow") else None
+    return text.stem.rpartition("-")[0], spec
 
 
 def _input(inputs: dict[str, str], part: str, folders: list[Path]) -> Path | None:
     """The file among the inputs of a job with `part` in its path, if it is still the one that the job read."""
     places = [(folder / name, digest) for name, digest in inputs.items() if part in name for folder in folders]
     return next((path for path, digest in places if path.is_file() and file_digest(path) == digest), None)
-
-
-def _provenance(path: Path) -> dict[str, Any]:
-    """What a safetensors or a Parquet file of winnow says of the job that made it."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        return json.loads(pq.read_metadata(path).metadata[b"winnow"])
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as stream:
-        return json.loads(stream.metadata()["winnow"])["provenance"]
 
 
 METRICS = {  # {name in a result: (type, name with its unit)}

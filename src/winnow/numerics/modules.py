@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from winnow.numerics.kernels import Planes, applies, versions
 from winnow.numerics.rounding import multiplied, packed_width, unpacked
 
 
@@ -201,7 +202,7 @@ class SplitLinear(CompressedLinear):
 class RoundedLinear(CompressedLinear):
     """y = ((steps - zero) * scale) x + b: integers (out, in) of 8 bits, or packed ones of fewer bits, with one scale (and, with
     `zeros`, one zero point) for every `group` inputs of a row. The matrix is dequantised in every call, exactly in float32, and
-    rounded once, to the dtype of x.
+    rounded once, to the dtype of x; except for a few tokens, where a kernel applies (`winnow.numerics.kernels`).
 
     Scales are float16, stored as their bits in int16: casting the model leaves integers unchanged, so that scales keep their
     measured values in every dtype and take two bytes in every saved model."""
@@ -220,6 +221,7 @@ class RoundedLinear(CompressedLinear):
             self.register_buffer("zero", torch.empty(out_features, packed_width(groups, bits), dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.trained: nn.Module | None = None  # during training: gives the matrix from parameters, see `winnow.recovery.rounded`
+        self.planes: Planes | None = None  # for the kernel, made when it is first used
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(steps (out, in), scales (out, groups), zero points (out, groups) or None) in float32."""
@@ -234,6 +236,11 @@ class RoundedLinear(CompressedLinear):
         return multiplied(steps, scale, self.group, zeros)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.trained is None and applies(self, x):
+            if self.planes is None or self.planes.of != versions(self):
+                self.planes = Planes(self)
+            y = self.planes.product(x)
+            return y if self.bias is None else y + self.bias
         return functional.linear(x, self.matrix().to(x.dtype), self.bias)
 
 
