@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from winnow.numerics.modules import RoundedLinear
@@ -29,7 +30,6 @@ def applies(module: RoundedLinear, x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.numel() <= FEW * module.in_features
         and module.group in GROUPS
-        and module.in_features % module.group == 0
         and module.out_features % ROWS == 0
         and not (torch.is_grad_enabled() and x.requires_grad)
         and PRODUCT is not None
@@ -42,6 +42,8 @@ class Planes:
     def __init__(self, module: RoundedLinear):
         self.of, self.group = versions(module), module.group
         steps, scale, zeros = module.parts()
+        self.short = -module.in_features % module.group  # inputs that the last group lacks, and that are 0
+        steps = functional.pad(steps, (0, self.short))
         offset = torch.zeros_like(scale) if zeros is None else -zeros * scale
         if module.bits <= 4:
             parts = [(steps + 8, scale, offset)]
@@ -55,7 +57,7 @@ class Planes:
 
     def product(self, x: Tensor) -> Tensor:
         """(..., out) of x (..., in)."""
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        flat = functional.pad(x, (0, self.short)).reshape(-1, x.shape[-1] + self.short).contiguous()
         first, *others = (PRODUCT(flat, packed, self.group, scales) for packed, scales in self.planes)
         for other in others:
             first = first + other
