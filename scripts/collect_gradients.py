@@ -9,7 +9,7 @@ from winnow.calibration.gradients import collect_gradients
 from winnow.calibration.gradients_by_block import collect_gradients_by_block
 from winnow.calibration.stored import stored
 from winnow.checkpoint.loading import load_model
-from winnow.checkpoint.streaming import Streamed
+from winnow.checkpoint.streaming import Streamed, clear_left
 from winnow.io.artifacts import read_tensors, write_manifest, write_tensors
 from winnow.io.resume import Resume, own_files
 from winnow.jobs.start import start_job
@@ -41,3 +41,4 @@ if __name__ == "__main__":
         del roles  # frees memory before the next layer
     write_manifest(folder, {"tokens": windows.numel()}, job.provenance)
     resume.clear()
+    clear_left(manifest)

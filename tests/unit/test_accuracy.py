@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 
 from tests.conftest import ROOT, pico
+from tests.pages import documented
 from tests.unit.test_checkpoint import build
 from tests.unit.test_tokens import words
 from winnow.__main__ import main
@@ -147,11 +147,12 @@ def test_the_command_line_of_lm_eval_reads_a_checkpoint(checkpoint, world, tmp_p
 
 
 @pytest.mark.slow
-def test_the_command_of_the_readme_in_a_process_of_its_own(checkpoint, world, tmp_path):
+def test_the_command_of_the_documentation_in_a_process_of_its_own(checkpoint, world, tmp_path):
     """Where the program itself says that it does not know the format."""
-    line = re.search(r"^python -m winnow lm-eval (.*)$", (ROOT / "README.md").read_text(), re.M)[1]
-    line = line.replace("<checkpoint>", str(checkpoint)).replace("my_task", "calls").replace("data/tasks", str(world))
-    options = [*line.split(), "--limit", "4", "--device", "cpu", "--output_path", str(tmp_path / "out")]
+    (line,) = documented("winnow lm-eval ")
+    for placeholder, own in {"<checkpoint>": str(checkpoint), "my_task": "calls", "data/tasks": str(world)}.items():
+        line = line.replace(placeholder, own)
+    options = [*line.split()[2:], "--limit", "4", "--device", "cpu", "--output_path", str(tmp_path / "out")]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     plain = subprocess.run([sys.executable, "-m", "lm_eval", *options], capture_output=True, text=True, env=env)
     assert plain.returncode != 0

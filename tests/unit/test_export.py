@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -20,9 +21,10 @@ from tests.conftest import pico
 from tests.unit.test_checkpoint import IDS, build, logits, statistics, targets_of
 from tests.unit.worlds import FITTED
 from winnow.__main__ import main
-from winnow.checkpoint.card import Exported, Measured, card
+from winnow.checkpoint.card import Exported, card
 from winnow.checkpoint.export import Checkpoint, affine_of, export_dense
 from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.measured import Measured
 from winnow.checkpoint.share import measured_beside, share
 from winnow.errors import InputError
 from winnow.io.artifacts import Bundle, file_digest, write_json, write_manifest
@@ -243,7 +245,8 @@ RESULT = {
     **{"nll": 2.5, "nll_se": 0.1, "perplexity": 12.2, "windows": 3, "tokens": 24, "per_window": {}},
     **{"protocol": PROTOCOL, "text": {"bos": False, "text_tokens": 99, "text_digest": "a" * 64}},
 }
-LOSS = {"delta_nll": 0.25, "delta_nll_se": 0.01, "kl": 0.3, "top1_agreement": 0.875}
+DELTA = {"delta_nll": 0.25, "delta_nll_se": 0.01}
+LOSS = {**DELTA, "kl": 0.3, "top1_agreement": 0.875}
 
 
 @pytest.fixture
@@ -258,8 +261,9 @@ def results(saved_llama, tmp_path) -> Path:
     return budget
 
 
-def test_a_card_holds_recipe_bytes_loading_and_numbers():
-    recipe = {
+@pytest.fixture
+def recipe() -> dict:
+    return {
         "names": {"model": "m"},
         "winnow": "0.1.0",
         "model": {"source": "org/name", "revision": "f" * 40},
@@ -270,6 +274,9 @@ def test_a_card_holds_recipe_bytes_loading_and_numbers():
         "sizes": {"000.up_proj": 3, "001.up_proj": 4, "000.down_proj": 5},
         **{"stored_bytes": 5, "dense_bytes": 10, "model_stored_bytes": 15, "model_dense_bytes": 20},
     }
+
+
+def test_a_card_holds_recipe_bytes_loading_and_numbers(recipe):
     text = card(recipe, [Measured("wiki", RESULT | LOSS, RESULT)])
     for piece in (
         "base_model: org/name",
@@ -290,6 +297,29 @@ def test_a_card_holds_recipe_bytes_loading_and_numbers():
     assert "import winnow" not in card(recipe, exported=Exported(21, "bfloat16", 0.0021))
     assert "winnow export" in card(recipe, exported=Exported(21, "bfloat16", 0.0021)), "how the numbers come in"
     assert "base_model" not in card(recipe | {"model": {"source": "a/folder", "revision": None}})
+
+
+def test_a_hub_reads_the_measured_numbers_of_a_card(recipe, tmp_path):
+    hub = {"dataset": "org/text", "subset": "raw", "split": "test", "revision": "e" * 40}
+    local = {"dataset": None, "files": ["/a/folder/text.jsonl"], "split": None, "revision": None}
+    measured = [Measured("wiki", RESULT | LOSS, RESULT, "wikitext", hub), Measured("own", RESULT | DELTA, RESULT, "mine", local)]
+    (tmp_path / "README.md").write_text(card(recipe, [*measured, Measured("bare", RESULT | DELTA, RESULT)]))
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.library_name, data.base_model, data.model_name) == ("transformers", "org/name", "m")
+    facts = {"protocol": "p1 version 1", "length": 8, "windows": 3, "tokens": 24, "dtype": "float32"}
+    task, asked = {"task_type": "text-generation"}, {"metric_args": {"evaluation": "wiki", **facts}}
+    asked |= {"dataset_type": "org/text", "dataset_name": "wikitext", "dataset_config": "raw", "dataset_split": "test"}
+    asked |= {"dataset_revision": "e" * 40}
+    perplexity = {"metric_type": "perplexity", "metric_name": "perplexity", "metric_value": 12.2}
+    assert data.eval_results[0] == EvalResult(**task, **asked, **perplexity)
+    found = {result.metric_type: result for result in data.eval_results if result.dataset_name == "wikitext"}
+    values = {"perplexity": 12.2, "loss": 2.5, "loss_above_dense": 0.25, "kl_divergence": 0.3, "top1_agreement": 0.875}
+    assert {kind: result.metric_value for kind, result in found.items()} == values
+    assert found["loss"].metric_args["standard_error"] == 0.1
+    others = [(r.dataset_type, r.dataset_name, r.metric_type, r.metric_value) for r in data.eval_results[5:]]
+    assert others == [(n, n, kind, values[kind]) for n in ("mine", "bare") for kind in list(values)[:3]]
+    (tmp_path / "README.md").write_text(card(recipe))
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
 
 
 def test_a_shared_folder_is_the_checkpoint_with_its_numbers(results, tmp_path):

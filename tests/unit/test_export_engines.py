@@ -1,7 +1,7 @@
 """The export to compressed-tensors: the same numbers without winnow, what the format stores, and refusals by name."""
 
 import json
-import shutil
+import re
 import subprocess
 import sys
 from itertools import product
@@ -15,6 +15,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.pages import documented
 from tests.unit import test_checkpoint
 from tests.unit.test_checkpoint import IDS, build, logits
 from winnow.__main__ import main
@@ -231,13 +232,17 @@ def test_without_the_library_one_line_says_what_to_install(saved_llama, tmp_path
     )
 
 
-def test_the_command_says_bytes_programs_and_what_a_narrow_dtype_costs(saved_llama, tmp_path, monkeypatch, capsys):
+def test_the_documented_command_says_bytes_and_programs(saved_llama, tmp_path, monkeypatch, capsys):
+    """Also what a narrow dtype costs."""
     checkpoint = rounded(saved_llama, tmp_path / "work", bits=[8])
-    shutil.copyfile(checkpoint / "config.json", tmp_path / "config.json")
-    command = ["winnow", "export", "--format", "compressed-tensors", "--dtype", "bfloat16"]
-    monkeypatch.setattr(sys, "argv", [*command, str(checkpoint), str(tmp_path / "packed")])
-    main()
-    said = capsys.readouterr().out
+    (command,) = documented("winnow export --format")
+    for out, options in (("exact", []), ("packed", ["--dtype", "bfloat16"])):
+        places = {"<checkpoint>": str(checkpoint), "<new directory>": str(tmp_path / out)}
+        words = re.split(r"(<[^>]+>)| ", command)
+        monkeypatch.setattr(sys, "argv", [*(places.get(word, word) for word in words if word), *options])
+        main()
+    exact, said = capsys.readouterr().out.splitlines()
+    assert "loaded in float32 with a relative rounding error of 0.0e+00" in exact
     manifest = Bundle(tmp_path / "packed" / "manifest.json").manifest
     assert f"packed: {manifest['model_stored_bytes']:,} bytes, loaded in bfloat16 with a relative rounding error of " in said
     assert f"transformers loads it with the package compressed-tensors, without winnow; {READS}; no results" in said

@@ -12,7 +12,8 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import ROOT, pico
+from tests.conftest import pico
+from tests.pages import blocks
 from tests.unit.test_checkpoint import IDS, build, logits, targets_of
 from tests.unit.worlds import FITTED
 from winnow.checkpoint.export import export_dense
@@ -143,11 +144,10 @@ def test_what_is_merged_is_a_map_beside_what_is_stored(folder, tmp_path, kind, o
     torch.testing.assert_close(logits(loaded(tmp_path / "dense")), before, **TIGHT)
 
 
-def test_the_lines_of_the_readme_run(folder, tmp_path, monkeypatch):
+def test_the_lines_of_the_documentation_run(folder, tmp_path, monkeypatch):
     """On the preset `grc_whitened`'s structure, whose factors are shared; what is merged has the adapted model's logits."""
     checkpoint = build(source_of(folder, "llama"), tmp_path, ["ffn", "attention"], 0.6, "shared_basis")
-    block = (ROOT / "README.md").read_text().split("<!-- lora -->")[1].split("<!-- end of lora -->")[0]
-    code = block.strip().removeprefix("```python").removesuffix("```")
+    (code,) = blocks("import winnow\nfrom peft")
     trained = "for name, p in model.named_parameters(): p.data += 0.1 * ('.lora_B' in name)\n"
     assert "...  # train\n" in code
     monkeypatch.chdir(tmp_path)

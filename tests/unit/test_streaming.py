@@ -94,6 +94,16 @@ def losses(model: Path, reference: Path | None, tmp_path: Path, dtype: str = "fl
     return found, evaluate(loaded[0], loaded[1] if reference else None, PADDED, FIRST, BATCH)
 
 
+def test_what_a_killed_job_left_is_removed_by_one_that_ends_whatever_way_it_went(tmp_path):
+    """Of statistics and losses, and of gradients, whose states are at the inputs of several blocks."""
+    names = ("hidden-0", "hidden.json", "compared-1", "hidden-input-12", "hidden-gradient-3")
+    left = [f".manifest.json.{name}" for name in names]
+    for name in (*left, "manifest.json", ".manifest.json.partial-7"):
+        (tmp_path / name).touch()
+    clear_left(tmp_path / "manifest.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", ".manifest.json.partial-7"}
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_losses_are_those_of_a_model_in_memory(dense, name, tmp_path, monkeypatch):
     monkeypatch.setattr("winnow.evaluation.perplexity.STREAMED", 3 * VOCABULARY)  # three tokens at a time

@@ -12,10 +12,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, pico
+from winnow.checkpoint.measured import METRICS
 from winnow.checkpoint.share import measured_beside, share
 
 pytestmark = pytest.mark.workflow
@@ -171,6 +173,14 @@ def test_what_is_handed_on_names_no_place(finished, tmp_path):
     for path in (cards[0], own[0], tmp_path / "shared" / "README.md"):
         assert "| model | `model` |" in path.read_text()
         assert "| calibration text | calibration: calibration.jsonl |" in path.read_text()
+    for path, result in ((card, next(card.parent.glob("short-*.json"))) for card in cards):
+        numbers = json.loads(result.read_text())
+        found = ModelCard.load(path).data.eval_results
+        assert {r.metric_type: r.metric_value for r in found} == {kind: numbers[key] for key, (kind, _) in METRICS.items()}
+        assert {(r.dataset_type, r.dataset_name) for r in found} == {("evaluation", "evaluation")}
+    beside = next(path for path in cards if checkpoint.parent in path.parents)
+    shared = ModelCard.load(tmp_path / "shared" / "README.md")
+    assert shared.data.eval_results == ModelCard.load(beside).data.eval_results
 
 
 def test_nothing_is_planned_again(finished):

@@ -1,4 +1,4 @@
-"""What README.md and docs/slurm.md say, in environments that were empty: the wheel with every documented extra plans and runs one
+"""What README.md and docs/ say, in environments that were empty: the wheel with every documented extra plans and runs one
 cell, and the wheel alone loads, exports and hands on its checkpoint. Once with the oldest Snakemake and transformers that
 pyproject.toml allows, once with the newest there are. Takes minutes and gigabytes, so it is slow; `make test-install` runs it."""
 
@@ -21,24 +21,12 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.conftest import ROOT, TINY
+from tests.pages import blocks, documented
 from tests.workflow.test_speed import jobs_of
 from winnow.errors import absent
 
 pytestmark = [pytest.mark.slow, pytest.mark.workflow]
-PAGES = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("docs/slurm.md", "README.md"))
 SWAPPED = ("snakemake", "transformers")
-
-
-def blocks(start: str) -> list[str]:
-    """The fenced blocks of the pages whose content begins so."""
-    fenced = re.findall(r"^```\w*\n(.*?)^```$", PAGES, flags=re.MULTILINE | re.DOTALL)
-    return [block for block in fenced if block.startswith(start)]
-
-
-def documented(*programs: str) -> list[str]:
-    """The lines of all blocks that begin with one of the programs, without their comments."""
-    lines = [line.partition("  #")[0].strip().removeprefix("$ ") for block in blocks("") for line in block.splitlines()]
-    return list(dict.fromkeys(line for line in lines if line.startswith(programs)))
 
 
 def lowest(package: str) -> str:
@@ -116,7 +104,8 @@ class Installed:
 
     def __init__(self, folder: Path):
         self.checkout, self.constraints = folder / "checkout", folder / "constraints.txt"
-        shutil.copytree(ROOT, self.checkout, ignore=shutil.ignore_patterns(".*", "results", "build", "__pycache__", "*.egg-info"))
+        left_out = shutil.ignore_patterns(".*", "results", "site", "build", "__pycache__", "*.egg-info")
+        shutil.copytree(ROOT, self.checkout, ignore=left_out)
         write_mine(self.checkout)
         pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         pinned = [line for line in pinned if line.partition("==")[0] not in SWAPPED]
@@ -139,7 +128,7 @@ class Installed:
 
 
 def write_mine(checkout: Path) -> None:
-    """mine.yaml of the README as it stands there, and a tiny model and two texts where it says that they are."""
+    """mine.yaml of the documentation as it stands there, and a tiny model and two texts where it says that they are."""
     (mine,) = blocks("# mine.yaml")
     (checkout / "mine.yaml").write_text(mine, encoding="utf-8")
     class_name, options = TINY["llama"]
@@ -190,9 +179,9 @@ def test_a_library_that_is_missing_is_one_line_for_the_stage_that_uses_it(oldest
 
 def test_documented_commands_run(installed):
     """All of the workflow, as they stand there. Those on mine.yaml compute its cell; what would take long is planned."""
-    commands = documented("snakemake", "python -m winnow explain", "python -m winnow show")
+    commands = documented("snakemake", "winnow explain", "winnow show")
     assert {"snakemake prefetch", "snakemake --profile profiles/slurm plan", "snakemake --profile profiles/slurm"} <= {*commands}
-    words_of_real = {"--replace-workflow-config", "plan", "prefetch", "prune", "python"}
+    words_of_real = {"--replace-workflow-config", "plan", "prefetch", "prune", "winnow"}
     real = [command for command in commands if words_of_real & {*command.split()}]
     real.sort(key=lambda command: "--replace-workflow-config" not in command)  # what makes results is first
     for command in real:  # one run at a time works in a folder
@@ -207,7 +196,7 @@ def test_documented_commands_run(installed):
     assert len(plans) > 5
     with ThreadPoolExecutor(2) as side_by_side:
         list(side_by_side.map(lambda plan: installed.full.run(*plan, folder=installed.checkout), plans))
-    assert "whitened" in installed.full.run("python", "-m", "winnow", "show", "results", folder=installed.checkout)
+    assert "whitened" in installed.full.run("winnow", "show", "results", folder=installed.checkout)
 
 
 def test_a_plan_is_the_same_without_what_is_replaced_of_snakemake(installed):
@@ -230,7 +219,8 @@ def test_the_wheel_alone_loads_exports_and_shares_the_checkpoint(installed, tmp_
     installed.bare.run(
         "python", "-c", code.replace("results/<model>/<calibration>/<method>/<budget>/checkpoint", str(checkpoint))
     )
-    for number, command in enumerate(documented("python -m winnow export", "python -m winnow share")):
+    commands = documented("winnow export <checkpoint> <new directory>", "winnow share <checkpoint> <new directory>")
+    for number, command in enumerate(commands):
         made = command.replace("<checkpoint>", shlex.quote(str(checkpoint))).replace("<new directory>", f"new-{number}")
         installed.bare.run(*shlex.split(made), folder=tmp_path)
     again, two = installed.bare.load(tmp_path / "new-1", "import winnow")

@@ -5,7 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(workflow.basedir)
+# From the place of this file: the main Snakefile is another's where this workflow is used as a module.
+ROOT = Path(workflow.current_basedir).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from winnow.planning.config import load
@@ -30,11 +31,12 @@ try:
     keep_to(ROOT)
     GIVEN = (
         workflow.config_settings
-    )  # `configfiles` of the workflow are these first, then its own
-    OWN = workflow.configfiles[len(GIVEN.configfiles) :]
+    )  # `configfiles` of the workflow are these first, then its own, or those of a workflow that uses it as a module
+    NAMED = [Path(f) for f in workflow.configfiles[len(GIVEN.configfiles) :]]
+    OWN = [f for f in NAMED if f.is_relative_to(ROOT / "config")]
     PARTS = sources(
         [] if GIVEN.replace_workflow_config else OWN,
-        GIVEN.configfiles,
+        [*(f for f in NAMED if f not in OWN), *GIVEN.configfiles],
         GIVEN.config,
         sys.argv,
     )

@@ -117,8 +117,10 @@ def compress(
         The matrices: `ffn`, `attention`, or roles such as `q_proj`.
     nearest
         Store the nearest bytes that the method can, instead of an error, if it cannot meet `keep_bytes`.
-    dtype, device
+    dtype
         Of the forward passes, for a model that is given as a directory.
+    device
+        Where it runs then.
     seed
         Of the labels that are sampled for gradients, as the `seed` of a calibration.
 

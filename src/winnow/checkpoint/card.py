@@ -7,13 +7,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from winnow.checkpoint.measured import Measured, eval_results
 from winnow.io.local_paths import named
 
 if TYPE_CHECKING:
     from winnow.checkpoint.recipe import WrittenRecipe
-    from winnow.evaluation.results import LossResult
     from winnow.io.specs import Preset
 
 UNMEASURED = """Results are measured on the finished checkpoint, after this card is written. `snakemake cards` writes a card with
@@ -50,15 +48,6 @@ error of {error:.1e}; in float32 there is none, and in float16 the matrices are 
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One evaluation of a checkpoint: the results of `evaluate_perplexity` for it and for the dense model."""
-
-    evaluation: str
-    compressed: LossResult
-    dense: LossResult
-
-
-@dataclass(frozen=True)
 class Exported:
     """An export: bytes of its weights, dtype of its matrices, and their relative rounding error. `engine`: for the format
     compressed-tensors, whether vLLM reads it; empty for a dense model."""
@@ -80,7 +69,6 @@ def card(recipe: WrittenRecipe, measured: list[Measured] | None = None, exported
         how, written = PACKED, ", in the format compressed-tensors"
         sizes["engine"] = exported.engine
     parts = [
-        _front_matter(recipe),
         f"# {recipe['names']['model']}, compressed by winnow{written}",
         "## Use",
         how.format(winnow=recipe["winnow"], format=recipe.get("format_version", 1), **sizes),
@@ -89,15 +77,23 @@ def card(recipe: WrittenRecipe, measured: list[Measured] | None = None, exported
         "## Measured",
         *(_numbers(measured, dense) if measured else [UNMEASURED.format(command="export" if dense else "share")]),
     ]
-    return "\n\n".join(parts) + "\n"
+    return _with_metadata(recipe, measured or [], "\n\n".join(parts) + "\n")
 
 
-def _front_matter(recipe: WrittenRecipe) -> str:
-    """The metadata for a hub; the base model only if it is from a hub (then it has a pinned revision)."""
-    facts: dict[str, Any] = {"library_name": "transformers", "tags": ["winnow", "compressed"]}
-    if recipe["model"].get("revision"):
-        facts["base_model"] = recipe["model"]["source"]
-    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
+def _with_metadata(recipe: WrittenRecipe, measured: list[Measured], text: str) -> str:
+    """The text below the metadata for a hub: the measured numbers, and the base model only if it is from a hub (then it has a
+    pinned revision)."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    results = eval_results(measured)
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["winnow", "compressed"],
+        base_model=recipe["model"]["source"] if recipe["model"].get("revision") else None,
+        model_name=recipe["names"]["model"] if results else None,  # of the results; a card without any has none
+        eval_results=results or None,
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
 def _options(preset: Preset | None) -> str:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from winnow.checkpoint.card import Exported, Measured, card
+from winnow.checkpoint.card import Exported, card
 from winnow.checkpoint.hf import WinnowConfig
 from winnow.checkpoint.layouts import install
+from winnow.checkpoint.measured import Measured
 from winnow.errors import InputError, first_line
 from winnow.io.artifacts import MANIFEST, Bundle, write_manifest
 from winnow.io.local_paths import named, without_local

@@ -27,8 +27,9 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from winnow.checkpoint.card import Exported, Measured
+from winnow.checkpoint.card import Exported
 from winnow.checkpoint.export import ORIGINAL, Checkpoint, Rounding, unchanged, write_beside
+from winnow.checkpoint.measured import Measured
 from winnow.errors import InputError, first_line
 from winnow.io.records import Provenance
 from winnow.models.architectures import Matrix

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from winnow.checkpoint.card import Measured, card
+from winnow.checkpoint.card import card
+from winnow.checkpoint.measured import Measured, text_of
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST, Bundle, file_digest, read_json, write_manifest
 from winnow.io.local_paths import clean, named
@@ -35,7 +36,8 @@ def measured_beside(checkpoint: Path) -> list[Measured]:
         beside = [parent / "dense" / path.name for parent in checkpoint.parents]
         dense = next((p for p in beside if p.is_file() and file_digest(p) in made_from), None)
         if own in made_from and dense is not None:
-            found.append(Measured(path.stem.rpartition("-")[0], result, read_json(dense)))
+            text, source = text_of(result, list(checkpoint.parents))
+            found.append(Measured(path.stem.rpartition("-")[0], result, read_json(dense), text, source))
     return found
 
 

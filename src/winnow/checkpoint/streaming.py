@@ -283,6 +283,6 @@ class Streamed:
 
 def clear_left(artefact: Path | str) -> None:
     """Remove all hidden states beside a finished artefact, whichever process wrote them."""
-    for path in Path(artefact).parent.glob(f".{Path(artefact).name}.*"):
-        if path.name.endswith((*(f".{name}-{n}" for name in NAMES for n in (0, 1)), *(f".{name}.json" for name in NAMES))):
+    for name in NAMES:
+        for path in Path(artefact).parent.glob(f".{Path(artefact).name}.{name}[-.]*"):
             path.unlink()

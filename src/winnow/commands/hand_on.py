@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from winnow.errors import InputError
 
 if TYPE_CHECKING:
-    from winnow.checkpoint.card import Measured
+    from winnow.checkpoint.measured import Measured
 
 
 def hand_on(command: str, checkpoint: Path, directory: Path, dtype: str, form: str) -> None:

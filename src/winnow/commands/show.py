@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from winnow.commands.plot import frontier
 from winnow.errors import InputError
+from winnow.reporting.formats import perplexity
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,8 +64,9 @@ def of_dense(rows: list[dict[str, str]]) -> list[str]:
     found = []
     for row in (r for r in rows if r["method"] == "dense"):
         model = f"Dense `{row['model']}`" + ("" if row["recovery"] == "none" else f" after the recovery `{row['recovery']}`")
-        loss = f"{float(row['nll']):.4f} ± {float(row['nll_se']):.4f} nats per token, perplexity {float(row['perplexity']):.2f}"
-        found.append(f"{model}: {loss}, over {int(row['tokens']):,} tokens in {row['windows']} windows.")
+        loss = f"{float(row['nll']):.4f} ± {float(row['nll_se']):.4f} nats per token"
+        text = f"over {int(row['tokens']):,} tokens in {row['windows']} windows"
+        found.append(f"{model}: {loss}, perplexity {perplexity(float(row['perplexity']))}, {text}.")
     return found
 
 
@@ -149,7 +151,12 @@ def _table_of(rows: list[dict[str, str]], title: str) -> Table:
         table.add_column(column, justify="left" if column in names else "right", no_wrap=True)
     for row in rows:
         above = f"{float(row['delta_nll']):.4f} ± {float(row['delta_nll_se']):.4f}"
-        numbers = (f"{float(row['keep_bytes']):.4f}", f"{int(row['stored_bytes']):,}", above, f"{float(row['perplexity']):.2f}")
+        numbers = (
+            f"{float(row['keep_bytes']):.4f}",
+            f"{int(row['stored_bytes']):,}",
+            above,
+            perplexity(float(row["perplexity"])),
+        )
         table.add_row(*(row[name] for name in names), *numbers, f"{float(row['kl'] or 'nan'):.4f}")
     return table
 
