@@ -93,11 +93,11 @@ def schemes_of(checkpoint: Checkpoint, joined: list[list[str]]) -> dict[str, Sch
 
 def joined_by_vllm(matrices: list[Matrix]) -> list[list[str]]:
     """The modules of every set that vLLM joins to one matrix."""
-    found: dict[Any, list[str]] = {}
+    found: dict[tuple[int, tuple[str, ...]], list[str]] = {}
     for matrix in matrices:
         for roles in JOINED:
             if matrix.role in roles:
-                found.setdefault((matrix.layer, matrix.expert, roles), []).append(matrix.module)
+                found.setdefault((matrix.layer, roles), []).append(matrix.module)
     return list(found.values())
 
 
