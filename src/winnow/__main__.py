@@ -9,6 +9,7 @@ from pathlib import Path
 from winnow.errors import InputError, absent, missing
 
 DTYPES = ("original", "float32", "bfloat16", "float16")
+FORMS = ("dense", "compressed-tensors")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,9 +37,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("artefact", type=Path)
     command.add_argument("--configfile", type=Path, nargs="*", default=[], help="as given to snakemake")
     command.add_argument("--replace-workflow-config", action="store_true", help="as given to snakemake")
-    command = commands.add_parser("export", help="export a checkpoint as a dense model that does not need winnow")
+    command = commands.add_parser("export", help="export a checkpoint to a format that does not need winnow")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("directory", type=Path, help="a new directory")
+    text = "dense: every tool reads it (default); compressed-tensors: as small as the checkpoint, for rounded matrices only"
+    command.add_argument("--format", choices=FORMS, default="dense", help=text)
     text = "dtype of its tensors (default: as in the original model)"
     command.add_argument("--dtype", choices=DTYPES, default="original", help=text)
     command = commands.add_parser("share", help="copy a checkpoint with its measured results in the card")
@@ -74,7 +77,8 @@ def run(given: argparse.Namespace) -> None:
     elif given.command in ("export", "share"):
         from winnow.commands.hand_on import hand_on
 
-        hand_on(given.command, given.checkpoint, given.directory, getattr(given, "dtype", "original"))
+        export = (given.dtype, given.format) if given.command == "export" else (DTYPES[0], FORMS[0])
+        hand_on(given.command, given.checkpoint, given.directory, *export)
     else:
         from winnow.planning.config_files import generate
 

@@ -7,9 +7,13 @@ class InputError(ValueError):
     """What is wrong, where (file, key or layer) and what to do, in one line."""
 
 
+EXTRAS = {"compressed_tensors": "engines"}  # the extra with a library that is not in `workflow`
+
+
 def absent(library: str) -> str:
     """The message for a missing library that only some stages and commands use."""
-    return f"needs {library}, which is not installed; run `pip install '.[workflow]'` in winnow's checkout"
+    extra = EXTRAS.get(library, "workflow")
+    return f"needs {library}, which is not installed; run `pip install '.[{extra}]'` in winnow's checkout"
 
 
 def missing(error: BaseException) -> str | None:

@@ -35,25 +35,41 @@ Does not need winnow: every compressed matrix is expanded to its dense shape, so
 one. It is as large and as slow as the dense model: {exported:,} bytes of weights (dense {dense:,}, compressed {compressed:,}).
 The matrices are stored in {dtype}, with a relative rounding error of {error:.1e}."""
 
+PACKED = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this directory")
+```
+
+Needs the package compressed-tensors, not winnow. Every compressed matrix is stored in its format `pack-quantized`, with the codes
+and scales of the checkpoint: {exported:,} bytes of weights (dense {dense:,}, checkpoint {compressed:,}). transformers multiplies
+the matrices out before the first call, and then needs the memory of the dense model. In {dtype}, this has a relative rounding
+error of {error:.1e}; in float32 there is none, and in float16 the matrices are those that winnow computes. {engine}."""
+
 
 @dataclass(frozen=True)
 class Exported:
-    """A dense export: bytes of its weights, dtype of its matrices, and their relative rounding error."""
+    """An export: bytes of its weights, dtype of its matrices, and their relative rounding error. `engine`: for the format
+    compressed-tensors, whether vLLM reads it; empty for a dense model."""
 
     bytes: int
     dtype: str
     error: float
+    engine: str = ""
 
 
 def card(recipe: WrittenRecipe, measured: list[Measured] | None = None, exported: Exported | None = None) -> str:
-    """The text of the card. `recipe`: content of recipe.yaml; `exported`: given if the card is for a dense export."""
+    """The text of the card. `recipe`: content of recipe.yaml; `exported`: given if the card is for an export."""
     dense, recipe = exported is not None, named(recipe)
-    how = WITHOUT_WINNOW if dense else WITH_WINNOW
+    how, written = WITHOUT_WINNOW if dense else WITH_WINNOW, ", written as a dense model" if dense else ""
     sizes: dict[str, Any] = {"dense": recipe["model_dense_bytes"], "compressed": recipe["model_stored_bytes"]}
     if exported:
         sizes |= {"exported": exported.bytes, "dtype": exported.dtype, "error": exported.error}
+    if exported and exported.engine:
+        how, written = PACKED, ", in the format compressed-tensors"
+        sizes["engine"] = exported.engine
     parts = [
-        f"# {recipe['names']['model']}, compressed by winnow{', written as a dense model' if dense else ''}",
+        f"# {recipe['names']['model']}, compressed by winnow{written}",
         "## Use",
         how.format(winnow=recipe["winnow"], format=recipe.get("format_version", 1), **sizes),
         "## Recipe",

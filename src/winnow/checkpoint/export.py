@@ -66,6 +66,11 @@ class Checkpoint:
         with safe_open(place.file, framework="pt") as stream:
             return stream.get_tensor(place.key)
 
+    def matrices(self) -> list[Matrix]:
+        """The compressible matrices of the dense model."""
+        shapes: dict[str, Shaped] = {name: {"shape": list(tensor.shape)} for name, tensor in self.dense.state_dict().items()}
+        return matrices_of(self.dense.config.model_type, shapes)
+
     def module(self, name: str) -> tuple[nn.Module, torch.dtype]:
         """(a compressed module with its tensors in float64, their stored dtype, which is that of the dense matrix)."""
         module = deepcopy(self.compressed.get_submodule(name))
@@ -143,12 +148,16 @@ class Rounding:
         dtype = self.asked or original
         cast = tensor.to(dtype).contiguous()
         if torch.promote_types(tensor.dtype, dtype) != dtype:
-            for exact, near in zip(tensor.flatten().split(CHUNK), cast.flatten().split(CHUNK), strict=True):
-                self.lost += float((near.double() - exact.double()).square().sum())
-                self.size += float(exact.double().square().sum())
-            if not math.isfinite(self.lost):
-                raise ValueError(f"not finite as {dtype}; use another --dtype")
+            self.add(tensor, cast)
         return cast
+
+    def add(self, tensor: Tensor, near: Tensor) -> None:
+        """Count what `near` lost of the tensor. Raises ValueError if a number of `near` is not finite."""
+        for exact, rounded in zip(tensor.flatten().split(CHUNK), near.flatten().split(CHUNK), strict=True):
+            self.lost += float((rounded.double() - exact.double()).square().sum())
+            self.size += float(exact.double().square().sum())
+        if not math.isfinite(self.lost):
+            raise ValueError(f"not finite as {near.dtype}; use another --dtype")
 
     def error(self) -> float:
         """The relative rounding error (Frobenius norm)."""
@@ -186,8 +195,7 @@ def _expanded(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int], ro
 
 def _dense_tensors(checkpoint: Checkpoint, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the dense model, one module at a time, with the names of `save_pretrained`."""
-    shapes: dict[str, Shaped] = {name: {"shape": list(tensor.shape)} for name, tensor in checkpoint.dense.state_dict().items()}
-    matrices = matrices_of(checkpoint.dense.config.model_type, shapes)
+    matrices = checkpoint.matrices()
     widths = widths_of(checkpoint, matrices)
     for name in sorted(set(checkpoint.layouts) - set(widths)):
         kind = checkpoint.layouts[name]["kind"]
@@ -195,24 +203,30 @@ def _dense_tensors(checkpoint: Checkpoint, rounding: Rounding) -> Iterator[tuple
             f"{checkpoint.directory}: {name}: {kind} replaces the FFN's activation, so it cannot be exported as a dense module; "
             "this checkpoint can only be loaded with winnow"
         )
-    tied = set(checkpoint.dense.all_tied_weights_keys)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for m in matrices:
             if m.module in widths:
                 for part, tensor in _expanded(checkpoint, m, widths[m.module], rounding).items():
                     yield f"{m.module}.{part}", tensor
-        replaced = {f"{module}.{part}" for module in widths for part in ("weight", "bias")}
-        for name in shapes:
-            if name not in replaced and (name in checkpoint.places or name not in tied):
-                tensor = checkpoint.tensor(name)
-                try:
-                    yield name, rounding.cast(tensor, tensor.dtype)
-                except ValueError as error:
-                    raise InputError(f"{checkpoint.directory}: {name}: {first_line(error)}") from error
+        yield from unchanged(checkpoint, {f"{module}.{part}" for module in widths for part in ("weight", "bias")}, rounding)
 
     for name, tensor in tensors():
         yield from revert_weight_conversion(checkpoint.dense, {name: tensor}).items()
+
+
+def unchanged(checkpoint: Checkpoint, replaced: set[str], rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the dense model that are not `replaced`, by canonical name, in the dtype of the export; tied ones once.
+
+    Raises InputError, naming the tensor, if a number is not finite in that dtype."""
+    tied = set(checkpoint.dense.all_tied_weights_keys)
+    for name in checkpoint.dense.state_dict():
+        if name not in replaced and (name in checkpoint.places or name not in tied):
+            tensor = checkpoint.tensor(name)
+            try:
+                yield name, rounding.cast(tensor, tensor.dtype)
+            except ValueError as error:
+                raise InputError(f"{checkpoint.directory}: {name}: {first_line(error)}") from error
 
 
 def export_dense(
@@ -232,12 +246,28 @@ def export_dense(
     total = write_weights(directory, _dense_tensors(checkpoint, rounding), SHARD_BYTES)
     widest = str(reduce(torch.promote_types, rounding.dtypes)).removeprefix("torch.")
     exported = Exported(total, widest, rounding.error())
-    config = {key: value for key, value in without_local(checkpoint.config).items() if key != "torch_dtype"} | {"dtype": widest}
+    write_beside(checkpoint, directory, {}, exported, measured, provenance)
+    return exported
+
+
+def write_beside(
+    checkpoint: Checkpoint,
+    directory: Path,
+    keys: dict[str, Any],
+    exported: Exported,
+    measured: list[Measured] | None,
+    provenance: Provenance | None,
+) -> None:
+    """Write what belongs beside the weights of an export: its config with the additional `keys`, tokenizer, recipe, card and
+    manifest."""
+    source = checkpoint.directory
+    config = {key: value for key, value in without_local(checkpoint.config).items() if key != "torch_dtype"}
+    config |= {"dtype": exported.dtype, **keys}
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     copy_files([path.name for path in sorted(source.iterdir())], source, directory)
     if (source / "recipe.yaml").is_file():  # `save_pretrained` does not write it
         recipe = named(yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")))
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         (directory / "README.md").write_text(card(recipe, measured, exported), encoding="utf-8")
-    write_manifest(directory, {"model_stored_bytes": total, "dtype": widest, "rounding_error": exported.error}, provenance or {})
-    return exported
+    content = {"model_stored_bytes": exported.bytes, "dtype": exported.dtype, "rounding_error": exported.error}
+    write_manifest(directory, content, provenance or {})
