@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import winnow
 from tests.conftest import ROOT, pico
+from winnow.commands.hand_on import hand_on
 from winnow.data.tokens import load_tokenizer
 from winnow.errors import InputError
 
@@ -115,3 +117,16 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
     assert done.stdout.strip() == "True", done.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         winnow.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("targets", [["attention"], ["ffn", "attention"]])
+def test_a_mixture_by_its_directory_also_exports_as_a_dense_model(tmp_path, family, targets):
+    """In a folder with other models, whose files are no evaluations of the checkpoint."""
+    pico(family).save_pretrained(tmp_path / "model")
+    many = torch.randint(0, 100, (16, 32), generator=torch.Generator().manual_seed(0))
+    made = winnow.compress(tmp_path / "model", many, "svd", 0.6, targets=targets)
+    made.save(tmp_path / "checkpoint")
+    hand_on("export", tmp_path / "checkpoint", tmp_path / "dense", "original")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert_close(logits(dense), logits(made.model), atol=1e-5, rtol=1e-5)

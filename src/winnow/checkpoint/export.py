@@ -30,6 +30,7 @@ from winnow.io.records import Provenance, Shaped
 from winnow.models.architectures import Matrix, matrices_of
 from winnow.models.classes import read_config
 from winnow.models.config_json import METHOD
+from winnow.models.experts import unfuse
 from winnow.models.files import weight_files
 from winnow.models.naming import stored_tensors
 from winnow.models.weights import SHARD_BYTES, copy_files, write_weights
@@ -89,7 +90,7 @@ def _skeleton(directory: Path, layouts: dict[str, Any]) -> Any:
     for build in (*([named._from_config] if named else []), AutoModelForCausalLM.from_config):
         try:
             with torch.device("meta"):
-                model = build(config)
+                model = unfuse(build(config))
         except ValueError as error:  # not a causal language model
             raise InputError(f"{directory / 'config.json'}: {first_line(error)}") from error
         names = {name for name, _ in model.named_modules()}

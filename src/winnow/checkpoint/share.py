@@ -27,11 +27,9 @@ def measured_beside(checkpoint: Path) -> list[Measured]:
         return []
     own, found = file_digest(checkpoint / MANIFEST), []
     for path in sorted([*checkpoint.parent.glob("*.json"), *checkpoint.parent.glob("*/*.json")]):
-        if (path.parent / MANIFEST).is_file():  # of a bundle
+        if (path.parent / MANIFEST).is_file() or b'"per_window"' not in path.read_bytes():  # of a bundle, or no evaluation
             continue
         result = read_json(path)
-        if "per_window" not in result:
-            continue
         made_from = set(result["provenance"]["inputs"].values())
         beside = [parent / "dense" / path.name for parent in checkpoint.parents]
         dense = next((p for p in beside if p.is_file() and file_digest(p) in made_from), None)
