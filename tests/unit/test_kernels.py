@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import winnow
+from tests.conftest import pico
+from winnow.evaluation.latency import Generation
 from winnow.numerics import kernels
 from winnow.numerics.modules import RoundedLinear
 from winnow.numerics.rounding import packed
@@ -92,3 +95,17 @@ def test_a_version_of_torch_without_the_kernel_multiplies_out(monkeypatch):
     monkeypatch.setattr(kernels, "PRODUCT", None)
     made = layer()
     assert torch.equal(made(X), multiplied_out(made, X))
+
+
+def test_a_decoded_token_reads_fewer_bytes_and_is_counted():
+    """Of a whole model, with what the kernel prepares made before anything is counted."""
+    ids = torch.randint(0, 100, (1, 40), generator=torch.Generator().manual_seed(0))
+    dense = pico("llama").bfloat16().eval()
+    method = {"structure": {"kind": "rounded", "bits": [4], "group": 32}, "metric": {"kind": "weights"}}
+    made = winnow.compress(dense, ids, method, 0.6, nearest=True).model
+    with torch.no_grad():
+        own, other = (Generation(model, ids[:, :30], ids[:, :9]).resources() for model in (made, dense))
+    block = sum(p.numel() for p in dense.model.layers.parameters() if p.dim() == 2)
+    saved = other["decode"]["weight_bytes"] - own["decode"]["weight_bytes"]
+    assert saved == pytest.approx(1.5 * block - 4 * block / 32, rel=0.05), "half a byte and two scales in 32, of two bytes"
+    assert own["decode"]["flops"] >= other["decode"]["flops"]

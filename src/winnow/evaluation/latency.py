@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from winnow.errors import InputError
 from winnow.io.progress import every
+from winnow.numerics.kernels import PRODUCT
+from winnow.numerics.modules import RoundedLinear
 
 if TYPE_CHECKING:
     from winnow.evaluation.results import Case, Machine, Quartiles, Ratio, Resources, Timed, Times
@@ -132,7 +134,7 @@ class Tally(TorchDispatchMode):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.stored = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+        self.stored = {t.untyped_storage()._cdata for t in held(module)}
         self.weight_bytes = self.flops = self.live = self.peak = 0
         self.known: set[int] = set()
         self.made: set[int] = set()  # results that depend on stored tensors alone, such as dequantised weights
@@ -176,9 +178,22 @@ class Tally(TorchDispatchMode):
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers; shared ones are counted once."""
-    stored = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())}
-    return sum(stored.values())
+    """Bytes of what a module holds; shared tensors are counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held(module)}.values())
+
+
+def held(module: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and what kernels read in their place once they were used."""
+    planes = (one.planes for one in module.modules() if isinstance(one, RoundedLinear) and one.planes)
+    return [*module.parameters(), *module.buffers(), *(t for found in planes for t in found.tensors())]
+
+
+if PRODUCT is not None:
+
+    @register_flop_formula(PRODUCT)
+    def _flops_of_kernel(x: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
+        """Of a product with one plane; shapes (tokens, in) and (tokens, out)."""
+        return 2 * x[0] * x[1] * out_shape[1]
 
 
 class Generation:
@@ -213,6 +228,8 @@ class Generation:
         found: dict[str, Resources] = {}
         phases = (("prefill", self.prefill, self.prompt.numel()), ("decode", self._first, len(self.prompt)))
         before = torch.cuda.memory_allocated() if cuda else 0
+        self.prefill()
+        self.step(0)  # kernels prepare the numbers of a matrix when they are first used
         with Tally(self.model) as tally:
             for phase, call, tokens in phases:
                 tally.restart()

@@ -55,6 +55,10 @@ class Planes:
             for codes, s, o in parts
         ]
 
+    def tensors(self) -> list[Tensor]:
+        """What the kernel reads."""
+        return [tensor for plane in self.planes for tensor in plane]
+
     def product(self, x: Tensor) -> Tensor:
         """(..., out) of x (..., in)."""
         flat = functional.pad(x, (0, self.short)).reshape(-1, x.shape[-1] + self.short).contiguous()
