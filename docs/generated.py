@@ -1,6 +1,7 @@
 """Pages, and parts of pages, that are generated from the code when the site is built."""
 
 import ast
+import csv
 import importlib
 import inspect
 import json
@@ -93,14 +94,23 @@ def _fields(module):
 
 
 def _claims(study):
-    """A table of the claims of a study's paper, from resources/claims.yaml."""
-    claims = read_claims(ROOT / CLAIMS)
-    lines = ["| claim | number | what is measured | why it can differ |", "|---|---|---|---|"]
-    for claim in claims:
+    """A table of the claims of a study's paper, from resources/claims.yaml, with what was found on the demo model."""
+    with open(ROOT / "docs" / "results" / "claims.csv", newline="", encoding="utf-8") as stream:
+        found = list(csv.DictReader(stream))
+    lines = ["| claim | number | what was found | what is measured | why it can differ |", "|---|---|---|---|---|"]
+    for claim in read_claims(ROOT / CLAIMS):
         if claim.study == study:
             number = "" if claim.number is None else f"{claim.number:g} {claim.unit}"
-            lines.append(f"| {claim.says} | {number} | {claim.measured} | {claim.differs} |")
+            own = "<br>".join(_verdict(row) for row in found if row["id"] == claim.id)
+            lines.append(f"| {claim.says} | {number} | {own} | {claim.measured} | {claim.differs} |")
     return lines
+
+
+def _verdict(row):
+    """What a study found for a claim on one model."""
+    value = f" {float(row['value']):.4g}" if row["value"] else ""
+    error = f" ± {float(row['error']):.2g}" if value and float(row["error"] or 0) else ""
+    return f"{row['model']}:{value}{error} **{row['verdict']}**"
 
 
 def _kinds(which):
