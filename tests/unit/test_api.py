@@ -60,6 +60,21 @@ def test_a_model_in_memory_is_left_as_it_is_and_gives_what_its_directory_gives(d
     assert not torch.allclose(logits(made.model).float(), logits(dense), atol=1e-3)
 
 
+def test_too_few_tokens_are_a_warning_with_the_number_of_windows_that_would_do(directory, caplog):
+    winnow.compress(directory, WINDOWS, "whitened", 0.6)
+    (line,) = (record.message for record in caplog.records if "ffn_hidden" in record.message)
+    assert record_levels(caplog) == {"WARNING"}
+    assert line.startswith("ffn_hidden: 256 calibration tokens for 96 channels")
+    assert "use 48 windows instead of 8" in line
+    caplog.clear()
+    winnow.compress(directory, WINDOWS.repeat(6, 1), "whitened", 0.6)
+    assert not record_levels(caplog)
+
+
+def record_levels(caplog) -> set[str]:
+    return {record.levelname for record in caplog.records if record.levelno >= 30}
+
+
 def test_a_method_can_be_given_by_its_content(directory):
     content = {"structure": {"kind": "rounded", "bits": [8]}, "metric": {"kind": "weights"}}
     made = winnow.compress(directory, WINDOWS, content, 0.6, targets=["down_proj"], nearest=True)

@@ -93,6 +93,7 @@ def test_a_model_that_does_not_fit_is_streamed(tmp_path, monkeypatch):
 def test_a_model_on_the_hub_is_named_with_its_revision(tmp_path):
     said, found = written(tmp_path, "org/name", revision="0" * 40)
     assert found["models"] == {"name": {"source": "org/name", "revision": "0" * 40, "dtype": "bfloat16"}}
+    assert found["calibrations"]["mine"]["precision"] == "float32", "statistics of a model that may be large, by half"
     assert any(line.startswith("Download it:") and "snakemake prefetch" in line for line in said)
 
 

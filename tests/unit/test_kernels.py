@@ -84,6 +84,18 @@ def test_changed_numbers_are_seen():
     assert copy.deepcopy(made)(X).equal(before)
 
 
+def test_numbers_loaded_in_inference_mode_and_compiled_code_are_multiplied_out():
+    with torch.inference_mode():
+        made = layer()
+        assert torch.equal(made(X), multiplied_out(made, X))
+    assert made.planes is None
+    other = layer()
+    compiled = torch.compile(other, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(X), multiplied_out(other, X))
+    assert other.planes is None
+
+
 def test_the_kernels_numbers_are_not_saved():
     made = layer()
     made(X)

@@ -17,6 +17,7 @@ import torch
 from winnow.allocation.groups import allocate, chosen_groups, experts_left_dense, summarize
 from winnow.api.given import Held, as_it_was, checked, loaded
 from winnow.calibration.clusters import assign_all
+from winnow.calibration.few_tokens import few_tokens
 from winnow.calibration.gradients import collect_gradients
 from winnow.calibration.statistics import collect
 from winnow.checkpoint.in_memory import put
@@ -124,6 +125,9 @@ def compress(
     seed
         Of the labels that are sampled for gradients, as the `seed` of a calibration.
 
+    Too few calibration tokens for the width of an input are a warning in the log `winnow.api.compression`. The model, its copy
+    and all statistics are in memory at once; the workflow reads models that are larger block by block.
+
     Raises
     ------
     InputError
@@ -216,6 +220,9 @@ class _Call:
                 with self._timed("collect_statistics"):
                     batch = max(1, STATISTICS // ids.shape[1])
                     found["moments"] = _held(collect(dense, files.matrices, ids, batch, torch.float64))
+                inputs = {(m.layer, m.site): m.shape[1] for m in files.matrices}
+                for line in few_tokens(_counted(found["moments"], inputs), len(ids)):
+                    log.warning(line)
             if "gradients" in needs:
                 with self._timed("collect_gradients"):
                     options: Any = (max(1, GRADIENTS // ids.shape[1]), torch.float64, "model", self.seed)
@@ -284,6 +291,12 @@ def _held(found: Iterator[tuple[int, dict[str, dict[str, Tensor]]]]) -> Held:
         for layer, sites in found
     }
     return Held(layers)
+
+
+def _counted(moments: Held, inputs: Mapping[tuple[int, str], int]) -> Iterator[tuple[str, int, int]]:
+    """(site, width, counted tokens) of every input, whose widths are given by layer and site."""
+    for (layer, site), width in inputs.items():
+        yield site, width, int(moments.tensors(moments_file(layer))[f"{site}.count"])
 
 
 def _clusters(files: ModelFiles, moments: Held | None, structure: Structure) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.commands.planned import checkout
-from winnow.commands.suggested import FEWEST, Suggested, of_model, texts_of, tokens_of, windows_of
+from winnow.commands.suggested import FEWEST, Suggested, of_model, precision_of, texts_of, tokens_of, windows_of
 from winnow.errors import InputError
 from winnow.io.artifacts import atomic
 from winnow.models.architectures import TARGETS
@@ -48,7 +48,7 @@ def init(
     content: dict[str, Any] = {
         "models": {name[:LONGEST] or "model": source},
         "texts": {"calibration": calibration, "evaluation": evaluation},
-        "calibrations": {"mine": {"text": "calibration", "windows": windows, "length": length}},
+        "calibrations": {"mine": {"text": "calibration", "windows": windows, "length": length, **precision_of(suggested)}},
         "budgets": {b: {"targets": list(TARGETS)[:2], "keep_bytes": keep} for b, keep in zip(budgets, keeps, strict=True)},
         "evaluations": {"mine": {"text": "evaluation", "protocol": "p1", "length": length, "windows": evaluated}},
     }

@@ -53,6 +53,12 @@ def of_model(source: str, revision: str | None) -> Suggested:
     return Suggested(shape, architecture, dtype, min(SHORT if small else LONG, text.max_position_embeddings or LONG))
 
 
+def precision_of(suggested: Suggested) -> dict[str, str]:
+    """For large models, statistics of half the bytes."""
+    large = suggested.shape is None or suggested.shape.numbers >= SMALL
+    return {"precision": "float32"} if large else {}
+
+
 def windows_of(suggested: Suggested) -> int:
     """As many calibration windows as give the widest input, with that of an FFN, enough tokens per channel."""
     shape = suggested.shape

@@ -24,14 +24,17 @@ PRODUCT: Any = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
 
 
 def applies(module: RoundedLinear, x: Tensor) -> bool:
-    """Whether the kernel computes this product: a few tokens in bfloat16 on a CPU, without gradients, and groups that it has."""
+    """Whether the kernel computes this product: a few tokens in bfloat16 on a CPU, without gradients, not in
+    compiled code, and groups that it has."""
     return (
-        x.dtype == torch.bfloat16
+        not torch.compiler.is_compiling()
+        and x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and x.numel() <= FEW * module.in_features
         and module.group in GROUPS
         and module.out_features % ROWS == 0
         and not (torch.is_grad_enabled() and x.requires_grad)
+        and not module.steps.is_inference()  # of such tensors nothing tells whether they were changed
         and PRODUCT is not None
     )
 

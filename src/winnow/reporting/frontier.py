@@ -197,7 +197,8 @@ def coloured(panel: pd.DataFrame) -> list[str]:
     best = set(lines)
     if len(lines) - len(fixed) > LEGIBLE:
         places = panel.assign(place=panel.groupby("budget")["delta_nll"].rank()).groupby("line", sort=False)["place"]
-        full = places.mean()[places.count() == places.count().max()].drop(fixed, errors="ignore")
+        full = places.mean()[places.count() == places.count().max()]
+        full = full[~full.index.isin(fixed)]
         best = {*fixed[:REFERENCES], *full.nsmallest(LEGIBLE).index.astype(str)}
     return [line for line in lines if line in best]
 
