@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 import winnow
 from tests.conftest import pico
-from winnow.evaluation.latency import Generation
-from winnow.numerics import kernels
+from winnow.evaluation.latency import Generation, weight_bytes
+from winnow.numerics import kernels, modules
 from winnow.numerics.modules import RoundedLinear
 from winnow.numerics.rounding import packed
 
@@ -116,8 +117,85 @@ def test_a_decoded_token_reads_fewer_bytes_and_is_counted():
     method = {"structure": {"kind": "rounded", "bits": [4], "group": 32}, "metric": {"kind": "weights"}}
     made = winnow.compress(dense, ids, method, 0.6, nearest=True).model
     with torch.no_grad():
-        own, other = (Generation(model, ids[:, :30], ids[:, :9]).resources() for model in (made, dense))
+        own, other = (Generation(model, ids[:, :30], ids[:, :9]).resources(1e9) for model in (made, dense))
     block = sum(p.numel() for p in dense.model.layers.parameters() if p.dim() == 2)
     saved = other["decode"]["weight_bytes"] - own["decode"]["weight_bytes"]
     assert saved == pytest.approx(1.5 * block - 4 * block / 32, rel=0.05), "half a byte and two scales in 32, of two bytes"
     assert own["decode"]["flops"] >= other["decode"]["flops"]
+    assert own["decode"]["floor_seconds"] == pytest.approx(own["decode"]["weight_bytes"] / 1e9)
+
+
+@pytest.mark.parametrize("outputs", [16, 64, 96, 208])  # whole blocks of the kernel and a part of one
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_released_matrix_takes_memory_once_and_stays_the_same(bits, zeros, outputs):
+    made, kept = layer(bits, zeros=zeros, inputs=160, outputs=outputs), layer(bits, zeros=zeros, inputs=160, outputs=outputs)
+    assert made.release()
+    assert made.release(), "again"
+    assert made.steps.numel() == 0
+    assert torch.equal(made.matrix(), kept.matrix())
+    for x in (X[..., :160], torch.cat([X, X, X], 1)[..., :160], X[..., :160].float()):
+        if x.dtype == torch.float32:
+            made, kept = made.float(), kept.float()
+        assert torch.equal(made(x), kept(x))
+    state = made.state_dict()
+    assert state.keys() == kept.state_dict().keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in kept.state_dict().items())
+    assert torch.equal(copy.deepcopy(made).bfloat16()(X[..., :160]), kept.bfloat16()(X[..., :160]))
+
+
+def test_a_released_matrix_is_used_in_inference_mode():
+    with torch.inference_mode():
+        made = layer()
+        made.release()
+        made.planes.product, kernel = None, made.planes.product
+        with pytest.raises(TypeError, match="not callable"):
+            made(X)
+        made.planes.product = kernel
+        assert torch.equal(made(X), layer()(X)) is False, "the other is multiplied out"
+
+
+def test_what_the_kernel_lacks_is_not_released(monkeypatch):
+    made = layer(group=48)
+    assert not made.release()
+    assert made.steps.numel()
+    monkeypatch.setattr(kernels, "PACK", lambda codes, _: torch.zeros(codes.shape[0], codes.shape[1] // 2, dtype=torch.uint8))
+    kernels.order.cache_clear()
+    kernels.layout.cache_clear()
+    assert kernels.layout() is None, "of another layout"
+    other = layer()
+    assert not other.release()
+    kernels.order.cache_clear()
+    kernels.layout.cache_clear()
+
+
+def test_for_inference_halves_what_is_held_and_saves_the_same_checkpoint(tmp_path):
+    ids = torch.randint(0, 100, (1, 40), generator=torch.Generator().manual_seed(0))
+    method = {"structure": {"kind": "rounded", "bits": [4], "group": 32}, "metric": {"kind": "weights"}}
+    winnow.compress(pico("llama").bfloat16().eval(), ids, method, 0.6, nearest=True).save(tmp_path / "made")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype="bfloat16").train()
+    with torch.no_grad():
+        made(ids[:, :8])
+        used, plain = weight_bytes(made), made(ids).logits
+        assert winnow.for_inference(made) is made
+        assert not made.training
+        codes = sum(p.numel() // 2 for p in pico("llama").model.layers.parameters() if p.dim() == 2)
+        assert used - weight_bytes(made) == codes
+        assert torch.equal(made(ids).logits, plain)
+        made.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="bfloat16")
+        assert torch.equal(again(ids).logits, plain)
+    slow = winnow.for_inference(again.float())
+    assert not any(m.released for m in slow.modules() if isinstance(m, modules.RoundedLinear)), "no kernel in float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_large_matrices_are_multiplied_out_by_rows(monkeypatch, bits, tokens, dtype):
+    monkeypatch.setattr(modules, "AT_ONCE", 64 * IN)
+    made = layer(bits, group=48, zeros=True, outputs=208).to(dtype)
+    x = torch.randn(tokens, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert_close(made(x), multiplied_out(made, x), rtol=tolerance, atol=tolerance)
+    assert torch.equal(made(x.requires_grad_()), multiplied_out(made, x)), "at once for gradients"

@@ -1,7 +1,8 @@
 """Time, memory and bytes read of a model compared with the dense one: interleaved in one process, with the dense model twice.
 
 A ratio is the time divided by the dense model's time in the same repeat: below 1 is faster. The control is the dense model
-measured as if it were another model; its difference to 1 is the resolution of this machine.
+measured as if it were another model; its difference to 1 is the resolution of this machine. The floor of a time is the bytes of
+the weights that were read, over the bandwidth of this machine's memory, which is measured too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from winnow.errors import InputError
+from winnow.evaluation.kinds.latency import READ
 from winnow.io.progress import every
 from winnow.numerics.kernels import PRODUCT
 from winnow.numerics.modules import RoundedLinear
@@ -222,8 +224,10 @@ class Generation:
         self.cache = None
         return seconds
 
-    def resources(self) -> dict[str, Resources]:
-        """Per phase: `peak_bytes` (weights, cache and activations), and per token `flops` and `weight_bytes` read."""
+    def resources(self, bandwidth: float) -> dict[str, Resources]:
+        """Per phase: `resident_bytes` of the weights as they are held after use, `peak_bytes` (weights, cache and activations),
+        per token `flops` and `weight_bytes` read, and `floor_seconds`, in which `bandwidth` (bytes per second) reads those of
+        all tokens."""
         cuda = self.prompt.is_cuda
         found: dict[str, Resources] = {}
         phases = (("prefill", self.prefill, self.prompt.numel()), ("decode", self._first, len(self.prompt)))
@@ -237,10 +241,13 @@ class Generation:
                     torch.cuda.reset_peak_memory_stats()
                 call()
                 peak = torch.cuda.max_memory_allocated() - before if cuda else tally.peak
+                held = weight_bytes(self.model)
                 found[phase] = {
-                    "peak_bytes": weight_bytes(self.model) + peak,
+                    "resident_bytes": held,
+                    "peak_bytes": held + peak,
                     "flops": tally.flops / tokens,
                     "weight_bytes": tally.weight_bytes / tokens,
+                    "floor_seconds": tally.weight_bytes / bandwidth,
                 }
         self.cache = None
         return found
@@ -257,6 +264,7 @@ def evaluate_latency(dense: Any, model: Any | None, spec: specs.Timing, device: 
     Raises InputError if the model has too few positions.
     """
     clock = clock or clock_of(device)
+    speed = bandwidth(device, clock)
     config = dense.config.get_text_config()
     longest, held = max(spec["prompts"]) + spec["decode"] + 1, getattr(config, "max_position_embeddings", None)
     if held and longest > held:
@@ -273,7 +281,7 @@ def evaluate_latency(dense: Any, model: Any | None, spec: specs.Timing, device: 
         ids = torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
         runs = {name: Generation(own, ids[:, :length], ids[:, length:]) for name, own in subjects.items()}
         calls = calls_of({name: run.prefill for name, run in runs.items()}, clock, spec["warm_up"])
-        resources = {name: run.resources() for name, run in runs.items() if name != "control"}
+        resources = {name: run.resources(speed) for name, run in runs.items() if name != "control"}
         seconds = interleaved({name: partial(run.slot, clock, calls) for name, run in runs.items()}, spec["repeats"])
         for phase, tokens in (("prefill", batch * length), ("decode", batch)):
             of_phase = {name: values[phase] for name, values in seconds.items()}
@@ -283,7 +291,7 @@ def evaluate_latency(dense: Any, model: Any | None, spec: specs.Timing, device: 
             if "compressed" in found:
                 case["compressed"] = found["compressed"]
             cases.append(case)
-    return {"cases": cases, "machine": machine_record(device, dense)}
+    return {"cases": cases, "machine": machine_record(device, dense, speed)}
 
 
 def compared(seconds: dict[str, list[float]], resources: dict[str, Resources], tokens: int) -> dict[str, Timed]:
@@ -303,7 +311,13 @@ def compared(seconds: dict[str, list[float]], resources: dict[str, Resources], t
     return found
 
 
-def machine_record(device: str, model: Any) -> Machine:
+def bandwidth(device: str, clock: Clock) -> float:
+    """Bytes per second at which a product with one vector reads a matrix that no cache holds: the best of several."""
+    matrix, vector = torch.zeros(READ >> 14, 1 << 12, device=device), torch.zeros(1 << 12, device=device)
+    return READ / min(max(1e-9, timed(lambda: matrix @ vector, clock, 1)) for _ in range(5))
+
+
+def machine_record(device: str, model: Any, bandwidth: float) -> Machine:
     """The hardware and software of the measurement; none of it is a parameter, but all of it affects the numbers."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
@@ -317,6 +331,7 @@ def machine_record(device: str, model: Any) -> Machine:
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "bandwidth": bandwidth,
         "torch": torch.__version__,
         "attention": model.config._attn_implementation,
     }

@@ -19,8 +19,9 @@ COLUMNS = [
     *("keep_requested", "keep_bytes", "phase", "batch", "prompt", "verdict", "ratio", "ratio_q1", "ratio_q3"),
     *("ratio_low", "ratio_high", "control_ratio", "control_q1", "control_q3", "repeats", "tokens_per_second"),
     *("dense_tokens_per_second", "seconds", "seconds_q1", "seconds_q3", "dense_seconds", "dense_seconds_q1", "dense_seconds_q3"),
-    *("peak_bytes", "dense_peak_bytes", "flops_per_token", "dense_flops_per_token", "weight_bytes_per_token"),
-    *("dense_weight_bytes_per_token", "dtype", "device", "machine", "threads", "load", "attention", "torch", "checkpoint"),
+    *("floor_seconds", "dense_floor_seconds", "resident_bytes", "dense_resident_bytes", "peak_bytes", "dense_peak_bytes"),
+    *("flops_per_token", "dense_flops_per_token", "weight_bytes_per_token", "dense_weight_bytes_per_token"),
+    *("dtype", "device", "machine", "threads", "load", "bandwidth", "attention", "torch", "checkpoint"),
 ]
 
 
@@ -29,13 +30,17 @@ def latency_table(rows: list[Row], results: Mapping[str, TimeResult]) -> pd.Data
 
     `ratio` is the time divided by the dense model's in the same repeat (below 1 is faster): median, quartiles, and the 95 %
     interval of the median; `control_*` is the same for the dense model against itself, which is also the row of a dense cell.
-    Seconds are per prompt or per decoded step; bytes and FLOPs (of products with weights) are per token.
+    Seconds are per prompt or per decoded step; bytes read and FLOPs (of products with weights) are per token. `floor_seconds` is
+    the time in which the measured `bandwidth` (bytes per second) reads the weights once; `resident_bytes` is what the model
+    holds after it was used, with what kernels prepare.
     """
     table = []
     for row in rows:
         result = results[row["result"]]
         machine, protocol = result["machine"], result["protocol"]
-        facts = {key: machine[key] for key in ("device", "threads", "load", "attention", "torch")} | {"machine": machine["name"]}
+        facts = {key: machine[key] for key in ("device", "threads", "load", "bandwidth", "attention", "torch")} | {
+            "machine": machine["name"]
+        }
         facts |= {"dtype": protocol["dtype"], "repeats": protocol["repeats"], "checkpoint": result["checkpoint"]}
         for case in result["cases"]:
             dense, control = case["dense"], case["control"]
@@ -70,6 +75,8 @@ def _measured(subject: Timed, prefix: str) -> dict[str, float]:
         f"{prefix}seconds": seconds["median"],
         f"{prefix}seconds_q1": seconds["q1"],
         f"{prefix}seconds_q3": seconds["q3"],
+        f"{prefix}floor_seconds": subject["floor_seconds"],
+        f"{prefix}resident_bytes": subject["resident_bytes"],
         f"{prefix}peak_bytes": subject["peak_bytes"],
         f"{prefix}flops_per_token": subject["flops"],
         f"{prefix}weight_bytes_per_token": subject["weight_bytes"],

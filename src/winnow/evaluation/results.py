@@ -134,11 +134,14 @@ class Ratio(Quartiles):
 
 
 class Resources(TypedDict, total=False):
-    """What a phase of a model takes; the last two are per token."""
+    """What a phase of a model takes; `flops` and `weight_bytes` are per token, and `floor_seconds` is the time in which the bytes
+    of the weights of all its tokens are read."""
 
+    resident_bytes: int
     peak_bytes: int
     flops: float
     weight_bytes: float
+    floor_seconds: float
 
 
 class Timed(Resources):
@@ -170,6 +173,7 @@ class Machine(TypedDict):
     threads: int
     processors: int | None
     load: float | None
+    bandwidth: float  # bytes per second
     torch: str
     attention: str
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from winnow.numerics.kernels import Planes, applies, versions
-from winnow.numerics.rounding import multiplied, packed_width, unpacked
+from winnow.numerics.kernels import BLOCKS, Planes, applies, fits, layout, versions
+from winnow.numerics.rounding import multiplied, packed, packed_width, unpacked
 
 
 def has_bias(dense: nn.Module) -> bool:
@@ -27,6 +27,9 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
     if x.is_cpu and x.numel() > order.numel():
         return x.gather(-1, order.long().expand(x.shape))
     return x.index_select(-1, order.int())
+
+
+AT_ONCE = 1 << 19  # numbers of a matrix multiplied out at a time on a CPU: they stay in its cache
 
 
 class CompressedLinear(nn.Module):
@@ -223,10 +226,39 @@ class RoundedLinear(CompressedLinear):
         self.trained: nn.Module | None = None  # during training: gives the matrix from parameters, see `winnow.recovery.rounded`
         self.planes: Planes | None = None  # for the kernel, made when it is first used
 
+    @property
+    def released(self) -> bool:
+        """Whether the integers are kept in the layout of the kernel only."""
+        return self.planes is not None and not self.steps.numel()
+
+    def release(self) -> bool:
+        """Keep the integers in the layout of the kernel only, from which they are unpacked where they are needed, so that they
+        take memory once. Returns whether that was possible: on a CPU, with groups and outputs that the kernel has."""
+        if self.released:
+            return True
+        if self.scale.device.type != "cpu" or not fits(self) or layout() is None:
+            return False
+        planes = Planes(self)
+        if not torch.equal(planes.steps(0, self.out_features), unpacked(self.steps, self.in_features, self.bits)):
+            return False
+        self.planes, self.steps = planes, self.steps.new_empty(0)
+        planes.of = versions(self)
+        return True
+
+    def integers(self, first: int = 0, last: int | None = None) -> Tensor:
+        """(last - first, in) int8: the steps of some rows, of which the first is a multiple of the kernel's blocks."""
+        if self.released:
+            return self.planes.steps(first, last or self.out_features)  # type: ignore[union-attr]
+        return unpacked(self.steps[first:last], self.in_features, self.bits)
+
+    def scales(self) -> tuple[Tensor, Tensor | None]:
+        """(scales (out, groups), zero points (out, groups) or None) in float32."""
+        scale = self.scale.view(torch.float16).float()
+        return scale, unpacked(self.zero, scale.shape[1], self.bits).float() if self.zeros else None
+
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(steps (out, in), scales (out, groups), zero points (out, groups) or None) in float32."""
-        steps, scale = unpacked(self.steps, self.in_features, self.bits), self.scale.view(torch.float16).float()
-        return steps.float(), scale, unpacked(self.zero, scale.shape[1], self.bits).float() if self.zeros else None
+        return self.integers().float(), *self.scales()
 
     def matrix(self) -> Tensor:
         """(out, in) float32."""
@@ -235,13 +267,33 @@ class RoundedLinear(CompressedLinear):
         steps, scale, zeros = self.parts()
         return multiplied(steps, scale, self.group, zeros)
 
+    def by_rows(self, x: Tensor) -> Tensor:
+        """The output of `x`, of which as many channels are computed at a time as the matrix has rows that stay in the cache of
+        a CPU. Elsewhere the whole matrix is multiplied out, and for gradients, whose parts would be summed in the dtype of x."""
+        rows = max(1, AT_ONCE // (self.in_features * BLOCKS[0])) * BLOCKS[0]
+        whole = self.trained is not None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+        if whole or not x.is_cpu or self.out_features <= rows:
+            return functional.linear(x, self.matrix().to(x.dtype), self.bias)
+        (scales, zeros), found = self.scales(), []
+        for first in range(0, self.out_features, rows):
+            part = slice(first, min(first + rows, self.out_features))
+            steps, zero = self.integers(part.start, part.stop).float(), None if zeros is None else zeros[part]
+            matrix = multiplied(steps, scales[part], self.group, zero).to(x.dtype)
+            found.append(functional.linear(x, matrix, None if self.bias is None else self.bias[part]))
+        return torch.cat(found, dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.trained is None and applies(self, x):
             if self.planes is None or self.planes.of != versions(self):
                 self.planes = Planes(self)
             y = self.planes.product(x)
             return y if self.bias is None else y + self.bias
-        return functional.linear(x, self.matrix().to(x.dtype), self.bias)
+        return self.by_rows(x)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.released:
+            destination[f"{prefix}steps"] = packed(self.integers(), self.bits)
 
 
 class Constant(nn.Module):

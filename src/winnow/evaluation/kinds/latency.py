@@ -8,6 +8,7 @@ from pydantic import Field
 from winnow.evaluation.base import Evaluation, EvaluationOptions
 
 Positive = Annotated[int, Field(ge=1)]
+READ = 1 << 28  # bytes read to measure the bandwidth: more than caches hold
 
 if TYPE_CHECKING:
     from winnow.evaluation.base import Given, Running
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Latency(Evaluation):
-    """Time of prefill and decoding, memory, and bytes read, compared with the dense model in the same process and dtype."""
+    """Time of prefill and decoding, memory, and bytes read, compared with the dense model in the same process and dtype. The
+    compressed model is prepared by `winnow.for_inference`."""
 
     reference = "timed in turns with the dense model"
 
@@ -37,16 +39,17 @@ class Latency(Evaluation):
         shape = running.shape
         widest = max(max(m.shape) for m in shape.matrices)
         held = max(self.options.batches) * max(self.options.prompts) * (8 * shape.width + 4 * widest + 4 * shape.vocabulary)
-        return 2 * running.loaded + held * running.unit, 1e5, 0.0
+        return 2 * running.loaded + held * running.unit + READ, 1e5, 0.0
 
     @classmethod
     def measure(cls, given: Given) -> Mapping[str, Any]:
         """Times (in turns with the dense model), memory, FLOPs and bytes read."""
         from winnow.checkpoint.loading import load_model
         from winnow.evaluation.latency import evaluate_latency
+        from winnow.numerics.inference import for_inference
 
         spec: specs.Latency = given.spec
         dense = load_model(given.files.verify(), spec["dtype"], given.device)
-        model = given.model() if given.checkpoint else None
+        model = for_inference(given.model()) if given.checkpoint else None
         protocol = {key: spec[key] for key in ("batches", "prompts", "decode", "repeats", "warm_up", "dtype")}
         return {"protocol": protocol, **evaluate_latency(dense, model, spec, given.device)}
