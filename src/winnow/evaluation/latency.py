@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from winnow.errors import InputError
-from winnow.evaluation.kinds.latency import READ
+from winnow.evaluation.kinds.latency import ENGINE, READ
 from winnow.io.progress import every
 from winnow.numerics.kernels import PRODUCT
 from winnow.numerics.modules import RoundedLinear
@@ -291,7 +291,7 @@ def evaluate_latency(dense: Any, model: Any | None, spec: specs.Timing, device: 
             if "compressed" in found:
                 case["compressed"] = found["compressed"]
             cases.append(case)
-    return {"cases": cases, "machine": machine_record(device, dense, speed)}
+    return {"cases": cases, "machine": machine_record(device, dense.config._attn_implementation, speed, ENGINE)}
 
 
 def compared(seconds: dict[str, list[float]], resources: dict[str, Resources], tokens: int) -> dict[str, Timed]:
@@ -317,7 +317,7 @@ def bandwidth(device: str, clock: Clock) -> float:
     return READ / min(max(1e-9, timed(lambda: matrix @ vector, clock, 1)) for _ in range(5))
 
 
-def machine_record(device: str, model: Any, bandwidth: float) -> Machine:
+def machine_record(device: str, attention: str, bandwidth: float, engine: str) -> Machine:
     """The hardware and software of the measurement; none of it is a parameter, but all of it affects the numbers."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
@@ -333,5 +333,6 @@ def machine_record(device: str, model: Any, bandwidth: float) -> Machine:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "bandwidth": bandwidth,
         "torch": torch.__version__,
-        "attention": model.config._attn_implementation,
+        "engine": engine,
+        "attention": attention,
     }

@@ -175,6 +175,7 @@ class Machine(TypedDict):
     load: float | None
     bandwidth: float  # bytes per second
     torch: str
+    engine: str  # with its version, if it is not transformers
     attention: str
 
 

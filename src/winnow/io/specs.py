@@ -229,7 +229,8 @@ class Timing(TypedDict):
 
 
 class Latency(Evaluate, Timing):
-    pass
+    engine: str
+    python: str | None
 
 
 class Compared(TypedDict):

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from winnow.evaluation.base import Evaluation, EvaluationOptions
 
 Positive = Annotated[int, Field(ge=1)]
+ENGINE = "transformers"
 READ = 1 << 28  # bytes read to measure the bandwidth: more than caches hold
 
 if TYPE_CHECKING:
@@ -34,6 +36,25 @@ class Latency(Evaluation):
         decode: Positive = Field(32, description="tokens per sequence decoded after the prompt, one at a time")
         repeats: int = Field(15, ge=6, description="timed runs of each model, in turns; ratios are computed within a repeat")
         warm_up: int = Field(2, ge=1, description="untimed prompts for each model before the timed runs")
+        engine: Literal["transformers", "llama.cpp", "vllm"] = Field(
+            "transformers",
+            description="what runs the models; llama.cpp and vllm on CPUs, in an environment of their own, one process for each "
+            "model: the checkpoint as `winnow export --format gguf` writes it, or as it is stored",
+        )
+        python: str | None = Field(
+            None, description="the interpreter of an environment with llama-cpp-python, or with vllm and winnow"
+        )
+
+        @model_validator(mode="after")
+        def _runs(self) -> Latency.Options:
+            if (self.engine == ENGINE) != (self.python is None):
+                raise ValueError(
+                    f"engine {self.engine}: "
+                    + ("remove python" if self.python else "python, the path of an interpreter, is missing")
+                )
+            if self.engine == "llama.cpp" and self.batches != [1]:
+                raise ValueError("engine llama.cpp: it decodes one sequence; set batches: [1]")
+            return self
 
     def work(self, running: Running) -> tuple[float, float, float]:
         shape = running.shape
@@ -49,7 +70,16 @@ class Latency(Evaluation):
         from winnow.numerics.inference import for_inference
 
         spec: specs.Latency = given.spec
+        keys = ("batches", "prompts", "decode", "repeats", "warm_up", "dtype", "engine")
+        protocol = {key: spec[key] for key in keys}  # type: ignore[literal-required]
+        if spec["engine"] != ENGINE:
+            from winnow.evaluation.engine_latency import engine_latency
+            from winnow.models.classes import read_config
+
+            dense_files, folder = given.files.verify(), Path(given.output).parent
+            checkpoint = given.checkpoint.verify() if given.checkpoint else None
+            vocabulary = read_config(dense_files).get_text_config().vocab_size
+            return {"protocol": protocol, **engine_latency(dense_files, checkpoint, spec, vocabulary, folder)}
         dense = load_model(given.files.verify(), spec["dtype"], given.device)
         model = for_inference(given.model()) if given.checkpoint else None
-        protocol = {key: spec[key] for key in ("batches", "prompts", "decode", "repeats", "warm_up", "dtype")}
         return {"protocol": protocol, **evaluate_latency(dense, model, spec, given.device)}
