@@ -307,6 +307,7 @@ EDITS = [
         {"evaluate_classification", *OF_SCORES},
     ),
     ("src/winnow/evaluation/latency.py", "SLOT = 0.01", "SLOT = 0.02", {"evaluate_latency"}),
+    ("src/winnow/engines/workers/run_vllm.py", 'request["new"] + 1', 'request["new"] + 2', {"evaluate_latency"}),
     ("src/winnow/evaluation/latency_table.py", 'f"control_{key}"', 'f"dense_{key}"', {"tabulate_latency"}),
     ("src/winnow/io/artifacts.py", 'MANIFEST = "manifest.json"', 'MANIFEST = "content.json"', set(STAGES)),
     ("src/winnow/metrics/mean_abs.py", "pow(2 * self", "pow(3 * self", {"factorize"}),  # of the method's own metric

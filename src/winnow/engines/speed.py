@@ -14,11 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from winnow.engines.workers import run_llama_cpp, run_vllm
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST
 from winnow.models.config_json import METHOD
 from winnow.structures.base import FORMATS
 
+WORKERS = {"llama.cpp": run_llama_cpp, "vllm": run_vllm}
 LINES = 3  # of an engine's last messages that are shown
 
 
@@ -26,13 +28,13 @@ class Process:
     """An engine that holds one model. Raises InputError, with the engine's last lines, if it stops."""
 
     def __init__(self, engine: str, python: str, job: dict[str, Any], log: Path):
-        worker = Path(__file__).parent / "workers" / f"run_{engine.replace('.', '_')}.py"
+        worker = str(WORKERS[engine].__file__)
         clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # its packages are its own
         self.engine, self.log = engine, log
         try:
             with open(log, "w", encoding="utf-8") as errors:
                 self.process = subprocess.Popen(
-                    [python, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=clean
+                    [python, worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=clean
                 )
         except OSError as error:
             raise InputError(f"evaluation: python: {python}: {error.strerror}; name the interpreter that has {engine}") from error

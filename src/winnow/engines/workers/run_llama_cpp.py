@@ -9,8 +9,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from llama_cpp import Llama
-
 
 def memory() -> int:
     """Bytes of this process in memory, pages of the file that it reads included."""
@@ -21,6 +19,8 @@ def memory() -> int:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    from llama_cpp import Llama
+
     job = json.loads(sys.stdin.readline())
     sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), job["context"])
     threads = dict.fromkeys(("n_threads", "n_threads_batch"), job["threads"])

@@ -6,10 +6,10 @@ import json
 import os
 import sys
 import time
+from importlib.metadata import distributions
 from pathlib import Path
 
-for key, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
-    os.environ.setdefault(key, value)
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def memory() -> int:
@@ -32,8 +32,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     job = json.loads(sys.stdin.readline())
-    os.environ["OMP_NUM_THREADS"] = str(job["threads"])
-    import vllm
+    os.environ.update({**SETTINGS, **os.environ, "OMP_NUM_THREADS": str(job["threads"])})
+    import vllm  # reads them
 
     model = vllm.LLM(
         job["model"],
@@ -43,7 +43,8 @@ def main() -> None:
         skip_tokenizer_init=True,
         enable_prefix_caching=False,  # every prompt is computed
     )
-    print(json.dumps({"version": f"vllm {vllm.__version__}"}), file=answers, flush=True)
+    plugin = next((f", winnow {own.version}" for own in distributions(name="winnow")), "")
+    print(json.dumps({"version": f"vllm {vllm.__version__}{plugin}"}), file=answers, flush=True)
 
     def seconds(prompts: list[list[int]], new: int) -> float:
         options = vllm.SamplingParams(max_tokens=new, ignore_eos=True, temperature=0, detokenize=False)
