@@ -199,9 +199,12 @@ def export_gguf(
 def _described(export: _Export, total: int, most: Type) -> Exported:
     """The export in words: how many matrices keep their numbers, and what the others and the whole cost."""
     error, lengths = export.rounding.error(), export.matrices.lengths
-    exact, others = (" and ".join(f"{n} in {kind}" for kind, n in sorted(c.items())) for c in (export.exact, export.others))
-    parts = [f"{exact} of its compressed matrices have the numbers of the checkpoint"] if exact else []
-    parts += [f"{others} of them are multiplied out"] if others else []
+    every = sum(export.exact.values()) + sum(export.others.values())
+    parts = []
+    for counts, what in ((export.exact, "have the numbers of the checkpoint"), (export.others, "are multiplied out")):
+        if counts:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+            parts.append(f"{sum(counts.values())} of {every} compressed matrices {what} ({kinds})")
     parts.append(f"what is rounded has a relative error of {error:.1e}")
     if len(set(lengths)) > 1:
         parts.append(f"FFNs have lengths from {min(lengths)} to {max(lengths)}")

@@ -37,16 +37,15 @@ def entries(directory: Path, config: Any) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{directory}: no tokenizer.json, which a GGUF file is made with; add it, or use --format dense")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no other class
-        raise InputError(f"{path}: not a tokenizer: {first_line(error)}") from error
-    return _Tokens(path, content, tokenizer, config).all()
+        return _Tokens(path, json.loads(path.read_text(encoding="utf-8")), config).all()
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"{path}: not a tokenizer: {what}") from error
 
 
 class _Tokens:
-    def __init__(self, path: Path, content: dict[str, Any], tokenizer: Tokenizer, config: Any):
-        self.path, self.content, self.model, self.tokenizer, self.config = path, content, content["model"], tokenizer, config
+    def __init__(self, path: Path, content: dict[str, Any], config: Any):
+        self.path, self.content, self.model, self.config = path, content, content["model"], config
 
     def refuse(self, why: str) -> None:
         raise InputError(f"{self.path}: cannot be exported to gguf: {why}; use --format dense")
@@ -138,8 +137,11 @@ class _Tokens:
 
     def _special(self) -> dict[str, Any]:
         """Ids of special tokens, and which are added to a text."""
-        text = self.tokenizer.encode("a", add_special_tokens=True).ids
-        inner = self.tokenizer.encode("a", add_special_tokens=False).ids
+        try:
+            tokenizer = Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises no other class
+            raise InputError(f"{self.path}: not a tokenizer: {first_line(error)}") from error
+        text, inner = (tokenizer.encode("a", add_special_tokens=added).ids for added in (True, False))
         at = next((i for i in range(len(text) - len(inner) + 1) if text[i : i + len(inner)] == inner), 0)
         before, after = text[:at], text[at + len(inner) :]
         if len(before) > 1 or len(after) > 1:

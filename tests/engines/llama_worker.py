@@ -1,4 +1,4 @@
-"""Runs in an environment with llama-cpp-python, without winnow: `python llama_cpp_worker.py JOB.json OUT.npz`.
+"""Runs in an environment with llama-cpp-python, without winnow: `python llama_worker.py JOB.json OUT.npz`.
 
 A job names a GGUF file and token windows (a .npy file of integers), and what to measure; the result has arrays. Memory is that of
 this process, so every measurement is a process of its own."""
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from llama_cpp import Llama
+from llama_cpp import LLAMA_FTYPE_MOSTLY_Q8_0, Llama, llama_model_quantize, llama_model_quantize_default_params
 
 
 def memory() -> dict[str, int]:
@@ -53,9 +53,20 @@ def speed(model: Llama, prompt: list[int], new: int, times: int) -> dict[str, np
     return {name: np.array(values) for name, values in found.items()}
 
 
+def quantize(source: str, target: str) -> None:
+    """llama.cpp's own Q8_0 of a file."""
+    params = llama_model_quantize_default_params()
+    params.ftype, params.nthread = LLAMA_FTYPE_MOSTLY_Q8_0, 1
+    assert llama_model_quantize(source.encode(), target.encode(), params) == 0
+
+
 def main() -> None:
     found: dict[str, np.ndarray] = {}
     job = json.loads(Path(sys.argv[1]).read_text())
+    if job["measure"] == "quantize":
+        quantize(job["file"], job["target"])
+        np.savez(sys.argv[2])
+        return
     windows = np.load(job["windows"])
     model = loaded(job, windows.shape[1] + job.get("new", 0), job["measure"] != "speed")
     if job["measure"] == "losses":
@@ -63,11 +74,12 @@ def main() -> None:
     elif job["measure"] == "logits":
         model.eval(windows[0].tolist())
         found["logits"] = model.scores[: windows.shape[1]].copy()
+    elif job["measure"] == "tokens":
+        for i, text in enumerate(job["texts"]):
+            found[f"text{i}"] = np.array(model.tokenize(text.encode(), add_bos=True, special=False), np.int64)
     else:
         found |= speed(model, windows[0].tolist(), job["new"], job["times"])
         found |= {name: np.array(value) for name, value in memory().items()}
-    for i, text in enumerate(job.get("texts", [])):
-        found[f"text{i}"] = np.array(model.tokenize(text.encode(), add_bos=True, special=False), np.int64)
     np.savez(sys.argv[2], **found)
 
 

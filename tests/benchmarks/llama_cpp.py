@@ -1,0 +1,101 @@
+"""Exports to GGUF in llama.cpp beside the dense model in F16: bytes, loss, tokens per second and memory, as rows of a CSV file.
+
+    python tests/benchmarks/llama_cpp.py MODEL TEXT --calibration TEXT [--methods NAME[:KEEP] ...] [--folder DIR] [--csv FILE]
+
+`MODEL` is a directory with a tokenizer, `TEXT` that of the evaluation. Every method is compressed (kept in `--folder`), exported,
+and measured by llama.cpp in processes of their own with one thread: the loss over 64 windows of 256 tokens beside the loss that
+transformers computes of the checkpoint in float32; tokens per second of a prompt of 256 tokens and of 64 tokens one by one after
+it, the median of rounds in turns with F16; the memory of the process with the model loaded and used (file pages that it reads
+included), and the part of it that no file backs. `q8_0` is llama.cpp's own rounding of the dense model.
+`WINNOW_LLAMA_CPP_PYTHON` names an interpreter with llama-cpp-python; without it one is built in `--folder`.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.engines.llama import LlamaCpp, environment, without_compression
+from winnow.api import calibration_windows, compress, evaluate, evaluation_windows
+from winnow.checkpoint.loading import load_model
+from winnow.data.tokens import load_tokenizer
+from winnow.engines.gguf.export import export_gguf
+
+LENGTH, WINDOWS, NEW, ROUNDS = 256, 64, 64, 5
+COLUMNS = (
+    *("model", "method", "file_bytes", "checkpoint_nll", "llama_cpp_nll", "difference", "difference_rms"),
+    *("prompt_tokens_per_s", "decode_tokens_per_s", "prompt_over_f16", "decode_over_f16", "resident_bytes", "anonymous_bytes"),
+)
+
+
+def loss(model: Path, windows: torch.Tensor) -> np.ndarray:
+    """(windows,) nats per token in float32."""
+    rows = evaluate(load_model(model, "float32", "cpu"), windows)["per_window"]
+    return np.array(rows["nll"]) / (LENGTH - 1)
+
+
+def files_of(given: argparse.Namespace, engine: LlamaCpp, calibration: torch.Tensor) -> dict[str, tuple[Path, Path]]:
+    """{row: (GGUF file, the directory whose loss it should have)}."""
+    folder, model = given.folder, given.model
+    if not (folder / "f16").is_dir():
+        export_gguf(without_compression(model, folder / "dense"), folder / "f16", None, dtype="float16")
+    found = {"f16": (folder / "f16" / "model.gguf", model), "q8_0": (folder / "q8_0.gguf", model)}
+    engine.quantized(found["f16"][0], found["q8_0"][0])
+    for method in given.methods:
+        name, _, keep = method.partition(":")
+        checkpoint, out = folder / f"{name} {keep}".strip(), folder / f"{name} {keep} gguf"
+        if not checkpoint.is_dir():
+            compress(model, calibration, name, float(keep or 0.4), nearest=True).save(checkpoint)
+        if not out.is_dir():
+            print(method, export_gguf(checkpoint, out, None).said, flush=True)
+        found[method] = (out / "model.gguf", checkpoint)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=["rounded_8bit:0.6", "rounded_4bit:0.3"])
+    parser.add_argument("--folder", type=Path, default=Path("llama_cpp"))
+    parser.add_argument("--csv", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    engine = LlamaCpp(environment(given.folder / "venv"), given.folder / "jobs")
+    tokenizer = load_tokenizer(given.model)
+    calibration = calibration_windows(tokenizer, given.calibration.read_text(encoding="utf-8"), 32, LENGTH)
+    windows = evaluation_windows(tokenizer, given.text.read_text(encoding="utf-8"), LENGTH, WINDOWS)
+    files = files_of(given, engine, calibration)
+    speeds: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in files}
+    for _ in range(ROUNDS):
+        for name, (file, _) in files.items():
+            speeds[name].append(engine.measure(file, windows[:1].numpy(), "speed", new=NEW, times=1))
+    losses: dict[Path, np.ndarray] = {}
+    rows = []
+    for name, (file, source) in files.items():
+        losses[source] = losses[source] if source in losses else loss(source, windows)
+        found = engine.measure(file, windows.numpy(), "losses")["losses"] / (LENGTH - 1)
+        over = {
+            of: [float(one[of][0] / dense[of][0]) for one, dense in zip(speeds[name], speeds["f16"], strict=True)]
+            for of in ("prompt", "decode")
+        }
+        typical = {key: float(np.median([one[key] for one in speeds[name]])) for key in speeds[name][0]}
+        difference = found - losses[source]
+        values = (given.model.resolve().name, name, file.stat().st_size, losses[source].mean(), found.mean(), difference.mean())
+        values += (np.sqrt(np.mean(difference**2)), typical["prompt"], typical["decode"])
+        values += (np.median(over["prompt"]), np.median(over["decode"]), int(typical["resident"]), int(typical["anonymous"]))
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+        print(rows[-1], flush=True)
+    if given.csv:
+        with open(given.csv, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
