@@ -232,6 +232,10 @@ def test_rows_that_are_no_blocks_are_refused_in_q8_0(saved, tmp_path, monkeypatc
     checkpoint = with_tokenizer(build(tmp_path / "narrow", tmp_path / "gpt2", ["ffn"], 0.6))
     line = refused(tmp_path, checkpoint, monkeypatch, "--matrices", "q8_0")
     assert "transformer.h.0.attn.c_attn: its rows have 24 numbers, which is no multiple of 32; choose another type" in line
+    checkpoint = with_tokenizer(build(tmp_path / "narrow", tmp_path / "rounded", ALL, 0.6, "rounded", bits=[4]))
+    said = export_gguf(checkpoint, tmp_path / "floats", None).said
+    assert "2 of 8 compressed matrices have the numbers of the checkpoint (2 Q4_0); 6 of 8" in said
+    assert tensors(tmp_path / "floats")["blk.0.attn_qkv.weight"].shape == (72, 24)
     checkpoint = sliced(saved("llama"), tmp_path / "work", monkeypatch, (40, 64))
     export_gguf(checkpoint, tmp_path / "filled", None, matrices="q8_0")
     assert entry(tmp_path / "filled", "llama.feed_forward_length") == 64, "both FFNs"

@@ -78,7 +78,8 @@ class Matrices:
         module, dtype = self.checkpoint.module(m.module)
         if isinstance(module, RoundedLinear) and module.added is None:
             bias = self.checkpoint.tensor(f"{m.module}.bias") if m.bias else None
-            return Stored(m, grid_of(module) or module.matrix(), bias, dtype)
+            whole = m.role == "down_proj" or inputs % SIZE == 0  # only an FFN can be filled up to whole blocks
+            return Stored(m, (grid_of(module) if whole else None) or module.matrix(), bias, dtype)
         try:
             weight, offset = affine_of(module, outputs, inputs)
         except ValueError as error:
