@@ -1,13 +1,15 @@
 """Exports to GGUF in llama.cpp beside the dense model in F16: bytes, loss, tokens per second and memory, as rows of a CSV file.
 
-    python tests/benchmarks/llama_cpp.py MODEL TEXT --calibration TEXT [--methods NAME[:KEEP] ...] [--folder DIR] [--length N] [--csv FILE]
+    python -m tests.benchmarks.llama_cpp MODEL TEXT --calibration TEXT [--methods NAME[:KEEP] ...]
+        [--length 256] [--folder llama_cpp] [--csv FILE]
 
-`MODEL` is a directory with a tokenizer, `TEXT` that of the evaluation. Every method is compressed (kept in `--folder`), exported,
-and measured by llama.cpp in processes of their own with one thread: the loss over 64 windows of 256 tokens beside the loss that
-transformers computes of the checkpoint in float32; tokens per second of a prompt of 256 tokens and of 64 tokens one by one after
-it, the median of five rounds in turns with F16; the memory of the process with the model loaded and used (file pages that it reads
-included), and the part of it that no file backs. `q8_0` is llama.cpp's own rounding of the dense model.
-`WINNOW_LLAMA_CPP_PYTHON` names an interpreter with llama-cpp-python; without it one is built in `--folder`.
+`MODEL` is a directory with a tokenizer, `TEXT` that of the evaluation. A method is the name of a preset, or a YAML file with the
+content of one. It is compressed (the checkpoint stays in `--folder`), exported, and measured by llama.cpp in processes of their
+own with one thread: the loss over 64 windows beside the loss that transformers computes of the checkpoint in float32; tokens per
+second of a prompt of one window and of 64 tokens one by one after it, the median of five rounds in turns with F16; the memory of
+the process with the model loaded and used (file pages that it reads included), and the part of it that no file backs. `q8_0` is
+llama.cpp's own rounding of the dense model. `WINNOW_LLAMA_CPP_PYTHON` names an interpreter with llama-cpp-python; without it one
+is built in `--folder`.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from tests.engines.llama import LlamaCpp, environment, without_compression
 from winnow.api import calibration_windows, compress, evaluate, evaluation_windows
@@ -46,12 +49,14 @@ def files_of(given: argparse.Namespace, engine: LlamaCpp, calibration: torch.Ten
     engine.quantized(found["f16"][0], found["q8_0"][0])
     for method in given.methods:
         name, _, keep = method.partition(":")
-        checkpoint, out = folder / f"{name} {keep}".strip(), folder / f"{name} {keep} gguf"
+        label = f"{Path(name).stem} {keep or 0.4}"
+        checkpoint, out = folder / label, folder / f"{label} gguf"
         if not checkpoint.is_dir():
-            compress(model, calibration, name, float(keep or 0.4), nearest=True).save(checkpoint)
+            content = yaml.safe_load(Path(name).read_text(encoding="utf-8")) if name.endswith(".yaml") else name
+            compress(model, calibration, content, float(keep or 0.4), nearest=True).save(checkpoint)
         if not out.is_dir():
-            print(method, export_gguf(checkpoint, out, None).said, flush=True)
-        found[method] = (out / "model.gguf", checkpoint)
+            print(label, export_gguf(checkpoint, out, None).said, flush=True)
+        found[label] = (out / "model.gguf", checkpoint)
     return found
 
 
