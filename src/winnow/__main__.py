@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from winnow.commands.formats import FORMATS
 from winnow.errors import InputError, absent, missing
 
 DTYPES = ("original", "float32", "bfloat16", "float16")
-FORMS = ("dense", "compressed-tensors")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,10 +40,14 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="export a checkpoint to a format that does not need winnow")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("directory", type=Path, help="a new directory")
-    text = "dense: every tool reads it (default); compressed-tensors: as small as the checkpoint, for rounded matrices only"
-    command.add_argument("--format", choices=FORMS, default="dense", help=text)
+    text = "; ".join(f"{name}: {form.help}" for name, form in FORMATS.items())
+    command.add_argument("--format", choices=FORMATS, default="dense", help=text)
     text = "dtype of its tensors (default: as in the original model)"
-    command.add_argument("--dtype", choices=DTYPES, default="original", help=text)
+    command.add_argument("--dtype", choices=DTYPES, help=text)
+    text = "of gguf: type of the FFN and attention matrices that are not stored exactly in blocks (default: that of --dtype)"
+    command.add_argument("--matrices", choices=(*DTYPES, "q8_0"), help=text)
+    text = "of gguf: type of the embeddings and of the output matrix (default: that of --dtype)"
+    command.add_argument("--embeddings", choices=(*DTYPES, "q8_0"), help=text)
     command = commands.add_parser("share", help="copy a checkpoint with its measured results in the card")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("directory", type=Path, help="a new directory")
@@ -74,11 +78,15 @@ def run(given: argparse.Namespace) -> None:
 
         for line in explain(given.artefact, plan_of(given.configfile, given.replace_workflow_config)):
             print(line)
-    elif given.command in ("export", "share"):
+    elif given.command == "export":
         from winnow.commands.hand_on import hand_on
 
-        export = (given.dtype, given.format) if given.command == "export" else (DTYPES[0], FORMS[0])
-        hand_on(given.command, given.checkpoint, given.directory, *export)
+        options = {name: getattr(given, name) for name in ("dtype", "matrices", "embeddings")}
+        hand_on(given.checkpoint, given.directory, given.format, options)
+    elif given.command == "share":
+        from winnow.commands.hand_on import hand_on
+
+        hand_on(given.checkpoint, given.directory)
     else:
         from winnow.planning.config_files import generate
 

@@ -7,7 +7,7 @@ class InputError(ValueError):
     """What is wrong, where (file, key or layer) and what to do, in one line."""
 
 
-EXTRAS = {"compressed_tensors": "engines"}  # the extra with a library that is not in `workflow`
+EXTRAS = dict.fromkeys(("compressed_tensors", "gguf"), "engines")  # the extra with a library that is not in `workflow`
 
 
 def absent(library: str) -> str:

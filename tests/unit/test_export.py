@@ -21,7 +21,7 @@ from tests.conftest import pico
 from tests.unit.test_checkpoint import IDS, build, logits, statistics, targets_of
 from tests.unit.worlds import FITTED
 from winnow.__main__ import main
-from winnow.checkpoint.card import Exported, card
+from winnow.checkpoint.card import WITHOUT_WINNOW, Exported, card
 from winnow.checkpoint.export import Checkpoint, affine_of, export_dense
 from winnow.checkpoint.loading import load_model
 from winnow.checkpoint.measured import Measured
@@ -294,8 +294,10 @@ def test_a_card_holds_recipe_bytes_loading_and_numbers(recipe):
         "3 windows of 8 tokens, 24 scored, in float32, without a leading BOS",
     ):
         assert piece in text, piece
-    assert "import winnow" not in card(recipe, exported=Exported(21, "bfloat16", 0.0021))
-    assert "winnow export" in card(recipe, exported=Exported(21, "bfloat16", 0.0021)), "how the numbers come in"
+    exported = card(recipe, exported=Exported(21, "bfloat16", 0.0021, "written as a dense model", WITHOUT_WINNOW, ""))
+    assert "compressed by winnow, written as a dense model" in exported
+    assert "import winnow" not in exported
+    assert "winnow export" in exported, "how the numbers come in"
     assert "base_model" not in card(recipe | {"model": {"source": "a/folder", "revision": None}})
 
 

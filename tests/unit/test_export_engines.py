@@ -235,7 +235,7 @@ def test_without_the_library_one_line_says_what_to_install(saved_llama, tmp_path
 def test_the_documented_command_says_bytes_and_programs(saved_llama, tmp_path, monkeypatch, capsys):
     """Also what a narrow dtype costs."""
     checkpoint = rounded(saved_llama, tmp_path / "work", bits=[8])
-    (command,) = documented("winnow export --format")
+    (command,) = documented("winnow export --format compressed-tensors")
     for out, options in (("exact", []), ("packed", ["--dtype", "bfloat16"])):
         places = {"<checkpoint>": str(checkpoint), "<new directory>": str(tmp_path / out)}
         words = re.split(r"(<[^>]+>)| ", command)

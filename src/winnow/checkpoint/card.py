@@ -49,25 +49,26 @@ error of {error:.1e}; in float32 there is none, and in float16 the matrices are 
 
 @dataclass(frozen=True)
 class Exported:
-    """An export: bytes of its weights, dtype of its matrices, and their relative rounding error. `engine`: for the format
-    compressed-tensors, whether vLLM reads it; empty for a dense model."""
+    """An export: bytes of its weights, dtype of its matrices, and their relative rounding error. For the card: `form` says what
+    it is written as, and `use` how it is loaded, with the fields of this class in braces. `said`: the same in one line, to be
+    printed after the bytes. `engine`: what an engine does with it, where that depends on the checkpoint."""
 
     bytes: int
     dtype: str
     error: float
+    form: str
+    use: str
+    said: str
     engine: str = ""
 
 
 def card(recipe: WrittenRecipe, measured: list[Measured] | None = None, exported: Exported | None = None) -> str:
     """The text of the card. `recipe`: content of recipe.yaml; `exported`: given if the card is for an export."""
     dense, recipe = exported is not None, named(recipe)
-    how, written = WITHOUT_WINNOW if dense else WITH_WINNOW, ", written as a dense model" if dense else ""
+    how, written = (exported.use, f", {exported.form}") if exported else (WITH_WINNOW, "")
     sizes: dict[str, Any] = {"dense": recipe["model_dense_bytes"], "compressed": recipe["model_stored_bytes"]}
     if exported:
-        sizes |= {"exported": exported.bytes, "dtype": exported.dtype, "error": exported.error}
-    if exported and exported.engine:
-        how, written = PACKED, ", in the format compressed-tensors"
-        sizes["engine"] = exported.engine
+        sizes |= {"exported": exported.bytes, "dtype": exported.dtype, "error": exported.error, "engine": exported.engine}
     parts = [
         f"# {recipe['names']['model']}, compressed by winnow{written}",
         "## Use",

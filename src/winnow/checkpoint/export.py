@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from winnow.checkpoint.card import Exported, card
+from winnow.checkpoint.card import WITHOUT_WINNOW, Exported, card
 from winnow.checkpoint.hf import WinnowConfig
 from winnow.checkpoint.layouts import install
 from winnow.checkpoint.measured import Measured
@@ -246,7 +246,8 @@ def export_dense(
     directory.mkdir(parents=True)
     total = write_weights(directory, _dense_tensors(checkpoint, rounding), SHARD_BYTES)
     widest = str(reduce(torch.promote_types, rounding.dtypes)).removeprefix("torch.")
-    exported = Exported(total, widest, rounding.error())
+    said = f"in {widest} with a relative rounding error of {rounding.error():.1e}; dense, does not need winnow"
+    exported = Exported(total, widest, rounding.error(), "written as a dense model", WITHOUT_WINNOW, said)
     write_beside(checkpoint, directory, {}, exported, measured, provenance)
     return exported
 
@@ -259,13 +260,20 @@ def write_beside(
     measured: list[Measured] | None,
     provenance: Provenance | None,
 ) -> None:
-    """Write what belongs beside the weights of an export: its config with the additional `keys`, tokenizer, recipe, card and
-    manifest."""
+    """Write what belongs beside the weights of an export in Hugging Face layout: its config with the additional `keys`,
+    tokenizer, recipe, card and manifest."""
     source = checkpoint.directory
     config = {key: value for key, value in without_local(checkpoint.config).items() if key != "torch_dtype"}
     config |= {"dtype": exported.dtype, **keys}
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     copy_files([path.name for path in sorted(source.iterdir())], source, directory)
+    write_card(source, directory, exported, measured, provenance)
+
+
+def write_card(
+    source: Path, directory: Path, exported: Exported, measured: list[Measured] | None, provenance: Provenance | None
+) -> None:
+    """Write recipe and card of an export of the checkpoint `source`, if it has a recipe, and the manifest of all files."""
     if (source / "recipe.yaml").is_file():  # `save_pretrained` does not write it
         recipe = named(yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")))
         (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")

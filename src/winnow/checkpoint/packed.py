@@ -27,7 +27,7 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from winnow.checkpoint.card import Exported
+from winnow.checkpoint.card import PACKED, Exported
 from winnow.checkpoint.export import ORIGINAL, Checkpoint, Rounding, unchanged, write_beside
 from winnow.checkpoint.measured import Measured
 from winnow.errors import InputError, first_line
@@ -42,6 +42,7 @@ WIDTHS = (4, 8)  # bits of a stored code
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # matrices of a layer that vLLM joins to one
 GROUPS = (None, 32, 64, 128)  # inputs that share a scale, for which vLLM has kernels
 SMALLEST = 32  # groups are not split into smaller ones, whose scales would take more than half a bit per number
+LOADS = "transformers loads it with the package compressed-tensors, without winnow"
 READS = "vLLM reads the format too, but was not tried"
 
 
@@ -174,7 +175,9 @@ def export_packed(
     renamed = (item for pair in tensors for item in revert_weight_conversion(checkpoint.dense, dict([pair])).items())
     total = write_weights(directory, renamed, SHARD_BYTES)
     reason = not_in_vllm(schemes, joined)
-    exported = Exported(total, loaded, rounding.error(), f"vLLM does not read it: {reason}" if reason else READS)
+    engine = f"vLLM does not read it: {reason}" if reason else READS
+    said = f"loaded in {loaded} with a relative rounding error of {rounding.error():.1e}; {LOADS}; {engine}"
+    exported = Exported(total, loaded, rounding.error(), "in the format compressed-tensors", PACKED, said, engine)
     config = {"quantization_config": _quantization_config(checkpoint, schemes)}
     write_beside(checkpoint, directory, config, exported, measured, provenance)
     return exported

@@ -1,0 +1,1 @@
+"""Exports to GGUF, the file format of llama.cpp."""
