@@ -54,7 +54,7 @@ def directory(path: Path, cost: float | str) -> Path:
 def test_both_models_are_asked_in_turns(tmp_path, python):
     dense, slow = directory(tmp_path / "dense", 0.002), directory(tmp_path / "slow", 0.02)
     found = engine_latency(dense, slow, {**SPEC, "python": python}, 100, tmp_path)
-    assert found["machine"]["engine"] .startswith("vllm 0.0.test")
+    assert found["machine"]["engine"].startswith("vllm 0.0.test")
     assert found["machine"]["bandwidth"] > 1e6
     cases = {(case["phase"], case["batch"], case["prompt"]): case for case in found["cases"]}
     assert len(cases) == 8
