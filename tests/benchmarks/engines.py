@@ -3,9 +3,9 @@
     python tests/benchmarks/engines.py MODEL CHECKPOINT ... [--llama PYTHON] [--vllm PYTHON] [--dtype bfloat16] [--threads 1]
         [--prompt 128] [--decode 32] [--repeats 7] [--csv FILE]
 
-Batch 1. Every line is a checkpoint in an engine: milliseconds of a prompt or of a decoded token, and their ratio to the dense model's in
-the same repeat (median and quartiles) with the verdict. `resident_bytes` is what the weights take in transformers, and all memory of
-the process in another engine. `PYTHON` is the interpreter that has the engine.
+Batch 1. Every line is a checkpoint in an engine: milliseconds of a prompt or of a decoded token, and their ratio to the dense
+model's in the same repeat (median and quartiles) with the verdict. `resident_bytes` is what the weights take in transformers, and
+all memory of the process in another engine. `PYTHON` is the interpreter that has the engine.
 """
 
 import argparse

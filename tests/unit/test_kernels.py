@@ -54,7 +54,7 @@ def test_all_bits_within_twice_the_rounding_of_multiplying_out(bits, zeros, inpu
     [
         (layer(), X.float()),  # no kernel that is faster
         (layer(), X.half()),
-        (layer(), torch.cat([X, X, X], 1)),  # 18 tokens
+        (layer(), torch.cat([X] * 11, 1)),  # 66 tokens
         (layer(group=48), X),
         (layer(group=16), X),
         (layer(outputs=90), X),
@@ -134,7 +134,7 @@ def test_a_released_matrix_takes_memory_once_and_stays_the_same(bits, zeros, out
     assert made.release(), "again"
     assert made.steps.numel() == 0
     assert torch.equal(made.matrix(), kept.matrix())
-    for x in (X[..., :160], torch.cat([X, X, X], 1)[..., :160], X[..., :160].float()):
+    for x in (X[..., :160], torch.cat([X] * 11, 1)[..., :160], X[..., :160].float()):
         if x.dtype == torch.float32:
             made, kept = made.float(), kept.float()
         assert torch.equal(made(x), kept(x))

@@ -16,7 +16,7 @@ def for_inference(model: Model) -> Model:
     """Set the model to `eval`, and keep the integers of its rounded matrices in the layout of the kernel that decodes with them,
     and only there: they take memory once. Returns the model.
 
-    Outputs do not change, and the model can be saved as before. Prompts of more than 16 tokens take somewhat longer, since
+    Outputs do not change, and the model can be saved as before. Prompts of more than 64 tokens take somewhat longer, since
     integers of 5 bits and more lie in two matrices. Matrices that the kernel does not have are left as they are, and so is a
     model that is not in bfloat16 on a CPU."""
     for module in model.eval().modules():

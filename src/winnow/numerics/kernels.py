@@ -20,7 +20,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from winnow.numerics.modules import RoundedLinear
 
-FEW = 16  # tokens up to which the kernel is used: with more, one product with the dense matrix costs less
+FEW = 64  # tokens up to which the kernel is used: with more, one product with the dense matrix costs less
 GROUPS = (32, 64, 128, 256)  # that the kernel has
 ROWS = 16  # of whose multiples the kernel has outputs
 BLOCKS = (64, 32, 16)  # rows that versions of the kernel store together

@@ -94,4 +94,5 @@ def _places(bits: int) -> list[tuple[int, int]]:
 
 def grouped(matrix: Tensor, group: int) -> Tensor:
     """(m, groups, group), padded with zeros at the end."""
-    return functional.pad(matrix, (0, -matrix.shape[1] % group)).reshape(len(matrix), -1, group)
+    short = -matrix.shape[1] % group
+    return (functional.pad(matrix, (0, short)) if short else matrix).reshape(len(matrix), -1, group)  # padding copies
