@@ -99,8 +99,8 @@ def main() -> None:
 
 def row(model: str, name: str, file: Path, own: np.ndarray, found: np.ndarray, speeds: dict) -> dict[str, str]:
     """A row of the table, from the losses of the checkpoint and of llama.cpp by window, and the rounds of all files."""
-    one = {key: [float(round_[key]) for round_ in speeds[name]] for key in ("prompt", "decode", "resident", "anonymous")}
-    dense = {key: [float(round_[key]) for round_ in speeds["f16"]] for key in ("prompt", "decode")}
+    one = {key: [float(round_[key].item()) for round_ in speeds[name]] for key in ("prompt", "decode", "resident", "anonymous")}
+    dense = {key: [float(round_[key].item()) for round_ in speeds["f16"]] for key in ("prompt", "decode")}
     over = {key: np.median(np.divide(one[key], dense[key])) for key in dense}
     middle = {key: np.median(values) for key, values in one.items()}
     values = [model, name, f"{file.stat().st_size / 1e6:.2f}", f"{np.exp(own.mean()):.4f}", f"{np.exp(found.mean()):.4f}"]

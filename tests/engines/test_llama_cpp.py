@@ -153,13 +153,12 @@ def test_the_loss_is_that_of_the_checkpoint(name, llama_cpp, tmp_path):
     own = above(file, model)
     typical, standard = np.sqrt(np.mean(own**2)), np.std(own, ddof=1) / 8
     for method, (preset, keep) in METHODS.items():
-        made = compress(model, calibration, preset, keep)
+        made = compress(model, calibration, preset, keep, nearest=True)
         checkpoint = made.save(tmp_path / method)
         export_gguf(checkpoint, tmp_path / f"{method} gguf", None)
         file = tmp_path / f"{method} gguf" / "model.gguf"
-        if method == "smaller":
-            lengths = GGUFReader(file).get_field(f"{'deci' if name == 'wt2-llama' else name[4:]}.feed_forward_length").contents()
-            assert len(set(lengths)) > 1 if name == "wt2-llama" else lengths > 0, lengths
+        if method == "smaller" and name == "wt2-llama":
+            assert len(set(GGUFReader(file).get_field("deci.feed_forward_length").contents())) > 1
         found = above(file, checkpoint)
         assert np.sqrt(np.mean(found**2)) < typical, (method, found, own)
         assert abs(found.mean()) < abs(own.mean()) + 2 * standard, (method, found.mean(), own.mean())

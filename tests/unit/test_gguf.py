@@ -130,6 +130,14 @@ def test_the_entries_describe_the_model(saved, tmp_path):
     assert all(tokens[index] == token for token, index in vocabulary.items())
 
 
+def test_a_window_that_llama_cpp_lacks_limits_the_context(saved, tmp_path):
+    checkpoint = without_compression(saved("mistral"), tmp_path / "dense")
+    shutil.copyfile(TOKENIZER, checkpoint / "tokenizer.json")
+    made = export_gguf(checkpoint, tmp_path / "out", None)
+    assert entry(tmp_path / "out", "llama.context_length") == TINY["mistral"][1]["sliding_window"] == 16
+    assert "the context is limited to 16 tokens" in made.said
+
+
 def sliced(source: Path, work: Path, monkeypatch, sizes: tuple[int, int]) -> Path:
     """A checkpoint whose two FFNs have these neurons."""
     names = {0: "000", 1: "001"}
@@ -244,6 +252,7 @@ def test_rows_that_are_no_blocks_are_refused_in_q8_0(saved, tmp_path, monkeypatc
 OPTIONS = [
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters"),
     ("qwen2", {"hidden_act": "relu"}, "hidden_act"),
     ("qwen3", {"attention_bias": True}, "attention_bias"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
@@ -327,7 +336,7 @@ def test_a_number_too_large_for_the_type_leaves_nothing(saved, tmp_path, monkeyp
     (checkpoint / "model.safetensors").unlink()
     test_checkpoint.save_file(stored, checkpoint / "model.safetensors", {"format": "pt"})
     line = refused(tmp_path, checkpoint, monkeypatch, "--dtype", "float16")
-    assert "model.layers.1.mlp.up_proj: not finite as torch.float16; use another --dtype; choose another type" in line
+    assert "model.layers.1.mlp.up_proj: not finite as torch.float16; use another --dtype" in line
 
 
 def test_without_the_library_one_line_says_what_to_install(saved_llama, tmp_path, monkeypatch):

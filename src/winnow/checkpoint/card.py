@@ -50,8 +50,8 @@ error of {error:.1e}; in float32 there is none, and in float16 the matrices are 
 @dataclass(frozen=True)
 class Exported:
     """An export: bytes of its weights, dtype of its matrices, and their relative rounding error. For the card: `form` says what
-    it is written as, and `use` how it is loaded, with the fields of this class in braces. `said`: the same in one line, to be
-    printed after the bytes. `engine`: what an engine does with it, where that depends on the checkpoint."""
+    it is written as, and `use` how it is loaded, with the numbers that the card knows in braces. `said`: the same in one line, to
+    be printed after the bytes. `engine`: what an engine does with it, where that depends on the checkpoint."""
 
     bytes: int
     dtype: str

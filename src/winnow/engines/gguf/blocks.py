@@ -85,6 +85,6 @@ def in_floats(tensor: Tensor, dtype: torch.dtype) -> Data:
 def in_q8_0(tensor: Tensor) -> tuple[Data, Tensor]:
     """(a matrix (m, n) rounded to 8 bits as llama.cpp rounds, its numbers in float32). Raises ValueError unless 32 divides n."""
     if tensor.shape[-1] % SIZE:
-        raise ValueError(f"its rows have {tensor.shape[-1]} numbers, which is no multiple of {SIZE}")
+        raise ValueError(f"its rows have {tensor.shape[-1]} numbers, which is no multiple of {SIZE}; choose another type")
     array = quantize(tensor.float().numpy(), Type.Q8_0)
     return Data(Type.Q8_0, array), torch.from_numpy(dequantize(array, Type.Q8_0))

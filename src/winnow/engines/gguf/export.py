@@ -126,7 +126,7 @@ class _Export:
                 self.rounding.add(tensor, tensor.to(dtype))
             return in_floats(tensor, dtype)
         except ValueError as error:
-            raise InputError(f"{self.checkpoint.directory}: {name}: {first_line(error)}; choose another type") from error
+            raise InputError(f"{self.checkpoint.directory}: {name}: {first_line(error)}") from error
 
     def tensors(self) -> Iterator[tuple[str, Data]]:
         """Every tensor of the file, one at a time: matrices first."""

@@ -33,11 +33,8 @@ class Entries:
     def __init__(self, config: Any, family: Family, lengths: list[int], where: Any):
         """`lengths`: of the FFN of every layer. `where`: the file, for messages."""
         self.config, self.family, self.where, self.lengths = config, family, where, lengths
-        self.arch = family.arch
-        if len(set(lengths)) > 1:
-            if family.varying is None:
-                raise ValueError(f"{family.arch.name} has one length for all FFNs, not {sorted(set(lengths))}")
-            self.arch = family.varying
+        self.varies = len(set(lengths)) > 1
+        self.arch = family.varying if self.varies and family.varying else family.arch
         self._check()
 
     def refuse(self, key: str, why: str) -> None:
@@ -86,13 +83,12 @@ class Entries:
     def all(self) -> dict[str, Any]:
         """{key of the file: value}."""
         config, width = self.config, head_width(self.config)
-        varies = len(set(self.lengths)) > 1
         found: dict[str, Any] = {
             Keys.LLM.VOCAB_SIZE: config.vocab_size,
             Keys.LLM.CONTEXT_LENGTH: self.context(),
             Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
             Keys.LLM.BLOCK_COUNT: config.num_hidden_layers,
-            Keys.LLM.FEED_FORWARD_LENGTH: self.lengths if varies else self.lengths[0],
+            Keys.LLM.FEED_FORWARD_LENGTH: self.lengths if self.varies else self.lengths[0],
             Keys.Attention.HEAD_COUNT: config.num_attention_heads,
             Keys.Attention.HEAD_COUNT_KV: key_value_heads(config),
             Keys.Attention.KEY_LENGTH: width,
@@ -116,12 +112,14 @@ class Entries:
         return {key.format(arch=MODEL_ARCH_NAMES[self.arch]): value for key, value in found.items()}
 
     def rope_parameters(self) -> dict[str, Any]:
-        """Those of layers without a window. Raises InputError for a scaling that llama.cpp has not for this family."""
+        """Those of layers without a window. Raises InputError for what llama.cpp does not have in this family."""
         given = self.config.rope_parameters
         whole, windowed = given.get("full_attention", given), given.get("sliding_attention", {})
         kinds = [whole.get("rope_type", "default"), windowed.get("rope_type", "default")]
         if kinds[0] not in self.family.rope_types or kinds[1] != "default":
-            self.refuse("rope_parameters", f"only the types {', '.join(self.family.rope_types)} are for this family")
+            self.refuse("rope_parameters", f"llama.cpp has the types {', '.join(self.family.rope_types)} for this family")
+        if (whole.get("partial_rotary_factor") or 1.0) != 1 and self.family.arch != MODEL_ARCH.GPTNEOX:
+            self.refuse("rope_parameters", "llama.cpp rotates whole heads in this family")
         return whole
 
     def _rope(self, width: int) -> dict[str, Any]:
