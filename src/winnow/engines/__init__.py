@@ -1,0 +1,1 @@
+"""Compressed checkpoints in inference engines: one package per engine, which alone imports the engine."""
