@@ -64,8 +64,8 @@ def described(config: PreTrainedConfig, quantization: dict[str, Any]) -> Describ
 
 
 def check_directory(found: Described, directory: Path) -> None:
-    """Compares the tensors of the model with the headers of its files. Raises InputError for a tensor that is missing, unknown, or
-    of another shape."""
+    """Compares the tensors of the model with the headers of its files. Raises InputError for a tensor that is missing, unknown,
+    or of another shape."""
     stored_tensors(found.model, weight_files(directory))
 
 
@@ -74,6 +74,6 @@ def check_parallel(tensor: int, pipeline: int) -> None:
     for what, count in (("tensor", tensor), ("pipeline", pipeline)):
         if count > 1:
             raise InputError(
-                f"winnow's plug-in for vLLM runs a compressed model in one process, but {what}_parallel_size is {count}; set it to "
-                "1, and use data_parallel_size for several processes"
+                f"winnow's plug-in for vLLM runs a compressed model in one process, but {what}_parallel_size is {count}; set it "
+                "to 1, and use data_parallel_size for several processes"
             )

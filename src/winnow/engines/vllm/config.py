@@ -23,7 +23,8 @@ from winnow.models.config_json import METHOD
 
 @register_quantization_config(METHOD)
 class WinnowQuantization(QuantizationConfig):
-    """The `quantization_config` of a compressed checkpoint. vLLM makes it before it starts its processes, and hands it to them."""
+    """The `quantization_config` of a compressed checkpoint. vLLM makes it before it starts its processes, and sends it to
+    them."""
 
     def __init__(self, content: dict[str, Any]):
         super().__init__()

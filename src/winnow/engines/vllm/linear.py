@@ -38,7 +38,9 @@ class CompressedLinearMethod(LinearMethodBase):
         """Allocate the modules below the layer, where vLLM's loader finds them by `Places`. Raises InputError for a layer that
         returns its bias separately."""
         if layer.skip_bias_add:
-            raise InputError(f"{self.names[0]}: vLLM adds the bias of this layer elsewhere; load the checkpoint with transformers")
+            raise InputError(
+                f"{self.names[0]}: vLLM adds the bias of this layer elsewhere; load the checkpoint with transformers"
+            )
         self.dtype = params_dtype
         parts = {name: self.found.take(name) for name in self.names}
         for part in parts.values():
@@ -60,6 +62,7 @@ class CompressedLinearMethod(LinearMethodBase):
 
     def _pack(self, module: nn.Module) -> None:
         """Replace the products of a module by those that vLLM uses on CPUs, whose matrices have another layout."""
+        child: Any
         for name, child in list(module.named_children()):
             if suits(child, self.dtype):
                 setattr(module, name, FewBits(child))
@@ -71,6 +74,8 @@ class CompressedLinearMethod(LinearMethodBase):
 
 class Product(nn.Module):
     """A dense matrix (out, in), as vLLM stores and multiplies it on CPUs."""
+
+    cpu_linear: Any  # made by vLLM
 
     def __init__(self, dense: nn.Linear):
         super().__init__()

@@ -18,7 +18,9 @@ class Tensors:
     """The tensors of a model's compressed modules: each exists once, also if several modules share it."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor on `meta`, which is kept so that its number stays its own
+        self._made: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # by the tensor on `meta`, which is kept so that its number stays its own
         self._loaded: set[int] = set()
         self._shared: set[int] = set()  # tensors of several modules
         self._replaced: dict[int, tuple[nn.Module, nn.Module]] = {}  # by the module that was replaced
@@ -76,7 +78,7 @@ class Parts(nn.Module):
         self.parts = nn.ModuleList(named.values())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy tensors named `part.name.tensor` (see `Places`); vLLM calls this as the layer's. Returns the names below the layer."""
+        """Copy tensors named `part.name.tensor` (see `Places`); vLLM calls this for the layer. Returns the names below it."""
         own = dict((*self.parts.named_parameters(remove_duplicate=False), *self.parts.named_buffers(remove_duplicate=False)))
         loaded = set()
         for name, stored in weights:
@@ -103,6 +105,7 @@ class Parts(nn.Module):
 def joined(parts: list[nn.Module]) -> list[nn.Module]:
     """The same outputs from fewer products: neighbours that are dense, or that share their right factor, become one."""
     found: list[nn.Module] = []
+    part: Any
     for part in parts:
         last: Any = found[-1] if found else None
         if type(part) is nn.Linear and type(last) is nn.Linear:
@@ -127,7 +130,7 @@ def _stacked(first: nn.Linear, second: nn.Linear) -> nn.Linear:
         both = nn.Linear(first.in_features, first.out_features + second.out_features, bias=False)
     both.weight = nn.Parameter(torch.cat([first.weight, second.weight]), requires_grad=False)
     if first.bias is not None or second.bias is not None:
-        biases = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in (first, second)]
+        biases: list[Tensor] = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in (first, second)]
         both.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
     return both
 

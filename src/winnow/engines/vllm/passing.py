@@ -92,11 +92,13 @@ def passing_of(model: nn.Module, layers: dict[str, dict[str, Any]]) -> dict[str,
         parts = {own.get("part"): module for module, own in ffn.items()}
         gated = "gate" in parts
         if "up" not in parts or "down" not in parts:
-            raise InputError(f"{name}: vLLM cannot run {layout['kind']} where gate and up are one matrix; load it with transformers")
+            raise InputError(
+                f"{name}: vLLM cannot run {layout['kind']} where gate and up are one matrix; load it with transformers"
+            )
         if not _undone(model.get_submodule(name), gated):
             raise InputError(
-                f"{name}: vLLM cannot run {layout['kind']} with the activation {type(model.get_submodule(name)).__name__}; load the "
-                "checkpoint with transformers"
+                f"{name}: vLLM cannot run {layout['kind']} with the activation {type(model.get_submodule(name)).__name__}; load "
+                "the checkpoint with transformers"
             )
         for part in {"gate", "up", "down"} & set(parts):
             found[parts[part]] = Passing(part, gated, layout.get("exact", 0))

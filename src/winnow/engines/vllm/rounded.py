@@ -23,7 +23,7 @@ MANY = 256  # tokens from which multiplying the matrix out is faster than the ke
 
 
 class FewBits(nn.Module):
-    """A `RoundedLinear` whose integers are in the layout of the kernel: 0.5 bytes per number of up to 4 bits, 1 byte otherwise."""
+    """A `RoundedLinear` with its integers in the layout of the kernel: 0.5 bytes per number of up to 4 bits, otherwise 1."""
 
     def __init__(self, module: RoundedLinear):
         """The module's own integers are not kept. It must be of a group in `GROUPS`."""
