@@ -2,10 +2,11 @@
 
 <python with vLLM and winnow> tests/benchmarks/engines_vllm.py OUT.csv DTYPE DENSE CHECKPOINT...
 
-Every model is loaded in a process of its own, on one thread, without compilation. `logprob_max` and `logprob_rms` are
-differences of the log-probabilities of 4 x 199 random tokens from those of transformers in the same dtype; `tokens_s` is the decoding
-of one sequence, the best of three; `anonymous_mb` is the memory of the process without mapped files, once the model is loaded and has
-answered, and `over_dense_mb` the difference from the first model's.
+Every model is loaded in a process of its own, on one thread, without compilation. `off_vllm` is the root mean square of the
+differences of the log-probabilities of 4 x 199 random tokens from those of transformers in float32, and `off_transformers` that
+of transformers in DTYPE; `tokens_s` is the decoding of one sequence, the best of three; `anonymous_mb` is the memory of the process
+without mapped files, once the model is loaded and has answered, and `over_dense_mb` the difference from the first model's. MB are
+10^6 bytes.
 """
 
 import csv
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 SETTINGS |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
@@ -72,34 +74,36 @@ def one(stage: str, path: str, dtype: str) -> None:
     os._exit(0)  # vLLM's processes end with this one
 
 
+def process(stage: str, path: str, dtype: str) -> Any:
+    """The result of a process of its own. Ends with its messages if it fails."""
+    command = [sys.executable, __file__, "--one", stage, path, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **SETTINGS}, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(done.stderr)
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def off(found: list[list[float]], expected: list[list[float]]) -> float:
+    """The root mean square of the differences."""
+    squares = [(a - b) ** 2 for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)]
+    return (sum(squares) / len(squares)) ** 0.5
+
+
 def main(out: str, dtype: str, *paths: str) -> None:
     """Writes and prints a row for every model."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, str]] = []
+    first = 0.0
     for path in paths:
-        found = []
-        for stage in ("reference", "measured"):
-            command = [sys.executable, __file__, "--one", stage, path, dtype]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **SETTINGS}, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                sys.exit(done.stderr)
-            found.append(json.loads(lines[-1].removeprefix("RESULT ")))
-        expected, own = found
-        off = [a - b for x, y in zip(expected, own["logprobs"], strict=True) for a, b in zip(x, y, strict=True)]
-        row = {
-            "model": Path(path).name,
-            "dtype": dtype,
-            "file_mb": sum(f.stat().st_size for f in Path(path).glob("*.safetensors")) / 1e6,
-        }
-        row |= {"logprob_max": max(map(abs, off)), "logprob_rms": (sum(x * x for x in off) / len(off)) ** 0.5}
-        row |= {"tokens_s": own["tokens_s"], "anonymous_mb": own["anonymous_mb"]}
-        row["over_dense_mb"] = own["anonymous_mb"] - float(str(rows[0]["anonymous_mb"] if rows else own["anonymous_mb"]))
-        rows.append(
-            {
-                key: f"{value:.3g}" if key.startswith("logprob") else f"{value:.1f}" if isinstance(value, float) else value
-                for key, value in row.items()
-            }
-        )
+        expected = process("reference", path, "float32")
+        plain, own = process("reference", path, dtype), process("measured", path, dtype)
+        size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+        memory = own["anonymous_mb"]
+        first = first if rows else memory
+        numbers = {"file_mb": size / 1e6, "tokens_s": own["tokens_s"], "anonymous_mb": memory, "over_dense_mb": memory - first}
+        offs = {"off_vllm": off(own["logprobs"], expected), "off_transformers": off(plain, expected)}
+        rows.append({"model": Path(path).name, "dtype": dtype})
+        rows[-1] |= {key: f"{value:.2g}" for key, value in offs.items()} | {key: f"{value:.1f}" for key, value in numbers.items()}
         print(rows[-1], flush=True)
     with open(out, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

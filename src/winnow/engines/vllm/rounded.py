@@ -29,7 +29,7 @@ class FewBits(nn.Module):
         """The module's own integers are not kept. It must be of a group in `GROUPS`."""
         super().__init__()
         self.in_features, self.out_features, self.group = module.in_features, module.out_features, module.group
-        self.bias = module.bias
+        self.bias, self.added = module.bias, module.added
         codes, scale, zeros = module.parts()
         rows, columns = -module.out_features % BLOCK, -module.in_features % module.group  # missing in the last block and group
         codes = functional.pad(codes, (0, columns, 0, rows))
@@ -50,7 +50,8 @@ class FewBits(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         planes = [getattr(self, f"{name}{number}") for number in range(self.count) for name in ("numbers", "scales")]
         y = torch.ops.winnow.few_bits(x, planes, self.group, self.out_features, self.unpackable)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y if self.added is None else y + self.added(x)
 
 
 def suits(module: nn.Module, dtype: torch.dtype) -> bool:
