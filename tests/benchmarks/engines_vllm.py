@@ -4,9 +4,9 @@
 
 Every model is loaded in a process of its own, on one thread, without compilation. `off_vllm` is the root mean square of the
 differences of the log-probabilities of 4 x 199 random tokens from those of transformers in float32, and `off_transformers` that
-of transformers in DTYPE; `tokens_s` is the decoding of one sequence, the best of three; `anonymous_mb` is the memory of the process
-without mapped files, once the model is loaded and has answered, and `over_dense_mb` the difference from the first model's. MB are
-10^6 bytes.
+of transformers in DTYPE; `tokens_s` is the decoding of one sequence, the best of three; `anonymous_mb` is the memory of the
+process without mapped files, once the model is loaded and has answered, and `over_dense_mb` the difference from the first
+model's. MB are 10^6 bytes.
 """
 
 import csv
