@@ -1,6 +1,7 @@
 """The parts of the plug-in for vLLM that need no vLLM: what is refused, where tensors go, and what its layers compute."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig
 
 from tests.unit.test_checkpoint import built
 from winnow.checkpoint.loading import load_model
+from winnow.engines import vllm as plug_in
 from winnow.engines.vllm.checked import check_directory, check_parallel, described
 from winnow.engines.vllm.parts import END, Parts, Places, Tensors, joined
 from winnow.engines.vllm.passing import SATURATED
@@ -201,3 +203,10 @@ def test_the_divided_channels_are_exact_in_every_dtype():
         assert torch.equal(nn.functional.silu(full), full)
         if dtype != torch.float16:  # whose smallest numbers have fewer digits
             assert torch.equal(full * (x / SATURATED), x)
+
+
+def test_with_another_vllm_the_plug_in_warns_and_lets_other_models_run(caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delitem(sys.modules, "winnow.engines.vllm.config", raising=False)
+    plug_in.register()
+    assert "vLLM runs no compressed checkpoint: No module named 'vllm.config'" in caplog.text
