@@ -36,6 +36,7 @@ RUN_BY = {  # documented commands: the test that runs them as they stand there
     "winnow export --format gguf *": "tests/unit/test_gguf.py::test_the_documented_command_says_bytes_and_what_is_exact",
     "winnow share <checkpoint> <new directory>": f"{INSTALL}::test_the_wheel_alone_loads_exports_and_shares_the_checkpoint",
     "pip install '.[[]workflow,slurm]'": f"{INSTALL}::oldest",
+    "pip install '.[[]vllm]'": "tests/engines/test_vllm.py::python",
     "winnow lm-eval *": "tests/unit/test_accuracy.py::test_the_command_of_the_documentation_in_a_process_of_its_own",
     "winnow init *": f"{TUTORIAL}::test_what_init_writes_is_planned",
     "winnow * <checkpoint> exported": f"{TUTORIAL}::test_the_tutorial_runs",

@@ -72,8 +72,9 @@ class WinnowQuantizer(HfQuantizer):
         self.quantization_config.layers = moved(layers, _base(whole), _base(model))
         install(model, self.quantization_config.layers)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Removes conversions that fuse the matrices of all experts, which are separate modules here."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Removes conversions that fuse the matrices of all experts, which are separate modules here. transformers below
+        5.22 gives no model."""
         return [t for t in weight_conversions if isinstance(t, WeightRenaming)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
