@@ -16,6 +16,7 @@ from winnow.registry import Options, Plugin, Registry
 
 if TYPE_CHECKING:
     from winnow.allocation.groups import Group
+    from winnow.structures.base import Runtime
 
 Objective = Literal["predicted", "metric", "relative"]
 OBJECTIVE = (
@@ -72,6 +73,10 @@ class Allocation(Plugin):
         """The number of times the loss is predicted again, around the previously allocated model."""
         return getattr(self.options, "rounds", 0)
 
+    def runtime(self) -> Runtime:
+        """The runtime whose sizes it is restricted to."""
+        return getattr(self.options, "runtime", "any")
+
     @abstractmethod
     def allocate(self, groups: list[Group], keep: float) -> Choice:
         """Sizes whose bytes are at most `keep` of the dense bytes of the groups, and as close to it as possible; for alternative
@@ -123,16 +128,19 @@ def spend(groups: list[Group], sizes: dict[str, int | None], allowed: float, cos
     fits; changes `sizes`."""
     left = allowed - stored_bytes(groups, sizes)
     while True:
-        best: tuple[float, str, int] | None = None
+        best: tuple[float, str, int, int] | None = None  # minus the gain, group, next size, its additional bytes
         for g in groups:
             size = sizes.get(g.name)
-            if size is None or size >= g.largest:
+            if size is None:
                 continue
-            more = g.bytes(size + 1) - g.bytes(size)
-            gain = (costs[g.name][size] - costs[g.name][size + 1]) / max(1, more)
+            larger = next((s for s in range(size + 1, g.largest + 1) if s not in g.left_out), None)
+            if larger is None:
+                continue
+            more = g.bytes(larger) - g.bytes(size)
+            gain = (costs[g.name][size] - costs[g.name][larger]) / max(1, more)
             if more <= left and (best is None or (-gain, g.name) < best[:2]):
-                best = (-gain, g.name, more)
+                best = (-gain, g.name, larger, more)
         if best is None:
             return
-        sizes[best[1]] = (sizes[best[1]] or 0) + 1
-        left -= best[2]
+        sizes[best[1]] = best[2]
+        left -= best[3]

@@ -38,6 +38,7 @@ class Group:
     numbers: list[int]  # stored numbers at every size, up to the largest that stores less than dense
     error: list[float]  # error at every size
     predicted: list[float] | None = None  # increase of the loss at every size, nats per token; None if unknown
+    left_out: frozenset[int] = frozenset()  # sizes that may not be chosen
 
     def bytes(self, size: int | None) -> int:
         """Stored bytes at a size; None is dense."""
@@ -48,6 +49,10 @@ class Group:
     @property
     def largest(self) -> int:
         return len(self.numbers) - 1
+
+    def sizes(self) -> list[int]:
+        """The sizes that may be chosen, in ascending order."""
+        return [size for size in range(1, len(self.numbers)) if size not in self.left_out]
 
     def offered(self) -> str:
         """The possible sizes, for error messages."""
@@ -173,7 +178,9 @@ def _spread(groups: list[Group], keep: float, allocation: dict[str, Any], neares
     choice = ALLOCATIONS.build(allocation).allocate(groups, keep)
     stored = stored_bytes(groups, choice.sizes)
     if stored > keep * dense + 1e-6 or keep * dense - stored > TOLERANCE * dense:
-        found = f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}"
+        runtime = allocation.get("runtime", "any")
+        only = "" if runtime == "any" else f" with the sizes of `runtime: {runtime}`"
+        found = f"keep_bytes {keep}{only} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}"
         if nearest:
             log.info("%s, which is stored", found)
             return choice

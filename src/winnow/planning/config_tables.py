@@ -97,6 +97,7 @@ def structure(kind: str) -> list[str]:
         f"- Numbers stored: {cls.formula}",
         f"- Its fit minimises the error of: {measured[cls.objective]}",
         f"- Predicts losses, which the allocation `ilp` needs: {'yes' if cls.predicts else 'no'}",
+        f"- Engines (`runtime` of the allocation `ilp`): {', '.join(f'`{name}`' for name in cls.engines)}",
         f"- Presets: {', '.join(f'`{name}`' for name in used) or 'none'}",
         "",
         *_key_rows(cls.Options),

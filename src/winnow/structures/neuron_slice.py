@@ -24,6 +24,7 @@ class NeuronSlice(FfnStructure):
     stores = "k rows of gate and up, down (d, k)"
     formula = "3 k d; 2 k d without gate"
     objective = "ffn_output"
+    engines = ("torch", "vllm", "gguf")  # an FFN of the same form
     in_float64 = ("factor", "products")
     predicts = True
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from winnow.models.architectures import Matrix, group_name
 from winnow.numerics.grids import FEW_BITS, Form, forms_of
-from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
+from winnow.structures.base import Fit, Part, Problem, Runtime, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SWEEPS, NUMBERS = 4, 1 << 24  # sweeps of coordinate descent on both sides; numbers (of all forms) rounded at once
+# As in `numerics.kernels` and `checkpoint.packed`, which import torch; a test compares them.
+KERNEL_GROUPS, KERNEL_ROWS, PACKED_GROUPS = (32, 64, 128, 256), 16, (32, 64, 128)
 Bits = Annotated[int, Field(ge=2, le=8)]
 Grid = Literal["symmetric", "full", "asymmetric"]
 
@@ -29,6 +32,7 @@ class Rounded(Structure):
     stores = "steps (m, n) of `bits` bits, packed by rows; scale (m, ceil(n / group)), float16; zero, as scale, of `bits` bits"
     formula = "m n steps, m ceil(n / group) scales; asymmetric as many zero points"
     bias_name = "bias"
+    engines = ("torch", "vllm", "compressed-tensors", "gguf")
     predicts = True
 
     class Options(StructureOptions):
@@ -97,6 +101,19 @@ class Rounded(Structure):
     def index_bytes(self, group: list[Matrix], size: int) -> int:
         m, n = group[0].shape
         return m * self.forms(n)[size - 1].row_bytes(n)
+
+    def runs(self, group: list[Matrix], size: int, runtime: Runtime) -> bool:
+        (m, n), form = group[0].shape, self.forms(group[0].shape[1])[size - 1]
+        signed = form.bits + (form.grid == "asymmetric")  # bits of a code from which its zero point is subtracted
+        if runtime == "torch":
+            return form.group in KERNEL_GROUPS and m % KERNEL_ROWS == 0
+        if runtime == "compressed-tensors":
+            inside = math.gcd(form.group, n)
+            whole = form.group == n
+            return signed <= 8 and not group[0].transposed and (whole or inside in PACKED_GROUPS)
+        if runtime == "gguf":
+            return signed <= 8 and form.group % 32 == 0 and n % form.group == 0
+        return super().runs(group, size, runtime)
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
         """Codes of all forms, several rounded at once; searched scales, errors, and feedback in a full metric."""

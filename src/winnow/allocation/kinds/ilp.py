@@ -20,11 +20,16 @@ from winnow.allocation.base import (
     stored_bytes,
 )
 from winnow.allocation.blocks import Place, Way, places_of, ways_of
+from winnow.allocation.runtimes import restricted
 from winnow.errors import InputError
+from winnow.structures.base import RUNTIMES, Runtime
 
 if TYPE_CHECKING:
     from winnow.allocation.groups import Group
 
+RUNTIME = "what is to run the compressed model as it is stored; other sizes are left out: " + "; ".join(
+    f"`{name}`, {what}" for name, what in RUNTIMES.items()
+)
 DENSE = -1  # means "stays dense" in arrays of sizes
 
 
@@ -66,13 +71,14 @@ class IntegerProgramme(Allocation):
         nodes: int = Field(
             10_000, ge=1, description="limit of nodes of the search tree, at which the solver stops with the best solution found"
         )
+        runtime: Runtime = Field("any", description=RUNTIME)
 
     def allocate(self, groups: list[Group], keep: float) -> Choice:
         from winnow.allocation.groups import TOLERANCE  # which imports this package
 
         options: IntegerProgramme.Options = self.options  # type: ignore[assignment]
         began = time.monotonic()
-        groups = sorted(groups, key=lambda g: g.name)
+        groups = restricted(sorted(groups, key=lambda g: g.name), options.runtime)
         costs = {g.name: losses(g, options.objective) for g in groups}
         allowed = keep * dense_bytes(groups)
         offering = alternatives(groups, options.leave_dense)
@@ -121,13 +127,13 @@ class Picked(NamedTuple):
 def alternatives(groups: list[Group], leave_dense: bool) -> list[Group]:
     """The groups to choose from. If there are alternatives, staying dense is a separate group without sizes, which is removed if
     matrices may not stay dense unless they have to."""
-    sized = {m.name for g in groups if g.largest for m in g.matrices}
-    return [g for g in groups if g.largest or leave_dense or not sized & {m.name for m in g.matrices}]
+    sized = {m.name for g in groups if g.sizes() for m in g.matrices}
+    return [g for g in groups if g.sizes() or leave_dense or not sized & {m.name for m in g.matrices}]
 
 
 def options_of(g: Group, cost: list[float], leave_dense: bool) -> Options:
-    """All sizes of a group, and dense; only dense if no size stores less."""
-    sizes = list(range(1, g.largest + 1))
+    """The sizes of a group, and dense; only dense if it has no sizes, which all store less."""
+    sizes = g.sizes()
     dense = [DENSE] if leave_dense or not sizes else []
     return Options(
         g.name,
