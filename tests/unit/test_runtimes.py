@@ -136,7 +136,7 @@ def test_a_matrix_without_a_size_is_refused_by_name():
         InputError, match=r"no size of layers\.0\.q_proj \(64 x 160\) is left with `runtime: gguf`, which runs smaller FFNs"
     ):
         restricted(rounded_groups(1, group=(64,)), "gguf")
-    with pytest.raises(InputError, match=r"keep_bytes 0\.08 with the sizes of `runtime: torch` cannot be met within 0\.5%"):
+    with pytest.raises(InputError, match=r"keep_bytes 0\.08 with `runtime: torch` cannot be met within 0\.5%"):
         allocate(rounded_groups(3), budget(keep_bytes=0.08, allocation={"kind": "ilp", "runtime": "torch"}))
     structure = STRUCTURES.build(FORMS | {"group": 64})
     matrices = [matrix((64, 128)), matrix((64, 160), "o_proj")]

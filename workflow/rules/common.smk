@@ -61,6 +61,7 @@ wildcard_constraints:
     recovery=PLAN.pattern("recoveries"),
     evaluation=PLAN.pattern("evaluations"),
     clustering="|".join(PLAN.clusterings()) or "none",
+    timing="|".join(PLAN.timings()) or "none",
     shard=r"\d+-of-\d+",
     study="|".join(PLAN.of_studies),
     task="|".join(PLAN.tasks()) or "none",

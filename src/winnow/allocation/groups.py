@@ -38,6 +38,8 @@ class Group:
     numbers: list[int]  # stored numbers at every size, up to the largest that stores less than dense
     error: list[float]  # error at every size
     predicted: list[float] | None = None  # increase of the loss at every size, nats per token; None if unknown
+    times: list[float] | None = None  # measured seconds of a product at every size; None if unknown
+    dense_time: float = 0.0  # the same of the dense matrices
     left_out: frozenset[int] = frozenset()  # sizes that may not be chosen
 
     def bytes(self, size: int | None) -> int:
@@ -45,6 +47,10 @@ class Group:
         if size is None:
             return self.dense
         return self.numbers[size] * self.unit + self.structure.index_bytes(self.matrices, size) + self.fixed
+
+    def seconds(self, size: int | None) -> float:
+        """Measured seconds of the products at a size, None is dense; 0 if they are unknown."""
+        return self.dense_time if size is None or self.times is None else self.times[size]
 
     @property
     def largest(self) -> int:
@@ -175,12 +181,13 @@ def _spread(groups: list[Group], keep: float, allocation: dict[str, Any], neares
     """The allocation's choice. Raises InputError if its bytes exceed the budget, or are lower by more than the tolerance, unless
     the `nearest` bytes are wanted."""
     dense = dense_bytes(groups)
-    choice = ALLOCATIONS.build(allocation).allocate(groups, keep)
+    spread = ALLOCATIONS.build(allocation)
+    choice = spread.allocate(groups, keep)
     stored = stored_bytes(groups, choice.sizes)
     if stored > keep * dense + 1e-6 or keep * dense - stored > TOLERANCE * dense:
-        runtime = allocation.get("runtime", "any")
-        only = "" if runtime == "any" else f" with the sizes of `runtime: {runtime}`"
-        found = f"keep_bytes {keep}{only} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}"
+        found = (
+            f"keep_bytes {keep}{spread.restriction()} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}"
+        )
         if nearest:
             log.info("%s, which is stored", found)
             return choice

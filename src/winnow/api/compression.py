@@ -133,7 +133,7 @@ def compress(
     ------
     InputError
         For an unknown method, windows that do not fit the model, bytes that the method cannot store, and weights or statistics
-        that are not finite; for an allocation with jobs of its own (`learned`, `rounds`), which only the workflow runs.
+        that are not finite; for an allocation with jobs of its own (`learned`, `rounds`, `time`), which only the workflow runs.
     """
     call = _Call(*_planned(method, {"keep_bytes": keep_bytes, "targets": list(targets), "nearest": nearest}, dtype, seed))
     try:
@@ -168,7 +168,7 @@ class _Call:
         budget = plan.spread_by(name, "asked")
         self.budget = plan.config.budgets[budget]
         allocation = plan.allocation(plan.labels["budgets"][budget])
-        if allocation.learns or allocation.rounds():
+        if allocation.learns or allocation.rounds() or allocation.timing():
             raise InputError(f"allocation {allocation.kind()!r}: needs jobs of its own; use the workflow, or another allocation")
         self.predicts, self.runtime = allocation.predicts(), allocation.runtime()
         self.structure = plan.structure(plan.labels["methods"][name])

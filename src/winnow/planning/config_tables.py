@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from winnow.allocation.base import ALLOCATIONS
+from winnow.allocation.times import Timing
 from winnow.calibration.few_tokens import ENOUGH
 from winnow.data.tokens import PROTOCOLS
 from winnow.evaluation.base import EVALUATIONS
@@ -78,6 +79,7 @@ def section(name: str) -> list[str]:
         lines += ["", *_key_rows(Tuning), "", *_families()]
     if name == "budgets":
         lines += ["", "Allocations:", "", *_kind_rows(ALLOCATIONS, "reference"), "", *ALLOCATED]
+        lines += ["", f"`time` of `ilp`: {' '.join(str(Timing.__doc__).split())}", "", *_key_rows(Timing)]
     if name == "methods":
         lines += ["", "Structures:", "", *_kind_rows(STRUCTURES, "stores"), "", "Metrics:", "", *_kind_rows(METRICS, "reference")]
         lines += ["", *SYMBOLS, "", *preset_rows()]

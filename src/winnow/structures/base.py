@@ -132,6 +132,7 @@ class Structure(Plugin):
     optimised_at_size: ClassVar[bool] = False
     engines: tuple[str, ...] = ("torch", "vllm")  # the `RUNTIMES` that run at least some of its sizes
     predicts: ClassVar[bool] = False  # whether it implements `predicted`, which some allocations need
+    timed: ClassVar[bool] = False  # whether it implements `layouts`, by which the time of a size is measured without a fit
     in_float64: ClassVar[tuple[str, ...]] = ()  # fitted tensors that are cached in float64; the others in float32
     Options: ClassVar[type[StructureOptions]]
 
@@ -242,6 +243,16 @@ class Structure(Plugin):
     @abstractmethod
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         """{module name: its part of the checkpoint} at `size`, without biases unless `bias_name` is None."""
+
+    def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
+        """{module name: its layout} at `size`, as `stored` has them."""
+        raise NotImplementedError(f"what {self.kind()} stores depends on its fit")
+
+    def timed_sizes(self, group: list[Matrix], count: int) -> list[int]:
+        """The sizes whose time is measured, from which that of the others is interpolated linearly: by default `count` evenly
+        spread ones. Empty if no size stores less than dense."""
+        largest = self.largest(group)
+        return sorted({1 + round(i * (largest - 1) / (count - 1)) for i in range(count)}) if largest else []
 
     def report(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Any] | None:
         """A report of the optimisation at `size`, for structures that are `optimised_at_size`: numbers, strings and lists."""

@@ -34,6 +34,7 @@ class Rounded(Structure):
     bias_name = "bias"
     engines = ("torch", "vllm", "compressed-tensors", "gguf")
     predicts = True
+    timed = True
 
     class Options(StructureOptions):
         kind: Literal["rounded"]
@@ -173,18 +174,22 @@ class Rounded(Structure):
             errors.append(weighted_error(weight - multiplied(steps, scales, form.group, zeros), columns, rows))
         return torch.stack(errors) / 2
 
+    def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
+        m, n = group[0].shape
+        form = self.forms(n)[size - 1]
+        zeros = {"zeros": True} if form.grid == "asymmetric" else {}
+        return {group[0].module: {"kind": self.kind(), "out": m, "in": n, "bits": form.bits, "group": form.group, **zeros}}
+
+    def timed_sizes(self, group: list[Matrix], count: int) -> list[int]:
+        return list(range(1, self.largest(group) + 1))  # forms that follow each other have little in common
+
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
 
-        m, n = group[0].shape
-        form = self.forms(n)[size - 1]
-        layout = {"kind": self.kind(), "out": m, "in": n, "bits": form.bits, "group": form.group}
-        names = ["steps", "scale"]
-        if form.grid == "asymmetric":
-            layout["zeros"] = True
-            names.append("zero")
+        ((module, layout),) = self.layouts(group, size).items()
+        names = ["steps", "scale", *(["zero"] if "zeros" in layout else [])]
         own = {name: tensors[f"{size}.{name}"] for name in names}
-        return {group[0].module: Part(layout, {**own, "weight": torch.empty(0)})}
+        return {module: Part(layout, {**own, "weight": torch.empty(0)})}
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
