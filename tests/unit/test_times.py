@@ -48,8 +48,7 @@ def test_the_programme_is_the_best_of_all_allocations_within_bytes_and_time(seed
     tables = [options_of(g, g.predicted, True) for g in groups]
     totals, losses, times = (sum(np.meshgrid(*(getattr(t, key) for t in tables), indexing="ij")) for key in KEYS)
     fits = (totals <= 0.6 * dense) & (times <= limit * (1 + 1e-9))
-    near = fits & (totals >= (0.6 - 0.005) * dense)
-    best = losses[near if near.any() and not (near & (losses == losses[fits].min())).any() else fits].min()
+    best = losses[fits].min()
     ilp = ALLOCATIONS.build({"kind": "ilp", "sizes": 64, "gap": 0.0, "time": {"keep": keep}})
     choice = ilp.allocate(groups, 0.6)
     assert choice.facts["value"] == pytest.approx(best, rel=1e-6)

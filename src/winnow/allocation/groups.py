@@ -179,12 +179,13 @@ def of_target(group: Group, ranks: Any) -> Any:
 
 def _spread(groups: list[Group], keep: float, allocation: dict[str, Any], nearest: bool) -> Choice:
     """The allocation's choice. Raises InputError if its bytes exceed the budget, or are lower by more than the tolerance, unless
-    the `nearest` bytes are wanted."""
+    the `nearest` bytes are wanted or the time is bounded as well."""
     dense = dense_bytes(groups)
     spread = ALLOCATIONS.build(allocation)
     choice = spread.allocate(groups, keep)
     stored = stored_bytes(groups, choice.sizes)
-    if stored > keep * dense + 1e-6 or keep * dense - stored > TOLERANCE * dense:
+    unused = keep * dense - stored
+    if unused < -1e-6 or (unused > TOLERANCE * dense and not spread.timing()):
         found = (
             f"keep_bytes {keep}{spread.restriction()} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}"
         )

@@ -60,8 +60,8 @@ class IntegerProgramme(Allocation):
     """The lowest sum of losses within the bytes, with one option per group: evenly spread sizes, sizes around the Lagrangian's
     choice, or dense; for a structure with alternatives (`mixed`), also over the ways to store a block of matrices. With few
     sizes, as of rounded numbers, the optimum may use fewer bytes than the budget's tolerance allows; then it is the optimum among
-    allocations within the tolerance, if there are any. With `time`, the measured time of the chosen forms is bounded as well.
-    allocation.json has the solver's status, the Lagrangian lower bound of the objective over all sizes, and the gap to it."""
+    allocations within the tolerance, if there are any. With `time`, the measured time of the chosen forms is bounded as well,
+    and `keep_bytes` is an upper bound. allocation.json has the solver's status, the Lagrangian lower bound of the objective over all sizes, and the gap to it."""
 
     reference = "multiple-choice knapsack by CBC; ranks by integer programming as in LEMS"
     chooses = True
@@ -117,7 +117,7 @@ class IntegerProgramme(Allocation):
 
         sizes, status = solved(0.0)
         lowest = allowed - TOLERANCE * dense_bytes(groups)
-        if stored_bytes(groups, sizes) < lowest:
+        if options.time is None and stored_bytes(groups, sizes) < lowest:
             with suppress(InputError):  # if nothing is within the tolerance, the caller reports the nearest
                 sizes, status = solved(lowest)
         value = sum(costs[name][size] for name, size in sizes.items() if size is not None)
