@@ -61,7 +61,8 @@ class IntegerProgramme(Allocation):
     choice, or dense; for a structure with alternatives (`mixed`), also over the ways to store a block of matrices. With few
     sizes, as of rounded numbers, the optimum may use fewer bytes than the budget's tolerance allows; then it is the optimum among
     allocations within the tolerance, if there are any. With `time`, the measured time of the chosen forms is bounded as well,
-    and `keep_bytes` is an upper bound. allocation.json has the solver's status, the Lagrangian lower bound of the objective over all sizes, and the gap to it."""
+    and `keep_bytes` is only an upper bound. allocation.json has the solver's status, the Lagrangian lower bound of the objective
+    over all sizes, and the gap to it."""
 
     reference = "multiple-choice knapsack by CBC; ranks by integer programming as in LEMS"
     chooses = True
