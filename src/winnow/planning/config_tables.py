@@ -25,8 +25,9 @@ from winnow.structures.low_rank import LowRank
 from winnow.training.options import Tuning
 
 ALLOCATED = [
-    "All meet `keep_bytes` within 0.5 % of the dense bytes (with `time`, or less) and never exceed it; a matrix that stays dense counts with its dense",
-    "bytes, and allocation.json lists it with size null. The predicted loss of a size is 1/2 tr(F D C D^T) nats per token: D is",
+    "All meet `keep_bytes` within 0.5 % of the dense bytes (`ilp` with `time` may store less) and never exceed it; a matrix that",
+    "stays dense counts with its dense bytes, and allocation.json lists it with size null. The predicted loss of a size is",
+    "1/2 tr(F D C D^T) nats per token: D is",
     "the change of the matrix, C the second moment of its input (with one additional token at what channels typically",
     "reach at most, so that unseen directions are not free), F that of the gradient of the loss at its output; both as expected",
     f"for other text if there are fewer than {ENOUGH} calibration tokens per channel. It takes one",
