@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from winnow.allocation.groups import allocate, chosen_groups, experts_left_dense, learned_choice, summarize
+from winnow.allocation.times import with_times
 from winnow.checkpoint.writer import compressed, recipe_of, write_checkpoint
 from winnow.factors.members import factors_of, member_table
-from winnow.io.artifacts import atomic, write_json
+from winnow.io.artifacts import atomic, read_json, write_json
 from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
 from winnow.structures.base import STRUCTURES
@@ -23,6 +24,7 @@ if __name__ == "__main__":
     given = snakemake.input
     chosen = (files, structure, presets["budget"]["targets"], member_table(structure, given.spectra))
     groups = chosen_groups(*chosen, member_table(structure, given.predicted) if given.get("predicted") else None)
+    groups = with_times(groups, read_json(given.times)) if given.get("times") else groups
     choice = learned_choice(given.learned) if given.get("learned") else allocate(groups, presets["budget"])
     factors, tokens = factors_of(structure, given.factors)
     record = summarize(groups, choice.sizes)

@@ -10,12 +10,12 @@ import yaml
 from winnow.calibration.few_tokens import planned
 from winnow.errors import InputError
 from winnow.jobs.start import start_job
-from winnow.models.shape import shape_of
 from winnow.planning.config import load
 from winnow.planning.forecast import arithmetic_rate, forecast, machine, misfit
 from winnow.planning.load import GB
 from winnow.planning.plan import Plan
 from winnow.planning.preview import cells_table, duration, jobs_of, print_tables, size, works_table
+from winnow.planning.runtimes import known_shapes
 
 if __name__ == "__main__":
     job = start_job(snakemake)
@@ -31,13 +31,9 @@ if __name__ == "__main__":
         reason = (dry.stderr.strip() or dry.stdout.strip()).splitlines()[-1]
         raise InputError(f"the dry run failed: {reason.removeprefix('winnow: ')}")
     to_run = jobs_of(dry.stdout + dry.stderr)
-    shapes, absent = {}, []
-    for name in dict.fromkeys(cell.model for cell in plan.cells):
-        manifest, model = Path("results") / plan.labels["models"][name] / "model.json", plan.config.models[name]
-        if model.local() or manifest.is_file():
-            shapes[name] = shape_of(Path(model.source), manifest)
-        else:
-            absent.append(name)
+    names = dict.fromkeys(cell.model for cell in plan.cells)
+    shapes = known_shapes(plan, names)
+    absent = [name for name in names if name not in shapes]
     works = forecast(plan, shapes)
     table, seconds = works_table(works, plan, to_run, Path("results"), arithmetic_rate())
     print_tables([cells_table(plan, shapes), table])

@@ -6,9 +6,10 @@ import torch
 
 from winnow.allocation.groups import chosen_groups
 from winnow.allocation.rounds import Setting, predict_in_rounds
+from winnow.allocation.times import with_times
 from winnow.factors.members import factors_of, member_table
 from winnow.factors.predict import predicted_table
-from winnow.io.artifacts import read_tensors, write_json, write_parquet
+from winnow.io.artifacts import read_json, read_tensors, write_json, write_parquet
 from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
 from winnow.structures.base import STRUCTURES
@@ -24,6 +25,7 @@ if __name__ == "__main__":
     factors, _ = factors_of(structure, given.factors)
     tables = (member_table(structure, paths) for paths in (given.spectra, given.predicted))
     groups = chosen_groups(files, structure, spec["budget"]["targets"], *tables)
+    groups = with_times(groups, read_json(given.times)) if given.get("times") else groups
     windows = read_tensors(given.tokens, sealed=True)[0]["ids"]
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
     options = (getattr(torch, spec["precision"]), spec["first_token"], spec["gradient_labels"], spec["seed"])

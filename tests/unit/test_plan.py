@@ -14,6 +14,8 @@ from winnow.planning.plan import Plan
 from winnow.planning.stages.base import stages_of
 from winnow.structures.base import STRUCTURES
 
+TIMED = {"kind": "ilp", "time": {"keep": 0.9}}
+
 
 def plan_of(change=lambda c: None, root=ROOT, memory=None):
     config = plain()
@@ -22,6 +24,7 @@ def plan_of(change=lambda c: None, root=ROOT, memory=None):
     config["evaluations"]["reviews"] = {"kind": "classification", "train": ["a.csv"], "test": ["b.csv"], "columns": ["text"]}
     config["models"]["tuned"] = {"source": "resources/models/demo", "finetune": {"task": "reviews"}}
     config["calibrations"]["rows"] = {"task": "reviews"}
+    config["budgets"]["timed"] = {"targets": ["ffn"], "keep_bytes": 0.8, "allocation": TIMED}
     config["recoveries"]["again"] = {"kind": "finetune", "task": "reviews"}
     change(config)
     return Plan(load(config), root, memory)
@@ -131,6 +134,7 @@ WILDCARDS = {  # of the rules
     "factorize": ("model", "calibration", "method", "shard"),
     "measure_spectra": ("model", "calibration", "method"),
     "predict_losses": ("model", "calibration", "method"),
+    "time_forms": ("model", "timing"),
     "predict_in_rounds": UPSTREAM[:4],
     "learn_sizes": UPSTREAM[:4],
     "compress": UPSTREAM[:4],
@@ -172,6 +176,7 @@ def wildcards_of(plan, stage):
         "calibration": labels["calibrations"]["demo"],
         "method": labels["methods"]["asvd"],
         "shard": "1-of-1",
+        "timing": plan.timing_label(labels["methods"]["asvd"], labels["budgets"]["timed"]),
         "study": "coupling",
         "clustering": plan.clustering_label(labels["methods"]["clusters_cosine"]),
         "budget": labels["budgets"]["ffn-0.8"],
@@ -236,8 +241,10 @@ OF_METHODS = {
     "export_dense",
     *EVALUATIONS,
     "evaluate_latency",
+    "time_forms",
 }  # they reach the structure's file
 ALLOCATING = {"compress", "predict_in_rounds", "learn_sizes"}
+TIMING = {"evaluate_latency", "time_forms"}
 STUDY = {"measure_study", "conclude_study"}  # here of coupling
 OF_SCORES = {"tabulate_classification", "conclude_study"}
 MODELS = {
@@ -306,8 +313,16 @@ EDITS = [
         "return 3 * right",
         {"evaluate_classification", *OF_SCORES},
     ),
-    ("src/winnow/evaluation/latency.py", "SLOT = 0.01", "SLOT = 0.02", {"evaluate_latency"}),
     ("src/winnow/engines/workers/run_vllm.py", 'request["new"] + 1', 'request["new"] + 2', {"evaluate_latency"}),
+    ("src/winnow/evaluation/latency.py", "SLOT = 0.01", "SLOT = 0.02", TIMING),
+    ("src/winnow/allocation/time_forms.py", "COLD = 1 << 28", "COLD = 1 << 27", {"time_forms"}),
+    ("src/winnow/allocation/times.py", "of_dense) * seconds)", "of_dense) * (seconds))", set()),
+    (
+        "src/winnow/allocation/times.py",
+        'bias"]): row["seconds"]',
+        'bias"]): 1 * row["seconds"]',
+        {*ALLOCATING, "time_forms"} - {"learn_sizes"},
+    ),
     ("src/winnow/evaluation/latency_table.py", 'f"control_{key}"', 'f"dense_{key}"', {"tabulate_latency"}),
     ("src/winnow/io/artifacts.py", 'MANIFEST = "manifest.json"', 'MANIFEST = "content.json"', set(STAGES)),
     ("src/winnow/metrics/mean_abs.py", "pow(2 * self", "pow(3 * self", {"factorize"}),  # of the method's own metric

@@ -47,6 +47,30 @@ def test_predicted_losses_are_made_for_the_budgets_that_read_them(tmp_path):
     assert (planned["compress"], planned["predict_losses"], planned["predict_in_rounds"]) == (1, 0, 0)
 
 
+def test_forms_are_timed_once_for_all_bounds(tmp_path):
+    place = Workspace(tmp_path)
+    timing = {"tokens": 1, "sizes": 2, "repeats": 6, "threads": 1}
+    for name, keep in (("slow", 30.0), ("slower", 40.0)):
+        allocation = {"kind": "ilp", "time": {"keep": keep, **timing}}
+        place.config["budgets"][name] = {"targets": ["ffn"], "keep_bytes": 0.8, "allocation": allocation}
+    place.config["experiments"]["one"] |= {"methods": ["whitened"], "budgets": ["ffn-0.8", "slow", "slower"]}
+    planned = place.planned()
+    assert (planned["time_forms"], planned["compress"]) == (1, 3)
+    done = place.run("--quiet", "rules", "host", "reason")
+    assert done.returncode == 0, done.stderr
+    (times,) = (tmp_path / "results").glob("pico-*/times/*.json")
+    record = json.loads(times.read_text())
+    assert {row["size"] for row in record["forms"]} >= {1}
+    assert record["protocol"]["dtype"] == "float32", "that of the model"
+    assert record["protocol"]["threads"] == record["machine"]["threads"] == 1
+    for folder in (tmp_path / "results").glob("pico-*/few-*/whitened-*/slow*"):
+        found = json.loads((folder / "allocation.json").read_text())
+        assert 0 < found["time"]["keep"] <= found["budget"]["allocation"]["time"]["keep"]
+    place.config["budgets"]["slow"]["allocation"] = {"kind": "ilp", "time": {"keep": 31.0, **timing}}
+    planned = place.planned()
+    assert (planned["time_forms"], planned["compress"]) == (0, 1), "another bound on the same times"
+
+
 def test_sizes_are_learned_in_a_job_of_their_own(tmp_path):
     place = Workspace(tmp_path)
     learned = {"kind": "learned", "steps": 4, "batch": 1, "every": 2}

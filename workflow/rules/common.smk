@@ -14,6 +14,7 @@ from winnow.planning.config_sources import anchored, sources
 from winnow.errors import InputError
 from winnow.evaluation.base import EVALUATIONS, PLAIN
 from winnow.planning.plan import Plan
+from winnow.planning.runtimes import check_runtimes
 from winnow.studies.base import STUDIES, study_of
 from winnow.planning.fingerprints import MEMORY
 from winnow.jobs.code import keep_to
@@ -43,6 +44,7 @@ try:
     CONFIG = anchored(config, PARTS, ROOT)
     PLAN = Plan(load(CONFIG, PARTS), ROOT, MEMORY)
     PLAN.cells.check_sources()
+    check_runtimes(PLAN)
 except InputError as error:
     print(f"winnow: {error}", file=sys.stderr)
     sys.exit(1)
@@ -59,6 +61,7 @@ wildcard_constraints:
     recovery=PLAN.pattern("recoveries"),
     evaluation=PLAN.pattern("evaluations"),
     clustering="|".join(PLAN.clusterings()) or "none",
+    timing="|".join(PLAN.timings()) or "none",
     shard=r"\d+-of-\d+",
     study="|".join(PLAN.of_studies),
     task="|".join(PLAN.tasks()) or "none",

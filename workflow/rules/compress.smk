@@ -1,5 +1,26 @@
 # needs: factors, spectra, predicted losses where the allocation asks for them, a budget      makes: sizes of every group, compressed checkpoints, dense models of them
-# steps: predict_in_rounds and learn_sizes (where the allocation asks for them), compress, export_dense (where an experiment says `export: dense`)
+# steps: time_forms, predict_in_rounds and learn_sizes (where the allocation asks for them), compress, export_dense (where an experiment says `export: dense`)
+
+
+rule time_forms:
+    """Measure how long products with the forms of the matrices take, where a budget's allocation bounds the time."""
+    input:
+        model="results/{model}/model.json",
+    output:
+        "results/{model}/times/{timing}.json",
+    log:
+        "results/logs/time_forms/{model}/{timing}.log",
+    benchmark:
+        "results/benchmarks/time_forms/{model}/{timing}.tsv"
+    threads: ALL_CORES
+    resources:
+        gpu=lambda w: int(PLAN.timings()[w.timing][1].device == "cuda"),
+        mem_mb=memory("time_forms", 8000),  # copies of a dense matrix and of one form of it
+        runtime=minutes(120),
+    params:
+        **stage("time_forms"),
+    script:
+        "../../scripts/time_forms.py"
 
 
 rule predict_in_rounds:
@@ -10,6 +31,7 @@ rule predict_in_rounds:
         factors=factors_of_method,
         spectra=of_members("spectra.parquet"),
         predicted=of_members("predicted.parquet"),
+        times=times_for_budget,
     output:
         predicted="results/{model}/{calibration}/{method}/{budget}/predicted.parquet",
         rounds="results/{model}/{calibration}/{method}/{budget}/rounds.json",
@@ -61,6 +83,7 @@ rule compress:
         factors=factors_of_method,
         spectra=of_members("spectra.parquet"),
         predicted=predicted_for_budget,
+        times=times_for_budget,
         learned=learned_for_budget,
     output:
         allocation="results/{model}/{calibration}/{method}/{budget}/allocation.json",

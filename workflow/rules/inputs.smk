@@ -72,6 +72,12 @@ def predicted_for_budget(wildcards):
     return of_members("predicted.parquet")(wildcards)
 
 
+def times_for_budget(wildcards):
+    """The measured times of the method's forms, if the budget's allocation bounds the time."""
+    label = PLAN.timing_label(wildcards.method, wildcards.budget)
+    return f"results/{wildcards.model}/times/{label}.json" if label else []
+
+
 def learned_for_budget(wildcards):
     """The sizes that a job of their own has learned, if the budget's allocation is such."""
     if not PLAN.allocation(wildcards.budget).learns:

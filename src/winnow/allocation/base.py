@@ -16,6 +16,8 @@ from winnow.registry import Options, Plugin, Registry
 
 if TYPE_CHECKING:
     from winnow.allocation.groups import Group
+    from winnow.allocation.times import Timing
+    from winnow.structures.base import Runtime
 
 Objective = Literal["predicted", "metric", "relative"]
 OBJECTIVE = (
@@ -72,6 +74,21 @@ class Allocation(Plugin):
         """The number of times the loss is predicted again, around the previously allocated model."""
         return getattr(self.options, "rounds", 0)
 
+    def timing(self) -> Timing | None:
+        """The bound on the measured time of the chosen sizes, and how it is measured."""
+        return getattr(self.options, "time", None)
+
+    def restriction(self) -> str:
+        """What it is restricted to besides the bytes, for messages."""
+        timing, runtime = self.timing(), self.runtime()
+        parts = [f"`runtime: {runtime}`"] if runtime != "any" else []
+        parts += [f"`time.keep: {timing.keep}`"] if timing else []
+        return f" with {' and '.join(parts)}" if parts else ""
+
+    def runtime(self) -> Runtime:
+        """The runtime whose sizes it is restricted to."""
+        return getattr(self.options, "runtime", "any")
+
     @abstractmethod
     def allocate(self, groups: list[Group], keep: float) -> Choice:
         """Sizes whose bytes are at most `keep` of the dense bytes of the groups, and as close to it as possible; for alternative
@@ -106,16 +123,21 @@ def stored_bytes(groups: list[Group], sizes: dict[str, int | None]) -> int:
     return sum(g.bytes(sizes[g.name]) for g in groups if g.name in sizes)
 
 
-def dense_bytes(groups: list[Group]) -> int:
-    """The dense bytes of the groups' matrices, each counted once: every matrix of alternatives is also in a group by itself."""
+def counted_once(groups: list[Group]) -> list[Group]:
+    """Groups that have every matrix once: every matrix of alternatives is also in a group by itself."""
     seen: set[str] = set()
-    total = 0
+    found = []
     for g in sorted(groups, key=lambda g: len(g.matrices)):
         names = {m.name for m in g.matrices}
         if not names & seen:
-            total += g.dense
+            found.append(g)
         seen |= names
-    return total
+    return found
+
+
+def dense_bytes(groups: list[Group]) -> int:
+    """The dense bytes of the groups' matrices, each counted once."""
+    return sum(g.dense for g in counted_once(groups))
 
 
 def spend(groups: list[Group], sizes: dict[str, int | None], allowed: float, costs: dict[str, list[float]]) -> None:
@@ -123,16 +145,19 @@ def spend(groups: list[Group], sizes: dict[str, int | None], allowed: float, cos
     fits; changes `sizes`."""
     left = allowed - stored_bytes(groups, sizes)
     while True:
-        best: tuple[float, str, int] | None = None
+        best: tuple[float, str, int, int] | None = None  # minus the gain, group, next size, its additional bytes
         for g in groups:
             size = sizes.get(g.name)
-            if size is None or size >= g.largest:
+            if size is None:
                 continue
-            more = g.bytes(size + 1) - g.bytes(size)
-            gain = (costs[g.name][size] - costs[g.name][size + 1]) / max(1, more)
+            larger = next((s for s in range(size + 1, g.largest + 1) if s not in g.left_out), None)
+            if larger is None:
+                continue
+            more = g.bytes(larger) - g.bytes(size)
+            gain = (costs[g.name][size] - costs[g.name][larger]) / max(1, more)
             if more <= left and (best is None or (-gain, g.name) < best[:2]):
-                best = (-gain, g.name, more)
+                best = (-gain, g.name, larger, more)
         if best is None:
             return
-        sizes[best[1]] = (sizes[best[1]] or 0) + 1
-        left -= best[2]
+        sizes[best[1]] = best[2]
+        left -= best[3]

@@ -38,6 +38,9 @@ class Group:
     numbers: list[int]  # stored numbers at every size, up to the largest that stores less than dense
     error: list[float]  # error at every size
     predicted: list[float] | None = None  # increase of the loss at every size, nats per token; None if unknown
+    times: list[float] | None = None  # measured seconds of a product at every size; None if unknown
+    dense_time: float = 0.0  # the same of the dense matrices
+    left_out: frozenset[int] = frozenset()  # sizes that may not be chosen
 
     def bytes(self, size: int | None) -> int:
         """Stored bytes at a size; None is dense."""
@@ -45,9 +48,17 @@ class Group:
             return self.dense
         return self.numbers[size] * self.unit + self.structure.index_bytes(self.matrices, size) + self.fixed
 
+    def seconds(self, size: int | None) -> float:
+        """Measured seconds of the products at a size, None is dense; 0 if they are unknown."""
+        return self.dense_time if size is None or self.times is None else self.times[size]
+
     @property
     def largest(self) -> int:
         return len(self.numbers) - 1
+
+    def sizes(self) -> list[int]:
+        """The sizes that may be chosen, in ascending order."""
+        return [size for size in range(1, len(self.numbers)) if size not in self.left_out]
 
     def offered(self) -> str:
         """The possible sizes, for error messages."""
@@ -168,12 +179,16 @@ def of_target(group: Group, ranks: Any) -> Any:
 
 def _spread(groups: list[Group], keep: float, allocation: dict[str, Any], nearest: bool) -> Choice:
     """The allocation's choice. Raises InputError if its bytes exceed the budget, or are lower by more than the tolerance, unless
-    the `nearest` bytes are wanted."""
+    the `nearest` bytes are wanted or the time is bounded as well."""
     dense = dense_bytes(groups)
-    choice = ALLOCATIONS.build(allocation).allocate(groups, keep)
+    spread = ALLOCATIONS.build(allocation)
+    choice = spread.allocate(groups, keep)
     stored = stored_bytes(groups, choice.sizes)
-    if stored > keep * dense + 1e-6 or keep * dense - stored > TOLERANCE * dense:
-        found = f"keep_bytes {keep} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}"
+    unused = keep * dense - stored
+    if unused < -1e-6 or (unused > TOLERANCE * dense and not spread.timing()):
+        found = (
+            f"keep_bytes {keep}{spread.restriction()} cannot be met within {TOLERANCE:.1%}: the nearest is {stored / dense:.4f}"
+        )
         if nearest:
             log.info("%s, which is stored", found)
             return choice

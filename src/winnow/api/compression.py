@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from winnow.allocation.groups import allocate, chosen_groups, experts_left_dense, summarize
+from winnow.allocation.runtimes import check_sizes
 from winnow.api.given import Held, as_it_was, checked, loaded
 from winnow.calibration.clusters import assign_all
 from winnow.calibration.few_tokens import few_tokens
@@ -132,7 +133,7 @@ def compress(
     ------
     InputError
         For an unknown method, windows that do not fit the model, bytes that the method cannot store, and weights or statistics
-        that are not finite; for an allocation with jobs of its own (`learned`, `rounds`), which only the workflow runs.
+        that are not finite; for an allocation with jobs of its own (`learned`, `rounds`, `time`), which only the workflow runs.
     """
     call = _Call(*_planned(method, {"keep_bytes": keep_bytes, "targets": list(targets), "nearest": nearest}, dtype, seed))
     try:
@@ -167,9 +168,9 @@ class _Call:
         budget = plan.spread_by(name, "asked")
         self.budget = plan.config.budgets[budget]
         allocation = plan.allocation(plan.labels["budgets"][budget])
-        if allocation.learns or allocation.rounds():
+        if allocation.learns or allocation.rounds() or allocation.timing():
             raise InputError(f"allocation {allocation.kind()!r}: needs jobs of its own; use the workflow, or another allocation")
-        self.predicts = allocation.predicts()
+        self.predicts, self.runtime = allocation.predicts(), allocation.runtime()
         self.structure = plan.structure(plan.labels["methods"][name])
         members = [plan.labels["methods"][member] for member in plan.members[name]]
         self.members = dict(zip(self.structure.alternatives() if members[1:] else [""], members, strict=True))
@@ -182,6 +183,7 @@ class _Call:
         with self._timed("load"):
             files, dense = loaded(given, dtype, device)
             ids = checked(windows, dense)
+            check_sizes(self.structure, files.matrices, self.budget.targets, self.runtime)
         statistics = self._statistics(files, dense, ids)
         factors, spectra, losses, left = self._factors(files, statistics, str(dense.device))
         with self._timed("compress"):

@@ -105,6 +105,42 @@ class Sizes(TypedDict):
     model_stored_bytes: int
 
 
+class TimedMatrix(TypedDict):
+    """What the time of a dense matrix depends on."""
+
+    outputs: int
+    inputs: int
+    bias: bool
+
+
+class DenseTime(TimedMatrix):
+    """The product with a dense matrix."""
+
+    matrices: int  # of this shape in the model
+    seconds: Mapping[str, float]  # median, q1, q3
+    control: Mapping[str, float]  # measured a second time, over the first: median, q1, q3, low, high
+
+
+class FormTime(TypedDict):
+    """The products with the form of a group of matrices."""
+
+    structure: str  # its kind
+    matrices: list[TimedMatrix]
+    size: int
+    seconds: Mapping[str, float]  # median, q1, q3
+    ratio: Mapping[str, float]  # seconds over those of the dense matrices in the same repeat: median, q1, q3, low, high
+    control: Mapping[str, float]  # the dense matrices measured a second time, over the first
+
+
+class TimesRecord(Sealed):
+    """Measured times of the forms of a model's matrices (rule `time_forms`)."""
+
+    protocol: Mapping[str, Any]
+    dense: list[DenseTime]
+    forms: list[FormTime]
+    machine: Mapping[str, Any]
+
+
 class GroupRecord(TypedDict):
     """A group of matrices in allocation.json."""
 

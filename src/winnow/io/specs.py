@@ -147,6 +147,11 @@ class Budget(TypedDict):
     allocation: Preset
 
 
+class TimeForms(Structure):
+    timing: dict[str, Any]  # options of `winnow.allocation.times.Timing`, without the bound
+    dtype: str  # of the model
+
+
 class Allocation(TypedDict):
     """What a budget does not say of its allocation."""
 

@@ -55,6 +55,14 @@ def check_allocations(config: Config, name: str, experiment: Experiment) -> None
                 "`objective` or allocation for it",
                 *both,
             )
+        if allocation.timing() and not all(member.timed for member in members):
+            raise Located(
+                ("experiments", name),
+                f"budget {b!r} bounds the time, which can be measured for "
+                f"{', '.join(kind for kind, cls in STRUCTURES.items() if cls.timed)}, not for {structure.kind()} ({method}); "
+                "remove `time` from its allocation, or use another method",
+                *both,
+            )
         if allocation.learns and not isinstance(structure, LowRank):
             raise Located(
                 ("experiments", name),

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from winnow.allocation.base import ALLOCATIONS
+from winnow.allocation.times import Timing
 from winnow.calibration.few_tokens import ENOUGH
 from winnow.data.tokens import PROTOCOLS
 from winnow.evaluation.base import EVALUATIONS
@@ -24,8 +25,9 @@ from winnow.structures.low_rank import LowRank
 from winnow.training.options import Tuning
 
 ALLOCATED = [
-    "All meet `keep_bytes` within 0.5 % of the dense bytes and never exceed it; a matrix that stays dense counts with its dense",
-    "bytes, and allocation.json lists it with size null. The predicted loss of a size is 1/2 tr(F D C D^T) nats per token: D is",
+    "All meet `keep_bytes` within 0.5 % of the dense bytes (`ilp` with `time` may store less) and never exceed it; a matrix that",
+    "stays dense counts with its dense bytes, and allocation.json lists it with size null. The predicted loss of a size is",
+    "1/2 tr(F D C D^T) nats per token: D is",
     "the change of the matrix, C the second moment of its input (with one additional token at what channels typically",
     "reach at most, so that unseen directions are not free), F that of the gradient of the loss at its output; both as expected",
     f"for other text if there are fewer than {ENOUGH} calibration tokens per channel. It takes one",
@@ -78,6 +80,7 @@ def section(name: str) -> list[str]:
         lines += ["", *_key_rows(Tuning), "", *_families()]
     if name == "budgets":
         lines += ["", "Allocations:", "", *_kind_rows(ALLOCATIONS, "reference"), "", *ALLOCATED]
+        lines += ["", f"`time` of `ilp`: {' '.join(str(Timing.__doc__).split())}", "", *_key_rows(Timing)]
     if name == "methods":
         lines += ["", "Structures:", "", *_kind_rows(STRUCTURES, "stores"), "", "Metrics:", "", *_kind_rows(METRICS, "reference")]
         lines += ["", *SYMBOLS, "", *preset_rows()]
@@ -97,6 +100,7 @@ def structure(kind: str) -> list[str]:
         f"- Numbers stored: {cls.formula}",
         f"- Its fit minimises the error of: {measured[cls.objective]}",
         f"- Predicts losses, which the allocation `ilp` needs: {'yes' if cls.predicts else 'no'}",
+        f"- Engines (`runtime` of the allocation `ilp`): {', '.join(f'`{name}`' for name in cls.engines)}",
         f"- Presets: {', '.join(f'`{name}`' for name in used) or 'none'}",
         "",
         *_key_rows(cls.Options),

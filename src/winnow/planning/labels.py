@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from winnow.allocation.base import ALLOCATIONS, Allocation
+from winnow.allocation.times import Timing
 from winnow.calibration.clusters import Clustering
 from winnow.data.task_files import files_of
 from winnow.evaluation.kinds.classification import Classification
@@ -120,7 +121,7 @@ class Labels:
     def all_labels(self) -> list[str]:
         """Every label that a path of a result can hold."""
         own = {label for section in self.names.values() for label in section}
-        return sorted(own | set(self.clusterings()) | set(self.tasks()))
+        return sorted(own | set(self.clusterings()) | set(self.timings()) | set(self.tasks()))
 
     def knows(self, wildcard: str, label: str) -> bool:
         """Whether a rule's wildcard can have this value."""
@@ -128,8 +129,9 @@ class Labels:
             return True
         if wildcard == "study":
             return label in self.of_studies
-        if wildcard in ("clustering", "task"):
-            return label in (self.clusterings() if wildcard == "clustering" else self.tasks())
+        own: dict[str, Any] = {"clustering": self.clusterings, "timing": self.timings, "task": self.tasks}
+        if wildcard in own:
+            return label in own[wildcard]()
         sections = {"other": ["texts"], "windows": ["calibrations", "evaluations"], "recovery": ["recoveries"]}
         return any(label in self.names[section] for section in sections.get(wildcard, [f"{wildcard}s"]))
 
@@ -188,6 +190,22 @@ class Labels:
         content = clustering.model_dump(mode="json")
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return f"{clustering.by}-{clustering.clusters}-{digest[:6]}"
+
+    def timing_label(self, method_label: str, budget_label: str) -> str | None:
+        """The label of the times that a budget's allocation reads, which methods of the same structure and all bounds share."""
+        timing = self.allocation(budget_label).timing()
+        if timing is None:
+            return None
+        structure = self.preset("methods", method_label).structure
+        content = [structure.model_dump(mode="json"), timing.model_dump(exclude={"keep"}, mode="json")]
+        return f"times-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]}"
+
+    @cache  # noqa: B019
+    def timings(self) -> dict[str, tuple[str, Timing]]:
+        """Every label of times: a method of its structure, and the timing."""
+        timed = {budget: timing for budget in self.names["budgets"] if (timing := self.allocation(budget).timing())}
+        pairs = [(method, budget) for budget in timed for method in self.names["methods"]]
+        return {str(self.timing_label(method, budget)): (method, timed[budget]) for method, budget in reversed(pairs)}
 
     def clusterings(self) -> dict[str, Clustering]:
         """Every assignment of clusters by its label."""

@@ -22,7 +22,9 @@ class AffineBlock(FfnStructure):
     stores = "left (d, k), right (k, d), b (d); or A (d, d), b (d)"
     formula = "min(2 k d, d^2) + d"
     objective = "ffn_output"
+    engines = ("torch",)  # it changes the activation
     predicts = True
+    timed = True
 
     class Options(StructureOptions):
         kind: Literal["affine_block"]
@@ -83,22 +85,22 @@ class AffineBlock(FfnStructure):
         errors[limit:] = full
         return errors / 2
 
-    def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+    def layouts_ffn(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
         *gates, up, down = group
-        d, full = down.shape[0], size >= self.limit(group)
-        layout = {"kind": self.kind(), "d": d, "rank": None if full else size}
-        found = {m.module: Part({**layout, "part": "gate"}, {}) for m in gates}
-        found[down.activation] = Part({**layout, "part": "activation"}, {})
-        if full:
+        layout = {"kind": self.kind(), "d": down.shape[0], "rank": None if size >= self.limit(group) else size}
+        parts = {m.module: "gate" for m in gates} | {down.activation: "activation", up.module: "up", down.module: "down"}
+        return {module: {**layout, "part": part} for module, part in parts.items()}
+
+    def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+        *_, up, down = group
+        if size >= self.limit(group):
             bias = tensors["mean"] - tensors["map"] @ tensors["input_mean"]
-            found[up.module] = Part({**layout, "part": "up"}, {"weight": tensors["map"]})
-            found[down.module] = Part({**layout, "part": "down"}, {"weight": bias.new_empty(0), "bias": bias})
+            own = {up.module: {"weight": tensors["map"]}, down.module: {"weight": bias.new_empty(0), "bias": bias}}
         else:
             left, right = tensors["left"][:, :size], tensors["right"][:size]
             bias = tensors["mean"] - left @ (right @ tensors["input_mean"])
-            found[up.module] = Part({**layout, "part": "up"}, {"weight": right})
-            found[down.module] = Part({**layout, "part": "down"}, {"weight": left, "bias": bias})
-        return found
+            own = {up.module: {"weight": right}, down.module: {"weight": left, "bias": bias}}
+        return {module: Part(layout, own.get(module, {})) for module, layout in self.layouts_ffn(group, size).items()}
 
     @staticmethod
     def part_module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:

@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 
 
 EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
+# What can be asked to run a compressed model as it is stored, see `Structure.runs`.
+RUNTIMES = {
+    "any": "every size",
+    "torch": "products of small dense matrices, and rounded matrices for which PyTorch has kernels: groups of 32, 64, 128 or 256 "
+    "inputs, and a multiple of 16 outputs",
+    "vllm": "every structure that leaves the activation of the FFN as it is",
+    "compressed-tensors": "rounded matrices as vLLM reads their export: up to 8 bits (7 with zero points), groups of the whole "
+    "row or with a largest common divisor with it of 32, 64 or 128",
+    "gguf": "smaller FFNs, and rounded matrices of up to 8 bits (7 with zero points) in groups that are multiples of 32 and that "
+    "divide the row",
+}
+Runtime = Literal["any", "torch", "vllm", "compressed-tensors", "gguf"]
 FORMATS = (1, 2)  # checkpoint formats that this version reads; it writes the lowest that suffices, see `format_of`
 
 
@@ -118,7 +130,9 @@ class Structure(Plugin):
     weighs_outputs: ClassVar[bool] = True  # whether it can use a metric's R
     # Whether the fit is finished in `stored`, for the stored size; `Fit.error` is then an upper bound, of its initial values.
     optimised_at_size: ClassVar[bool] = False
+    engines: tuple[str, ...] = ("torch", "vllm")  # the `RUNTIMES` that run at least some of its sizes
     predicts: ClassVar[bool] = False  # whether it implements `predicted`, which some allocations need
+    timed: ClassVar[bool] = False  # whether it implements `layouts`, by which the time of a size is measured without a fit
     in_float64: ClassVar[tuple[str, ...]] = ()  # fitted tensors that are cached in float64; the others in float32
     Options: ClassVar[type[StructureOptions]]
 
@@ -187,6 +201,11 @@ class Structure(Plugin):
         """The number of stored elements of the group at `size`; biases are counted only if `bias_name` is None. `tensors` are
         those of the fit, for structures whose count depends on data."""
 
+    def runs(self, group: list[Matrix], size: int, runtime: Runtime) -> bool:
+        """Whether a runtime computes with what is stored of the group at `size`, instead of with a dense matrix that is made from
+        it; `any` asks for nothing."""
+        return runtime == "any" or runtime in self.engines
+
     def index_bytes(self, group: list[Matrix], size: int) -> int:
         """Stored bytes of the group at `size` in other dtypes than that of the weights (orders, labels, rounded numbers with
         their scales)."""
@@ -224,6 +243,16 @@ class Structure(Plugin):
     @abstractmethod
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         """{module name: its part of the checkpoint} at `size`, without biases unless `bias_name` is None."""
+
+    def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
+        """{module name: its layout} at `size`, as `stored` has them."""
+        raise NotImplementedError(f"what {self.kind()} stores depends on its fit")
+
+    def timed_sizes(self, group: list[Matrix], count: int) -> list[int]:
+        """The sizes whose time is measured, from which that of the others is interpolated linearly: by default `count` evenly
+        spread ones. Empty if no size stores less than dense."""
+        largest = self.largest(group)
+        return sorted({1 + round(i * (largest - 1) / (count - 1)) for i in range(count)}) if largest else []
 
     def report(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Any] | None:
         """A report of the optimisation at `size`, for structures that are `optimised_at_size`: numbers, strings and lists."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from winnow.models.architectures import Matrix, Target, disjoint, named_by
-from winnow.structures.base import AnyStructure, Fit, Part, Problem, Structure, StructureOptions
+from winnow.structures.base import AnyStructure, Fit, Part, Problem, Runtime, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,6 +55,7 @@ class ByTarget(Structure):
 
         super().__init__(options)
         self.parts = {target: STRUCTURES.build(part.model_dump()) for target, part in self.options.parts.items()}
+        self.engines = tuple(dict.fromkeys(engine for part in self.parts.values() for engine in part.engines))
 
     def part(self, matrix: Matrix) -> Structure:
         """The structure of a matrix. KeyError if no target names it."""
@@ -99,6 +100,9 @@ class ByTarget(Structure):
 
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return self.part(group[0]).numbers(group, size, tensors)
+
+    def runs(self, group: list[Matrix], size: int, runtime: Runtime) -> bool:
+        return self.part(group[0]).runs(group, size, runtime)
 
     def index_bytes(self, group: list[Matrix], size: int) -> int:
         return self.part(group[0]).index_bytes(group, size)

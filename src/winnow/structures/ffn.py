@@ -55,6 +55,10 @@ class FfnStructure(Structure):
     def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         """Like `fit`."""
 
+    def layouts_ffn(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
+        """Like `layouts`."""
+        return super().layouts(group, size)
+
     @abstractmethod
     def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         """Like `stored`."""
@@ -69,6 +73,13 @@ class FfnStructure(Structure):
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         return self.fit_ffn(_parted(problem), largest)
+
+    def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
+        found = self.layouts_ffn(_parts(group), size)
+        for m in (m for m in group if m.role == FUSED):
+            halves = {half: found.pop(f"{m.module}.{half}") for half in ("gate", "up")}
+            found[m.module] = {"kind": self.kind(), "fused": halves}
+        return found
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         found = self.store_ffn(_parts(group), tensors, size)

@@ -43,8 +43,8 @@ class GaugeFixed(LowRank):
         coefficients = torch.linalg.solve(left[rows].T, left[others].T).T
         index = torch.int16 if len(left) < 2**15 else torch.int32
         own = {"left.weight": coefficients, "right.weight": left[rows] @ right, "order": order.to(index)}
-        layout = {"kind": self.kind(), "out": group[0].shape[0], "in": group[0].shape[1], "rank": size}
-        return {group[0].module: Part(layout, {"weight": left.new_empty(0), **own})}
+        own["weight"] = left.new_empty(0)
+        return {module: Part(layout, own) for module, layout in self.layouts(group, size).items()}
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:

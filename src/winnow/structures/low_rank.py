@@ -20,6 +20,7 @@ class LowRank(Structure):
     formula = "k (m + n)"
     bias_name = "left.bias"
     predicts = True
+    timed = True
 
     class Options(StructureOptions):
         kind: Literal["low_rank"]
@@ -45,11 +46,14 @@ class LowRank(Structure):
         grams = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
         return truncation_errors(weight, tensors["left"].double(), tensors["right"].double(), *grams) / 2
 
+    def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
+        (m, n) = group[0].shape
+        return {group[0].module: {"kind": self.kind(), "out": m, "in": n, "rank": size}}
+
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         left, right = tensors["left"][:, :size], tensors["right"][:size]
-        (m, n) = group[0].shape
-        layout = {"kind": self.kind(), "out": m, "in": n, "rank": size}
-        return {group[0].module: Part(layout, {"weight": left.new_empty(0), "left.weight": left, "right.weight": right})}
+        own = {"weight": left.new_empty(0), "left.weight": left, "right.weight": right}
+        return {module: Part(layout, own) for module, layout in self.layouts(group, size).items()}
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:

@@ -24,8 +24,10 @@ class NeuronSlice(FfnStructure):
     stores = "k rows of gate and up, down (d, k)"
     formula = "3 k d; 2 k d without gate"
     objective = "ffn_output"
+    engines = ("torch", "vllm", "gguf")  # an FFN of the same form
     in_float64 = ("factor", "products")
     predicts = True
+    timed = True
 
     class Options(StructureOptions):
         kind: Literal["neuron_slice"]
@@ -95,6 +97,12 @@ class NeuronSlice(FfnStructure):
             gram, columns = torch.linalg.solve_triangular(tensors["factor"], half.T, upper=False), tensors["products"]
         return left_out((columns.T @ problem.outputs[down.name]["gradient_gram"] @ columns) * gram) / 2
 
+    def layouts_ffn(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
+        d, sides = group[-1].shape[0], {}
+        for m in group:
+            sides[m.module] = {"out": d, "in": size} if m is group[-1] else {"out": size, "in": m.shape[1]}
+        return {module: {"kind": self.kind(), **own} for module, own in sides.items()}
+
     def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
 
@@ -104,13 +112,12 @@ class NeuronSlice(FfnStructure):
         else:
             factor, products = tensors["factor"][:size, :size], tensors["products"][:, :size]
             weight = torch.linalg.solve_triangular(factor.T, products.T, upper=True).T
-        found = {}
+        found, layouts = {}, self.layouts_ffn(group, size)
         for m in group:
             own = {"weight": weight if m is down else tensors[f"{m.role}.weight"][:size]}
             if m.bias:
                 own["bias"] = tensors[f"{m.role}.bias"][: None if m is down else size]
-            (rows, columns) = own["weight"].shape
-            found[m.module] = Part({"kind": self.kind(), "out": rows, "in": columns}, own)
+            found[m.module] = Part(layouts[m.module], own)
         return found
 
     @staticmethod

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from winnow.models.architectures import Matrix, group_name
 from winnow.numerics.grids import FEW_BITS, Form, forms_of
-from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
+from winnow.structures.base import Fit, Part, Problem, Runtime, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SWEEPS, NUMBERS = 4, 1 << 24  # sweeps of coordinate descent on both sides; numbers (of all forms) rounded at once
+# As in `numerics.kernels` and `checkpoint.packed`, which import torch; a test compares them.
+KERNEL_GROUPS, KERNEL_ROWS, PACKED_GROUPS = (32, 64, 128, 256), 16, (32, 64, 128)
 Bits = Annotated[int, Field(ge=2, le=8)]
 Grid = Literal["symmetric", "full", "asymmetric"]
 
@@ -29,7 +32,9 @@ class Rounded(Structure):
     stores = "steps (m, n) of `bits` bits, packed by rows; scale (m, ceil(n / group)), float16; zero, as scale, of `bits` bits"
     formula = "m n steps, m ceil(n / group) scales; asymmetric as many zero points"
     bias_name = "bias"
+    engines = ("torch", "vllm", "compressed-tensors", "gguf")
     predicts = True
+    timed = True
 
     class Options(StructureOptions):
         kind: Literal["rounded"]
@@ -98,6 +103,19 @@ class Rounded(Structure):
         m, n = group[0].shape
         return m * self.forms(n)[size - 1].row_bytes(n)
 
+    def runs(self, group: list[Matrix], size: int, runtime: Runtime) -> bool:
+        (m, n), form = group[0].shape, self.forms(group[0].shape[1])[size - 1]
+        signed = form.bits + (form.grid == "asymmetric")  # bits of a code from which its zero point is subtracted
+        if runtime == "torch":
+            return form.group in KERNEL_GROUPS and m % KERNEL_ROWS == 0
+        if runtime == "compressed-tensors":
+            inside = math.gcd(form.group, n)
+            whole = form.group == n
+            return signed <= 8 and not group[0].transposed and (whole or inside in PACKED_GROUPS)
+        if runtime == "gguf":
+            return signed <= 8 and form.group % 32 == 0 and n % form.group == 0
+        return super().runs(group, size, runtime)
+
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
         """Codes of all forms, several rounded at once; searched scales, errors, and feedback in a full metric."""
         m, n = group[0].shape
@@ -156,18 +174,22 @@ class Rounded(Structure):
             errors.append(weighted_error(weight - multiplied(steps, scales, form.group, zeros), columns, rows))
         return torch.stack(errors) / 2
 
+    def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
+        m, n = group[0].shape
+        form = self.forms(n)[size - 1]
+        zeros = {"zeros": True} if form.grid == "asymmetric" else {}
+        return {group[0].module: {"kind": self.kind(), "out": m, "in": n, "bits": form.bits, "group": form.group, **zeros}}
+
+    def timed_sizes(self, group: list[Matrix], count: int) -> list[int]:
+        return list(range(1, self.largest(group) + 1))  # forms that follow each other have little in common
+
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
 
-        m, n = group[0].shape
-        form = self.forms(n)[size - 1]
-        layout = {"kind": self.kind(), "out": m, "in": n, "bits": form.bits, "group": form.group}
-        names = ["steps", "scale"]
-        if form.grid == "asymmetric":
-            layout["zeros"] = True
-            names.append("zero")
+        ((module, layout),) = self.layouts(group, size).items()
+        names = ["steps", "scale", *(["zero"] if "zeros" in layout else [])]
         own = {name: tensors[f"{size}.{name}"] for name in names}
-        return {group[0].module: Part(layout, {**own, "weight": torch.empty(0)})}
+        return {module: Part(layout, {**own, "weight": torch.empty(0)})}
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
