@@ -35,7 +35,7 @@ if __name__ == "__main__":
     for name in dict.fromkeys(cell.model for cell in plan.cells):
         manifest, model = Path("results") / plan.labels["models"][name] / "model.json", plan.config.models[name]
         if model.local() or manifest.is_file():
-            shapes[name] = shape_of(Path(model.source), manifest)
+            shapes[name] = shape_of(Path(model.source), manifest, model.stored_dtype)
         else:
             absent.append(name)
     works = forecast(plan, shapes)
