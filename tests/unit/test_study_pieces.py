@@ -18,7 +18,7 @@ from winnow.planning.config import load
 from winnow.planning.config_files import default
 from winnow.planning.forecast import forecast
 from winnow.planning.plan import Plan
-from winnow.studies.base import Asked, Given, spread, study_of
+from winnow.studies.base import Asked, Given, fewer, spread, study_of
 from winnow.studies.bypass import study as bypass
 from winnow.studies.ffsplit import study as ffsplit
 
@@ -123,6 +123,7 @@ def test_windows_are_cut_and_those_without_a_scored_token_left_out(given):
     assert cut.evaluation[1].tolist() == [1, 1, 1, 7]
     same = given.cut(256)
     assert torch.equal(same.windows, IDS)
+    assert (fewer(200, 1e6), fewer(200, 80e6), fewer(200, 1e12)) == (200, 100, 20)
     assert spread(list(range(30)), 8) == [0, 4, 8, 12, 16, 20, 24, 28]
     assert spread(list(range(6)), 8) == list(range(6))
 

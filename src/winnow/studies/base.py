@@ -109,6 +109,14 @@ BATCH = 4096  # tokens of a forward pass
 SOLVED = 60.0  # operations of a float32 product that take as long as one of a decomposition in float64, with what is around it
 
 
+LARGE = 40e6  # numbers of a model beyond which training and losses are on fewer steps and windows by default
+
+
+def fewer(most: int, numbers: float) -> int:
+    """`most`, or for a model of more than 40 million numbers fewer in proportion, at least a tenth: the same arithmetic."""
+    return max(most // 10, int(most * min(1.0, LARGE / numbers)))
+
+
 def spread(items: Sequence[Item], most: int) -> list[Item]:
     """At most `most` of the items, evenly spread, with the first."""
     return list(items[:: max(1, -(-len(items) // most))])

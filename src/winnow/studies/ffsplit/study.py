@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from winnow.studies.base import BATCH, LENGTH, SOLVED, Asked, Conclusion, Evidence, Given, Study, StudyOptions, speed
+from winnow.studies.base import BATCH, LENGTH, SOLVED, Asked, Conclusion, Evidence, Given, Study, StudyOptions, fewer, speed
 from winnow.studies.claims import Answer
 
 if TYPE_CHECKING:
@@ -77,7 +78,15 @@ class FfsplitStudy(Study):
 
     class Options(StudyOptions):
         length: int = LENGTH
-        windows: int = Field(128, ge=2, description="evaluation windows at most, of every loss (about 60 of them)")
+        windows: int | None = Field(
+            None,
+            ge=2,
+            description="evaluation windows at most, of every loss (about 60 of them); by default 128, fewer for models of more "
+            "than 40 million numbers",
+        )
+
+        def windows_of(self, numbers: float) -> int:
+            return self.windows or fewer(128, numbers)
 
     def work(self, asked: Asked) -> tuple[float, float]:
         o, shape = self.options, asked.shape
@@ -85,7 +94,7 @@ class FfsplitStudy(Study):
         svd = SOLVED * sum(max(m.shape) * min(m.shape) ** 2 for m in ffn)
         fits = len(SHARES) + 1 + 4 + len(SEEDS) + 2  # of splits; two more for times and rounding
         losses = 9 + 2 * len(SHARES) + 2 * len(RANKS) + 4 + len(SEEDS) + 18
-        tokens = asked.scored(o.windows, o.length)
+        tokens = asked.scored(o.windows_of(shape.numbers), o.length)
         memory = 3 * asked.model + asked.logits(min(BATCH, tokens), 4)
         return memory, fits * svd + (losses + 2) * asked.forward(tokens)
 
@@ -110,7 +119,8 @@ class FfsplitStudy(Study):
             return {"sizes": sizes, "missing": "a mixture of experts has no FFN that all tokens go through"}
         sizes["this model"] = counted(empty_model(directory), split, LIGHT)
         model = load_model(directory, given.dtype, given.device).requires_grad_(False)
-        ids, first = (part[: self.options.windows] for part in given.evaluation)
+        most = self.options.windows_of(sum(math.prod(t["shape"]) for t in files.tensors.values()))
+        ids, first = (part[:most] for part in given.evaluation)
         ffns, dense = ffns_of(files, given.moments), once("dense", lambda: loss(model, ids, first))
         sweeps = Sweeps(given, model, ids, first, dense)
         return {
@@ -166,8 +176,6 @@ class FfsplitStudy(Study):
 def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: PerWindow) -> Zeroed:
     """The loss above dense with 3 % of the neurons of every FFN zeroed (`rows`), and pairs of choices (`above`: [nats, error]).
     Random neurons are sampled with several seeds; their error combines those over windows and over seeds."""
-    import math
-
     import numpy as np
     import torch
 

@@ -50,6 +50,7 @@ class Measurement:
         assert given.evaluation is not None
         self.windows, (self.ids, self.first) = given.windows, (part[: options.windows] for part in given.evaluation)
         self.directory = given.files.verify()
+        self.steps = options.steps_of(sum(math.prod(t["shape"]) for t in given.files.tensors.values()))
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -123,7 +124,7 @@ class Measurement:
         found: list[Swap] = []
         affine = affine_module(least_squares(total(pair[0] for pair in self.sums[block.layer])))
         with swapped(self.model, block, affine, self.ids.shape[1]):
-            _train(self.model, list(affine.parameters()), self.windows, self.options.steps)
+            _train(self.model, list(affine.parameters()), self.windows, self.steps)
             swap = _loss(self.model, self.ids, self.first)
         control = copy.deepcopy(self.model)
         modules = {block.enters.rpartition(".")[0], block.leaves.rpartition(".")[0]}
@@ -131,7 +132,7 @@ class Measurement:
         own = ffn or [p for name in (block.enters, block.leaves) for p in control.get_submodule(name).parameters()]
         for parameter in own:
             parameter.requires_grad_(True)
-        _train(control, own, self.windows, self.options.steps)
+        _train(control, own, self.windows, self.steps)
         beside = _loss(control, self.ids, self.first)
         for name, rows in (("affine", swap), ("dense control", beside)):
             delta, error = paired(rows, self.dense)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from winnow.studies.base import BATCH, LENGTH, SOLVED, Asked, Conclusion, Evidence, Given, Study, StudyOptions
+from winnow.studies.base import BATCH, LENGTH, SOLVED, Asked, Conclusion, Evidence, Given, Study, StudyOptions, fewer
 from winnow.studies.claims import Answer
 from winnow.studies.linearity.learned import SEEDS
 
@@ -38,7 +38,15 @@ class LinearityStudy(Study):
         length: int = LENGTH
         windows: int = Field(32, ge=2, description="evaluation windows at most, of losses with a block replaced")
         layers: int = Field(8, ge=2, description="blocks at most that are replaced, evenly spread; R^2 is of all")
-        steps: int = Field(200, ge=1, description="steps of training a replaced block and its control (the paper's number)")
+        steps: int | None = Field(
+            None,
+            ge=1,
+            description="steps of training a replaced block and its control; by default 200 as in the paper, fewer for models of "
+            "more than 40 million numbers",
+        )
+
+        def steps_of(self, numbers: float) -> int:
+            return self.steps or fewer(200, numbers)
 
     tables = ("blocks", "tokens", "ranks", "trained", "swaps", "learned", "changes")
     figures = ("profile", "swaps", "learned")
@@ -66,7 +74,9 @@ class LinearityStudy(Study):
         memory = 2 * asked.model + 2 * sums + asked.logits(min(BATCH, windows * length), 4)
         operations = models * (asked.forward(windows * length) + 16.0 * layers * windows * length * d**2)
         operations += asked.forward(scored) * (2 * replaced + 8)
-        operations += 4 * 2.5 * asked.forward(o.steps * HEAL["batch"] * length)  # two blocks, each with its control
+        operations += (
+            4 * 2.5 * asked.forward(o.steps_of(shape.numbers) * HEAL["batch"] * length)
+        )  # two blocks, each with its control
         operations += SOLVED * d**3 * (20 * layers + models * layers + 3 * replaced)
         return memory, operations + 4 * TRAINED * 6.0 * 256 * d**2
 
