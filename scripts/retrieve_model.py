@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 if __name__ == "__main__":
     job = start_job(snakemake)
     spec: "specs.Source" = job.spec
-    if tuned := snakemake.input.get("tuned"):
-        Bundle(tuned).verify()
+    for made in filter(None, (snakemake.input.get("tuned"), snakemake.input.get("dequantized"))):
+        Bundle(made).verify()
     directory = fetch(spec["source"], spec["revision"])
     write_json(snakemake.output[0], describe(directory), job.provenance)

@@ -120,6 +120,7 @@ def test_swapped_values_are_a_change_for_snakemake():
 
 UPSTREAM = ("model", "calibration", "method", "budget", "recovery")
 WILDCARDS = {  # of the rules
+    "dequantize": ("model",),
     "retrieve_model": ("model",),
     "retrieve_text": ("text",),
     "check_overlap": ("text", "other"),

@@ -5,7 +5,7 @@
 rule retrieve_base:
     """Find or download the model that is tuned; record the digests of its files."""
     input:
-        files=local_files,
+        unpack(base_model),
     output:
         "results/{model}/base.json",
     log:

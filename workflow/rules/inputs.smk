@@ -10,10 +10,17 @@ def local_files(wildcards):
     return of_user(PLAN.local_model_files(wildcards.model))
 
 
-def tuned_model(wildcards):
-    """What `finetune` made, of a model that is tuned first; the files of the others are read as they are."""
+def model_as_compressed(wildcards):
+    """What `finetune` made, of a model that is tuned first."""
     if PLAN.tuned(wildcards.model):
         return {"tuned": "results/{model}/tuned/manifest.json"}
+    return base_model(wildcards)
+
+
+def base_model(wildcards):
+    """What `dequantize` made, of a model in a GGUF file; the files of the others are read as they are."""
+    if PLAN.dequantized(wildcards.model):
+        return {"dequantized": "results/{model}/dequantized/manifest.json"}
     return {"files": local_files(wildcards)}
 
 

@@ -1,12 +1,32 @@
-# needs: model directories or hub ids, texts      makes: manifests of models, rows of texts, windows of tokens
-# steps: retrieve_model, retrieve_text (both may need the network: `snakemake prefetch`), check_overlap, tokenize;
+# needs: model directories, GGUF files or hub ids, texts      makes: manifests of models, rows of texts, windows of tokens
+# steps: dequantize (GGUF files), retrieve_model, retrieve_text (the network: `snakemake prefetch`), check_overlap, tokenize;
 #        models that are tuned first come from finetune.smk
+
+
+rule dequantize:
+    """Write the model of a GGUF file as safetensors, once, tensor by tensor."""
+    input:
+        file=local_files,
+    output:
+        "results/{model}/dequantized/manifest.json",
+    log:
+        "results/logs/dequantize/{model}.log",
+    benchmark:
+        "results/benchmarks/dequantize/{model}.tsv"
+    threads: 1
+    resources:
+        mem_mb=memory("dequantize", 8000),  # the largest tensor in float32, and the vocabulary
+        runtime=minutes(60),
+    params:
+        **stage("dequantize"),
+    script:
+        "../../scripts/dequantize.py"
 
 
 rule retrieve_model:
     """Find or download a model; check its tensors one by one; record digests, shapes and canonical names."""
     input:
-        unpack(tuned_model),
+        unpack(model_as_compressed),
     output:
         "results/{model}/model.json",
     log:

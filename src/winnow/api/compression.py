@@ -108,7 +108,8 @@ def compress(
     Parameters
     ----------
     model
-        A directory in Hugging Face layout, or a model of transformers, which is left as it is: its copy is compressed.
+        A directory in Hugging Face layout, a GGUF file, which is dequantised into a temporary folder, or a model of transformers,
+        which is left as it is: its copy is compressed.
     windows
         Token ids of a calibration text, integers (windows, length); see `calibration_windows`.
     method

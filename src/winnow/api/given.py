@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from winnow.checkpoint.loading import load_model
 from winnow.data.tokens import check_length
 from winnow.errors import InputError
 from winnow.models.files import ModelFiles
+from winnow.models.gguf import dequantize_model, gguf_file
 from winnow.models.held import HeldModel
 from winnow.models.retrieve import describe
 
@@ -31,10 +33,20 @@ class Held:
         return self.files[name]
 
 
+class DequantizedFiles(ModelFiles):
+    """The model of a GGUF file as safetensors in a temporary folder, which lives as long as this."""
+
+    def __init__(self, file: Path):
+        self.folder = TemporaryDirectory(prefix="winnow-")
+        dequantize_model(file, Path(self.folder.name))
+        super().__init__(describe(Path(self.folder.name)))
+
+
 def loaded(model: str | Path | PreTrainedModel, dtype: str, device: str) -> tuple[ModelFiles, PreTrainedModel]:
-    """The tensors of a model, and the model that runs: a directory's in `dtype` on `device`, or the given one as it is."""
+    """The tensors of a model, and the model that runs: of a directory or a GGUF file in `dtype` on `device`, or the given one as
+    it is."""
     if isinstance(model, str | Path):
-        files = ModelFiles(describe(Path(model)))
+        files = DequantizedFiles(file) if (file := gguf_file(model)) else ModelFiles(describe(Path(model)))
         return files, load_model(files.verify(), dtype, device)
     return HeldModel(model), model
 

@@ -141,6 +141,15 @@ def _sizes(recipe: WrittenRecipe) -> str:
     return "; ".join(f"{role} {low if low == high else f'{low} to {high}'} ({n}x)" for role, (low, high, n) in spans.items())
 
 
+def _dequantized(recipe: WrittenRecipe) -> list[tuple[str, str]]:
+    """That the dense model is one that was quantised already."""
+    if (made := recipe.get("dequantized")) is None:
+        return []
+    types = ", ".join(f"{count} tensors {kind}" for kind, count in made["types"].items())
+    file = f"`{made['file']}`, SHA-256 {made['sha256'][:16]}"
+    return [("dense model", f"dequantised once from {made['type']} ({types}) to {made['dtype']}; GGUF file {file}")]
+
+
 def _recipe(recipe: WrittenRecipe, dense: bool) -> list[str]:
     model, method, budget = recipe["model"], recipe["method"], recipe["budget"]
     revision = f", revision `{model['revision']}`" if model.get("revision") else ""
@@ -150,6 +159,7 @@ def _recipe(recipe: WrittenRecipe, dense: bool) -> list[str]:
     whole = f"{recipe['model_stored_bytes']:,} of {recipe['model_dense_bytes']:,}"
     rows = [
         ("model", f"`{model['source']}`{revision}"),
+        *_dequantized(recipe),
         ("structure", _options(method["structure"])),
         ("metric", _options(method["metric"])),
         ("compressed", ", ".join(budget["targets"])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NotRequired
 
+from winnow.io.records import Dequantized
 from winnow.io.specs import Preset, Presets
 
 
@@ -24,5 +25,6 @@ class WrittenRecipe(Recipe):
 
     model_stored_bytes: int
     model_dense_bytes: int
+    dequantized: NotRequired[Dequantized]  # of a model from a GGUF file
     format_version: NotRequired[int]
     recovery: NotRequired[Preset]

@@ -137,6 +137,8 @@ def write_checkpoint(
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     copy_files(files.manifest["files"], source, directory)
     written: WrittenRecipe = named({**recipe, **sizes, "model_dense_bytes": files.manifest["bytes"]})
+    if made := files.manifest.get("dequantized"):
+        written["dequantized"] = made
     if (version_of := format_of(layouts)) > 1:
         written["format_version"] = version_of
     (directory / "recipe.yaml").write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")

@@ -13,7 +13,8 @@ from winnow.data.text_formats import text_format_of
 from winnow.data.texts import read_rows
 from winnow.data.tokens import check_causal, encode, load_tokenizer
 from winnow.errors import InputError
-from winnow.models.classes import is_causal, read_config
+from winnow.models.classes import is_causal, model_class, read_config
+from winnow.models.gguf import GgufModel, gguf_file
 from winnow.models.shape import Shape, shape_of
 from winnow.planning.config import Text
 
@@ -39,16 +40,17 @@ class Suggested:
 
 
 def of_model(source: str, revision: str | None) -> Suggested:
-    """Read config.json and the headers of the weights. Raises InputError for a directory that a run would refuse, and for a model
+    """Read the config and the headers of the weights. Raises InputError for a directory that a run would refuse, and for a model
     that does not predict the next token."""
     if revision is not None:
         return Suggested(None, "a model on the hub", "bfloat16", LONG)
-    shape, config = shape_of(Path(source)), read_config(source)
-    architecture = (config.architectures or ["?"])[0]
+    file = gguf_file(source)
+    shape, config = shape_of(Path(source)), GgufModel(file).config if file else read_config(source)
+    architecture = model_class(config).__name__ if file else (config.architectures or ["?"])[0]
     check_causal({"causal": is_causal(config), "class": architecture})  # type: ignore[typeddict-item]
     text = config.get_text_config()
     small = shape.numbers < SMALL
-    stored = str(text.dtype or config.dtype or "").removeprefix("torch.")
+    stored = GgufModel(file).dtype if file else str(text.dtype or config.dtype or "").removeprefix("torch.")
     dtype = "float32" if small or stored not in ("bfloat16", "float16") else stored
     return Suggested(shape, architecture, dtype, min(SHORT if small else LONG, text.max_position_embeddings or LONG))
 
@@ -106,4 +108,6 @@ def tokens_of(text: dict[str, Any], model: str) -> int:
     """About how many tokens a text has for a model's tokenizer, from its beginning."""
     whole = Text.model_validate(text).join.join(rows_of(text))
     part = whole[:LOOKED_AT]
-    return int(SURE * len(encode(load_tokenizer(model), part, True)) * len(whole) / len(part))
+    file = gguf_file(model)
+    tokenizer = GgufModel(file).tokenizer() if file else load_tokenizer(model)
+    return int(SURE * len(encode(tokenizer, part, True)) * len(whole) / len(part))

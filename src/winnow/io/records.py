@@ -44,6 +44,16 @@ class BaseManifest(TypedDict):
     files: dict[str, str]  # {name: SHA-256}
 
 
+class Dequantized(TypedDict):
+    """The GGUF file that a directory of safetensors was made from."""
+
+    file: str
+    sha256: str
+    type: str  # of the file, such as Q4_K_M
+    types: dict[str, int]  # {type: tensors}
+    dtype: str  # of the tensors once dequantised
+
+
 _Class = TypedDict("_Class", {"class": str})  # the name of a model's transformers class
 
 
@@ -56,6 +66,7 @@ class ModelManifest(BaseManifest, _Class):
     tied: dict[str, str]  # {tensor: the one that it is tied to}
     tensors: dict[str, TensorRecord]  # by canonical name
     bytes: int
+    dequantized: NotRequired[Dequantized]  # of a model from a GGUF file
 
 
 class Sealed(TypedDict):

@@ -6,12 +6,14 @@ provenance. It is removed when the artefact is finished.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST, read_tensors, write_tensors
@@ -100,3 +102,56 @@ def _provenance(path: Path) -> Provenance | None:
             return json.loads((stream.metadata() or {}).get("winnow", "null"))
     except SafetensorError:
         return None
+
+
+class Pieces:
+    """Finished pieces of a long measurement, JSON values by name, so that an interrupted job goes on after the last one.
+
+    Each is a line of a hidden file beside the artefact, after its digest; the first line is the provenance of the job, and a job
+    of another one starts over.
+    """
+
+    def __init__(self, artefact: Path | str | None = None, provenance: Provenance | None = None):
+        """`artefact`: what the pieces are part of; without it, none is kept."""
+        self.path = None if artefact is None else Path(artefact).with_name(f".{Path(artefact).name}.state")
+        self.found: dict[str, Any] = {}
+        if self.path is None:
+            return
+        first, *lines = list(self._lines()) or [None]
+        if first == json.loads(json.dumps(provenance)):
+            self.found = dict(lines)
+            log.info("resuming: %d pieces of %s exist already", len(self.found), Path(str(artefact)).name)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "w", encoding="utf-8") as stream:  # without a line that was cut
+            stream.writelines(map(_line, [provenance, *self.found.items()]))
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The piece of this name, made unless it was by an earlier job: builtin types, as they come back from a file."""
+        if name not in self.found:
+            line = _line([name, make()])
+            if self.path is not None:
+                with open(self.path, "a", encoding="utf-8") as stream:
+                    stream.write(line)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            self.found[name] = json.loads(line.partition(" ")[2])[1]
+        return self.found[name]
+
+    def clear(self) -> None:
+        """Forget all pieces: the artefact is finished."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _lines(self) -> Iterator[Any]:
+        """The whole lines of the file; none from the first damaged one on."""
+        assert self.path is not None
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
+            digest, _, text = line.partition(" ")
+            if hashlib.sha256(text.encode()).hexdigest() != digest:
+                return
+            yield json.loads(text)
+
+
+def _line(content: Any) -> str:
+    text = json.dumps(content)
+    return f"{hashlib.sha256(text.encode()).hexdigest()} {text}\n"

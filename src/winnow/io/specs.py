@@ -18,6 +18,13 @@ class Source(TypedDict):
     revision: str | None
 
 
+class Dequantize(TypedDict):
+    """`dequantize`"""
+
+    source: str  # a GGUF file, or a directory with one
+    dtype: str | None  # of the stored tensors; None: that of the file
+
+
 class Text(TypedDict):
     """`retrieve_text`, see `winnow.planning.config.Text`."""
 
@@ -282,6 +289,7 @@ class Trained(OwnNames):
 class MeasureStudy(TypedDict):
     study: str
     dtype: str
+    options: NotRequired[dict[str, Any]]  # of the study, as far as they are not the defaults
     checkpoints: NotRequired[list[Trained]]
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*")
-DESCRIBING = (*CONFIGS, *TOKENIZER)
+FROM_GGUF = "gguf.json"  # of a directory that was made from a GGUF file: which, and of which type
+DESCRIBING = (*CONFIGS, *TOKENIZER, FROM_GGUF)
 WANTED = ["model*.safetensors", *DESCRIBING]  # of a hub repository
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from winnow.io.tensors import TensorFile
 from winnow.models.architectures import ARCHITECTURES, matrices_of
 from winnow.models.classes import empty_model, is_causal
 from winnow.models.config_json import check_source
-from winnow.models.files import BYTES, WANTED, model_files, tensor_bytes, weight_files
+from winnow.models.files import BYTES, FROM_GGUF, WANTED, model_files, tensor_bytes, weight_files
 from winnow.models.naming import stored_tensors
 
 CHUNK = 1 << 22  # numbers that are checked at a time
@@ -82,7 +83,7 @@ def describe(directory: Path) -> ModelManifest:
                 )
             del tensors[target]
     matrices_of(config.model_type, tensors)  # refuses an unknown family before any work
-    return {
+    described: ModelManifest = {
         "directory": str(directory),
         "model_type": config.model_type,
         "class": type(model).__name__,
@@ -93,6 +94,9 @@ def describe(directory: Path) -> ModelManifest:
         "tensors": dict(sorted(tensors.items())),
         "bytes": sum(tensor_bytes(t) for t in tensors.values()),
     }
+    if (made := directory / FROM_GGUF).is_file():
+        described["dequantized"] = json.loads(made.read_text(encoding="utf-8"))
+    return described
 
 
 def _longest(config: Any) -> int | None:

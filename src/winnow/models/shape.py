@@ -14,6 +14,7 @@ from winnow.io.tensors import BYTES, read_header
 from winnow.models.architectures import Matrix, matrices_of, select
 from winnow.models.config_json import check_source
 from winnow.models.files import model_files, tensor_bytes, weight_files
+from winnow.models.gguf import GgufModel, gguf_file
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 PRODUCT = 1 << 22  # numbers of sums of statistics that are added at a time
@@ -63,20 +64,30 @@ def _canonical(source: Path) -> dict[str, Any]:
     return {name: {"dtype": place.dtype, "shape": place.shape} for name, place in places.items()}
 
 
-def shape_of(source: Path, manifest: Path | None = None) -> Shape:
+def _config(source: Path) -> dict[str, Any]:
+    return json.loads((source / "config.json").read_text(encoding="utf-8"))
+
+
+def shape_of(source: Path, manifest: Path | None = None, dtype: str | None = None) -> Shape:
     """The shape of a model directory, from its config and the headers of its weight files (or from a manifest of
-    `retrieve_model`). Raises InputError for a directory that holds no usable weights or an unknown family, and for a config.json
-    that is refused."""
+    `retrieve_model`); or of a GGUF file once it is dequantised to `dtype`. Raises InputError for a source that holds no usable
+    weights or an unknown family, and for a config.json that is refused."""
+    config: dict[str, Any]
     if manifest is not None and manifest.is_file():
         found = read_json(manifest)
         source, tensors, family = Path(found["directory"]), found["tensors"], found["model_type"]
+        config = _config(source)
+    elif file := gguf_file(source):
+        model = GgufModel(file)
+        tensors, config = model.records(dtype), model.config.to_dict()
+        family = config["model_type"]
     else:
         files, tensors = model_files(source), {}
         check_source(source)
         for path in (p for p in files if p.suffix == ".safetensors"):
             tensors |= read_header(path)
-        family = json.loads((source / "config.json").read_text(encoding="utf-8"))["model_type"]
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config = _config(source)
+        family = config["model_type"]
     matrices = matrices_of(family, tensors)
     if not matrices:  # files of some families leave the name of the base model out
         matrices = matrices_of(family, {f"{base}.{name}": t for name, t in tensors.items() for base in ("transformer", "model")})

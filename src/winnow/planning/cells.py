@@ -84,7 +84,10 @@ class Cells:
         """Raise InputError for a local model, text or file of a task that an experiment uses and that is not there, and for rows
         of JSON that would be read as plain text."""
         for name in dict.fromkeys(cell.model for cell in self):
-            self.presets.local_model_files(self.presets.labels["models"][name])
+            label = self.presets.labels["models"][name]
+            self.presets.local_model_files(label)
+            if self.presets.config.models[name].stored_dtype and not self.presets.dequantized(label):
+                raise InputError(f"models.{name}.stored_dtype: is for the weights of a GGUF file; remove it")
         for name in dict.fromkeys(text for cell in self for text in self.texts_of(cell)):
             text = self.presets.config.texts[name]
             for file in text.files:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from winnow.allocation.base import ALLOCATIONS, AllocationOptions
 from winnow.allocation.kinds.uniform import Uniform
-from winnow.data.text_formats import resolved
 from winnow.errors import InputError
 from winnow.evaluation.base import EVALUATIONS, EvaluationOptions, with_kind
 from winnow.evaluation.kinds.classification import Classification
@@ -20,13 +19,14 @@ from winnow.options import Name, Strict
 from winnow.planning import presets
 from winnow.planning.config_checks import check_allocations, check_exports, check_targets, check_training
 from winnow.planning.config_errors import Located, described, nearest
+from winnow.planning.config_inputs import Dtype, Model, Text
 from winnow.planning.config_sources import Source, source_of
 from winnow.planning.ranks import Ranks, Shares
 from winnow.recovery.base import RECOVERIES, RecoveryOptions
 from winnow.recovery.kinds.none import NoRecovery
 from winnow.structures.base import STRUCTURES, StructureOptions
 from winnow.structures.mixed import Mixed
-from winnow.training.options import Tuning
+from winnow.studies.base import STUDIES
 
 if TYPE_CHECKING:
     AnyAllocation = AllocationOptions
@@ -37,67 +37,9 @@ if TYPE_CHECKING:
 else:  # unions of what is registered, which a type checker cannot see
     AnyAllocation, AnyMetric, AnyStructure = ALLOCATIONS.union, METRICS.union, STRUCTURES.union
     AnyRecovery, AnyEvaluation = RECOVERIES.union, Annotated[EVALUATIONS.union, BeforeValidator(with_kind)]
+_STUDIES: dict[str, Any] = {kind: (study.Options, study.Options()) for kind, study in STUDIES.items()}
+OfStudies: Any = create_model("OfStudies", __base__=Strict, **_STUDIES)
 UNIFORM = Uniform.Options(kind="uniform")
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Model(Strict):
-    """A model in Hugging Face layout, weights in safetensors."""
-
-    source: str = Field(description="local directory, or hub id (`org/name`) together with `revision`")
-    revision: str | None = Field(
-        None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub repository; required for a hub id"
-    )
-    dtype: Dtype = Field(
-        "float32", description="dtype of the forward passes (statistics, evaluation); stored tensors keep theirs"
-    )
-    shards: int = Field(1, ge=1, description="number of jobs that factorise the layers; changes no number")
-    load: Literal["whole", "stream"] = Field(
-        "whole",
-        description="stream: read the weights block by block in statistics, gradients and perplexity, for a model larger than "
-        "memory; changes no number beyond rounding",
-    )
-    finetune: Tuning | None = Field(
-        None, description="first train it as a classifier on a task; everything else then uses the fine-tuned model (see below)"
-    )
-
-    def local(self) -> bool:
-        return self.revision is None
-
-
-class Text(Strict):
-    """A text as rows, from local files or a hub data set."""
-
-    files: list[str] = Field([], description="local files, in order; or use `dataset`")
-    dataset: str | None = Field(None, description="hub data set id")
-    subset: str | None = Field(None, description="configuration of the hub data set")
-    split: str | None = Field(None, description="split of the hub data set")
-    revision: str | None = Field(
-        None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub data set; required with `dataset`"
-    )
-    format: Literal["raw", "lines", "jsonl", "parquet"] = Field(
-        "raw",
-        description="when absent, jsonl or parquet by the file endings; raw: a file is one row; lines: a line is a row with its "
-        "newline, blank lines are empty rows (WikiText as on the hub)",
-    )
-    column: str = Field("text", description="column of jsonl, parquet or hub rows")
-    separator: str | None = Field(None, description="splits raw files into rows; it is removed")
-    start: int = Field(0, ge=0, description="first row used")
-    stop: int | None = Field(None, ge=1, description="row after the last one used; all when absent")
-    join: str = Field("\n\n", description="separator with which rows are joined to one text")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_format(cls, content: Any) -> Any:
-        return resolved(content)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Text:
-        if bool(self.files) == bool(self.dataset):
-            raise ValueError("give either `files` or `dataset`")
-        if self.dataset and not (self.revision and self.split):
-            raise ValueError("a hub data set needs `split` and a pinned `revision` (40 hexadecimal digits)")
-        return self
 
 
 class Calibration(Strict):
@@ -291,6 +233,9 @@ class Config(Strict):
         description="steps after compression; those of the default configuration are known by name",
     )
     evaluations: dict[Name, AnyEvaluation] = Field(description="what is measured: loss, accuracy, latency")
+    studies: OfStudies = Field(  # type: ignore[valid-type]
+        OfStudies(), description="how much the studies of papers (`snakemake study_<name>`) measure; {study: {key: value}}"
+    )
     experiments: dict[Name, Experiment] = Field(description="products of the names above; `snakemake` runs them all")
 
     @model_validator(mode="after")

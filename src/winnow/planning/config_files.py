@@ -80,7 +80,7 @@ def default_yaml() -> str:
         "# presets of your own with `snakemake --configfile mine.yaml` (deep merge). All keys are explained in config/README.md.",
         "# yaml-language-server: $schema=../workflow/schemas/config.schema.json",
     ]
-    for name, field in Config.model_fields.items():
+    for name, field in ((name, field) for name, field in Config.model_fields.items() if name in content):
         lines += ["", f"# {field.description}", dumped({name: content[name]}).rstrip()]
     return "\n".join(lines) + "\n"
 

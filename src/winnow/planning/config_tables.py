@@ -22,6 +22,7 @@ from winnow.recovery.base import RECOVERIES
 from winnow.registry import Registry
 from winnow.structures.base import STRUCTURES
 from winnow.structures.low_rank import LowRank
+from winnow.studies.base import STUDIES
 from winnow.training.options import Tuning
 
 ALLOCATED = [
@@ -56,6 +57,10 @@ CALIBRATED = [
 ]
 
 
+STUDIED = [
+    "By default a measurement ends within about an hour on two cores for a model of 135 million numbers; `snakemake plan` says",
+    "how long it takes on yours. One that is interrupted goes on after the last piece that it had finished.",
+]
 SYMBOLS = [
     "Presets of `config/config.yaml`, with their papers. m and n are the outputs and inputs of a matrix, d and f the",
     "width and the hidden width of an FFN, k is the size that a budget determines. Indices take 2 bytes each (4 from",
@@ -68,6 +73,10 @@ def section(name: str) -> list[str]:
     field = Config.model_fields[name]
     lines = [f"{field.description}."]
     registry: Any = {"evaluations": EVALUATIONS, "recoveries": RECOVERIES}.get(name)
+    if name == "studies":
+        for kind, cls in STUDIES.items():
+            lines += ["", f"`{kind}`: {cls.title} ({cls.reference})", "", *_key_rows(cls.Options)]
+        return [*lines, "", *STUDIED]
     if registry is None:
         lines += ["", *_key_rows(typing.get_args(field.annotation)[1])]
     for kind, cls in (registry or {}).items():

@@ -30,21 +30,21 @@ def forecast(plan: Plan, shapes: dict[str, Shape], batch_tokens: int = 4096) -> 
 
 def _merged(works: list[Work]) -> list[Work]:
     """One row per stage and model, in the order of the stages."""
-    rows: dict[tuple[str, str], Work] = {}
+    rows: dict[tuple[str, str, str], Work] = {}
     for w in works:
-        key = (w.stage, w.model)
+        key = (w.stage, w.model, w.target)
         o = rows.get(key)
         sums = (w.jobs, w.memory, w.disk, w.operations)
         if o is not None:
             sums = (o.jobs + w.jobs, max(o.memory, w.memory), o.disk + w.disk, o.operations + w.operations)
-        rows[key] = Work(w.stage, w.model, *sums, w.streams)
+        rows[key] = Work(w.stage, w.model, *sums, w.streams, w.target)
     return list(rows.values())
 
 
-def measured_seconds(results: Path, stage: str, label: str) -> float | None:
-    """Median seconds of earlier jobs of a stage on a model (by label), from Snakemake's benchmark files."""
+def measured_seconds(results: Path, stage: str, label: str, name: str = "*") -> float | None:
+    """Median seconds of earlier jobs of a stage (and a `name`) on a model (by label), from Snakemake's benchmark files."""
     folder = results / "benchmarks" / stage / label
-    files = [*folder.rglob("*.tsv"), *folder.parent.glob(f"{label}.tsv")] if folder.parent.is_dir() else []
+    files = [*folder.rglob(f"{name}.tsv"), *folder.parent.glob(f"{label}.tsv")] if folder.parent.is_dir() else []
     seconds = []
     for path in files:
         with open(path, newline="", encoding="utf-8") as stream:

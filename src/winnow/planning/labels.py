@@ -19,6 +19,7 @@ from winnow.evaluation.kinds.classification import Classification
 from winnow.metrics.base import METRICS
 from winnow.models.architectures import GRADIENTS
 from winnow.models.files import model_files
+from winnow.models.gguf import gguf_file
 from winnow.planning.config import Config, Strict
 from winnow.planning.derived import add_budgets, add_members, add_studies, calibrations_by_seed, with_controls
 from winnow.recovery.base import RecoveryOptions
@@ -109,7 +110,15 @@ class Labels:
     def local_model_files(self, label: str) -> list[str]:
         """Files of a local model; none for one on the hub, which `retrieve_model` downloads."""
         model = self.preset("models", label)
-        return [str(p) for p in model_files(model.source)] if model.local() else []
+        if not model.local():
+            return []
+        file = gguf_file(model.source)
+        return [str(file)] if file else [str(p) for p in model_files(model.source)]
+
+    def dequantized(self, label: str) -> bool:
+        """Whether a model is in a GGUF file, which is written as safetensors before anything else."""
+        model = self.preset("models", label)
+        return model.local() and gguf_file(model.source) is not None
 
     def task_files(self, label: str) -> list[str]:
         """Local files that the tasks of an accuracy preset read."""

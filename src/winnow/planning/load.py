@@ -34,6 +34,7 @@ class Work:
     disk: float  # bytes, of all jobs
     operations: float  # floating point, of all jobs
     streams: bool = False  # whether `load: stream` takes less memory
+    target: str = ""  # what asks for it, where `snakemake` alone does not
 
     def seconds(self, rate: float) -> float:
         return self.jobs * START + self.operations / rate + self.disk / WRITTEN

@@ -40,7 +40,11 @@ class Needs:
         if not model.local() and not manifest.is_file():
             return {}
         try:
-            shape = shape_of(Path(model.source), None if model.local() else manifest)
+            made = not model.local() or self.plan.dequantized(label)
+            shape = shape_of(Path(model.source), manifest if made else None, model.stored_dtype)
         except InputError:  # reported by the jobs that read the model
             return {}
-        return {work.stage: work.memory for work in forecast(self.plan, {name: shape})}
+        found: dict[str, float] = {}
+        for work in forecast(self.plan, {name: shape}):
+            found[work.stage] = max(work.memory, found.get(work.stage, 0.0))
+        return found

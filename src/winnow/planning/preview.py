@@ -77,13 +77,15 @@ def works_table(works: Iterable[Work], plan: Plan, to_run: dict[str, int], resul
         table.add_column(column, justify="left" if column in ("stage", "model", "from") else "right", no_wrap=True)
     total = 0.0
     for work in works:
-        measured = measured_seconds(results, work.stage, plan.labels["models"][work.model])
+        name = work.target.removeprefix("study_") or "*"
+        measured = measured_seconds(results, work.stage, plan.labels["models"][work.model], name)
         each = work.seconds(rate) / work.jobs if measured is None else measured
         waiting = to_run.get(work.stage, 0)
         total += each * min(waiting, work.jobs)
         source = "arithmetic" if measured is None else "earlier jobs"
         numbers = (size(work.memory), size(work.disk), f"{each:.1f}", source)
-        table.add_row(work.stage, work.model, str(work.jobs), str(waiting) if waiting else "cached", *numbers)
+        state = str(waiting) if waiting else "by its own target" if work.target else "cached"
+        table.add_row(work.target or work.stage, work.model, str(work.jobs), state, *numbers)
     return table, total
 
 

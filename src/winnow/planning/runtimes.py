@@ -17,7 +17,7 @@ def known_shapes(plan: Plan, names: Iterable[str]) -> dict[str, Shape]:
     for name in dict.fromkeys(names):
         manifest, model = Path("results") / plan.labels["models"][name] / "model.json", plan.config.models[name]
         if model.local() or manifest.is_file():
-            found[name] = shape_of(Path(model.source), manifest)
+            found[name] = shape_of(Path(model.source), manifest, model.stored_dtype)
     return found
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from winnow.registry import Options, Plugin, Registry
+from pydantic import Field
+
+from winnow.io.resume import Pieces
+from winnow.options import Strict
+from winnow.registry import Plugin, Registry
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,10 +23,12 @@ if TYPE_CHECKING:
     from winnow.io.artifacts import Bundle
     from winnow.io.records import Row
     from winnow.models.files import ModelFiles
+    from winnow.models.shape import Shape
     from winnow.studies.claims import Answer
     from winnow.studies.records import CellRow, LossRow, TimeRow
 
 
+Item = TypeVar("Item")
 NONE = "none"  # the recovery of a cell without one
 
 
@@ -51,6 +57,69 @@ class Given:
     windows: Tensor | None = None  # of the calibration (count, length)
     evaluation: tuple[Tensor, Tensor] | None = None  # ids (count, length) and the first scored token of every window
     checkpoints: dict[tuple[str, str, str], Bundle] = field(default_factory=dict)  # of the study's cells, by `key_of`
+    pieces: Pieces = field(default_factory=Pieces)  # what an interrupted job has measured already
+
+    def cut(self, length: int) -> Given:
+        """The same with windows of at most `length` tokens."""
+        windows = None if self.windows is None else self.windows[:, :length]
+        if self.evaluation is None:
+            return replace(self, windows=windows)
+        ids, first = self.evaluation
+        ids, kept = ids[:, :length], first < length  # a window of which nothing is scored any more is left out
+        return replace(self, windows=windows, evaluation=(ids[kept], first[kept]))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a forecast of a measurement needs: the model's shape, bytes of its numbers as it runs, and (windows, tokens of each)
+    of the calibration and of the evaluation, whose windows are None if the text decides."""
+
+    shape: Shape
+    unit: int
+    calibration: tuple[int, int]
+    evaluation: tuple[int | None, int]
+    checkpoints: int  # of the study's cells
+
+    def forward(self, tokens: float) -> float:
+        """Floating-point operations of forward passes."""
+        return 2.0 * tokens * self.shape.numbers
+
+    def scored(self, windows: int, length: int) -> int:
+        """Tokens of at most so many evaluation windows of at most `length` tokens."""
+        return min(windows, self.evaluation[0] or windows) * min(length, self.evaluation[1])
+
+    def logits(self, tokens: float, width: int) -> float:
+        """Bytes of logits, as logarithms of `width` bytes in three copies."""
+        return 3.0 * tokens * self.shape.vocabulary * width
+
+    @property
+    def model(self) -> float:
+        """Bytes of the model as it runs."""
+        return float(self.shape.numbers * self.unit)
+
+
+class StudyOptions(Strict):
+    """How much a study measures. By default it ends within about an hour on two cores for a model of 135 million numbers."""
+
+
+LENGTH: Any = Field(
+    256, ge=8, description="tokens of a window at most: of longer windows, the first ones are used (costs grow with it)"
+)
+BATCH = 4096  # tokens of a forward pass
+SOLVED = 60.0  # operations of a float32 product that take as long as one of a decomposition in float64, with what is around it
+
+
+LARGE = 40e6  # numbers of a model beyond which training and losses are on fewer steps and windows by default
+
+
+def fewer(most: int, numbers: float) -> int:
+    """`most`, or for a model of more than 40 million numbers fewer in proportion, at least a tenth: the same arithmetic."""
+    return max(most // 10, int(most * min(1.0, LARGE / numbers)))
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` of the items, evenly spread, with the first."""
+    return list(items[:: max(1, -(-len(items) // most))])
 
 
 @dataclass(frozen=True)
@@ -118,11 +187,15 @@ class Study(Plugin):
     # inputs of `measure` besides the model, from moments, windows, evaluation, checkpoints
     reads: ClassVar[tuple[str, ...]] = ()
 
-    Options = Options
+    Options = StudyOptions
 
     @classmethod
     def kind(cls) -> str:
-        return cls.__module__.split(".")[-2]  # a study has no options; its name is that of its folder
+        return cls.__module__.split(".")[-2]  # the name of its folder
+
+    def work(self, asked: Asked) -> tuple[float, float]:
+        """(bytes of memory beside the process, floating-point operations) of `measure`. Imports no torch."""
+        return asked.model, 0.0
 
     @abstractmethod
     def measure(self, given: Given) -> Mapping[str, Any]:
@@ -136,6 +209,7 @@ class Study(Plugin):
 STUDIES: Registry[Study] = Registry("winnow.studies", Study, inside="study")
 
 
-def study_of(name: str) -> Study:
+def study_of(name: str, options: Mapping[str, Any] | None = None) -> Study:
     """The study of this name; only its folder is imported, so that no study depends on another's code."""
-    return STUDIES.build({"kind": name})
+    cls = STUDIES[name]
+    return cls(cls.Options.model_validate(options or {}))

@@ -120,6 +120,14 @@ class Stage(Plugin):
         return {**recovery.model_dump(exclude={"after"}), **after}
 
 
+def source_of(plan: Plan, model: str) -> specs.Source:
+    """Where the files of a model (by label) are before it is trained on a task."""
+    if plan.dequantized(model):  # what `dequantize` made
+        return {"source": f"results/{model}/dequantized", "revision": None}
+    preset = plan.preset("models", model)
+    return {"source": preset.source, "revision": preset.revision}
+
+
 STAGES: Registry[Stage] = Registry("winnow.planning.stages", Stage)
 
 

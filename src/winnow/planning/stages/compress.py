@@ -34,7 +34,7 @@ class Compress(Stage):
             "allocation": self.allocation(w),
             "dtype": self.dtype(w),
             "presets": {
-                "model": plan.preset("models", w["model"]).model_dump(exclude=EXECUTION),
+                "model": plan.preset("models", w["model"]).model_dump(exclude=EXECUTION | {"stored_dtype"}),
                 "calibration": calibration.model_dump(exclude_none=True),
                 "calibration_text": self._calibration_text(calibration),
                 "method": self.method(w),

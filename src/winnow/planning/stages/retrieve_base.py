@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from winnow.planning.stages.base import Stage
+from winnow.planning.stages.base import Stage, source_of
 
 if TYPE_CHECKING:
     from winnow.io import specs
@@ -12,8 +12,7 @@ class RetrieveBase(Stage):
     """A model before it is trained on a task."""
 
     def spec(self, w: dict[str, str]) -> specs.Source:
-        model = self.plan.preset("models", w["model"])
-        return {"source": model.source, "revision": model.revision}
+        return source_of(self.plan, w["model"])
 
     def files(self, w: dict[str, str]) -> dict[str, str]:
-        return self.plan.outside.model(w["model"], "base.json")
+        return {} if self.plan.dequantized(w["model"]) else self.plan.outside.model(w["model"], "base.json")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from winnow.planning.stages.base import HUGGING_FACE, Stage
+from winnow.planning.stages.base import HUGGING_FACE, Stage, source_of
 
 CHECKED = 1 << 22  # numbers of weights that are looked at together
 
@@ -19,11 +19,11 @@ class RetrieveModel(Stage):
     def spec(self, w: dict[str, str]) -> specs.Source:
         if self.plan.tuned(w["model"]):  # what `finetune` made
             return {"source": f"results/{w['model']}/tuned", "revision": None}
-        model = self.plan.preset("models", w["model"])
-        return {"source": model.source, "revision": model.revision}
+        return source_of(self.plan, w["model"])
 
     def files(self, w: dict[str, str]) -> dict[str, str]:
-        return {} if self.plan.tuned(w["model"]) else self.plan.outside.model(w["model"], "model.json")
+        made = self.plan.tuned(w["model"]) or self.plan.dequantized(w["model"])
+        return {} if made else self.plan.outside.model(w["model"], "model.json")
 
     def work(self, load: Load) -> list[Work]:
         return self.needed(load, 1, load.read + 4 * CHECKED, 1e5)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from winnow.factors.spectra import effective_ranks
+from winnow.io.progress import every
 from winnow.metrics.gram import Gram
 from winnow.metrics.weights import Weights
 from winnow.models.architectures import TARGETS, Matrix, moments_file
@@ -35,42 +37,48 @@ def formula_bytes(files: ModelFiles, ranks: Ranks) -> int | None:
     return (stored(qkv, "qkv", ranks) + stored(ffn, "bypass", ranks)) * unit + biases
 
 
-def _stacks(files: ModelFiles, target: str) -> list[Tensor]:
+def _stacks(files: ModelFiles, target: str, matrices: Sequence[Matrix]) -> list[Tensor]:
     """The matrices of a target stacked along their outputs (sum m, n), for every layer, without experts."""
     import torch
 
     found: dict[int, list[Matrix]] = {}
-    for m in (m for m in files.matrices if m.role in TARGETS[target] and m.expert is None):
+    for m in (m for m in matrices if m.role in TARGETS[target] and m.expert is None):
         found.setdefault(m.layer, []).append(m)
     return [torch.cat([files.weight(m) for m in group]) for group in found.values()]
 
 
-def grc_numbers(files: ModelFiles) -> Grc:
+def grc_numbers(files: ModelFiles, matrices: Sequence[Matrix] | None = None) -> Grc:
     """`k95_qkv` and `k95_gate_up` (shares of the width, means over layers; None without such matrices), `sinks` (gain in %,
-    mean over layers), and `full`, the largest change of a weight at k = d (% of the largest weight)."""
+    mean over layers), and `full`, the largest change of a weight at k = d (% of the largest weight). `matrices`: all by
+    default."""
     import torch
+
+    matrices = files.matrices if matrices is None else matrices
 
     found: Any = {}
     for target in ("qkv", "gate_up"):
-        shares = [effective_ranks(torch.linalg.svdvals(s).numpy())["k95"] / s.shape[1] for s in _stacks(files, target)]
+        shares = [effective_ranks(torch.linalg.svdvals(s).numpy())["k95"] / s.shape[1] for s in _stacks(files, target, matrices)]
         found[f"k95_{target}"] = sum(shares) / len(shares) if shares else None
-    stacks = _stacks(files, "qkv")
+    stacks = _stacks(files, "qkv", matrices)
     found["sinks"] = sum(sink_gain(s, s.shape[1] // 4) for s in stacks) / len(stacks)
     bases = [basis(s) for s in stacks]
     found["full"] = max(float(100 * ((s @ p) @ p.T - s).abs().max() / s.abs().max()) for s, p in zip(stacks, bases, strict=True))
     return found
 
 
-def identities(files: ModelFiles, moments: Bundle, kept: float) -> dict[str, float]:
-    """Largest residuals over layers and matrices, relative to squared norms, of exact identities."""
+def identities(files: ModelFiles, moments: Bundle, kept: float, matrices: Sequence[Matrix] | None = None) -> dict[str, float]:
+    """Largest residuals over layers and matrices (all by default), relative to squared norms, of exact identities."""
     import torch
+
+    matrices = files.matrices if matrices is None else matrices
 
     worst: dict[str, float] = {}
 
     def seen(name: str, residual: float) -> None:
         worst[name] = max(worst.get(name, 0.0), residual)
 
-    for m in (m for m in files.matrices if m.role in TARGETS["ffn"] and m.expert is None):
+    ffn = [m for m in matrices if m.role in TARGETS["ffn"] and m.expert is None]
+    for m in every(ffn, "matrices"):
         weight = files.weight(m)
         gram = moments.tensors(moments_file(m.layer))[f"{m.site}.gram"].double()
         for kind, columns in (("weights", torch.ones(m.shape[1], dtype=torch.float64)), ("outputs", gram)):
@@ -89,7 +97,7 @@ def identities(files: ModelFiles, moments: Bundle, kept: float) -> dict[str, flo
                 tail = torch.linalg.svdvals(weight)[k + r :].square().sum()
                 seen("||W - W_k||^2 = sum of the squared singular values beyond k", abs(error - float(tail)) / whole)
     for target, k_share in (("gate_up", 0.5), ("qkv", 0.25)):
-        for stack in _stacks(files, target):
+        for stack in _stacks(files, target, matrices):
             k = max(1, round(k_share * stack.shape[1]))
             values = torch.linalg.svdvals(stack).square()
             best, found = float(values[k:].sum() / values.sum()), projected_error(stack, basis(stack)[:, :k])

@@ -3,19 +3,22 @@ profile over layers has the shape of an hourglass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from winnow.factors.spectra import effective_ranks
+from winnow.io.progress import every
 from winnow.models.architectures import moments_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from winnow.io.artifacts import Bundle
+    from winnow.models.architectures import Matrix
     from winnow.models.files import ModelFiles
     from winnow.studies.bypass.found import EffectiveRanks, Hourglass, Parts
 
@@ -31,12 +34,28 @@ ORDERS = 2000  # number of random orders of layers, if there are too many to use
 ALL_ORDERS = 7  # largest number of layers for which all orders are used
 
 
-def profile(files: ModelFiles, moments: Bundle) -> list[EffectiveRanks]:
-    """One row per matrix and metric, without experts: the effective ranks as shares of the smaller side, `ambient`."""
+def profile(
+    files: ModelFiles,
+    moments: Bundle,
+    matrices: Sequence[Matrix] | None = None,
+    once: Callable[[str, Callable[[], Any]], Any] = lambda _, make: make(),
+) -> list[EffectiveRanks]:
+    """One row per matrix and metric, without experts: the effective ranks as shares of the smaller side, `ambient`. `matrices`:
+    all by default; `once` keeps what is known of each layer."""
+    whole = [m for m in (files.matrices if matrices is None else matrices) if m.expert is None]
+    layers = {layer: [m for m in whole if m.layer == layer] for layer in dict.fromkeys(m.layer for m in whole)}
+    return [
+        row
+        for layer in every(list(layers), "layers")
+        for row in once(f"ranks {layer}", partial(_ranks, files, moments, layers[layer]))
+    ]
+
+
+def _ranks(files: ModelFiles, moments: Bundle, matrices: Sequence[Matrix]) -> list[EffectiveRanks]:
     import torch
 
     rows: list[EffectiveRanks] = []
-    for m in (m for m in files.matrices if m.expert is None):
+    for m in matrices:
         weight, site = files.weight(m), moments.tensors(moments_file(m.layer))
         gram, mean = site[f"{m.site}.gram"].double(), site[f"{m.site}.mean"].double()
         plain = torch.linalg.svdvals(weight)

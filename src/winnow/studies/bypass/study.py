@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from winnow.studies.base import Conclusion, Evidence, Given, Study, speed
+from pydantic import Field
+
+from winnow.studies.base import SOLVED, Asked, Conclusion, Evidence, Given, Study, StudyOptions, speed, spread
 from winnow.studies.bypass.accounting import Ranks
 from winnow.studies.claims import Answer
 
@@ -117,6 +119,14 @@ class BypassStudy(Study):
 
     reads = ("moments",)
 
+    class Options(StudyOptions):
+        layers: int = Field(32, ge=1, description="layers at most, evenly spread, whose ranks and identities are measured")
+
+    def work(self, asked: Asked) -> tuple[float, float]:
+        svd = SOLVED * sum(max(m.shape) * min(m.shape) ** 2 + 3 * m.shape[1] ** 3 for m in asked.shape.matrices)
+        share = min(1.0, self.options.layers / asked.shape.layers)
+        return 2 * asked.model, share * 3 * svd
+
     def measure(self, given: Given) -> Bypassed:
         """Effective ranks and their profiles, stored numbers under every way to count, GRC's numbers, its times compared with
         dense, identities."""
@@ -127,7 +137,9 @@ class BypassStudy(Study):
 
         files, moments = given.files, given.moments
         assert moments is not None
-        rows, total = profile(files, moments), parameters(files.tensors)
+        once, kept = given.pieces.once, set(spread(sorted({m.layer for m in files.matrices}), self.options.layers))
+        sampled = [m for m in files.matrices if m.layer in kept]
+        rows, total = profile(files, moments, sampled, once), parameters(files.tensors)
         roles = [role for role in FFN_ROLES if any(row["role"] == role for row in rows)]
         ffn = dense(m for m in files.matrices if m.role in TARGETS["ffn"])
         return {
@@ -137,9 +149,9 @@ class BypassStudy(Study):
             "hourglass": hourglasses(rows, roles),
             "accounting": {name: removed(files.matrices, total, row.ranks) for name, row in ROWS.items()},
             "stored_bytes": {name: formula_bytes(files, ROWS[name].ranks) for name in ("attention", "ffn", "both", "bypass")},
-            "grc": grc_numbers(files),
-            "latency": _latency(given),
-            "identities": identities(files, moments, KEPT),
+            "grc": once("grc", lambda: grc_numbers(files, sampled)),
+            "latency": once("latency", lambda: _latency(given)),
+            "identities": once("identities", lambda: identities(files, moments, KEPT, sampled)),
         }
 
     def conclude(self, evidence: Evidence) -> Conclusion:

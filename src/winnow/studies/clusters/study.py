@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from winnow.studies.base import NONE, Conclusion, Evidence, Given, Study, key_of
+from pydantic import Field
+
+from winnow.io.progress import every
+from winnow.studies.base import (
+    BATCH,
+    LENGTH,
+    NONE,
+    SOLVED,
+    Asked,
+    Conclusion,
+    Evidence,
+    Given,
+    Study,
+    StudyOptions,
+    key_of,
+    spread,
+)
 from winnow.studies.clusters.answers import answers_of, distillation, rank_correlations
 from winnow.studies.clusters.figures import correlation_figure, distillation_figure, massive_figure, reconstruction_figure
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from winnow.io.artifacts import Bundle
     from winnow.models.architectures import Matrix
     from winnow.studies.claims import Answer
     from winnow.studies.clusters.found import CellErrors, Clustered, Comparison, Correlation, Gains, Massive
@@ -22,12 +40,7 @@ if TYPE_CHECKING:
 COUNTS, FRACTIONS = (2, 4, 8), (0.25, 0.5, 0.75)
 WAYS = ("norm", "cosine", "activation", "random")
 RANDOM_SEEDS = 3  # random clusterings that a gain is compared with
-LAYERS = 8  # largest number of (evenly spread) layers whose matrices are clustered
-WINDOWS, LEFT_OUT, COLUMNS = (
-    8,
-    4,
-    20,
-)  # calibration windows of the error measures and of removing columns; removed columns per layer
+LEFT_OUT = 4  # calibration windows of removing columns
 PAPER = (576, 1536)  # d and hidden width of the paper's model, for matrices without structure
 WEIGHTS, LOW_RANK = {"kind": "weights"}, {"kind": "low_rank"}
 CLUSTERS = {"kind": "cluster", "clusters": 4}
@@ -74,28 +87,49 @@ class ClustersStudy(Study):
     figures = ("reconstruction", "correlations", "massive", "distillation")
     reads = ("moments", "windows", "checkpoints")
 
+    class Options(StudyOptions):
+        length: int = LENGTH
+        windows: int = Field(8, ge=1, description="calibration windows of the error measures")
+        layers: int = Field(8, ge=1, description="layers at most, evenly spread, whose matrices are clustered and lose columns")
+        columns: int = Field(
+            20, ge=2, description="columns of every such layer without which the loss is measured, one at a time"
+        )
+
+    def work(self, asked: Asked) -> tuple[float, float]:
+        o, shape = self.options, asked.shape
+        layers, length = min(o.layers, shape.layers), min(o.length, asked.calibration[1])
+        ffn = [m for m in shape.matrices if m.site.startswith("ffn")]
+        svd = SOLVED * sum(max(m.shape) * min(m.shape) ** 2 for m in ffn) / shape.layers
+        decomposed = layers * (1 + len(COUNTS) * (len(WAYS) - 1 + RANDOM_SEEDS)) + 3 * 4
+        tokens = 2 * asked.checkpoints * o.windows * length + layers * o.columns * LEFT_OUT * length
+        memory = 2 * asked.model + 2 * asked.logits(min(BATCH, o.windows * length), 8)
+        return memory, svd * decomposed + asked.forward(tokens)
+
     def measure(self, given: Given) -> Clustered | Missing:
         """Errors of clusters compared with one SVD, outlying columns, errors of the study's checkpoints, training of LoRA."""
         from winnow.models.architectures import ffn_groups, moments_file
 
-        files, moments, windows = given.files, given.moments, given.windows
+        given, once = given.cut(self.options.length), given.pieces.once
+        files, moments = given.files, given.moments
         assert moments is not None
-        assert windows is not None
+        assert given.windows is not None
         groups = ffn_groups([m for m in files.matrices if m.expert is None])
         if not groups:
             return {"missing": "the model has no FFN but mixtures of experts"}
-        step = max(1, -(-len(groups) // LAYERS))
-        sampled = groups[::step]
+        sampled = spread(groups, self.options.layers)
         statistics = lambda m: {  # noqa: E731
             name.removeprefix(f"{m.site}."): value.double()
             for name, value in moments.tensors(moments_file(m.layer)).items()
             if name.startswith(f"{m.site}.")
         }
-        cut = [_cut(m, files.weight(m), statistics(m)) for group in sampled for m in group]
-        errors, massive = self._of_model(given, [group[-1] for group in groups], statistics)
+        matrices = [m for group in sampled for m in group]
+        rows_of = lambda m: _rows_of(_cut(m, files.weight(m), statistics(m)))  # noqa: E731
+        cut = [_cut_of(m.shape, once(m.name, partial(rows_of, m))) for m in every(matrices, "matrices")]
+        ends = (groups[0], groups[len(groups) // 2], groups[-1])
+        errors, massive = self._of_model(given, [group[-1] for group in sampled], statistics)
         return {
             "reconstruction": _table(cut),
-            "published": _published([[files.weight(m) for m in g] for g in (groups[0], groups[len(groups) // 2], groups[-1])]),
+            "published": once("published", lambda: _published([[files.weight(m) for m in g] for g in ends])),
             "flatness": _flatness(cut),
             "identities": _identities(sampled[0][0], files.weight(sampled[0][0]), cut),
             "errors": errors,
@@ -117,27 +151,28 @@ class ClustersStudy(Study):
         from winnow.studies.clusters.proxies import losses_without, matrix_errors, output_errors
         from winnow.studies.clusters.reconstruction import outlying
 
-        files, windows, moments = given.files, given.windows, given.moments
+        files, windows, moments, once = given.files, given.windows, given.moments, given.pieces.once
         assert windows is not None
         assert moments is not None
         dense = load_model(files.verify(), given.dtype, given.device)
-        names, shown = list(blocks_of(files.manifest["model_type"], files.tensors).values()), windows[:WINDOWS]
-        batch = max(1, 4096 // windows.shape[1])
-        errors: list[CellErrors] = []
-        for (method, budget, recovery), bundle in given.checkpoints.items():
-            if recovery == NONE:
-                model = load_model(bundle.verify(), given.dtype, given.device)
-                of_matrices, of_outputs = (
-                    matrix_errors(files, moments, bundle, model),
-                    output_errors(dense, model, names, shown, batch),
-                )
-                errors.append({"method": method, "budget": budget, **of_matrices, **of_outputs})
+        names, shown = list(blocks_of(files.manifest["model_type"], files.tensors).values()), windows[: self.options.windows]
+        batch = max(1, BATCH // windows.shape[1])
+
+        def errors_of(bundle: Bundle) -> list[Any]:
+            model = load_model(bundle.verify(), given.dtype, given.device)
+            return [matrix_errors(files, moments, bundle, model), output_errors(dense, model, names, shown, batch)]
+
+        errors: list[Any] = []
+        for key, bundle in every([(k, b) for k, b in given.checkpoints.items() if k[2] == NONE], "checkpoints"):
+            of_matrices, of_outputs = once(f"errors {key}", partial(errors_of, bundle))
+            errors.append({"method": key[0], "budget": key[1], **of_matrices, **of_outputs})
         massive: list[Massive] = []
         generator = torch.Generator().manual_seed(0)
-        for down in downs:
+        for down in every(downs, "layers"):
             scores = {"activation": statistics(down)["mean_abs"], "weight norm": files.weight(down).norm(dim=0)}
-            columns = torch.randperm(down.shape[1], generator=generator)[:COLUMNS].sort().values
-            lost = losses_without(dense, down, columns.tolist(), windows[:LEFT_OUT])
+            columns = torch.randperm(down.shape[1], generator=generator)[: self.options.columns].sort().values
+            without = partial(losses_without, dense, down, columns.tolist(), windows[:LEFT_OUT])
+            lost = once(f"without columns {down.layer}", without)
             for name, score in scores.items():
                 left_out, width = spearman(score[columns].tolist(), lost), down.shape[1]
                 own = outlying(score)
@@ -203,6 +238,25 @@ def _cut(matrix: Matrix, weight: Tensor, site: dict[str, Tensor]) -> Cut:
             labels = assign(weight, site, clustering, matrix)[0]
             clustered[by, count, seed] = cluster_blocks(weight, labels)
     return Cut(matrix.shape, cluster_blocks(weight), clustered)
+
+
+def _rows_of(cut: Cut) -> list[Any]:
+    """Builtin types for a file: a row per clustering (how, count, seed, shapes, squared singular values), the whole first."""
+    rows = {("", 1, 0): cut.one, **cut.clustered}
+    return [(*key, blocks.shapes, [energy.tolist() for energy in blocks.energies]) for key, blocks in rows.items()]
+
+
+def _cut_of(shape: tuple[int, int], rows: list[Any]) -> Cut:
+    """The `Cut` of such rows."""
+    import torch
+
+    from winnow.studies.clusters.reconstruction import Blocks
+
+    found = {}
+    for by, count, seed, shapes, energies in rows:
+        values = [torch.tensor(energy, dtype=torch.float64) for energy in energies]
+        found[by, count, seed] = Blocks([(m, n) for m, n in shapes], values)
+    return Cut(shape, found.pop(("", 1, 0)), found)
 
 
 def _table(cut: list[Cut]) -> list[Gains]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from winnow.studies.base import Conclusion, Evidence, Given, Study
+from pydantic import Field
+
+from winnow.io.progress import every
+from winnow.studies.base import SOLVED, Asked, Conclusion, Evidence, Given, Study, StudyOptions
 from winnow.studies.claims import Answer
 
 if TYPE_CHECKING:
@@ -18,7 +22,6 @@ if TYPE_CHECKING:
     from winnow.studies.records import Missing
 
 SHARE = 0.25  # d / D of the paper
-SWEEPS = 60  # maximum number of updates of every section
 STRENGTHS = (0.0, 1e-2, 1e-1, 1.0, 10.0, 1e2, 1e3, 1e4)  # lambda, as a share of the mean squared norm of the maps
 WEIGHTS, GRAM, LOW_RANK = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}
 NAMES = {"coupled": "coupled", "coupled_gram": "coupled, Gram metric", "svd": "SVD", "whitened": "SVD-LLM (whitened)"}
@@ -54,6 +57,16 @@ class CouplingStudy(Study):
 
     reads = ("moments",)
 
+    class Options(StudyOptions):
+        layers: int = Field(12, ge=2, description="layers at most of the chain, from the first on")
+        steps: int = Field(60, ge=1, description="updates of every section at most")
+
+    def work(self, asked: Asked) -> tuple[float, float]:
+        sides = [m.shape for m in asked.shape.matrices if m.role == "o_proj"][: self.options.layers]
+        n = max((max(side) for side in sides), default=0)
+        solved = (len(STRENGTHS) + 4) * 2.5 * self.options.steps * (len(sides) + 1)
+        return 8.0 * 12 * len(sides) * n**2, SOLVED / 2 * solved * n**3
+
     def measure(self, given: Given) -> Chained | Missing:
         """Energies over lambda and tying of the o_proj of all layers, errors of other forms on the same scale, identities."""
         import torch
@@ -64,7 +77,8 @@ class CouplingStudy(Study):
 
         files, moments = given.files, given.moments
         assert moments is not None
-        matrices = sorted((m for m in files.matrices if m.role == "o_proj"), key=lambda m: m.layer)
+        matrices = sorted((m for m in files.matrices if m.role == "o_proj"), key=lambda m: m.layer)[: self.options.layers]
+        once, steps = given.pieces.once, self.options.steps
         weights = torch.stack([files.weight(m) for m in matrices])
         grams = [moments.tensors(moments_file(m.layer))[f"{m.site}.gram"].double() for m in matrices]
         roots = [square_root(gram) for gram in grams]
@@ -79,18 +93,21 @@ class CouplingStudy(Study):
         def form(together: int, strength: float, chained: bool = True) -> tuple[Coupling, Sections, Sections]:
             coupling = Coupling(weights, *numbering(count, together, chained))
             anchors = _anchors(coupling, lefts)
-            return coupling, solve(coupling, anchors, strength * scale, 2 if strength else 3, SWEEPS, 0)[0], anchors
+            return coupling, solve(coupling, anchors, strength * scale, 2 if strength else 3, steps, 0)[0], anchors
 
-        sweep: list[Sweep] = []
-        for strength in STRENGTHS:
+        def point(strength: float) -> Sweep:
             coupling, sections, anchors = form(1, strength)
             distance = math.sqrt(sum(_apart(s, a) for s, a in zip(sections, anchors, strict=True)))
-            sweep.append({"lambda": strength, "error": float(coupling.errors(sections).sum()) / total, "distance": distance})
+            return {"lambda": strength, "error": float(coupling.errors(sections).sum()) / total, "distance": distance}
+
+        def tied(together: int) -> float:
+            coupling, sections, _ = form(together, 0.0)
+            return float(coupling.errors(sections).sum()) / total
+
+        sweep: list[Sweep] = [once(f"lambda {s}", partial(point, s)) for s in every(STRENGTHS, "strengths")]
+        ways = {"free": 1, "pairs": 2, "one section": count + 1}
+        tying = {name: once(name, partial(tied, ways[name])) for name in every(list(ways), "ways of tying")}
         coupling, free, anchors = form(1, 0.0)
-        tying = {}
-        for name, together in (("free", 1), ("pairs", 2), ("one section", count + 1)):
-            tied, sections, _ = form(together, 0.0)
-            tying[name] = float(tied.errors(sections).sum()) / total
         whitened = [left @ (left.T @ w) for w, left in zip(weights, lefts, strict=True)]
         bound = plain.S[:, k:].square().sum(1)
         kept = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from winnow.studies.base import Conclusion, Evidence, Given, Study, speed
+from pydantic import Field
+
+from winnow.studies.base import BATCH, LENGTH, SOLVED, Asked, Conclusion, Evidence, Given, Study, StudyOptions, fewer, speed
 from winnow.studies.claims import Answer
 
 if TYPE_CHECKING:
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
     from winnow.evaluation.results import PerWindow
     from winnow.io import specs
-    from winnow.studies.ffsplit.found import Delta, Quantised, Size, Split, SweepRow, Unsplit, Zeroed, ZeroedRow
+    from winnow.studies.ffsplit.found import Delta, Quantised, Size, Split, Unsplit, Zeroed, ZeroedRow
     from winnow.studies.ffsplit.heavy import Ffn
     from winnow.studies.records import TimeRow
 
@@ -23,7 +26,6 @@ SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # of heavy neurons
 RANKS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the light neurons, as shares of their full rank
 EQUAL = 0.5  # bytes of the sweep over shares at equal bytes
 SEEDS = (0, 1, 2)  # of random neurons
-WINDOWS = 128  # evaluation windows for sweeps
 TIMED: specs.Timing = {"batches": [1, 8], "prompts": [64], "decode": 8, "repeats": 11, "warm_up": 2}
 WEIGHTS, GRAM, LOW_RANK = {"kind": "weights"}, {"kind": "gram"}, {"kind": "low_rank"}
 AT, TUNED = "ffn-0.35", "fine_tuned"
@@ -74,6 +76,28 @@ class FfsplitStudy(Study):
     figures = ("concentration", "zeroed", "sweeps", "loss", "latency", "quantised")
     reads = ("moments", "evaluation")
 
+    class Options(StudyOptions):
+        length: int = LENGTH
+        windows: int | None = Field(
+            None,
+            ge=2,
+            description="evaluation windows at most, of every loss (about 60 of them); by default 128, fewer for models of more "
+            "than 40 million numbers",
+        )
+
+        def windows_of(self, numbers: float) -> int:
+            return self.windows or fewer(128, numbers)
+
+    def work(self, asked: Asked) -> tuple[float, float]:
+        o, shape = self.options, asked.shape
+        ffn = [m for m in shape.matrices if m.site.startswith("ffn")]
+        svd = SOLVED * sum(max(m.shape) * min(m.shape) ** 2 for m in ffn)
+        fits = len(SHARES) + 1 + 4 + len(SEEDS) + 2  # of splits; two more for times and rounding
+        losses = 9 + 2 * len(SHARES) + 2 * len(RANKS) + 4 + len(SEEDS) + 18
+        tokens = asked.scored(o.windows_of(shape.numbers), o.length)
+        memory = 3 * asked.model + asked.logits(min(BATCH, tokens), 4)
+        return memory, fits * svd + (losses + 2) * asked.forward(tokens)
+
     def measure(self, given: Given) -> Split | Unsplit:
         """Concentration by layer, losses without some neurons and with rounded numbers, sweeps of the split, sizes, times
         compared with dense, identities."""
@@ -82,8 +106,10 @@ class FfsplitStudy(Study):
         from winnow.structures.base import STRUCTURES
         from winnow.studies.ffsplit.heavy import concentration, ffns_of, heavy_identities
         from winnow.studies.ffsplit.sizes import PUBLISHED, counted, published
+        from winnow.studies.ffsplit.sweeps import Sweeps
         from winnow.studies.trials import loss
 
+        given, once = given.cut(self.options.length), given.pieces.once
         files = given.files
         assert given.moments is not None
         assert given.evaluation is not None
@@ -93,17 +119,18 @@ class FfsplitStudy(Study):
             return {"sizes": sizes, "missing": "a mixture of experts has no FFN that all tokens go through"}
         sizes["this model"] = counted(empty_model(directory), split, LIGHT)
         model = load_model(directory, given.dtype, given.device).requires_grad_(False)
-        ids, first = (part[:WINDOWS] for part in given.evaluation)
-        ffns, dense = ffns_of(files, given.moments), loss(model, ids, first)
+        most = self.options.windows_of(sum(math.prod(t["shape"]) for t in files.tensors.values()))
+        ids, first = (part[:most] for part in given.evaluation)
+        ffns, dense = ffns_of(files, given.moments), once("dense", lambda: loss(model, ids, first))
         sweeps = Sweeps(given, model, ids, first, dense)
         return {
-            "concentration": concentration(model, ffns, ids, HEAVY),
-            "zeroed": _zeroed(model, ffns, ids, first, dense),
+            "concentration": once("concentration", lambda: concentration(model, ffns, ids, HEAVY)),
+            "zeroed": once("zeroed", lambda: _zeroed(model, ffns, ids, first, dense)),
             "sweeps": sweeps.all(),
             "quarter": sweeps.quarter(),
             "sizes": sizes,
-            "latency": _latency(given, model),
-            "quantised": _quantised(given, model, ffns, ids, first, dense),
+            "latency": once("latency", lambda: _latency(given, model)),
+            "quantised": once("quantised", lambda: _quantised(given, model, ffns, ids, first, dense)),
             "identities": {**heavy_identities(model, files, ffns, ids), **_split_identities(given, ffns)},
         }
 
@@ -149,8 +176,6 @@ class FfsplitStudy(Study):
 def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor, dense: PerWindow) -> Zeroed:
     """The loss above dense with 3 % of the neurons of every FFN zeroed (`rows`), and pairs of choices (`above`: [nats, error]).
     Random neurons are sampled with several seeds; their error combines those over windows and over seeds."""
-    import math
-
     import numpy as np
     import torch
 
@@ -171,8 +196,8 @@ def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor,
     seeds = [drawn(seed) for seed in SEEDS]
     mean: PerWindow = {"nll": np.mean([s["nll"] for s in seeds], axis=0).tolist(), "tokens": seeds[0]["tokens"]}
     of_seeds = over_seeds([paired(s, dense)[0] for s in seeds])
-    rows: list[ZeroedRow] = [{"zeroed": name, **_delta(found, dense)} for name, found in own.items()]
-    delta = _delta(mean, dense)
+    rows: list[ZeroedRow] = [{"zeroed": name, **delta_of(found, dense)} for name, found in own.items()]
+    delta = delta_of(mean, dense)
     rows.append({"zeroed": f"random, {len(SEEDS)} seeds", **delta, "delta_nll_se": math.hypot(delta["delta_nll_se"], of_seeds)})
     above, error = paired(own["top by act"], mean)
     pairs = {
@@ -183,78 +208,11 @@ def _zeroed(model: PreTrainedModel, ffns: list[Ffn], ids: Tensor, first: Tensor,
     return {"rows": rows, "above": pairs}
 
 
-def _delta(found: PerWindow, dense: PerWindow) -> Delta:
+def delta_of(found: PerWindow, dense: PerWindow) -> Delta:
     from winnow.evaluation.spread import paired
 
     delta, error = paired(found, dense)
     return {"delta_nll": delta, "delta_nll_se": error}
-
-
-class Sweeps:
-    """Split FFNs of many shares, ranks and criteria on one model, with their losses."""
-
-    def __init__(self, given: Given, model: PreTrainedModel, ids: Tensor, first: Tensor, dense: PerWindow):
-        self.given, self.model, self.ids, self.first, self.dense = given, model, ids, first, dense
-        self.losses: dict[float, PerWindow] = {}  # of shares at equal bytes
-
-    def all(self) -> list[SweepRow]:
-        """A row per point: name of the sweep (`sweep`), heavy share, light rank or bytes, criterion, metric, bytes kept, loss."""
-        from winnow.studies.trials import Trial
-
-        rows = []
-        for share in SHARES:
-            trial = Trial.of(self.given.files, self.given.moments, split_of(share), self.given.device)
-            rows.append(self._row("heavy share, a tenth of the rank", trial, trial.of_rank(LIGHT), share))
-            rows.append(self._row(f"heavy share, at most {EQUAL} of the bytes", trial, trial.of_bytes(EQUAL), share))
-            if share == HEAVY:
-                rows += [self._row("light rank", trial, trial.of_rank(rank), share, rank) for rank in RANKS]
-        whitened = Trial.of(self.given.files, self.given.moments, split_of(metric=GRAM), self.given.device)
-        rows += [self._row("light rank", whitened, whitened.of_rank(rank), HEAVY, rank, metric="gram") for rank in RANKS]
-        for criterion in ("activation_x_row", "weight_norm", "leverage", "lowest"):
-            rows.append(self._criterion(criterion))
-        rows += [self._criterion("random", seed) for seed in SEEDS]
-        return sorted(rows, key=lambda row: row["sweep"])
-
-    def quarter(self) -> tuple[float, float]:
-        """(loss of a quarter of heavy neurons above the best other share at the same bytes, standard error)."""
-        from winnow.evaluation.spread import paired
-
-        own = self.losses[HEAVY]
-        others = [paired(own, found) for share, found in self.losses.items() if share != HEAVY]
-        return max(others)
-
-    def _criterion(self, criterion: str, seed: int = 0) -> SweepRow:
-        from winnow.studies.trials import Trial
-
-        trial = Trial.of(self.given.files, self.given.moments, split_of(criterion=criterion, seed=seed), self.given.device)
-        name = f"random, seed {seed}" if criterion == "random" else criterion
-        return self._row("criterion", trial, trial.of_rank(LIGHT), HEAVY, criterion=name)
-
-    def _row(
-        self,
-        sweep: str,
-        trial: Any,
-        sizes: Any,
-        share: float,
-        rank: float = LIGHT,
-        metric: str = "weights",
-        criterion: str = "activation",
-    ) -> SweepRow:
-        from winnow.studies.trials import loss
-
-        found = loss(trial.model(self.model, sizes), self.ids, self.first)
-        if "bytes" in sweep:
-            self.losses[share] = found
-            rank = statistics.mean(sizes[g.name] / g.structure.whole(g.matrices) for g in trial.groups)
-        return {
-            "sweep": sweep,
-            "heavy": share,
-            "light_rank": rank,
-            "criterion": criterion,
-            "metric": metric,
-            "keep_bytes": trial.kept(sizes),
-            **_delta(found, self.dense),
-        }
 
 
 def _latency(given: Given, model: PreTrainedModel) -> list[TimeRow]:

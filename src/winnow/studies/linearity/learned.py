@@ -9,7 +9,12 @@ of the matrices.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
+
+from winnow.io.progress import every
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,24 +74,35 @@ def resize(model: PreTrainedModel, sizes: dict[str, Tensor]) -> None:
 
 
 def untrained_blocks(
-    directory: Path | str, sizes: dict[str, Tensor], blocks: list[Block], windows: Tensor, folds: int, dtype: str, device: str
+    directory: Path | str,
+    sizes: dict[str, Tensor],
+    blocks: list[Block],
+    windows: Tensor,
+    folds: int,
+    dtype: str,
+    device: str,
+    once: Callable[[str, Callable[[], list[Untrained]]], list[Untrained]] = lambda _, make: make(),
 ) -> list[Untrained]:
     """R^2 of every block on the last fold of windows (count, length), fitted on the others, for untrained models by seed: as
-    initialised, and with the `sizes` of the trained model. Raises FloatingPointError as `collect_sums` does."""
+    initialised, and with the `sizes` of the trained model. `once` keeps what is known of each. Raises FloatingPointError as
+    `collect_sums` does."""
     from winnow.studies.linearity.recoverability import collect_sums, least_squares, r2_scores, total
 
-    found: list[Untrained] = []
     batch = max(1, 4096 // windows.shape[1])
-    for seed in SEEDS:
+
+    def scores(seed: int, weights: str) -> list[Untrained]:
         model = untrained(directory, dtype, device, seed)
-        for weights in (FRESH, RESIZED):
-            if weights == RESIZED:
-                resize(model, sizes)
-            for layer, parts in collect_sums(model, blocks, windows, folds, batch).items():
-                *train, test = (whole for whole, _ in parts)
-                r2 = r2_scores(least_squares(total(train)), test)
-                found.append({"weights": weights, "seed": seed, "layer": layer, "scalar": r2["scalar"], "feature": r2["feature"]})
-    return found
+        found: list[Untrained] = []
+        if weights == RESIZED:
+            resize(model, sizes)
+        for layer, parts in collect_sums(model, blocks, windows, folds, batch).items():
+            *train, test = (whole for whole, _ in parts)
+            r2 = r2_scores(least_squares(total(train)), test)
+            found.append({"weights": weights, "seed": seed, "layer": layer, "scalar": r2["scalar"], "feature": r2["feature"]})
+        return found
+
+    pairs = list(product(SEEDS, (FRESH, RESIZED)))
+    return [row for pair in every(pairs, "untrained models") for row in once(f"untrained {pair}", partial(scores, *pair))]
 
 
 def profiles(found: Linear, key: Key) -> dict[str, list[list[float]]]:

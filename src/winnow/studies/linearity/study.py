@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-from winnow.studies.base import Conclusion, Evidence, Given, Study
+from pydantic import Field
+
+from winnow.studies.base import BATCH, LENGTH, SOLVED, Asked, Conclusion, Evidence, Given, Study, StudyOptions, fewer
 from winnow.studies.claims import Answer
+from winnow.studies.linearity.learned import SEEDS
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
-    from winnow.evaluation.results import PerWindow
-    from winnow.studies.linearity.found import BlockScores, Linear, Probe, Swap, TrainedMap
-    from winnow.studies.linearity.recoverability import Block, Sums
+    from winnow.studies.linearity.found import Linear
     from winnow.studies.records import Missing
 
 FOLDS = 5
 ROWS = 15_000  # tokens for gradient training, from the paper's survey
-WINDOWS = 32  # evaluation windows for swaps
-HEAL = {"steps": 200, "rate": 1e-4, "batch": 4}  # from the paper
+HEAL = {"rate": 1e-4, "batch": 4}  # from the paper
 TRAINED, EVERY = 3000, 500  # steps of the trained baseline, and steps between its scores
 PROBES = {"rank": 16, "steps": 3000}
 ANSWERED = (
@@ -36,50 +33,52 @@ class LinearityStudy(Study):
     title = "Linear recoverability of FFN blocks"
     reference = "R2_lin, arXiv 2606.19379"
     reads = ("windows", "evaluation")
+
+    class Options(StudyOptions):
+        length: int = LENGTH
+        windows: int = Field(32, ge=2, description="evaluation windows at most, of losses with a block replaced")
+        layers: int = Field(8, ge=2, description="blocks at most that are replaced, evenly spread; R^2 is of all")
+        steps: int | None = Field(
+            None,
+            ge=1,
+            description="steps of training a replaced block and its control; by default 200 as in the paper, fewer for models of "
+            "more than 40 million numbers",
+        )
+
+        def steps_of(self, numbers: float) -> int:
+            return self.steps or fewer(200, numbers)
+
     tables = ("blocks", "tokens", "ranks", "trained", "swaps", "learned", "changes")
     figures = ("profile", "swaps", "learned")
 
     def measure(self, given: Given) -> Linear | Missing:
         """R^2 of every block by all definitions, folds and token counts, also untrained; probes of the most and least linear
         blocks; swaps."""
-        import torch
-
-        from winnow.checkpoint.loading import load_model
-        from winnow.studies.linearity.learned import sizes_of, untrained_blocks
-        from winnow.studies.linearity.recoverability import collect_sums, ffn_blocks
+        from winnow.studies.linearity.measurement import Measurement
+        from winnow.studies.linearity.recoverability import ffn_blocks
 
         assert given.windows is not None
         assert given.evaluation is not None
         blocks = ffn_blocks(given.files.matrices)
         if not blocks:
             return {"missing": "the model has no FFN but mixtures of experts"}
-        directory = given.files.verify()
-        model = load_model(directory, given.dtype, given.device)
-        model.requires_grad_(False)
-        batch = max(1, 4096 // given.windows.shape[1])
-        sums = collect_sums(model, blocks, given.windows, FOLDS, batch)
-        rows = [_block(block, sums[block.layer]) for block in blocks]
-        order = sorted(range(len(rows)), key=lambda i: rows[i]["scalar"])
-        chosen = {"least": blocks[order[0]], "most": blocks[order[-1]]}
-        with torch.random.fork_rng(devices=[]):
-            probes = {name: _probes(model, block, given.windows) for name, block in chosen.items()}
-        ids, first = (part[:WINDOWS] for part in given.evaluation)
-        swaps = _swaps(model, blocks, sums, ids, first)
-        healed: dict[str, list[Swap]] = {}
-        for name, block in chosen.items():
-            with torch.random.fork_rng(devices=[]):
-                healed[name] = _healed(model, block, sums[block.layer], given.windows, ids, first)
-        identities, sizes = _identities(sums), sizes_of(model)
-        del model, sums  # frees memory for an untrained model
-        learned = untrained_blocks(directory, sizes, blocks, given.windows, FOLDS, given.dtype, given.device)
-        return {
-            "blocks": rows,
-            "probes": probes,
-            "swaps": swaps,
-            "healed": healed,
-            "identities": identities,
-            "learned": learned,
-        }
+        return Measurement(given.cut(self.options.length), blocks, self.options).all()
+
+    def work(self, asked: Asked) -> tuple[float, float]:
+        o, shape = self.options, asked.shape
+        d, layers = shape.width, shape.layers
+        windows, length = asked.calibration[0], min(o.length, asked.calibration[1])
+        replaced, scored = min(o.layers, layers), asked.scored(o.windows, o.length)
+        models = 1 + 2 * len(SEEDS)
+        sums = 8.0 * layers * FOLDS * 2 * (2 * d**2)
+        memory = 2 * asked.model + 2 * sums + asked.logits(min(BATCH, windows * length), 4)
+        operations = models * (asked.forward(windows * length) + 16.0 * layers * windows * length * d**2)
+        operations += asked.forward(scored) * (2 * replaced + 8)
+        operations += (
+            4 * 2.5 * asked.forward(o.steps_of(shape.numbers) * HEAL["batch"] * length)
+        )  # two blocks, each with its control
+        operations += SOLVED * d**3 * (20 * layers + models * layers + 3 * replaced)
+        return memory, operations + 4 * TRAINED * 6.0 * 256 * d**2
 
     def conclude(self, evidence: Evidence) -> Conclusion:
         import pandas as pd
@@ -114,175 +113,6 @@ class LinearityStudy(Study):
         return Conclusion(frames, figures, answers, pd.DataFrame(identities))
 
 
-def _block(block: Block, folds: list[tuple[Sums, Sums]]) -> BlockScores:
-    """All least-squares results of a block; every fold is held out once, only the last one for single numbers."""
-    from winnow.studies.linearity.recoverability import least_squares, r2_scores, rank_for_share, reduced_rank, total
-
-    whole, without = [pair[0] for pair in folds], [pair[0] - pair[1] for pair in folds]
-    held = [r2_scores(least_squares(total(whole[:i] + whole[i + 1 :])), whole[i]) for i in range(FOLDS)]
-    values = [row["scalar"] for row in held]
-    mean = sum(values) / FOLDS
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (FOLDS - 1))
-    profile = reduced_rank(total(whole[:-1]), whole[-1])
-    width = len(profile) - 1
-    marks = sorted({0, 1, 2, 4, 8, *(round(width * share) for share in (0.1, 0.25, 0.5, 0.75)), width})
-    bare = r2_scores(least_squares(total(without[:-1])), without[-1])
-    return {
-        "layer": block.layer,
-        **held[-1],
-        "scalar_mean": mean,
-        "scalar_fold_se": spread / math.sqrt(FOLDS),
-        "no_first_token": bare["scalar"],
-        "rank_90": rank_for_share(profile, 0.9),
-        "rank_95": rank_for_share(profile, 0.95),
-        "times_smaller": block.numbers / (width * (width + 1)),
-        "folds": values,
-        "tokens": [
-            {"tokens": int(total(whole[:n]).count), **r2_scores(least_squares(total(whole[:n])), whole[-1])}
-            for n in range(1, FOLDS)
-        ],
-        "ranks": [(k, profile[k]) for k in marks],
-    }
-
-
-def _rows(model: PreTrainedModel, block: Block, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and outputs (tokens, d) of a block, float32, on the first `ROWS` tokens."""
-    import torch
-
-    from winnow.studies.linearity.recoverability import tapped
-
-    xs, ys, device = [], [], next(model.parameters()).device
-    with torch.no_grad(), tapped(model, [block], windows.shape[1]) as seen:
-        for ids in windows[: max(3, ROWS // windows.shape[1])].split(16):
-            model.base_model(input_ids=ids.to(device).long(), use_cache=False)
-            xs.append(seen[block.layer]["x"].flatten(0, 1).float().cpu())
-            ys.append(seen[block.layer]["y"].flatten(0, 1).float().cpu())
-    return torch.cat(xs), torch.cat(ys)
-
-
-def _probes(model: PreTrainedModel, block: Block, windows: Tensor) -> Probe:
-    """The trained baseline compared with the closed form, on raw and standardised inputs; the bilinear probe of the residual."""
-    from winnow.studies.linearity.recoverability import Sums, bilinear_gain, least_squares, r2_scores, train_affine
-
-    x, y = _rows(model, block, windows)
-    cut, early = int(0.8 * len(x)), int(0.7 * len(x))
-    test = Sums.of(x[cut:], y[cut:])
-    closed = r2_scores(least_squares(Sums.of(x[:cut], y[:cut])), test)["scalar"]
-    trained: list[TrainedMap] = [{"inputs": "closed form", "step": 0, "r2": closed}]
-    centre, scale = x[:cut].mean(0), x[:cut].std(0).clamp(min=1e-6)
-    for name, inputs in (("as they are", x), ("standardised", (x - centre) / scale)):
-        own = Sums.of(inputs[cut:], y[cut:])
-        fits = train_affine(inputs[:cut], y[:cut], TRAINED, EVERY, 1e-3, 0)
-        trained += [{"inputs": name, "step": step, "r2": r2_scores(fit, own)["scalar"]} for step, fit in fits]
-    fit = least_squares(Sums.of(x[:early], y[:early]))
-    parts = [(x[:early], y[:early]), (x[early:cut], y[early:cut]), (x[cut:], y[cut:])]
-    gain = bilinear_gain(parts, fit, PROBES["rank"], PROBES["steps"], 0)
-    return {"layer": block.layer, "trained": trained, "bilinear_gain": gain}
-
-
-def _loss(model: PreTrainedModel, ids: Tensor, first: Tensor) -> PerWindow:
-    from winnow.evaluation.perplexity import evaluate
-
-    return evaluate(model, None, ids, first, max(1, 4096 // ids.shape[1]))
-
-
-def _swaps(
-    model: PreTrainedModel, blocks: list[Block], sums: dict[int, list[tuple[Sums, Sums]]], ids: Tensor, first: Tensor
-) -> list[Swap]:
-    """The loss with one block at a time replaced by its affine map, of full rank and truncated to a quarter of it."""
-    import torch
-
-    from winnow.evaluation.spread import paired
-    from winnow.studies.linearity.recoverability import affine_module, least_squares, swapped, total
-
-    dense = _loss(model, ids, first)
-    found: list[Swap] = []
-    for block in blocks:
-        train = total(pair[0] for pair in sums[block.layer])
-        fit = least_squares(train)
-        centred = train.xx[:-1, :-1] - torch.outer(train.xx[-1, :-1], train.xx[-1, :-1]) / train.count
-        lead = torch.linalg.eigh(fit[:-1].T @ centred @ fit[:-1]).eigenvectors.flip(1)
-        means = (train.xx[-1, :-1] / train.count, train.xy[-1] / train.count)
-        for rank in (fit.shape[1], fit.shape[1] // 4):
-            slope = fit[:-1] @ lead[:, :rank] @ lead[:, :rank].T
-            cut = torch.cat([slope, (means[1] - means[0] @ slope)[None]])
-            with swapped(model, block, affine_module(cut).to(ids.device), ids.shape[1]):
-                rows = _loss(model, ids, first)
-            delta, error = paired(rows, dense)
-            found.append({"layer": block.layer, "rank": rank, "healed": "no", "delta_nll": delta, "delta_nll_se": error})
-    return found
-
-
-def _healed(
-    model: PreTrainedModel,
-    block: Block,
-    folds: list[tuple[Sums, Sums]],
-    windows: Tensor,
-    ids: Tensor,
-    first: Tensor,
-) -> list[Swap]:
-    """The affine map, and the dense FFN as control, after the same steps of Adam on the calibration windows."""
-    from winnow.evaluation.spread import paired
-    from winnow.studies.linearity.recoverability import affine_module, least_squares, swapped, total
-
-    dense = _loss(model, ids, first)
-    found: list[Swap] = []
-    affine = affine_module(least_squares(total(pair[0] for pair in folds)))
-    with swapped(model, block, affine, ids.shape[1]):
-        _train(model, list(affine.parameters()), windows)
-        swap = _loss(model, ids, first)
-    control = copy.deepcopy(model)
-    modules = {block.enters.rpartition(".")[0], block.leaves.rpartition(".")[0]}
-    ffn = [p for name in sorted(modules) for p in control.get_submodule(name).parameters()] if len(modules) == 1 else []
-    own = ffn or [p for name in (block.enters, block.leaves) for p in control.get_submodule(name).parameters()]
-    for parameter in own:
-        parameter.requires_grad_(True)
-    _train(control, own, windows)
-    for name, rows in (("affine", swap), ("dense control", _loss(control, ids, first))):
-        delta, error = paired(rows, dense)
-        rank = affine.weight.shape[0]
-        found.append({"layer": block.layer, "rank": rank, "healed": name, "delta_nll": delta, "delta_nll_se": error})
-    above, error = paired(swap, _loss(control, ids, first))
-    return [*found, {"layer": block.layer, "healed": "affine above control", "delta_nll": above, "delta_nll_se": error}]
-
-
-def _train(model: PreTrainedModel, parameters: list[Any], windows: Tensor) -> None:
-    """Adam on the next-token loss of calibration windows, in a random order with a fixed seed."""
-    import torch
-
-    optimizer = torch.optim.Adam(parameters, lr=HEAL["rate"])
-    order, device = torch.Generator().manual_seed(0), next(model.parameters()).device
-    for step in range(int(HEAL["steps"])):
-        rows = torch.randint(len(windows), (int(HEAL["batch"]),), generator=order)
-        ids = windows[rows].to(device).long()
-        with torch.enable_grad():
-            logits = model(input_ids=ids, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is not finite in step {step} of healing")
-        optimizer.step()
-
-
-def _identities(sums: dict[int, list[tuple[Sums, Sums]]]) -> dict[str, float]:
-    """Largest residuals over blocks of identities that must hold exactly on the training tokens."""
-    from winnow.studies.linearity.recoverability import least_squares, r2_scores, reduced_rank, total
-
-    worst = {"the residual is orthogonal to [X, 1]": 0.0, "reduced rank d is least squares": 0.0}
-    worst["R^2 on training tokens falls with the rank: largest rise"] = 0.0
-    names = list(worst)
-    for folds in sums.values():
-        train = total(pair[0] for pair in folds)
-        fit = least_squares(train)
-        left = (train.xy - train.xx @ fit).abs() / (train.xx.diagonal().sqrt()[:, None] * train.yy.sqrt() + 1e-300)
-        profile = reduced_rank(train, train)
-        falls = max([0.0, *(a - b for a, b in itertools.pairwise(profile))])
-        found = (float(left.max()), abs(profile[-1] - r2_scores(fit, train)["feature"]), falls)
-        worst = {name: max(worst[name], value) for name, value in zip(names, found, strict=True)}
-    return worst
-
-
 def _answers(found: Linear) -> dict[str, Answer]:
     from winnow.studies.linearity.learned import FRESH, RESIZED, change, correlation, rank_correlation
 
@@ -296,8 +126,10 @@ def _answers(found: Linear) -> dict[str, Answer]:
     turns = sum(a * b < 0 for a, b in itertools.pairwise(steps))
     full = {row["layer"]: row for row in found["swaps"] if row["rank"] == max(r["rank"] for r in found["swaps"])}
     cheapest = min(full.values(), key=lambda row: row["delta_nll"])
-    rank = rank_correlation(r2, [full[row["layer"]]["delta_nll"] for row in blocks])
-    chance = 1 / math.sqrt(max(1, len(r2) - 1))  # standard error of the rank correlation of unrelated numbers
+    replaced = [row for row in blocks if row["layer"] in full]
+    rank = rank_correlation([row["scalar"] for row in replaced], [full[row["layer"]]["delta_nll"] for row in replaced])
+    # Standard errors of the rank correlation of unrelated numbers.
+    chance, of_replaced = (1 / math.sqrt(max(1, len(rows) - 1)) for rows in (blocks, replaced))
     last = {p: {r["inputs"]: r["r2"] for r in found["probes"][p]["trained"]} for p in found["probes"]}
     control = found["healed"]["most"][-1]
     return {
@@ -312,7 +144,7 @@ def _answers(found: Linear) -> dict[str, Answer]:
         "linearity_swap": Answer(cheapest["delta_nll"], cheapest["delta_nll_se"]),
         "linearity_heal": Answer(control["delta_nll"], control["delta_nll_se"]),
         "linearity_bilinear": Answer(max(found["probes"][p]["bilinear_gain"] for p in found["probes"])),
-        "linearity_signal": Answer(rank, chance),
+        "linearity_signal": Answer(rank, of_replaced),
         "linearity_learned": Answer(*change(found, FRESH, "scalar")),
         "linearity_learned_directions": Answer(*change(found, RESIZED, "scalar")),
         "linearity_learned_order": Answer(correlation(found, FRESH, "scalar"), chance),
