@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from winnow.allocation.times import Timing, shapes_of
 from winnow.errors import InputError
-from winnow.evaluation.latency import calls_of, clock_of, interleaved, machine_record, quartiles, ratios, timed
+from winnow.evaluation.kinds.latency import ENGINE
+from winnow.evaluation.latency import bandwidth, calls_of, clock_of, interleaved, machine_record, quartiles, ratios, timed
 from winnow.io.progress import every
 from winnow.models.architectures import Matrix
 from winnow.numerics.modules import RoundedLinear
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 COLD = 1 << 28  # bytes of dense matrices that calls go through; more than the caches of most processors
 BUSY = 1.25  # the dense matrices measured twice differ by less than this factor on a machine that does nothing else
 WARM_UP = 2  # untimed calls of each form
-NO_MODEL = SimpleNamespace(config=SimpleNamespace(_attn_implementation="none"))  # only products are timed
 
 
 class Turns:
@@ -88,7 +87,8 @@ def time_forms(matrices: list[Matrix], structure: Structure, timing: Timing, dty
                 shapes = [_shape(m) for m in group]
                 forms.append({"structure": own.kind(), "matrices": shapes, "size": size, **of_group.form(own, size)})  # type: ignore[typeddict-item]
     protocol = {**timing.model_dump(exclude={"keep"}), "dtype": timing.dtype or dtype, "warm_up": WARM_UP, "cold_bytes": COLD}
-    return {"protocol": protocol, "dense": dense, "forms": forms, "machine": machine_record(device, NO_MODEL)}  # type: ignore[typeddict-item]
+    machine = machine_record(device, "none", bandwidth(device, clock_of(device)), ENGINE)
+    return {"protocol": protocol, "dense": dense, "forms": forms, "machine": machine}  # type: ignore[typeddict-item]
 
 
 def _shape(m: Matrix) -> TimedMatrix:
