@@ -1,15 +1,15 @@
 """Exports to GGUF in llama.cpp beside the dense model in F16: bytes, loss, tokens per second and memory, as rows of a CSV file.
 
     python -m tests.benchmarks.llama_cpp MODEL TEXT --calibration TEXT [--methods NAME[:KEEP] ...]
-        [--length 256] [--folder llama_cpp] [--csv FILE]
+        [--length 256] [--windows 64] [--rounds 5] [--folder llama_cpp] [--csv FILE]
 
 `MODEL` is a directory with a tokenizer, `TEXT` that of the evaluation. A method is the name of a preset, or a YAML file with the
 content of one. It is compressed (the checkpoint stays in `--folder`), exported, and measured by llama.cpp in processes of their
-own with one thread: the loss over 64 windows beside the loss that transformers computes of the checkpoint in float32; tokens per
-second of a prompt of one window and of 64 tokens one by one after it, the median of five rounds in turns with F16; the memory of
-the process with the model loaded and used (file pages that it reads included), and the part of it that no file backs. `q8_0` is
-llama.cpp's own rounding of the dense model. `WINNOW_LLAMA_CPP_PYTHON` names an interpreter with llama-cpp-python; without it one
-is built in `--folder`.
+own with one thread: the loss beside the loss that transformers computes of the checkpoint in float32; tokens per second of
+processor time, of a prompt of one window and of 64 tokens one by one after it, the median of rounds in turns with F16; the memory
+of the process with the model loaded and used (file pages that it reads included), and the part of it that no file backs. `q8_0`
+is llama.cpp's own rounding of the dense model. `WINNOW_LLAMA_CPP_PYTHON` names an interpreter with llama-cpp-python; without it
+one is built in `--folder`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from winnow.checkpoint.loading import load_model
 from winnow.data.tokens import load_tokenizer
 from winnow.engines.gguf.export import export_gguf
 
-WINDOWS, NEW, ROUNDS = 64, 64, 5
+NEW = 64  # tokens one by one
 COLUMNS = (
     *("model", "file", "MB of the file", "perplexity of the checkpoint", "perplexity in llama.cpp", "difference, nats"),
     *("difference by window, nats", "prompt, tokens/s", "over f16", "decoding, tokens/s", "over f16 at decoding"),
@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["rounded_8bit:0.6", "rounded_4bit:0.3"])
     parser.add_argument("--folder", type=Path, default=Path("llama_cpp"))
     parser.add_argument("--length", type=int, default=256, help="tokens of a window, and of the prompt")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--csv", type=Path, help="rows are appended")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -75,12 +77,12 @@ def main() -> None:
     engine = LlamaCpp(environment(given.folder / "venv"), given.folder / "jobs")
     tokenizer = load_tokenizer(given.model)
     calibration = calibration_windows(tokenizer, given.calibration.read_text(encoding="utf-8"), 32, 256)
-    windows = evaluation_windows(tokenizer, given.text.read_text(encoding="utf-8"), given.length, WINDOWS)
+    windows = evaluation_windows(tokenizer, given.text.read_text(encoding="utf-8"), given.length, given.windows)
     files = files_of(given, engine, calibration)
     speeds: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in files}
-    for _ in range(ROUNDS):
+    for _ in range(given.rounds):
         for name, (file, _) in files.items():
-            speeds[name].append(engine.measure(file, windows[:1].numpy(), "speed", new=NEW, times=1))
+            speeds[name].append(engine.measure(file, windows[:1].numpy(), "speed", new=NEW))
     losses: dict[Path, np.ndarray] = {}
     rows = []
     for name, (file, source) in files.items():
@@ -99,8 +101,8 @@ def main() -> None:
 
 def row(model: str, name: str, file: Path, own: np.ndarray, found: np.ndarray, speeds: dict) -> dict[str, str]:
     """A row of the table, from the losses of the checkpoint and of llama.cpp by window, and the rounds of all files."""
-    one = {key: [float(round_[key].item()) for round_ in speeds[name]] for key in ("prompt", "decode", "resident", "anonymous")}
-    dense = {key: [float(round_[key].item()) for round_ in speeds["f16"]] for key in ("prompt", "decode")}
+    one = {key: [float(round_[key]) for round_ in speeds[name]] for key in ("prompt", "decode", "resident", "anonymous")}
+    dense = {key: [float(round_[key]) for round_ in speeds["f16"]] for key in ("prompt", "decode")}
     over = {key: np.median(np.divide(one[key], dense[key])) for key in dense}
     middle = {key: np.median(values) for key, values in one.items()}
     values = [model, name, f"{file.stat().st_size / 1e6:.2f}", f"{np.exp(own.mean()):.4f}", f"{np.exp(found.mean()):.4f}"]

@@ -43,7 +43,7 @@ VARIANTS = [  # family, and options of its config beside those of `TINY`
 MIXED = {
     "structure": {
         "kind": "mixed",
-        "members": [{"kind": "neuron_slice", "criterion": "loss"}, {"kind": "rounded", "bits": [4, 8]}],
+        "members": [{"kind": "neuron_slice", "criterion": "loss"}, {"kind": "rounded", "bits": [8]}],
     },
     "metric": {"kind": "two_sided"},
     "allocation": {"kind": "ilp"},
