@@ -106,7 +106,7 @@ def main(out: str, dtype: str, *paths: str) -> None:
         rows[-1] |= {key: f"{value:.2g}" for key, value in offs.items()} | {key: f"{value:.1f}" for key, value in numbers.items()}
         print(rows[-1], flush=True)
     with open(out, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

