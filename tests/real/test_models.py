@@ -41,7 +41,7 @@ def text() -> str:
     [
         ("smollm2", "LlamaForCausalLM", 30, 576, 49_152, 134_515_008),
         ("gemma3", "Gemma3ForCausalLM", 18, 640, 262_144, 268_098_176),
-        ("minilm", "BertModel", 6, 384, 30_522, 22_713_216),
+        ("minilm", "BertModel", 6, 384, 30_522, 22_713_728),
     ],
 )
 def test_every_tensor_has_its_place(name, kind, layers, width, vocabulary, numbers):
@@ -72,15 +72,24 @@ def test_perplexity_on_wikitext(name, expected):
     assert found["perplexity"] == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
-def test_what_is_generated_reads_as_english(name):
+@pytest.mark.parametrize(("name", "said"), [("smollm2", "is Paris"), ("gemma3", "is the capital of")])
+def test_what_is_generated_reads_as_english(name, said):
     tokenizer = AutoTokenizer.from_pretrained(folder(name))
     model = AutoModelForCausalLM.from_pretrained(folder(name), dtype=torch.float32)
     ids = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         out = model.generate(**ids, max_new_tokens=12, do_sample=False)
-    said = tokenizer.decode(out[0], skip_special_tokens=True)
-    assert "Paris" in said, said
+    assert said in tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_a_sentence_that_everybody_knows_is_expected(name):
+    tokenizer = AutoTokenizer.from_pretrained(folder(name))
+    model = AutoModelForCausalLM.from_pretrained(folder(name), dtype=torch.float32)
+    sentence = "We hold these truths to be self-evident, that all men are created equal, that they are endowed by their Creator"
+    ids = tokenizer(f"{sentence} with certain unalienable Rights.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert float(model(ids, labels=ids).loss) < 1.5  # nats a token; 11 to 12 for a model that has learned nothing
 
 
 def test_the_encoder_knows_which_sentences_are_alike():

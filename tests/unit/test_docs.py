@@ -140,7 +140,7 @@ def test_the_configuration_of_every_page_is_valid():
         whole = given if "experiments" in given else default()
         if whole is not given:
             for section, entries in given.items():
-                whole[section] = whole[section] | entries
+                whole[section] = whole.get(section, {}) | entries
         load(whole)
 
 

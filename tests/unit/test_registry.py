@@ -30,7 +30,7 @@ from winnow.planning.plan import Plan
 what, module, name, root = sys.argv[1:]
 registry = getattr(importlib.import_module(module), name)
 spec = {"kind": "toy"}
-built = registry.build(spec)
+built = registry.build(spec) if what != "study" else importlib.import_module(module).study_of("toy")
 content = default()
 if what in ("metric", "structure"):
     content["methods"]["whitened"][what] = spec
@@ -72,7 +72,7 @@ def test_one_file_adds_a_plug_in(checkout, package):
     found = json.loads(done.stdout)
     assert "toy" in found["kinds"]
     assert found["built"] == "Toy"
-    assert found["options"]["kind"] == "toy"
+    assert found["options"] == ({} if what == "study" else {"kind": "toy"} | found["options"])
     assert f"winnow.{file.removesuffix('.py').replace('/', '.')}" in found["code"]
     assert ("toy" in found["studies"]) == (what == "study")
     assert not found["torch"], "a plan imports no torch"
