@@ -283,7 +283,7 @@ EDITS = [
         "n / n",
         {*EVALUATIONS, "predict_in_rounds", "tables", "figures", "report", "tabulate_classification", *STUDY},
     ),
-    ("src/winnow/checkpoint/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense"}),
+    ("src/winnow/checkpoint/export.py", "COLUMNS = 1024", "COLUMNS = 512", {"export_dense", "evaluate_latency"}),  # in llama.cpp
     ("src/winnow/recovery/refine.py", "skipped = 0 if", "skipped = 2 if", {"recover"}),
     ("src/winnow/recovery/distill.py", "lora_dropout=0.0", "lora_dropout=0.1", set()),  # of another kind
     ("src/winnow/recovery/kinds/distill.py", "lora_rank: int = Field(8", "lora_rank: int = Field(9", set()),
@@ -292,7 +292,7 @@ EDITS = [
         "src/winnow/checkpoint/card.py",
         "Needs winnow",
         "It needs winnow",
-        {"compress", "predict_in_rounds", "export_dense", "cards"},
+        {"compress", "predict_in_rounds", "export_dense", "cards", "evaluate_latency"},  # of the export to llama.cpp
     ),
     ("src/winnow/reporting/tables.py", '"kl": 0.0', '"kl": 0.1', {"tables", "conclude_study"}),
     (

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from winnow.allocation.times import Timing, shapes_of
 from winnow.errors import InputError
-from winnow.evaluation.kinds.latency import ENGINE
 from winnow.evaluation.latency import bandwidth, calls_of, clock_of, interleaved, machine_record, quartiles, ratios, timed
+from winnow.evaluation.machine import ENGINE
 from winnow.io.progress import every
 from winnow.models.architectures import Matrix
 from winnow.numerics.modules import RoundedLinear

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from winnow.errors import InputError
-from winnow.evaluation.kinds.latency import ENGINE, READ
+from winnow.evaluation.machine import ENGINE, READ
 from winnow.io.progress import every
 from winnow.numerics.kernels import PRODUCT
 from winnow.numerics.modules import RoundedLinear

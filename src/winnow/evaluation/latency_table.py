@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from winnow.evaluation.kinds.latency import ENGINE
+from winnow.evaluation.machine import ENGINE
 from winnow.io.records import Row
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from winnow.evaluation.base import Evaluation, EvaluationOptions
+from winnow.evaluation.machine import ENGINE, READ
 
 Positive = Annotated[int, Field(ge=1)]
-ENGINE = "transformers"
-READ = 1 << 28  # bytes read to measure the bandwidth: more than caches hold
 
 if TYPE_CHECKING:
     from winnow.evaluation.base import Given, Running
