@@ -1,7 +1,7 @@
 """Runs in an environment that has vLLM: python run_vllm.py OUT.json DTYPE DIRECTORY... [--compiled]
 
-For every directory: the log-probabilities of random tokens and the greedy continuation, by vLLM and by transformers, or the
-message of the error with which vLLM refused it.
+For every directory: the log-probabilities of random tokens and the greedy continuation, by vLLM and by transformers, which also
+computes in float32; or the message of the error with which vLLM refused it.
 """
 
 import gc
@@ -48,7 +48,7 @@ def main(out: str, dtype: str, *arguments: str) -> None:
     compiled, results = "--compiled" in arguments, {}
     for path in (argument for argument in arguments if not argument.startswith("--")):
         try:
-            results[path] = by_transformers(path, dtype)
+            results[path] = {"exact": by_transformers(path, "float32")["expected"]} | by_transformers(path, dtype)
             results[path] |= by_vllm(path, dtype, results[path]["ids"], compiled)
         except Exception as error:  # noqa: BLE001 - the test reads the message
             results[path] = {"error": str(error)}
