@@ -34,7 +34,7 @@ MODELS = {
     | {"num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True},
 }
 BITS, GROUP = (2, 3, 4, 5, 6, 8), 128
-DECODED = 16
+DECODED = 8
 
 
 @contextlib.contextmanager
