@@ -17,7 +17,7 @@ import pandas as pd
 from winnow.evaluation.spread import paired
 
 ROOT = Path(__file__).resolve().parents[1]
-FREE = {"any": ["torch", "vllm", "compressed-tensors", "gguf"], "factored": ["factored-vllm"]}  # method: the restricted ones
+FREE = {"any": ["torch", "vllm", "compressed-tensors", "gguf"]}  # method: the restricted ones
 QUANTITIES = {"loss": "nll", "divergence": "kl"}
 
 

@@ -8,7 +8,7 @@ the block is what is timed) and a whole model of 110 million numbers. Codes are 
 every matrix has as many bits (2, 3, 4, 5, 6 or 8, groups of 128) as the bytes that are kept allow, one after the other. `before`
 multiplies whole matrices out at every call; `now` is the model as `winnow.for_inference` prepares it. All are timed in turns; a
 ratio is the time over the dense model's in the same repeat, the floor is the time in which the weights are read once at the
-measured bandwidth. Memory is that of the weights held after use.
+measured bandwidth. Memory is that of the weights held after use. The CSV file has a row for every phase and share of the bytes.
 """
 
 import argparse
@@ -108,6 +108,28 @@ def measure(title: str, keeps: list[float], dtype: str, threads: int, repeats: i
     return rows
 
 
+def table(rows: list[dict]) -> list[dict]:
+    """A row for every phase and every share of the bytes: times over the dense model's, bytes read and memory."""
+    keys, found = ("model", "dtype", "threads", "phase"), []
+    for row in (row for row in rows if row["form"].endswith(" now")):
+        case, (keep, _) = {key: row[key] for key in keys}, row["form"].split()
+        others = {r["form"]: r for r in rows if {key: r[key] for key in keys} == case}
+        found.append(
+            {
+                **{**case, "kept": keep, "dense, ms": f"{float(others['dense']['milliseconds']):.3g}"},
+                "its floor, ms": f"{float(others['dense']['floor_milliseconds']):.3g}",
+                "control": f"{float(others['control']['ratio']):.2f}",
+                "before": f"{float(others[f'{keep} before']['ratio']):.2f}",
+                **{
+                    "now": f"{float(row['ratio']):.2f}",
+                    "quartiles": f"{float(row['ratio_q1']):.2f} to {float(row['ratio_q3']):.2f}",
+                },
+                **{"bytes read": f"{float(row['bytes_read']):.2f}", "memory": f"{float(row['resident']):.2f}"},
+            }
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
@@ -126,9 +148,9 @@ def main() -> None:
                     rows.append(row)
     if given.csv:
         with given.csv.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+            writer = csv.DictWriter(stream, fieldnames=list(table(rows)[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+            writer.writerows(table(rows))
 
 
 if __name__ == "__main__":

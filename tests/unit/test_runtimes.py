@@ -76,7 +76,11 @@ def test_gguf_runs_whole_blocks_of_32_and_smaller_ffns():
 def test_every_structure_names_runtimes_that_exist_and_all_run_anywhere():
     for kind, cls in STRUCTURES.items():
         assert set(cls.engines) <= set(RUNTIMES) - {"any"}, kind
-    assert not STRUCTURES.build({"kind": "affine_block"}).runs([], 1, "vllm")
+    for kind in ("affine_block", "split_affine"):
+        changed = STRUCTURES.build({"kind": kind})
+        assert changed.runs([matrix((48, 32), "up_proj"), matrix((32, 48), "down_proj")], 1, "vllm")
+        assert not changed.runs([matrix((96, 32), "gate_up_proj"), matrix((32, 48), "down_proj")], 1, "vllm")
+        assert not changed.runs([matrix((48, 32), "up_proj"), matrix((32, 48), "down_proj")], 1, "gguf")
     parts = {"attention": {"kind": "rounded"}, "ffn": {"kind": "low_rank"}}
     by_target = STRUCTURES.build({"kind": "by_target", "parts": parts})
     assert "gguf" in by_target.engines

@@ -22,7 +22,7 @@ class AffineBlock(FfnStructure):
     stores = "left (d, k), right (k, d), b (d); or A (d, d), b (d)"
     formula = "min(2 k d, d^2) + d"
     objective = "ffn_output"
-    engines = ("torch",)  # it changes the activation
+    keeps_activation = False
     predicts = True
     timed = True
 

@@ -27,7 +27,8 @@ RUNTIMES = {
     "any": "every size",
     "torch": "products of small dense matrices, and rounded matrices for which PyTorch has kernels: groups of 32, 64, 128 or 256 "
     "inputs, and a multiple of 16 outputs",
-    "vllm": "every structure that leaves the activation of the FFN as it is",
+    "vllm": "every structure, but a changed activation of the FFN (affine_block, split_affine) only where gate and up are two "
+    "matrices",
     "compressed-tensors": "rounded matrices as vLLM reads their export: up to 8 bits (7 with zero points), groups of the whole "
     "row or with a largest common divisor with it of 32, 64 or 128",
     "gguf": "smaller FFNs, and rounded matrices of up to 8 bits (7 with zero points) in groups that are multiples of 32 and that "
@@ -131,6 +132,7 @@ class Structure(Plugin):
     # Whether the fit is finished in `stored`, for the stored size; `Fit.error` is then an upper bound, of its initial values.
     optimised_at_size: ClassVar[bool] = False
     engines: tuple[str, ...] = ("torch", "vllm")  # the `RUNTIMES` that run at least some of its sizes
+    keeps_activation: ClassVar[bool] = True  # whether the FFN has its own activation, on all channels
     predicts: ClassVar[bool] = False  # whether it implements `predicted`, which some allocations need
     timed: ClassVar[bool] = False  # whether it implements `layouts`, by which the time of a size is measured without a fit
     in_float64: ClassVar[tuple[str, ...]] = ()  # fitted tensors that are cached in float64; the others in float32
@@ -204,7 +206,8 @@ class Structure(Plugin):
     def runs(self, group: list[Matrix], size: int, runtime: Runtime) -> bool:
         """Whether a runtime computes with what is stored of the group at `size`, instead of with a dense matrix that is made from
         it; `any` asks for nothing."""
-        return runtime == "any" or runtime in self.engines
+        joined = any(m.role == "gate_up_proj" for m in group)  # vLLM's activation would have to pass channels of one matrix
+        return runtime == "any" or (runtime in self.engines and (self.keeps_activation or runtime != "vllm" or not joined))
 
     def index_bytes(self, group: list[Matrix], size: int) -> int:
         """Stored bytes of the group at `size` in other dtypes than that of the weights (orders, labels, rounded numbers with

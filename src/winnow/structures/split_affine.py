@@ -22,7 +22,7 @@ class SplitAffine(FfnStructure):
     stores = "k rows of gate and up, k columns of down, A (d, d), b (d)"
     formula = "3 k d + d (d + 1); 2 k d + ... without gate; no A, b if dropped"
     objective = "ffn_output"
-    engines = ("torch",)  # it changes the activation
+    keeps_activation = False
 
     class Options(StructureOptions):
         kind: Literal["split_affine"]
