@@ -31,8 +31,8 @@ RUNTIMES = {
     "matrices",
     "compressed-tensors": "rounded matrices as vLLM reads their export: up to 8 bits (7 with zero points), groups of the whole "
     "row or with a largest common divisor with it of 32, 64 or 128",
-    "gguf": "smaller FFNs, and rounded matrices of up to 8 bits (7 with zero points) in groups that are multiples of 32 and that "
-    "divide the row",
+    "gguf": "smaller FFNs, and rounded matrices of up to 8 bits (7 with zero points) in groups that are multiples of 32 or the "
+    "whole row, of rows that 32 divides",
 }
 Runtime = Literal["any", "torch", "vllm", "compressed-tensors", "gguf"]
 FORMATS = (1, 2)  # checkpoint formats that this version reads; it writes the lowest that suffices, see `format_of`

@@ -113,7 +113,8 @@ class Rounded(Structure):
             whole = form.group == n
             return signed <= 8 and not group[0].transposed and (whole or inside in PACKED_GROUPS)
         if runtime == "gguf":
-            return signed <= 8 and form.group % 32 == 0 and n % form.group == 0
+            blocks = n % 32 == 0 or group[0].role == "down_proj"  # whose inputs are filled up with zeros
+            return signed <= 8 and blocks and (form.group % 32 == 0 or form.group == n)
         return super().runs(group, size, runtime)
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
