@@ -113,7 +113,7 @@ class Installed:
         self.bare = Environment(folder / "bare")
         self.bare.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(self.checkout))
         (wheel,) = folder.glob("*.whl")
-        (command,) = documented("pip install")
+        (command,) = documented("pip install '.[workflow")
         (what,) = shlex.split(command)[2:]  # .[workflow,slurm]
         self.wheel, self.with_extras = str(wheel), what.replace(".", str(wheel), 1)
         self.bare.install("--constraint", str(self.constraints), self.wheel)
