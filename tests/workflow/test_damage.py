@@ -67,6 +67,7 @@ class Files(list):
         (r"/spectra\.parquet$", "spectra"),
         (r"/predicted\.parquet$", "predicted"),
         (r"/learned\.json$", "learned"),
+        (r"/times/", "times"),
         (r"texts/overlap/", "overlaps"),
         (r"results/texts/[^/]+$", "text"),
         (r"summary\.parquet$", "summary"),
