@@ -142,6 +142,6 @@ def test_a_mixture_by_its_directory_also_exports_as_a_dense_model(tmp_path, fami
     many = torch.randint(0, 100, (16, 32), generator=torch.Generator().manual_seed(0))
     made = winnow.compress(tmp_path / "model", many, "svd", 0.6, targets=targets, nearest=True)
     made.save(tmp_path / "checkpoint")
-    hand_on("export", tmp_path / "checkpoint", tmp_path / "dense", "original", "dense")
+    hand_on(tmp_path / "checkpoint", tmp_path / "dense", "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert_close(logits(dense), logits(made.model), atol=1e-5, rtol=1e-5)
