@@ -20,6 +20,7 @@ from winnow.io.artifacts import MANIFEST, Bundle
 from winnow.metrics.base import METRICS
 from winnow.models.architectures import Matrix
 from winnow.numerics.grids import Form, scaled
+from winnow.numerics.kernels import FEW
 from winnow.numerics.modules import RoundedLinear
 from winnow.numerics.rounding import in_float16, multiplied, packed, scales_of, steps_of, unpacked
 from winnow.planning.config import load
@@ -123,7 +124,7 @@ def test_no_cast_and_no_copy_changes_what_is_stored(saved_model, tmp_path):
     logits(model)
     name, module = next(iter(rounded.items()))
     exact = module.double()(torch.eye(module.in_features, dtype=torch.float64)) - (0 if module.bias is None else module.bias)
-    many = torch.eye(module.in_features, dtype=torch.bfloat16).repeat(2, 1)  # more than the kernel takes
+    many = torch.eye(module.in_features, dtype=torch.bfloat16).repeat(FEW, 1)  # more than the kernel takes
     plain = module.bfloat16()(many)[: module.in_features]
     assert torch.equal(plain, (exact if module.bias is None else exact.bfloat16() + module.bias).bfloat16()), "rounded once"
     for name, module in rounded.items():
