@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import yaml
 
-from tests.engines.llama import LlamaCpp, environment, without_compression
+from tests.engines.llama import LlamaCpp, environment
 from winnow.api import calibration_windows, compress, evaluate, evaluation_windows
 from winnow.checkpoint.loading import load_model
 from winnow.data.tokens import load_tokenizer
 from winnow.engines.gguf.export import export_gguf
+from winnow.engines.speed import uncompressed
 
 NEW = 64  # tokens one by one
 COLUMNS = (
@@ -44,7 +45,7 @@ def files_of(given: argparse.Namespace, engine: LlamaCpp, calibration: torch.Ten
     """{row: (GGUF file, the directory whose loss it should have)}."""
     folder, model = given.folder, given.model
     if not (folder / "f16").is_dir():
-        export_gguf(without_compression(model, folder / "dense"), folder / "f16", None, dtype="float16")
+        export_gguf(uncompressed(model, folder / "dense"), folder / "f16", None, dtype="float16")
     found = {"f16": (folder / "f16" / "model.gguf", model), "q8_0": (folder / "q8_0.gguf", model)}
     engine.quantized(found["f16"][0], found["q8_0"][0])
     for method in given.methods:

@@ -52,15 +52,3 @@ class LlamaCpp:
         clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         done = subprocess.run([str(self.python), str(WORKER), *arguments], capture_output=True, text=True, env=clean)
         assert done.returncode == 0, done.stderr[-2000:]
-
-
-def without_compression(model: Path, folder: Path) -> Path:
-    """A checkpoint of a dense model, in which no matrix is compressed, to be exported like the others."""
-    folder.mkdir(parents=True)
-    for path in model.iterdir():
-        if path.name not in ("config.json", "manifest.json"):
-            (folder / path.name).symlink_to(path)
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "winnow", "format_version": 1, "layers": {}}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder

@@ -14,13 +14,14 @@ from gguf import GGUFReader
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from tests.conftest import ROOT, SHARED, TINY
-from tests.engines.llama import LlamaCpp, environment, without_compression
+from tests.engines.llama import LlamaCpp, environment
 from winnow.api import calibration_windows, compress, evaluate, evaluation_windows
 from winnow.checkpoint.loading import load_model
 from winnow.data.tokens import load_tokenizer
 from winnow.engines.gguf.export import export_gguf
 from winnow.engines.gguf.families import FAMILIES
 from winnow.engines.gguf.tokenizer import CUTS, REPLACED, SPACE
+from winnow.engines.speed import uncompressed
 
 pytestmark = pytest.mark.slow
 TOKENIZER = next((ROOT / "resources").rglob("tokenizer.json"))
@@ -74,7 +75,7 @@ def test_logits_are_those_of_transformers(family, options, llama_cpp, tmp_path):
             torch.nn.init.normal_(tensor, 0.0 if "bias" in key or "gemma" in family else 1.0, 0.3)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
-    export_gguf(without_compression(tmp_path / "model", tmp_path / "dense"), tmp_path / "out", None)
+    export_gguf(uncompressed(tmp_path / "model", tmp_path / "dense"), tmp_path / "out", None)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, 48))
     found = llama_cpp.measure(tmp_path / "out" / "model.gguf", ids, "logits", options=EXACT)["logits"]
     with torch.no_grad():
@@ -117,7 +118,7 @@ def trained(kind: str) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", [*CUTS, SENTENCEPIECE])
 def test_tokens_are_those_of_tokenizers(kind, llama_cpp, saved_llama, tmp_path):
-    model, own = without_compression(saved_llama, tmp_path / "model"), trained(kind)
+    model, own = uncompressed(saved_llama, tmp_path / "model"), trained(kind)
     own.save(str(model / "tokenizer.json"))
     export_gguf(model, tmp_path / "out", None)
     file = tmp_path / "out" / "model.gguf"
@@ -148,7 +149,7 @@ def test_the_loss_is_that_of_the_checkpoint(name, llama_cpp, tmp_path):
         found = llama_cpp.measure(file, windows.numpy(), "losses")["losses"]
         return found / (windows.shape[1] - 1) - losses(checkpoint, windows)
 
-    export_gguf(without_compression(model, tmp_path / "dense"), tmp_path / "dense gguf", None)
+    export_gguf(uncompressed(model, tmp_path / "dense"), tmp_path / "dense gguf", None)
     file = llama_cpp.quantized(tmp_path / "dense gguf" / "model.gguf", tmp_path / "q8_0.gguf")
     own = above(file, model)
     typical, standard = np.sqrt(np.mean(own**2)), np.std(own, ddof=1) / 8

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.pages import documented
-from tests.unit import test_checkpoint
+from tests.unit import exports, test_checkpoint
 from tests.unit.test_checkpoint import IDS, build, logits
 from winnow.__main__ import main
 from winnow.checkpoint.export import Checkpoint
@@ -56,6 +57,8 @@ for path in sys.argv[2:]:
 assert "winnow" not in sys.modules and "compressed_tensors" in sys.modules
 save_file(found, sys.argv[1])
 """
+
+refused = partial(exports.refused, form="compressed-tensors")
 
 
 def elsewhere(folders: list[Path], out: Path) -> dict[str, torch.Tensor]:
@@ -181,18 +184,6 @@ def test_what_vllm_does_not_read_is_said(saved_llama, tmp_path, monkeypatch):
     assert "has a scale for every 16 inputs" in not_in_vllm(every | {joined[0][1]: Scheme(4, 16)}, joined)
 
 
-def refused(tmp_path: Path, checkpoint: Path, monkeypatch) -> str:
-    """The line with which the command ends; nothing is written."""
-    out = tmp_path / "refused"
-    monkeypatch.setattr(sys, "argv", ["winnow", "export", str(checkpoint), str(out), "--format", "compressed-tensors"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert not list(tmp_path.glob("*refused*"))
-    line = str(stopped.value)
-    assert "\n" not in line
-    return line
-
-
 def test_refusals_name_the_module(saved, tmp_path, monkeypatch):
     checkpoint = build(saved("llama"), tmp_path / "low_rank", ["ffn"], 0.6)
     line = refused(tmp_path, checkpoint, monkeypatch)
@@ -206,7 +197,9 @@ def test_refusals_name_the_module(saved, tmp_path, monkeypatch):
     assert "self_attn.q_proj (rounded)" in line
     assert "groups of 40 do not divide its 64 inputs, only groups of 8 do" in line
     checkpoint = rounded(saved("llama"), tmp_path / "zeros", bits=[8], grids=["asymmetric"])
-    assert "codes of 8 bits with zero points take 9 bits in it" in refused(tmp_path, checkpoint, monkeypatch)
+    assert "codes of 8 bits with zero points take 9 bits in it" in refused(
+        tmp_path, checkpoint, monkeypatch, form="compressed-tensors"
+    )
     assert "no quantization_config of winnow" in refused(tmp_path, saved("llama"), monkeypatch)
 
 

@@ -4,6 +4,7 @@ is in `tests/engines`."""
 import json
 import shutil
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -16,9 +17,8 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, TINY
-from tests.engines.llama import without_compression
 from tests.pages import documented
-from tests.unit import test_checkpoint
+from tests.unit import exports, test_checkpoint
 from tests.unit.test_checkpoint import build
 from tests.unit.test_export_engines import GRIDS, random_module
 from winnow.__main__ import main
@@ -27,11 +27,14 @@ from winnow.engines.gguf.blocks import Grid, grid_of
 from winnow.engines.gguf.export import export_gguf
 from winnow.engines.gguf.families import FAMILIES
 from winnow.engines.gguf.tokenizer import entries
+from winnow.engines.speed import uncompressed
 from winnow.io.artifacts import Bundle
 from winnow.models.architectures import ARCHITECTURES
 
 TOKENIZER = next((ROOT / "resources").rglob("tokenizer.json"))
 ALL = ["ffn", "attention"]
+
+refused = partial(exports.refused, form="gguf")
 
 
 def with_tokenizer(checkpoint: Path) -> Path:
@@ -92,7 +95,7 @@ def test_every_family_has_the_numbers_of_its_dense_export(name, saved, tmp_path)
     checkpoint = with_tokenizer(build(saved(name), tmp_path / "work", ALL, 0.6, "rounded", bits=[4], grids=["full"]))
     made = export_gguf(checkpoint, tmp_path / "blocks", None)
     export_dense(checkpoint, tmp_path / "dense", None)
-    export_gguf(without_compression(tmp_path / "dense", tmp_path / "plain"), tmp_path / "floats", None)
+    export_gguf(uncompressed(tmp_path / "dense", tmp_path / "plain"), tmp_path / "floats", None)
     found, own = tensors(tmp_path / "blocks"), tensors(tmp_path / "floats")
     assert made.error == 0
     assert set(found) == set(own)
@@ -105,7 +108,7 @@ def test_every_family_has_the_numbers_of_its_dense_export(name, saved, tmp_path)
 
 def test_queries_and_keys_of_llama_are_in_the_order_of_its_rotation(saved, tmp_path):
     """Channels i and i + 8 of a head of 16, which transformers rotates together, are neighbours in the file."""
-    checkpoint = without_compression(saved("llama"), tmp_path / "dense")
+    checkpoint = uncompressed(saved("llama"), tmp_path / "dense")
     shutil.copyfile(TOKENIZER, checkpoint / "tokenizer.json")
     export_gguf(checkpoint, tmp_path / "out", None)
     weight = load_file(checkpoint / "model.safetensors")["model.layers.0.self_attn.k_proj.weight"].numpy()
@@ -114,7 +117,7 @@ def test_queries_and_keys_of_llama_are_in_the_order_of_its_rotation(saved, tmp_p
 
 
 def test_the_entries_describe_the_model(saved, tmp_path):
-    checkpoint = without_compression(saved("gpt_neox"), tmp_path / "dense")
+    checkpoint = uncompressed(saved("gpt_neox"), tmp_path / "dense")
     shutil.copyfile(TOKENIZER, checkpoint / "tokenizer.json")
     export_gguf(checkpoint, tmp_path / "out", None)
     options, expected = TINY["gpt_neox"][1], {"block_count": 2, "attention.head_count": 4, "attention.head_count_kv": 4}
@@ -131,7 +134,7 @@ def test_the_entries_describe_the_model(saved, tmp_path):
 
 
 def test_a_window_that_llama_cpp_lacks_limits_the_context(saved, tmp_path):
-    checkpoint = without_compression(saved("mistral"), tmp_path / "dense")
+    checkpoint = uncompressed(saved("mistral"), tmp_path / "dense")
     shutil.copyfile(TOKENIZER, checkpoint / "tokenizer.json")
     made = export_gguf(checkpoint, tmp_path / "out", None)
     assert entry(tmp_path / "out", "llama.context_length") == TINY["mistral"][1]["sliding_window"] == 16
@@ -200,18 +203,6 @@ def test_factors_are_multiplied_out_in_the_type_of_choice(saved, tmp_path):
     assert kinds["blk.0.ffn_up.weight"] == kinds["blk.0.ffn_norm.weight"] == "F32"
 
 
-def refused(tmp_path: Path, checkpoint: Path, monkeypatch, *options: str, form: str = "gguf") -> str:
-    """The line with which the command ends; nothing is written."""
-    out = tmp_path / "refused"
-    monkeypatch.setattr(sys, "argv", ["winnow", "export", str(checkpoint), str(out), "--format", form, *options])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert not list(tmp_path.glob("*refused*"))
-    line = str(stopped.value)
-    assert "\n" not in line
-    return line
-
-
 def test_refusals_of_checkpoints_in_one_line(saved, tmp_path, monkeypatch):
     checkpoint = build(saved("opt"), tmp_path / "opt", ALL, 0.6, "rounded")
     known = "only gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, phi3, qwen2, qwen3"
@@ -229,7 +220,9 @@ def test_refusals_of_checkpoints_in_one_line(saved, tmp_path, monkeypatch):
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"]["format_version"] = 99
     (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert "the checkpoint has winnow format 99, but this installation reads" in refused(tmp_path, checkpoint, monkeypatch)
+    assert "the checkpoint has winnow format 99, but this installation reads" in refused(
+        tmp_path, checkpoint, monkeypatch, form="gguf"
+    )
 
 
 def test_rows_that_are_no_blocks_are_refused_in_q8_0(saved, tmp_path, monkeypatch):
@@ -265,7 +258,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options", "key"), OPTIONS, ids=lambda v: v if isinstance(v, str) else "")
 def test_options_that_llama_cpp_lacks_are_refused_by_name(name, options, key, saved, tmp_path, monkeypatch):
-    checkpoint = without_compression(saved(name), tmp_path / "dense")
+    checkpoint = uncompressed(saved(name), tmp_path / "dense")
     shutil.copyfile(TOKENIZER, checkpoint / "tokenizer.json")
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")) | options
     if "attention_bias" in options:  # as a model of this config is stored
@@ -301,7 +294,7 @@ TOKENIZERS = [
 
 @pytest.mark.parametrize(("path", "value", "why"), TOKENIZERS, ids=[path for path, _, _ in TOKENIZERS])
 def test_tokenizers_that_llama_cpp_lacks_are_refused_by_name(path, value, why, saved, tmp_path, monkeypatch):
-    checkpoint = without_compression(saved("llama"), tmp_path / "dense")
+    checkpoint = uncompressed(saved("llama"), tmp_path / "dense")
     content = changed(json.loads(TOKENIZER.read_text(encoding="utf-8")), path, value)
     (checkpoint / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     line = refused(tmp_path, checkpoint, monkeypatch)
@@ -311,7 +304,7 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused_by_name(path, value, why, s
 
 def test_merges_that_are_not_those_of_sentencepiece_are_refused(saved, tmp_path, monkeypatch):
     """They would make other tokens there."""
-    checkpoint = without_compression(saved("llama"), tmp_path / "dense")
+    checkpoint = uncompressed(saved("llama"), tmp_path / "dense")
     content = json.loads(TOKENIZER.read_text(encoding="utf-8"))
     vocabulary = {token: index for index, token in enumerate(["<unk>", "a", "b", "c", "ab", "bc", "abc"])}
     content["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "vocab": vocabulary}
@@ -329,7 +322,7 @@ def test_merges_that_are_not_those_of_sentencepiece_are_refused(saved, tmp_path,
 
 
 def test_a_number_too_large_for_the_type_leaves_nothing(saved, tmp_path, monkeypatch):
-    checkpoint = without_compression(saved("llama"), tmp_path / "dense")
+    checkpoint = uncompressed(saved("llama"), tmp_path / "dense")
     shutil.copyfile(TOKENIZER, checkpoint / "tokenizer.json")
     stored = load_file(checkpoint / "model.safetensors")
     stored["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
