@@ -1,4 +1,5 @@
-"""Rule `collect_gradients`: a file of `{role}.{statistic}` tensors of gradients of the loss per layer."""
+"""Rule `collect_gradients`: a file of `{role}.{statistic}` tensors of gradients of the loss per layer; of a part of the windows
+(`collect_gradients_part`) sums instead of statistics."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ import torch
 
 from winnow.calibration.gradients import collect_gradients
 from winnow.calibration.gradients_by_block import collect_gradients_by_block
+from winnow.calibration.parts import part_of
 from winnow.calibration.stored import stored
 from winnow.checkpoint.loading import load_model
 from winnow.checkpoint.streaming import Streamed, clear_left
@@ -23,7 +25,9 @@ if __name__ == "__main__":
     job = start_job(snakemake)
     spec: "specs.CollectGradients" = job.spec
     files = ModelFiles(snakemake.input.model)
-    windows = read_tensors(snakemake.input.tokens, sealed=True)[0]["ids"]
+    ids, part = read_tensors(snakemake.input.tokens, sealed=True)[0]["ids"], snakemake.wildcards.get("part")
+    chosen = part_of(len(ids), part)
+    windows = ids[chosen]
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
     manifest, folder = snakemake.output[0], Path(snakemake.output[0]).parent
     labels = (spec["gradient_labels"], spec["seed"], spec["first_token"])
@@ -33,9 +37,10 @@ if __name__ == "__main__":
         kept = own_files(folder, job.provenance)
         done = [layer for layer in {m.layer for m in files.matrices} if moments_file(layer) in kept]
         streamed = Streamed(files.verify(), spec["dtype"], job.device, manifest, windows.shape[1])
-        found = collect_gradients_by_block(streamed, *options, job.provenance, done)
+        found = collect_gradients_by_block(streamed, *options, job.provenance, done, chosen.start, bool(part))
     else:
-        found = collect_gradients(load_model(files.verify(), spec["dtype"], job.device), *options, resume)
+        model = load_model(files.verify(), spec["dtype"], job.device)
+        found = collect_gradients(model, *options, resume, chosen.start, bool(part))
     for layer, roles in found:
         write_tensors(folder / moments_file(layer), stored(roles), job.provenance)
         del roles  # frees memory before the next layer

@@ -1,18 +1,19 @@
-"""Rule `collect_statistics`: a file of `{site}.{statistic}` tensors per layer, and a table with one row per channel."""
+"""Rule `collect_statistics`: a file of `{site}.{statistic}` tensors per layer, and a table with one row per channel; of a part of
+the windows (`collect_statistics_part`) sums instead of statistics, and no table."""
 
-import logging
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from winnow.calibration.few_tokens import few_tokens
-from winnow.calibration.statistics import CHANNELS, channel_rows, channel_table, collect, collect_by_block
+from winnow.calibration.channels import write_channels
+from winnow.calibration.parts import part_of
+from winnow.calibration.statistics import collect, collect_by_block
 from winnow.calibration.stored import stored
 from winnow.checkpoint.loading import load_model
 from winnow.checkpoint.streaming import Streamed, clear_left
-from winnow.io.artifacts import read_tensors, write_manifest, write_parquet, write_tensors
+from winnow.io.artifacts import read_tensors, write_manifest, write_tensors
 from winnow.io.resume import Resume, own_files
 from winnow.jobs.start import start_job
 from winnow.models.architectures import moments_file
@@ -25,8 +26,9 @@ if __name__ == "__main__":
     job = start_job(snakemake)
     spec: "specs.CollectStatistics" = job.spec
     moments, files = snakemake.output.moments, ModelFiles(snakemake.input.model)
-    tokens = read_tensors(snakemake.input.tokens, sealed=True)[0]
-    windows, types = tokens["ids"], tokens.get("types")
+    tokens, part = read_tensors(snakemake.input.tokens, sealed=True)[0], snakemake.wildcards.get("part")
+    chosen = part_of(len(tokens["ids"]), part)
+    windows, types = tokens["ids"][chosen], tokens["types"][chosen] if "types" in tokens else None
     batch = max(1, snakemake.resources.batch_tokens // windows.shape[1])
     options = (files.matrices, windows, batch, getattr(torch, spec["precision"]), spec["first_token"])
     resume, folder, layers = Resume(moments, job.provenance), Path(moments).parent, sorted({m.layer for m in files.matrices})
@@ -34,25 +36,18 @@ if __name__ == "__main__":
         kept = own_files(folder, job.provenance)
         streamed = Streamed(files.verify(), spec["dtype"], job.device, moments, windows.shape[1], job.provenance)
         streamed.trust([layer for layer in layers if moments_file(layer) in kept])
-        found = collect_by_block(streamed, *options, types=types)
+        found = collect_by_block(streamed, *options, types=types, sums=bool(part))
     else:
-        found = collect(load_model(files.verify(), spec["dtype"], job.device), *options, resume, types)
+        model = load_model(files.verify(), spec["dtype"], job.device)
+        found = collect(model, *options, resume, types, sums=bool(part))
     with closing(found):
         for layer, sites in found:
             write_tensors(folder / moments_file(layer), stored(sites), job.provenance)
             del sites  # frees memory before the next layer
-    channels, seen = [], []
-    for layer in layers:
-        for site in dict.fromkeys(m.site for m in files.matrices if m.layer == layer):
-            names = {f"{site}.{key}": key for key in (*CHANNELS, "count")}
-            values = {names[name]: v for name, v in read_tensors(folder / moments_file(layer), names=names)[0].items()}
-            readers = (files.stored(m) for m in files.matrices if (m.layer, m.site) == (layer, site))
-            seen.append((site, len(values["mean"]), int(values["count"])))
-            channels.append(channel_rows(layer, site, values, readers))
-    write_parquet(snakemake.output.channels, channel_table(channels), job.provenance)
-    few = few_tokens(seen, len(windows))
-    for line in few:
-        logging.warning(line)
-    write_manifest(folder, {"tokens": int((windows >= 0).sum()), "few_tokens": few}, job.provenance)
+    counts = {"tokens": int((windows >= 0).sum()), "windows": len(windows)}
+    if part:
+        write_manifest(folder, counts, job.provenance)
+    else:
+        write_channels(snakemake.output, files, [counts], job.provenance)
     resume.clear()
     clear_left(moments)

@@ -131,6 +131,8 @@ WILDCARDS = {  # of the rules
     "tokenize_rows": ("model", "windows"),
     "collect_statistics": ("model", "calibration"),
     "collect_gradients": ("model", "calibration"),
+    "merge_statistics": ("model", "calibration"),
+    "merge_gradients": ("model", "calibration"),
     "assign_clusters": ("model", "calibration", "clustering"),
     "factorize": ("model", "calibration", "method", "shard"),
     "measure_spectra": ("model", "calibration", "method"),
@@ -257,7 +259,7 @@ MODELS = {
     *EVALUATIONS,
     "evaluate_latency",
 }  # they run one
-LOADERS = MODELS | {"export_dense"}
+LOADERS = MODELS | {"export_dense", "merge_statistics", "merge_gradients"}
 NAMES = LOADERS | {"retrieve_model", "retrieve_base"}
 EDITS = [
     ("src/winnow/numerics/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
@@ -268,7 +270,7 @@ EDITS = [
         "src/winnow/calibration/statistics.py",
         "mean_of(self.gram, n, self.precision)",
         "mean_of(self.gram, n - 1, self.precision)",
-        {"collect_statistics", "predict_in_rounds"},
+        {"collect_statistics", "merge_statistics", "predict_in_rounds"},
     ),
     ("src/winnow/allocation/groups.py", "TOLERANCE = 0.005", "TOLERANCE = 0.004", ALLOCATING),
     ("src/winnow/allocation/kinds/uniform.py", "max(1, step(g))", "max(2, step(g))", ALLOCATING),  # of the budget's own kind
@@ -341,7 +343,7 @@ EDITS = [
         "src/winnow/calibration/gradients.py",
         "mean_of(self.gram, self.count, self.precision)",
         "mean_of(self.gram, self.count + 1, self.precision)",
-        {"collect_gradients", "predict_in_rounds"},
+        {"collect_gradients", "merge_gradients", "predict_in_rounds"},
     ),
     ("src/winnow/numerics/coupling.py", "import annotations", "import annotations\n\nx = 1", STUDY),  # of another structure
     ("scripts/factorize.py", "names.append(name)", "names.append(str(name))", {"factorize"}),

@@ -63,6 +63,7 @@ wildcard_constraints:
     clustering="|".join(PLAN.clusterings()) or "none",
     timing="|".join(PLAN.timings()) or "none",
     shard=r"\d+-of-\d+",
+    part=r"\d+-of-\d+",
     study="|".join(PLAN.of_studies),
     task="|".join(PLAN.tasks()) or "none",
 

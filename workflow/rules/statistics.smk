@@ -1,6 +1,6 @@
 # needs: a model, windows of calibration tokens      makes: statistics of every matrix's input
 # steps: collect_statistics (one forward pass for all methods, ranks and budgets), collect_gradients (one forward and one backward,
-#        where a metric weighs outputs)
+#        where a metric weighs outputs); windows over jobs (`window_shards`): parts.smk
 
 
 rule collect_statistics:
@@ -15,6 +15,8 @@ rule collect_statistics:
         "results/logs/collect_statistics/{model}/{calibration}.log",
     benchmark:
         "results/benchmarks/collect_statistics/{model}/{calibration}.tsv"
+    wildcard_constraints:
+        model=PLAN.models_of(parted=False),
     threads: 2
     resources:
         gpu=1,
@@ -39,6 +41,8 @@ rule collect_gradients:
         "results/logs/collect_gradients/{model}/{calibration}.log",
     benchmark:
         "results/benchmarks/collect_gradients/{model}/{calibration}.tsv"
+    wildcard_constraints:
+        model=PLAN.models_of(parted=False),
     threads: 2
     resources:
         gpu=1,

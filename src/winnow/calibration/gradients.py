@@ -18,6 +18,7 @@ from winnow.io.progress import every
 from winnow.io.resume import Resume
 from winnow.models.architectures import Matrix, tokens_of
 from winnow.models.classes import is_causal
+from winnow.numerics.host import on_host
 from winnow.numerics.products import add_product, mean_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,16 @@ class OutputMoments:
         add_product(self.gram, flat, flat, self.precision)
         # sum_j (sum_t g_ti x_tj)^2 = sum_tt' g_ti (x x^T)_tt' g_t'i, without forming the gradient of the matrix
         self.fisher += (g * ((x @ x.mT) @ g)).sum((0, 1), dtype=torch.float64)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name; they are updated in place."""
+        return {"count": self.count, "gram": self.gram, "fisher": self.fisher}
+
+    def merge(self, other: OutputMoments) -> OutputMoments:
+        """Add the sums of other tokens, in place."""
+        for name, own in self.tensors().items():
+            own.add_(getattr(other, name))
+        return self
 
     def finish(self) -> dict[str, Tensor]:
         """Per-token means in `precision`: gradient_gram (m, m) and fisher (m,)."""
@@ -79,24 +90,24 @@ class OutputWatch:
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name; they are updated in place."""
-        return {f"{n}.{key}": getattr(s, key) for n, s in self.sums.items() for key in ("count", "gram", "fisher")}
+        return {f"{name}.{key}": t for name, sums in self.sums.items() for key, t in sums.tensors().items()}
 
     def remove(self) -> None:
         """Remove the hooks."""
         for hook in self.hooks:
             hook.remove()
 
-    def finished(self, layer: int, windows: int) -> dict[str, dict[str, Tensor]]:
-        """{role: statistics} of a layer; its sums are freed. Raises RuntimeError if an output has not received the gradients of
-        all `windows`, and FloatingPointError if one was not finite."""
+    def finished(self, layer: int, windows: int, sums: bool = False) -> dict[str, dict[str, Tensor]]:
+        """{role: statistics} of a layer, or its `sums`, which are freed here. Raises RuntimeError if an output has not received
+        the gradients of all `windows`, and FloatingPointError if one was not finite."""
         found, expected = {}, windows * (self.length - self.skipped)
         for matrix in (m for m in self.matrices if m.layer == layer):
-            sums = self.sums.pop(matrix.name)
-            if (count := int(sums.count)) != expected:
+            own = self.sums.pop(matrix.name)
+            if (count := int(own.count)) != expected:
                 raise RuntimeError(f"{matrix.module}: saw gradients of {count} tokens of {expected}")
-            if not sums.gram.sum().isfinite():  # many times faster than checking every number
+            if not own.gram.sum().isfinite():  # many times faster than checking every number
                 raise FloatingPointError(f"{matrix.module}: the gradient of its output is not finite")
-            found[matrix.role] = sums.finish()
+            found[matrix.role] = {name: on_host(t) for name, t in own.tensors().items()} if sums else own.finish()
         return found
 
 
@@ -143,8 +154,12 @@ def collect_gradients(
     seed: int,
     first_token: bool = True,
     resume: Resume | None = None,
+    first: int = 0,
+    sums: bool = False,
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """Yield (layer, {role: statistics}) after a forward and a backward pass of `windows` (count, length).
+    """Yield (layer, {role: statistics}) after a forward and a backward pass of `windows` (count, length); with `sums`, the
+    tensors of their `OutputMoments`, for `winnow.calibration.merging`. `first`: the number of their first window among those of
+    the calibration, by which labels are drawn.
 
     `labels`: `model` (sampled with `seed`) or `text`. Experts of a mixture are skipped: their gradients come from few tokens.
     With `resume`, continues after the last window in the saved sums. Raises FloatingPointError, naming the module, if a gradient
@@ -167,7 +182,7 @@ def collect_gradients(
                     logits, targets = logits[:, :-1], ids[:, 1:]
                 else:
                     with torch.no_grad():
-                        rows = [sampled(row, draws(seed, start + n, len(row))) for n, row in enumerate(logits)]
+                        rows = [sampled(row, draws(seed, first + start + n, len(row))) for n, row in enumerate(logits)]
                         targets = torch.stack(rows)
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
             if resume:
@@ -177,4 +192,4 @@ def collect_gradients(
         watch.remove()
     del saved
     for layer in sorted({m.layer for m in matrices}):
-        yield layer, watch.finished(layer, len(windows))
+        yield layer, watch.finished(layer, len(windows), sums)

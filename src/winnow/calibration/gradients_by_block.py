@@ -123,6 +123,8 @@ def collect_gradients_by_block(
     first_token: bool = True,
     provenance: Provenance | None = None,
     finished: Collection[int] = (),
+    first: int = 0,
+    sums: bool = False,
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Like `collect_gradients`, from the last layer to the first. With a `provenance`, a job continues after the last layer of
     `finished` whose gradient an earlier process has stored. Raises InputError for a model whose head does not work token by
@@ -141,7 +143,7 @@ def collect_gradients_by_block(
     if last >= 0 and GRADIENT.format(last) not in passes.complete:
         last = count - 1
         run.forward(every_s)
-        run.start(labels, seed)
+        run.start(labels, seed, first)
         streamed.release()
     skipped = 0 if first_token else 1
     for index in range(last, -1, -1):
@@ -152,7 +154,7 @@ def collect_gradients_by_block(
             run.backward(index)
         finally:
             watch.remove()
-        yield layer, watch.finished(layer, len(windows))
+        yield layer, watch.finished(layer, len(windows), sums)
         if index:
             passes.keep(GRADIENT.format(index - 1))
         passes.remove(GRADIENT.format(index), f"input-{index}", f"input-{index + 1}")
@@ -206,7 +208,7 @@ class _Run:
         for step in range(begin, index):
             self.step(step)
 
-    def start(self, labels: str, seed: int) -> None:
+    def start(self, labels: str, seed: int, first: int) -> None:
         """Store the gradient at the output of the last block."""
         count, length = self.windows.shape
         last = len(self.layers) - 1
@@ -214,7 +216,7 @@ class _Run:
         with self.streamed.passed():
             for window in every(range(count), "windows of the head"):
                 ids, hidden = self.windows[window : window + 1], self.passes.read(f"input-{last + 1}", window, 1)
-                uniform, gradient = draws(seed, window, length), torch.zeros_like(hidden)
+                uniform, gradient = draws(seed, first + window, length), torch.zeros_like(hidden)
                 for part in (slice(begin, min(begin + step, length)) for begin in range(0, length, step)):
                     leaf = hidden[:, part].to(self.streamed.device).requires_grad_()
                     with torch.enable_grad():

@@ -75,14 +75,11 @@ class Moments:
                 torch.maximum(self.largest, largest, out=self.largest)
 
     def merge(self, other: Moments) -> Moments:
-        return Moments(
-            self.precision,
-            self.count + other.count,
-            self.gram + other.gram,
-            self.sums + other.sums,
-            torch.maximum(self.largest, other.largest),
-            self.cross + other.cross,
-        )
+        """Add the sums of other tokens, in place."""
+        for name in ("count", "gram", "sums", "cross"):
+            getattr(self, name).add_(getattr(other, name))
+        torch.maximum(self.largest, other.largest, out=self.largest)
+        return self
 
     def finish(self) -> dict[str, Tensor]:
         """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active, and cross if there is one;
@@ -177,9 +174,9 @@ class Watch:
         for hook in self.hooks:
             hook.remove()
 
-    def finished(self, layer: int, expected: int) -> dict[str, dict[str, Tensor]]:
-        """{site: statistics} of a layer; its sums are freed. Raises RuntimeError if a site, other than an expert's, has not seen
-        the `expected` tokens, and FloatingPointError if an input was not finite."""
+    def finished(self, layer: int, expected: int, sums: bool = False) -> dict[str, dict[str, Tensor]]:
+        """{site: statistics} of a layer, or its `sums`, which are freed here. Raises RuntimeError if a site, other than an
+        expert's, has not seen the `expected` tokens, and FloatingPointError if an input was not finite."""
         found = {}
         for where, site in [key for key in self.sites if key[0] == layer]:
             moments = self.sites.pop((where, site))
@@ -187,7 +184,7 @@ class Watch:
                 raise RuntimeError(f"layer {layer}, {site}: saw {int(moments.count)} tokens of {expected}")
             if not moments.gram.sum().isfinite():  # many times faster than checking every number
                 raise FloatingPointError(f"layer {layer}, {site}: inputs are not finite")
-            found[site] = moments.finish()
+            found[site] = {name: on_host(t) for name, t in moments.tensors().items()} if sums else moments.finish()
         return found
 
 
@@ -229,8 +226,10 @@ def collect(
     first_token: bool = True,
     resume: Resume | None = None,
     types: Tensor | None = None,
+    sums: bool = False,
 ) -> Generator[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """Yield (layer, {site: statistics}) after one forward pass of `windows` (count, length).
+    """Yield (layer, {site: statistics}) after one forward pass of `windows` (count, length); with `sums`, the tensors of their
+    `Moments`, for `winnow.calibration.merging`.
 
     Windows may be padded at the end with ids below 0, which are neither attended to nor counted; `types` (count, length) are
     token type ids. Without `first_token`, the first token of every window is run but not counted. With `resume`, continues after
@@ -250,19 +249,19 @@ def collect(
         with suppress(Seen):
             model.base_model(**batches.inputs(chosen, device), use_cache=False)
 
-    sums = {f"{layer}.{site}.{name}": t for (layer, site), m in watch.sites.items() for name, t in m.tensors().items()}
+    saved = {f"{layer}.{site}.{name}": t for (layer, site), m in watch.sites.items() for name, t in m.tensors().items()}
     try:
-        done = resume.restore(sums) if resume else 0
+        done = resume.restore(saved) if resume else 0
         with one_thread_of_blas() if small else nullcontext():  # otherwise BLAS's threads and torch's wait for each other
             for start in every(batches.starts(done), "calibration batches"):
                 watch.lanes.run([partial(run, chosen) for chosen in batches.parts(start, part)])
                 if resume:
-                    resume.save(start + batch, sums)
+                    resume.save(start + batch, saved)
     finally:
         watch.remove()
-    del sums
+    del saved
     for layer in sorted({layer for layer, _ in watch.sites}):
-        yield layer, watch.finished(layer, int(batches.counted.sum()))
+        yield layer, watch.finished(layer, int(batches.counted.sum()), sums)
 
 
 @torch.no_grad()
@@ -274,6 +273,7 @@ def collect_by_block(
     precision: torch.dtype,
     first_token: bool = True,
     types: Tensor | None = None,
+    sums: bool = False,
 ) -> Generator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Like `collect`, with the weights and sums of only one layer in memory at a time. Layers whose hidden states an earlier
     process has stored are skipped; hidden states of a layer are stored after its statistics."""
@@ -288,7 +288,7 @@ def collect_by_block(
                     streamed.run(start, batches.inputs(chosen, streamed.device))
         finally:
             watch.remove()
-        yield layer, watch.finished(layer, int(batches.counted.sum()))
+        yield layer, watch.finished(layer, int(batches.counted.sum()), sums)
         streamed.advance(layer)
 
 

@@ -32,6 +32,12 @@ class Model(Strict):
         "bfloat16 if they are quantised",
     )
     shards: int = Field(1, ge=1, description="number of jobs that factorise the layers; changes no number")
+    window_shards: int = Field(
+        1,
+        ge=1,
+        description="number of jobs that run the calibration windows, for statistics and gradients; each reads the model, and "
+        "another job adds up their sums; changes no number beyond rounding",
+    )
     load: Literal["whole", "stream"] = Field(
         "whole",
         description="stream: read the weights block by block in statistics, gradients and perplexity, for a model larger than "

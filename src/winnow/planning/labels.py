@@ -25,7 +25,7 @@ from winnow.planning.derived import add_budgets, add_members, add_studies, calib
 from winnow.recovery.base import RecoveryOptions
 from winnow.structures.base import STRUCTURES, Structure
 
-EXECUTION = {"shards", "load"}  # options that say how a job runs; they are in no label
+EXECUTION = {"shards", "window_shards", "load"}  # options that say how a job runs; they are in no label
 UNNAMED = EXECUTION | {"paper"}  # what else changes no number
 
 
@@ -134,7 +134,7 @@ class Labels:
 
     def knows(self, wildcard: str, label: str) -> bool:
         """Whether a rule's wildcard can have this value."""
-        if wildcard == "shard":
+        if wildcard in ("shard", "part"):
             return True
         if wildcard == "study":
             return label in self.of_studies
@@ -171,6 +171,17 @@ class Labels:
     def shards(self, model_label: str) -> list[str]:
         total = self.preset("models", model_label).shards
         return [f"{i + 1}-of-{total}" for i in range(total)]
+
+    def parts(self, model_label: str, calibration_label: str) -> list[str]:
+        """The parts into which jobs divide the windows of a calibration; none if one job runs them all."""
+        windows = self.preset("calibrations", calibration_label).windows
+        total = min(self.preset("models", model_label).window_shards, windows)
+        return [f"{i + 1}-of-{total}" for i in range(total)] if total > 1 else []
+
+    def models_of(self, parted: bool) -> str:
+        """A regular expression of the labels of models whose windows are divided over jobs, or of all others."""
+        found = [label for label in self.names["models"] if (self.preset("models", label).window_shards > 1) == parted]
+        return "|".join(label.replace(".", r"\.") for label in found) or "none"
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a preset
     def needs(self, method_label: str) -> set[str]:

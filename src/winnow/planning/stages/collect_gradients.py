@@ -20,6 +20,7 @@ class CollectGradients(Stage):
     """Second moments of the loss's gradient in the outputs of matrices."""
 
     libraries = HUGGING_FACE
+    others = ("collect_gradients_part",)
     streams = True
 
     def spec(self, w: dict[str, str]) -> specs.CollectGradients:
@@ -44,5 +45,5 @@ class CollectGradients(Stage):
                 memory = max(block, head)
                 disk += 2 * (math.isqrt(shape.layers) + 2) * tokens * shape.width * load.unit
                 operations += 2 * tokens * shape.numbers
-            found += self.needed(load, 1, memory, disk, operations, base=base)
+            found += self.collecting(load, name, memory, disk, operations, base)
         return found

@@ -17,6 +17,7 @@ class CollectStatistics(Stage):
     """Second moments of the inputs of matrices."""
 
     libraries = HUGGING_FACE
+    others = ("collect_statistics_part",)
     streams = True
 
     def spec(self, w: dict[str, str]) -> specs.CollectStatistics:
@@ -35,5 +36,5 @@ class CollectStatistics(Stage):
                 memory, base = max(memory, TABLE + ROW * sum(shape.sites().values())), COLLECTING
                 disk += 2 * tokens * shape.width * load.unit
             operations = 2 * tokens * (shape.numbers + load.gram + load.cross)
-            found += self.needed(load, 1, memory, disk, operations, base=base)
+            found += self.collecting(load, name, memory, disk, operations, base)
         return found

@@ -1,0 +1,36 @@
+"""Statistics of windows that several jobs ran: the sums of each job's windows, added up and divided by the number of all tokens.
+
+Sums are float64, so that the result is that of one job up to the rounding of the order of additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from winnow.io.artifacts import read_tensors
+
+if TYPE_CHECKING:
+    from winnow.calibration.gradients import OutputMoments
+    from winnow.calibration.statistics import Moments
+
+
+def merged(
+    files: list[Path], sums: type[Moments] | type[OutputMoments], precision: str, places: list[str]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield (place, statistics) of the sites, or of the roles, of a layer, from every job's file of its `sums`, with one place in
+    memory at a time. Means are in `precision`."""
+    names = [field.name for field in fields(sums) if field.name != "precision"]
+
+    def part(file: Path, place: str) -> Any:
+        found, _ = read_tensors(file, names=[f"{place}.{name}" for name in names])
+        return sums(getattr(torch, precision), **{name: found[f"{place}.{name}"] for name in names})
+
+    for place in places:
+        yield place, reduce(sums.merge, (part(file, place) for file in files)).finish()  # type: ignore[arg-type]
