@@ -20,7 +20,7 @@ from winnow.planning.runtimes import known_shapes
 if __name__ == "__main__":
     job = start_job(snakemake)
     spec = job.spec
-    plan = Plan(load(spec["config"]), Path(spec["root"]))
+    plan = Plan(load(spec["config"]), Path(spec["root"]), resources=spec["resources"])
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as stream:
         yaml.safe_dump(spec["config"], stream)
         stream.flush()

@@ -12,8 +12,11 @@ from winnow.io.artifacts import write_json
 from winnow.io.tensors import read_header
 from winnow.models.retrieve import describe
 from winnow.models.shape import shape_of
+from winnow.planning.config import load
+from winnow.planning.config_files import default
 from winnow.planning.forecast import forecast, machine, measured_seconds, misfit
 from winnow.planning.load import GB, Work
+from winnow.planning.plan import Plan
 from winnow.planning.preview import duration, jobs_of, size
 from winnow.planning.stages.collect_statistics import ROW
 from winnow.planning.stages.compress import SIZE
@@ -143,6 +146,40 @@ def test_numbers_at_a_time_are_those_of_the_stages():
     rule = (ROOT / "workflow" / "rules" / "statistics.smk").read_text().partition("rule collect_gradients:")[2]
     assert f"batch_tokens={collect_gradients.TOKENS}," in rule
     assert perplexity.CHUNK == LOGITS
+
+
+def test_resources_that_a_run_sets_are_forecast():
+    """`--set-resources collect_gradients:batch_tokens=...`, and `stream` of one rule."""
+    config = default()
+
+    def memory(**resources) -> dict[str, float]:
+        plan = Plan(load(config), ROOT, resources=resources)
+        return {work.stage: work.memory for work in forecast(plan, {"demo": shape_of(ROOT / config["models"]["demo"]["source"])})}
+
+    usual, few = memory(), memory(collect_gradients={"batch_tokens": 512})
+    assert few.pop("collect_gradients") < usual["collect_gradients"]
+    assert few == {stage: value for stage, value in usual.items() if stage != "collect_gradients"}
+    streamed = memory(collect_statistics={"stream": 1})
+    assert streamed["collect_statistics"] != usual["collect_statistics"]
+    assert streamed["collect_gradients"] == usual["collect_gradients"]
+
+
+def test_windows_over_jobs_are_forecast():
+    config = default()
+
+    def works(jobs: int) -> dict[str, Work]:
+        config["models"]["demo"]["window_shards"] = jobs
+        shapes = {"demo": shape_of(ROOT / config["models"]["demo"]["source"])}
+        return {work.stage: work for work in forecast(Plan(load(config), ROOT), shapes)}
+
+    one, four = works(1), works(4)
+    for rule, merge in (("collect_statistics", "merge_statistics"), ("collect_gradients", "merge_gradients")):
+        assert rule not in four
+        assert merge not in one
+        assert four[f"{rule}_part"].jobs == 4
+        assert four[f"{rule}_part"].operations == one[rule].operations
+        assert four[f"{rule}_part"].disk == 4 * one[rule].disk
+        assert four[merge].disk <= one[rule].disk
 
 
 def test_time_is_of_starts_arithmetic_and_bytes():

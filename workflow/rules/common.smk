@@ -28,6 +28,21 @@ ALL_CORES = (
 # Given by --config, about how a target runs; no number depends on them.
 PRUNE = str(config.pop("prune", False)).lower() == "true"
 MEMORY_GB, DISK_GB = (config.pop(key, None) for key in ("memory_gb", "disk_gb"))
+
+
+def set_resources():
+    """{rule: {resource: number}} of `--set-resources`, of those that forecasts depend on."""
+    found = {}
+    for where, given in workflow.resource_settings.overwrite_resources.items():
+        numbers = {
+            name: given[name] for name in ("batch_tokens", "stream") if name in given
+        }
+        found[where] = {
+            name: int(getattr(n, "value", n)) for name, n in numbers.items()
+        }
+    return found
+
+
 try:
     keep_to(ROOT)
     GIVEN = (
@@ -42,7 +57,7 @@ try:
         sys.argv,
     )
     CONFIG = anchored(config, PARTS, ROOT)
-    PLAN = Plan(load(CONFIG, PARTS), ROOT, MEMORY)
+    PLAN = Plan(load(CONFIG, PARTS), ROOT, MEMORY, set_resources())
     PLAN.cells.check_sources()
     check_runtimes(PLAN)
 except InputError as error:

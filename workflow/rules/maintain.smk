@@ -16,6 +16,7 @@ rule plan:
             "config": CONFIG,
             "root": str(ROOT),
             "limits": [MEMORY_GB, DISK_GB],
+            "resources": PLAN.resources,
         },
     script:
         "../../scripts/plan.py"

@@ -24,7 +24,7 @@ def forecast(plan: Plan, shapes: dict[str, Shape], batch_tokens: int = 4096) -> 
     found = []
     for name, shape in shapes.items():
         load = Load(plan, name, shape, [cell for cell in plan.cells if cell.model == name], batch_tokens)
-        found += [work for stage in plan.stages.values() for work in stage.work(load)]
+        found += [work for stage in plan.stages.values() for work in stage.work(load.on(plan.resources.get(stage.name, {})))]
     return _merged(found)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ class Load:
     shape: Shape
     cells: list[Cell]
     batch_tokens: int
+    given: Mapping[str, int] = field(default_factory=dict)  # resources that the run sets for the rule, by `--set-resources`
 
     @cached_property
     def label(self) -> str:
@@ -61,7 +63,17 @@ class Load:
 
     @property
     def streamed(self) -> bool:
-        return self.plan.config.models[self.name].load == "stream"
+        return bool(self.given.get("stream", self.plan.config.models[self.name].load == "stream"))
+
+    def batch_of(self, tokens: int) -> int:
+        """The `batch_tokens` of a rule that has another number, `tokens`, than most."""
+        return self.given.get("batch_tokens", tokens)
+
+    def on(self, given: Mapping[str, int]) -> Load:
+        """The same for a rule for which the run sets resources."""
+        if not given:
+            return self
+        return replace(self, given=given, batch_tokens=given.get("batch_tokens", self.batch_tokens))
 
     @property
     def loaded(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,16 @@ def _kinds(content: dict[str, Any]) -> list[str]:
 class Plan(Labels):
     """Cells and stages of a validated configuration; knows nothing of Snakemake and starts no job."""
 
-    def __init__(self, config: Config, root: Path, memory: Path | None = None):
-        """`root`: the checkout, whose code is tracked; `memory`: a folder where digests of code are kept."""
+    def __init__(
+        self, config: Config, root: Path, memory: Path | None = None, resources: Mapping[str, Mapping[str, int]] | None = None
+    ):
+        """`root`: the checkout, whose code is tracked; `memory`: a folder where digests of code are kept; `resources`: what a run
+        sets for rules by `--set-resources`, for forecasts."""
         super().__init__(config)
         self.cells, self.paths = Cells(self), Paths(self)
         self.studies = StudyCells(self, self.paths)
         self.code = CodeTracker(root, memory)
+        self.resources = resources or {}
         self.outside = Outside(self)
         self.stages = stages_of(self)
         self.stage_of_rule = {rule: stage.name for stage in self.stages.values() for rule in stage.rules}

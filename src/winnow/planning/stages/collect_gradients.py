@@ -33,7 +33,7 @@ class CollectGradients(Stage):
         for name in (name for name in load.calibrations if name in load.gradients):
             preset, tokens = load.calibrations[name], load.tokens(name)
             unit, base = 8 if preset.precision == "float64" else 4, BASE
-            batch = min(preset.windows, max(1, TOKENS // preset.length)) * preset.length
+            batch = min(preset.windows, max(1, load.batch_of(TOKENS) // preset.length)) * preset.length
             disk, operations = unit * load.gradient / 2, 6 * tokens * shape.numbers + 2 * tokens * load.gradient
             memory = load.loaded + 8 * load.gradient + load.backward(batch)
             if load.streamed:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from winnow.planning.load import Load, Work
 
 
+TOKENS = 2048  # of a batch, as the rule's `batch_tokens`
+
+
 class PredictInRounds(Stage):
     """Losses predicted anew around the model as it was allocated before."""
 
@@ -36,5 +39,6 @@ class PredictInRounds(Stage):
             if rounds := self.plan.allocation(self.plan.labels["budgets"][budget]).rounds():
                 tokens = load.tokens(calibration)
                 operations = rounds * (10 * tokens * load.shape.numbers + 2 * tokens * second)
-                found += self.needed(load, 1, 2 * load.loaded + 8 * second + load.backward(load.batch_tokens), 1e6, operations)
+                batch = min(tokens, max(load.batch_of(TOKENS), load.calibrations[calibration].length))
+                found += self.needed(load, 1, 2 * load.loaded + 8 * second + load.backward(batch), 1e6, operations)
         return found
