@@ -113,7 +113,8 @@ def _read(
     size = group["size"]
     if own["kind"] == "rounded":
         groups = own["group"] if isinstance(own["group"], list) else [own["group"]]
-        size = forms_of(matrices[name].shape[1], own["bits"], own["grids"], groups)[size - 1].bits
+        turns = own.get("rotations", ["none"])
+        size = forms_of(*matrices[name].shape, own["bits"], own["grids"], groups, turns)[size - 1].bits
     return range(int(first), int(last or first) + 1), roles, own["kind"], size
 
 

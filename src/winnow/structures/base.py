@@ -35,14 +35,15 @@ RUNTIMES = {
     "whole row, of rows that 32 divides",
 }
 Runtime = Literal["any", "torch", "vllm", "compressed-tensors", "gguf"]
-FORMATS = (1, 2)  # checkpoint formats that this version reads; it writes the lowest that suffices, see `format_of`
+FORMATS = (1, 2, 3)  # checkpoint formats that this version reads; it writes the lowest that suffices, see `format_of`
 
 
 def format_of(layouts: Any) -> int:
-    """The format of a checkpoint with these layouts: 2 if a matrix has zero points, which format 1 does not have."""
+    """The format of a checkpoint with these layouts: 3 if a matrix is rotated, 2 if one has zero points, otherwise 1."""
     if not isinstance(layouts, dict):
         return 1
-    return 2 if layouts.get("zeros") is True else max(map(format_of, layouts.values()), default=1)
+    own = 3 if isinstance(layouts.get("rotation"), str) else 2 if layouts.get("zeros") is True else 1
+    return max(own, *map(format_of, layouts.values()))
 
 
 class StructureOptions(Options):

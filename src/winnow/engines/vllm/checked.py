@@ -56,6 +56,12 @@ def described(config: PreTrainedConfig, quantization: dict[str, Any]) -> Describ
     cls = model_class(config)
     if not is_causal(config):
         raise InputError(f"winnow's plug-in for vLLM runs causal language models, not {cls.__name__}; load it with transformers")
+    for name, layout in layers.items():
+        if layout.get("rotation"):
+            raise InputError(
+                f"{name}: winnow's plug-in for vLLM does not rotate the inputs of rounded matrices; load the checkpoint with "
+                "transformers, or compress with `rotations: [none]`"
+            )
     with torch.device("meta"):
         model = cls._from_config(copy.deepcopy(config))
     passing = passing_of(model, layers)
