@@ -41,23 +41,26 @@ def factors_of(n: int) -> list[int]:
 
 def rotated(x: Tensor, signs: Tensor) -> Tensor:
     """V x for every row of x (..., n); signs (n,), +-1, of the same dtype."""
-    x = x * signs
-    for size in factors_of(len(signs)):
-        x = _apply(x, _factor(size, x.dtype, x.device).mT)
-    return x
+    return _transformed(x * signs, back=False)
 
 
 def rotated_back(x: Tensor, signs: Tensor) -> Tensor:
     """V^T x for every row of x (..., n): the inverse of `rotated`."""
-    for size in factors_of(len(signs)):
-        x = _apply(x, _factor(size, x.dtype, x.device))
-    return x * signs
+    return _transformed(x, back=True) * signs
 
 
-def _apply(x: Tensor, factor: Tensor) -> Tensor:
-    """The first part of the last axis multiplied by a factor (d, d) and moved to the end: after all factors, the parts are in
-    their order again."""
-    return (x.unflatten(-1, (len(factor), -1)).mT @ factor).flatten(-2)
+def _transformed(x: Tensor, back: bool) -> Tensor:
+    """T x, or T^T x, for every row of x (..., n)."""
+    after = 1  # channels that a step of the factor's index passes over
+    for size in reversed(factors_of(x.shape[-1])):
+        factor = _factor(size, x.dtype, x.device)
+        factor = factor.mT if back else factor
+        if after == 1:  # one product for all rows
+            x = (x.unflatten(-1, (-1, size)) @ factor.mT).flatten(-2)
+        else:
+            x = (factor @ x.unflatten(-1, (-1, size, after))).flatten(-3)
+        after *= size
+    return x
 
 
 def _factor(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
