@@ -210,7 +210,7 @@ def test_unbiased_scales_do_not_shrink_the_matrix(bits, grid):
 
 
 def test_sizes_are_all_forms_by_their_bytes():
-    forms = forms_of(100, [2, 3], ["full", "asymmetric"], [32, 128, None])
+    forms = forms_of(64, 100, [2, 3], ["full", "asymmetric"], [32, 128, None], ["none"])
     assert [(form.bits, form.grid, form.group, form.row_bytes(100)) for form in forms] == [
         (2, "full", 100, 25 + 2),
         (2, "asymmetric", 100, 25 + 2 + 1),

@@ -129,6 +129,9 @@ def test_sizes_are_shown_by_layer_and_role_rounded_ones_in_bits():
     assert texts[1, "q_proj"] == ("dense", 9)
     assert texts[1, "down_proj"] is None
     assert chosen({"kind": "low_rank"}, {"000.q_proj": (3, 50)}) == ("low_rank, 1", {(0, "q_proj"): ("3", 5)})
+    kinds, texts = chosen(ROUNDED | {"rotations": ["none", "both"]}, {"000.q_proj": (1, 15), "000.down_proj": (6, 53)})
+    assert kinds == "b (bits): rounded, 1; r (bits): rounded with a rotation, 1"
+    assert (texts[0, "q_proj"], texts[0, "down_proj"]) == (("2b", 1), ("8r", 5))
 
 
 def test_sizes_of_several_structures_are_told_apart():

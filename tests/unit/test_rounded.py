@@ -355,7 +355,7 @@ def test_every_form_is_stored_in_the_bytes_it_says(family, form, tmp_path):
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     total = 0
     for module, layout in config["layers"].items():
-        own = structure.forms(layout["in"])[size - 1]
+        own = structure.forms(layout["out"], layout["in"])[size - 1]
         tensors = [stored[f"{module}.{name}"] for name in ("steps", "scale", *(["zero"] if "zeros" in layout else []))]
         assert sum(t.nbytes for t in tensors) == layout["out"] * own.row_bytes(layout["in"])
         assert ("zeros" in layout) == (own.grid == "asymmetric")

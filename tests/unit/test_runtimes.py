@@ -37,7 +37,7 @@ def matrix(shape, role="q_proj", layer=0, transposed=False):
 
 def rounded_forms(shape, transposed=False):
     structure, own = STRUCTURES.build(FORMS), matrix(shape, transposed=transposed)
-    return [(form, own, size, structure) for size, form in enumerate(structure.forms(shape[1]), start=1)]
+    return [(form, own, size, structure) for size, form in enumerate(structure.forms(*shape), start=1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -109,7 +109,7 @@ def rounded_groups(count, group=(32, 128)):
     groups = []
     for i in range(count):
         own = matrix((64, 160), layer=i)
-        forms = structure.forms(160)
+        forms = structure.forms(64, 160)
         loss = [draws.uniform(1, 2) * 4.0 ** -(form.row_bytes(160) / 20) for form in forms]
         dense = 64 * 160 * 2
         groups.append(Group(own.name, [own], structure, 2, 0, dense, [0] * (1 + len(forms)), [9.0, *loss], [9.0, *loss]))

@@ -43,6 +43,7 @@ VARIANTS = [
     {"kind": "rounded", "bits": [3, 5, 7, 8], "scales": "searched"},
     {"kind": "rounded", "bits": [2, 3, 4, 6], "group": 4},
     {"kind": "rounded", "bits": [2, 3, 5, 8], "group": [4, None], "grids": ["full", "asymmetric"], "rounding": "feedback"},
+    {"kind": "rounded", "bits": [2, 4], "group": 8, "rotations": ["none", "inputs", "both"], "rounding": "feedback"},
 ]
 
 

@@ -1,7 +1,7 @@
 """The loader that `import winnow` registers with transformers: builds the compressed modules and loads strictly.
 
 The `config.json` of a compressed checkpoint describes its modules:
-`quantization_config: {quant_method: winnow, format_version: 1 or 2, layers: {module: layout}}`.
+`quantization_config: {quant_method: winnow, format_version: 1, 2 or 3, layers: {module: layout}}`.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from winnow.evaluation.machine import ENGINE, READ
 from winnow.io.progress import every
 from winnow.numerics.kernels import PRODUCT
 from winnow.numerics.modules import RoundedLinear
+from winnow.numerics.rotated import RotatedLinear
 
 if TYPE_CHECKING:
     from winnow.evaluation.results import Case, Machine, Quartiles, Ratio, Resources, Timed, Times
@@ -187,7 +188,9 @@ def weight_bytes(module: nn.Module) -> int:
 def held(module: nn.Module) -> list[Tensor]:
     """Parameters, buffers, and what kernels read in their place once they were used."""
     planes = (one.planes for one in module.modules() if isinstance(one, RoundedLinear) and one.planes)
-    return [*module.parameters(), *module.buffers(), *(t for found in planes for t in found.tensors())]
+    signs = (one.held() for one in module.modules() if isinstance(one, RotatedLinear))
+    used = [*(t for found in planes for t in found.tensors()), *(t for found in signs for t in found)]
+    return [*module.parameters(), *module.buffers(), *used]
 
 
 if PRODUCT is not None:

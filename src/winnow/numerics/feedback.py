@@ -115,7 +115,7 @@ def codes_of(
         codes = grids.nearest(weight + change)
     for form, *found in zip(forms, *(error.tolist() for error in errors), strict=True):
         steps = ", ".join(f"{step} {error:.3g}" for step, error in zip(("nearest", "feedback", "descent"), found, strict=False))
-        log.info("%s: %d bits, %s, groups of %d: %s", name, *form, steps)
+        log.info("%s: %d bits, %s, groups of %d: %s", name, *form[:3], steps)
     return codes[:, across.argsort()][:, :, down.argsort()]
 
 

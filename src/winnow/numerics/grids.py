@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from winnow.numerics.hadamard import rotatable
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,6 +26,7 @@ class Form(NamedTuple):
     bits: int
     grid: str
     group: int
+    rotation: str = "none"  # or `inputs` or `both`, see `winnow.numerics.hadamard`
 
     @property
     def codes(self) -> tuple[int, int]:
@@ -42,13 +45,23 @@ class Form(NamedTuple):
         zeros = -(-groups * self.bits // 8) if self.grid == "asymmetric" else 0
         return -(-columns * self.bits // 8) + 2 * groups + zeros
 
+    def bytes(self, rows: int, columns: int) -> int:
+        """Stored bytes of a matrix: its rows, and a bit for every rotated channel."""
+        signs = {"none": [], "inputs": [columns], "both": [columns, rows]}[self.rotation]
+        return rows * self.row_bytes(columns) + sum(-(-width // 8) for width in signs)
 
-def forms_of(columns: int, bits: list[int], grids: list[str], groups: list[int | None]) -> list[Form]:
-    """All distinct forms of a row of `columns` numbers, sorted by bytes and then in the order of bits, groups and grids. A group
-    is at most one row; None means the whole row."""
+
+def forms_of(
+    rows: int, columns: int, bits: list[int], grids: list[str], groups: list[int | None], rotations: list[str]
+) -> list[Form]:
+    """All distinct forms of a matrix (rows, columns), sorted by bytes and then in the order of bits, groups, grids and rotations.
+    A group is at most one row; None means the whole row. A side that is not `rotatable` is left as it is."""
     widths = dict.fromkeys(min(group or columns, columns) for group in groups)
-    every = [Form(number, grid, width) for number in bits for width in widths for grid in grids]
-    return sorted(every, key=lambda form: form.row_bytes(columns))
+    possible = {"none": "none", "inputs": "inputs" if rotatable(columns) else "none"}
+    possible["both"] = "both" if rotatable(columns) and rotatable(rows) else possible["inputs"]
+    turns = dict.fromkeys(possible[rotation] for rotation in rotations)
+    every = [Form(number, grid, width, turn) for number in bits for width in widths for grid in grids for turn in turns]
+    return sorted(every, key=lambda form: form.bytes(rows, columns))
 
 
 def scaled(weight: Tensor, form: Form, search: str, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from winnow.numerics.modules import RoundedLinear
+from winnow.numerics.rotated import RotatedLinear
 from winnow.numerics.rounding import multiplied, packed
 from winnow.recovery.base import Given
 
@@ -77,7 +78,7 @@ def trainable(given: Given, below: str = "") -> Iterator[None]:
     added = []
     try:
         for name, module in modules.items():
-            module.trained = TrainedRounding(module, codes, dense_matrix(given.dense, name) if codes else None)
+            module.trained = TrainedRounding(module, codes, before_rounding(given, name) if codes else None)
             added += [f"{name}.trained.{key}" for key, _ in module.trained.named_parameters()]
         given.dtypes.update(dict.fromkeys(added, torch.float32))
         yield
@@ -97,6 +98,16 @@ def stored_tensors(given: Given) -> dict[str, Tensor]:
     """{name: integers} of all rounded matrices that the recovery trains."""
     found = rounded_modules(given).items()
     return {f"{name}.{key}": getattr(module, key) for name, module in found for key in ("steps", "scale")}
+
+
+def before_rounding(given: Given, name: str) -> Tensor | None:
+    """The matrix (out, in) that the rounded module `name` approximates, rotated if its inputs are; None as for `dense_matrix`."""
+    above = name.rpartition(".")[0]
+    around = given.model.get_submodule(above)
+    if not isinstance(around, RotatedLinear):
+        return dense_matrix(given.dense, name)
+    dense = dense_matrix(given.dense, above)
+    return None if dense is None else around.rotation().matrix(dense.float())
 
 
 def dense_matrix(dense: nn.Module, name: str) -> Tensor | None:

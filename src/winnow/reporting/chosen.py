@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from winnow.io.records import GroupRecord
 
 SHADES = 10
+ROTATED = "rounded with a rotation"
+BITS = {"rounded": "b", ROTATED: "r"}  # what stands after the bits of a kind
 Labels = tuple[str, ...]  # of a model, a calibration, a method and a budget
 
 
@@ -98,7 +100,7 @@ def _chosen(groups: Sequence[GroupRecord], structure: Mapping[str, Any], matrice
 def _read(
     group: GroupRecord, structure: Mapping[str, Any], matrices: Mapping[str, Matrix]
 ) -> tuple[range, list[str], str, int | None]:
-    """(layers, roles, kind, size) of a group; the size of `rounded` is in bits, and None is dense."""
+    """(layers, roles, kind, size) of a group; the size of a rounded matrix is in bits, and None is dense."""
     name, _, member = group["group"].partition("@")
     span, *parts = name.split(".")
     first, _, last = span.partition("-")
@@ -113,17 +115,23 @@ def _read(
     size = group["size"]
     if own["kind"] == "rounded":
         groups = own["group"] if isinstance(own["group"], list) else [own["group"]]
-        size = forms_of(matrices[name].shape[1], own["bits"], own["grids"], groups)[size - 1].bits
+        turns = own.get("rotations", ["none"])
+        form = forms_of(*matrices[name].shape, own["bits"], own["grids"], groups, turns)[size - 1]
+        return range(int(first), int(last or first) + 1), roles, "rounded" if form.rotation == "none" else ROTATED, form.bits
     return range(int(first), int(last or first) + 1), roles, own["kind"], size
 
 
 def _letters(kinds: list[str]) -> dict[str, str]:
-    """{kind: what stands before its sizes}: nothing if there is one kind, else its first letters; `b` after bits."""
-    others = [kind for kind in kinds if kind != "rounded"]
-    found = {"rounded": "b (bits)"} if "rounded" in kinds else {}
+    """{kind: what stands before its sizes}: nothing if there is one kind, else its first letters; `b` or `r` after bits."""
+    others = [kind for kind in kinds if kind not in BITS]
+    found = {kind: f"{letter} (bits)" for kind, letter in BITS.items() if kind in kinds}
     for kind in others:
         initials = [kind[:length] for length in range(1, len(kind) + 1)]
-        found[kind] = next(start for start in initials if start not in ("b", *found.values())) if len(others) > 1 or found else ""
+        found[kind] = (
+            next(start for start in initials if start not in (*BITS.values(), *found.values()))
+            if len(others) > 1 or found
+            else ""
+        )
     return found
 
 
@@ -133,6 +141,6 @@ def _size(found: list[tuple[str, int | None, int, int]], letters: Mapping[str, s
     for kind in dict.fromkeys(kind for kind, *_ in found):
         numbers = [number for own, number, *_ in found if own == kind and number is not None]
         span = f"{min(numbers)}\u2013{max(numbers)}" if numbers and min(numbers) < max(numbers) else str(*dict.fromkeys(numbers))
-        texts.append("dense" if kind == "dense" else f"{span}b" if kind == "rounded" else f"{letters[kind]}{span}")
+        texts.append("dense" if kind == "dense" else f"{span}{BITS[kind]}" if kind in BITS else f"{letters[kind]}{span}")
     share = sum(stored for *_, stored, _ in found) / sum(dense for *_, dense in found)
     return Size(" ".join(texts), min(SHADES - 1, int(SHADES * share)))

@@ -27,22 +27,28 @@ RUNTIMES = {
     "any": "every size",
     "torch": "products of small dense matrices, and rounded matrices for which PyTorch has kernels: groups of 32, 64, 128 or 256 "
     "inputs, and a multiple of 16 outputs",
-    "vllm": "every structure, but a changed activation of the FFN (affine_block, split_affine) only where gate and up are two "
-    "matrices",
+    "vllm": "every structure, but no rounded matrices with a rotation, and a changed activation of the FFN (affine_block, "
+    "split_affine) only where gate and up are two matrices",
     "compressed-tensors": "rounded matrices as vLLM reads their export: up to 8 bits (7 with zero points), groups of the whole "
     "row or with a largest common divisor with it of 32, 64 or 128",
     "gguf": "smaller FFNs, and rounded matrices of up to 8 bits (7 with zero points) in groups that are multiples of 32 or the "
     "whole row, of rows that 32 divides",
 }
 Runtime = Literal["any", "torch", "vllm", "compressed-tensors", "gguf"]
-FORMATS = (1, 2)  # checkpoint formats that this version reads; it writes the lowest that suffices, see `format_of`
+FORMATS = (1, 2, 3)  # checkpoint formats that this version reads; it writes the lowest that suffices, see `format_of`
 
 
 def format_of(layouts: Any) -> int:
-    """The format of a checkpoint with these layouts: 2 if a matrix has zero points, which format 1 does not have."""
+    """The format of a checkpoint with these layouts: 3 if a matrix is rotated, 2 if one has zero points, otherwise 1."""
     if not isinstance(layouts, dict):
         return 1
-    return 2 if layouts.get("zeros") is True else max(map(format_of, layouts.values()), default=1)
+    own = 3 if rotates(layouts) else 2 if layouts.get("zeros") is True else 1
+    return max(own, *map(format_of, layouts.values()))
+
+
+def rotates(layout: Any) -> bool:
+    """Whether a layout, or one within it, has a rotation."""
+    return isinstance(layout, dict) and (isinstance(layout.get("rotation"), str) or any(map(rotates, layout.values())))
 
 
 class StructureOptions(Options):

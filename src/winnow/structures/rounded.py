@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,28 +10,35 @@ from pydantic import Field, field_validator
 
 from winnow.models.architectures import Matrix, group_name
 from winnow.numerics.grids import FEW_BITS, Form, forms_of
+from winnow.numerics.hadamard import ODD, factors_of, odd_part, rotatable
 from winnow.structures.base import Fit, Part, Problem, Runtime, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
 SWEEPS, NUMBERS = 4, 1 << 24  # sweeps of coordinate descent on both sides; numbers (of all forms) rounded at once
 # As in `numerics.kernels` and `checkpoint.packed`, which import torch; a test compares them.
 KERNEL_GROUPS, KERNEL_ROWS, PACKED_GROUPS = (32, 64, 128, 256), 16, (32, 64, 128)
 Bits = Annotated[int, Field(ge=2, le=8)]
 Grid = Literal["symmetric", "full", "asymmetric"]
+Turned = Literal["none", "inputs", "both"]
+TURNED = {"none": "", "inputs": " with rotated inputs", "both": " with rotated inputs and outputs"}  # in the log
 
 
 class Rounded(Structure):
-    """Every number of W as a code times the scale of its group of `group` inputs of a row. Size s is the s-th of all forms (bits,
-    group, grid) by stored bytes; for a single form, use `rank_fraction: 1` in the budget. With `nearest` and scales `largest`
-    the metric only measures the error; with `feedback` it determines the codes: errors are compensated along columns in the Gram
-    metric, as in GPTQ, and along rows and columns in the two-sided one. The matrix is
-    dequantised in every call, which takes time; for a few tokens in bfloat16 on a CPU, a kernel of PyTorch reads the codes."""
+    """Every number of W as a code times the scale of its group of `group` inputs of a row. Size s is the s-th of all forms
+    (bits, group, grid, rotation) by stored bytes; for a single form, use `rank_fraction: 1` in the budget. With `nearest` and
+    scales `largest` the metric only measures the error; with `feedback` it determines the codes: errors are compensated along
+    columns in the Gram metric, as in GPTQ, and along rows and columns in the two-sided one. The matrix is dequantised in every
+    call, which takes time; for a few tokens in bfloat16 on a CPU, a kernel of PyTorch reads the codes."""
 
-    reference = "round to nearest; GPTQ, arXiv 2210.17323; both sides as in YAQA, arXiv 2505.22988"
-    stores = "steps (m, n) of `bits` bits, packed by rows; scale (m, ceil(n / group)), float16; zero, as scale, of `bits` bits"
-    formula = "m n steps, m ceil(n / group) scales; asymmetric as many zero points"
+    reference = "round to nearest; GPTQ, arXiv 2210.17323; both sides: YAQA, 2505.22988; rotations: QuIP#, 2402.04396"
+    stores = (
+        "steps (m, n) of `bits` bits, packed by rows; scale (m, ceil(n / group)), float16; zero, as scale, of `bits` bits; signs "
+        "of rotated channels, a bit each"
+    )
+    formula = "m n steps, m ceil(n / group) scales; asymmetric as many zero points; rotated n or m + n signs"
     bias_name = "bias"
     engines = ("torch", "vllm", "compressed-tensors", "gguf")
     predicts = True
@@ -60,6 +68,12 @@ class Rounded(Structure):
             "nearest",
             description="feedback: the numbers rounded later compensate for the error of each, according to a full metric",
         )
+        rotations: list[Turned] = Field(
+            ["none"],
+            min_length=1,
+            description="what is rounded: none, W; inputs, W V^T; both, U W V^T, with rotations U and V (random signs and a "
+            "Hadamard transform) of inputs and outputs at run time; one or more sizes for each",
+        )
 
         @field_validator("bits")
         @classmethod
@@ -76,7 +90,7 @@ class Rounded(Structure):
                 raise ValueError("a group must have at least 4 inputs, or be null for the whole row; a list must not be empty")
             return group
 
-        @field_validator("group", "grids")
+        @field_validator("group", "grids", "rotations")
         @classmethod
         def _once(cls, given: Any) -> Any:
             if isinstance(given, list) and len(set(given)) < len(given):
@@ -85,29 +99,31 @@ class Rounded(Structure):
 
     options: Options
 
-    def forms(self, columns: int) -> list[Form]:
-        """The forms of sizes 1, 2, ... of a matrix with `columns` inputs."""
+    def forms(self, rows: int, columns: int) -> list[Form]:
+        """The forms of sizes 1, 2, ... of a matrix (rows, columns)."""
         own = self.options
-        return forms_of(columns, own.bits, list(own.grids), own.group if isinstance(own.group, list) else [own.group])
+        groups = own.group if isinstance(own.group, list) else [own.group]
+        return forms_of(rows, columns, own.bits, list(own.grids), groups, list(own.rotations))
 
     def untrainable(self) -> str | None:
         return "rounded stores only integers"
 
     def limit(self, group: list[Matrix]) -> int:
-        return len(self.forms(group[0].shape[1]))
+        return len(self.forms(*group[0].shape))
 
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         return 0  # numbers in the dtype of the weights; `index_bytes` counts everything
 
     def index_bytes(self, group: list[Matrix], size: int) -> int:
-        m, n = group[0].shape
-        return m * self.forms(n)[size - 1].row_bytes(n)
+        return self.forms(*group[0].shape)[size - 1].bytes(*group[0].shape)
 
     def runs(self, group: list[Matrix], size: int, runtime: Runtime) -> bool:
-        (m, n), form = group[0].shape, self.forms(group[0].shape[1])[size - 1]
+        (m, n), form = group[0].shape, self.forms(*group[0].shape)[size - 1]
         signed = form.bits + (form.grid == "asymmetric")  # bits of a code from which its zero point is subtracted
         if runtime == "torch":
             return form.group in KERNEL_GROUPS and m % KERNEL_ROWS == 0
+        if form.rotation != "none":
+            return runtime == "any"
         if runtime == "compressed-tensors":
             inside = math.gcd(form.group, n)
             whole = form.group == n
@@ -120,15 +136,19 @@ class Rounded(Structure):
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
         """Codes of all forms, several rounded at once; searched scales, errors, and feedback in a full metric."""
         m, n = group[0].shape
-        forms, both = self.forms(n), "gradient_gram" in needs
+        forms, both = self.forms(m, n), "gradient_gram" in needs
         at_once = m * n * min(len(forms), max(1, NUMBERS // (m * n)))
         each = 10 * len(FEW_BITS) * m * n + 2 * m * n * (n + (m if both else 0))
         metric = 0
         if self.options.rounding == "feedback" and "gram" in needs:
             metric = n**3 + (m**3 if both else 0)
             each += m * n * n if not both else m * n * (m + n) + SWEEPS * m * n * (5 * m + 4 * n)
-        cached = m * sum(form.row_bytes(n) for form in forms)
-        return 8.0 * (10 * at_once + 4 * n * n + 4 * m * m), 1.0 * metric + len(forms) * each, 1.0 * cached
+        memory, operations = 10 * at_once + 4 * n * n + 4 * m * m, 1.0 * len({form.rotation for form in forms}) * metric
+        for which in sorted({form.rotation for form in forms} - {"none"}):  # of W, of the metric, and back for every form
+            turn = 2 * sum(factors_of(n)) + (2 * sum(factors_of(m)) if which == "both" else 0)
+            operations += turn * (m * n * (1 + sum(form.rotation == which for form in forms)) + 2 * n * n + 2 * m * m)
+            memory = 10 * at_once + 7 * n * n + 7 * m * m + 3 * m * n
+        return 8.0 * memory, operations + len(forms) * each, 1.0 * sum(form.bytes(m, n) for form in forms)
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
@@ -136,50 +156,71 @@ class Rounded(Structure):
         from winnow.numerics.feedback import codes_of, metric_for
         from winnow.numerics.grids import scaled
         from winnow.numerics.linalg import weighted_error
+        from winnow.numerics.rotated import rotation_of
         from winnow.numerics.rounding import multiplied, packed
 
-        (weight,), name = problem.weights.values(), group_name(problem.group)
-        columns, rows = self.metric_of_error(problem)
-        metric = metric_for(columns, rows) if self.options.rounding == "feedback" else None
-        diagonal = columns if columns.dim() == 1 else columns.diagonal() if metric is None else metric.columns.diagonal()
+        (dense,), name, (m, n) = problem.weights.values(), group_name(problem.group), problem.group[0].shape
+        measured = self.metric_of_error(problem)
         stored: dict[str, Tensor] = {}
-        errors = [weighted_error(weight, columns, rows)]
-        every, at_once = self.forms(weight.shape[1]), max(1, NUMBERS // weight.numel())
-        for forms in (every[begin : begin + at_once] for begin in range(0, len(every), at_once)):
-            made = [scaled(weight, form, self.options.scales, diagonal) for form in forms]
-            for form, (scales, zeros), codes in zip(
-                forms, made, codes_of(weight, forms, made, metric, SWEEPS, name), strict=True
-            ):
-                size = len(errors)
-                kept = multiplied(codes, scales.double(), form.group, zeros)
-                errors.append(weighted_error(weight - kept, columns, rows))
-                stored |= {f"{size}.steps": packed(codes - form.offset, form.bits), f"{size}.scale": scales.view(torch.int16)}
-                if form.grid == "asymmetric":
-                    stored[f"{size}.zero"] = packed(zeros - form.offset, form.bits)
-        return Fit(stored, torch.stack(errors), errors[0].sqrt()[None])
+        errors = {0: weighted_error(dense, *measured)}
+        by_rotation: dict[str, list[tuple[int, Form]]] = {}
+        for size, form in enumerate(self.forms(m, n), start=1):
+            by_rotation.setdefault(form.rotation, []).append((size, form))
+        self._log_left_out(name, m, n)
+        for which, own in by_rotation.items():
+            rotation = rotation_of(which, m, n, dense.device)
+            stored |= {f"{which}.{side}": signs for side, signs in rotation.stored().items()}
+            weight, columns, rows = rotation.matrix(dense), rotation.columns(measured[0]), rotation.rows(measured[1])
+            metric = metric_for(columns, rows) if self.options.rounding == "feedback" else None
+            diagonal = columns if columns.dim() == 1 else columns.diagonal() if metric is None else metric.columns.diagonal()
+            said, at_once = f"{name}{TURNED[which]}", max(1, NUMBERS // weight.numel())
+            for part in (own[begin : begin + at_once] for begin in range(0, len(own), at_once)):
+                forms = [form for _, form in part]
+                made = [scaled(weight, form, self.options.scales, diagonal) for form in forms]
+                found = codes_of(weight, forms, made, metric, SWEEPS, said)
+                for (size, form), (scales, zeros), codes in zip(part, made, found, strict=True):
+                    kept = rotation.back(multiplied(codes, scales.double(), form.group, zeros))
+                    errors[size] = weighted_error(dense - kept, *measured)
+                    stored |= {f"{size}.steps": packed(codes - form.offset, form.bits), f"{size}.scale": scales.view(torch.int16)}
+                    if form.grid == "asymmetric":
+                        stored[f"{size}.zero"] = packed(zeros - form.offset, form.bits)
+        return Fit(stored, torch.stack([errors[size] for size in range(len(errors))]), errors[0].sqrt()[None])
+
+    def _log_left_out(self, name: str, rows: int, columns: int) -> None:
+        """Name the sides of a matrix that are asked to be rotated and are not."""
+        asked = {"inputs": columns} if {"inputs", "both"} & set(self.options.rotations) else {}
+        asked |= {"outputs": rows} if "both" in self.options.rotations else {}
+        for side, width in asked.items():
+            if not rotatable(width):
+                why = f"the odd part of {width}, {odd_part(width)}, is larger than {ODD}"
+                log.info("%s: the %s are not rotated: %s", name, side, why)
 
     def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
         import torch
 
         from winnow.numerics.linalg import weighted_error
+        from winnow.numerics.rotated import rotation_of
         from winnow.numerics.rounding import multiplied, unpacked
 
         ((name, weight),) = problem.weights.items()
         columns, rows = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
         errors = [weighted_error(weight, columns, rows)]
-        for size, form in enumerate(self.forms(weight.shape[1]), start=1):
+        for size, form in enumerate(self.forms(*weight.shape), start=1):
             steps = unpacked(tensors[f"{size}.steps"], weight.shape[1], form.bits).double()
             scales, zeros = tensors[f"{size}.scale"].view(torch.float16).double(), None
             if form.grid == "asymmetric":
                 zeros = unpacked(tensors[f"{size}.zero"], scales.shape[1], form.bits).double()
-            errors.append(weighted_error(weight - multiplied(steps, scales, form.group, zeros), columns, rows))
+            rotation = rotation_of(form.rotation, *problem.group[0].shape, weight.device)
+            kept = rotation.back(multiplied(steps, scales, form.group, zeros))
+            errors.append(weighted_error(weight - kept, columns, rows))
         return torch.stack(errors) / 2
 
     def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
         m, n = group[0].shape
-        form = self.forms(n)[size - 1]
-        zeros = {"zeros": True} if form.grid == "asymmetric" else {}
-        return {group[0].module: {"kind": self.kind(), "out": m, "in": n, "bits": form.bits, "group": form.group, **zeros}}
+        form = self.forms(m, n)[size - 1]
+        own: dict[str, Any] = {"zeros": True} if form.grid == "asymmetric" else {}
+        own |= {"rotation": form.rotation} if form.rotation != "none" else {}
+        return {group[0].module: {"kind": self.kind(), "out": m, "in": n, "bits": form.bits, "group": form.group, **own}}
 
     def timed_sizes(self, group: list[Matrix], count: int) -> list[int]:
         return list(range(1, self.largest(group) + 1))  # forms that follow each other have little in common
@@ -189,12 +230,21 @@ class Rounded(Structure):
 
         ((module, layout),) = self.layouts(group, size).items()
         names = ["steps", "scale", *(["zero"] if "zeros" in layout else [])]
-        own = {name: tensors[f"{size}.{name}"] for name in names}
-        return {module: Part(layout, {**own, "weight": torch.empty(0)})}
+        own = {name: tensors[f"{size}.{name}"] for name in names} | {"weight": torch.empty(0)}
+        if which := layout.get("rotation"):
+            own = {f"rounded.{name}": tensor for name, tensor in own.items()} | {"weight": torch.empty(0)}
+            sides = ("inputs", "outputs") if which == "both" else ("inputs",)
+            own |= {side: tensors[f"{which}.{side}"] for side in sides}
+        return {module: Part(layout, own)}
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
         from winnow.numerics.modules import RoundedLinear, has_bias
+        from winnow.numerics.rotated import RotatedLinear
 
-        shape = (layout["in"], layout["out"], layout["bits"], layout["group"])
-        return RoundedLinear(*shape, has_bias(dense), layout.get("zeros", False))
+        shape, which = (layout["in"], layout["out"], layout["bits"], layout["group"]), layout.get("rotation")
+        if which is None:
+            return RoundedLinear(*shape, has_bias(dense), layout.get("zeros", False))
+        if which not in ("inputs", "both"):
+            raise ValueError(f"the rotation {which!r}, but only `inputs` and `both` are known")
+        return RotatedLinear(RoundedLinear(*shape, False, layout.get("zeros", False)), which == "both", has_bias(dense))

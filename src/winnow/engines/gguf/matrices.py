@@ -75,6 +75,8 @@ class Matrices:
         problem = f"{self.checkpoint.directory}: {m.module} ({kind}) cannot be exported to gguf: "
         if (outputs != rows and m.role not in INTO_FFN) or (inputs != columns and m.role != "down_proj"):
             raise InputError(f"{problem}it is {outputs} x {inputs}, the dense one {rows} x {columns}")
+        if self.checkpoint.layouts[m.module].get("rotation"):
+            raise InputError(f"{problem}its inputs are rotated, which llama.cpp does not do; use --format dense")
         module, dtype = self.checkpoint.module(m.module)
         if isinstance(module, RoundedLinear) and module.added is None:
             bias = self.checkpoint.tensor(f"{m.module}.bias") if m.bias else None

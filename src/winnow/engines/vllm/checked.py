@@ -17,6 +17,7 @@ from winnow.errors import InputError
 from winnow.models.classes import is_causal, model_class
 from winnow.models.files import weight_files
 from winnow.models.naming import stored_tensors
+from winnow.structures.base import rotates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,6 +57,12 @@ def described(config: PreTrainedConfig, quantization: dict[str, Any]) -> Describ
     cls = model_class(config)
     if not is_causal(config):
         raise InputError(f"winnow's plug-in for vLLM runs causal language models, not {cls.__name__}; load it with transformers")
+    for name, layout in layers.items():
+        if rotates(layout):
+            raise InputError(
+                f"{name}: winnow's plug-in for vLLM does not rotate the inputs of rounded matrices; load the checkpoint with "
+                "transformers, or compress with `rotations: [none]`"
+            )
     with torch.device("meta"):
         model = cls._from_config(copy.deepcopy(config))
     passing = passing_of(model, layers)
