@@ -93,6 +93,9 @@ class Rounded(Structure):
     def untrainable(self) -> str | None:
         return "rounded stores only integers"
 
+    def rounds(self) -> bool:
+        return True
+
     def limit(self, group: list[Matrix]) -> int:
         return len(self.forms(group[0].shape[1]))
 
@@ -162,18 +165,26 @@ class Rounded(Structure):
         import torch
 
         from winnow.numerics.linalg import weighted_error
-        from winnow.numerics.rounding import multiplied, unpacked
 
         ((name, weight),) = problem.weights.items()
         columns, rows = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
         errors = [weighted_error(weight, columns, rows)]
-        for size, form in enumerate(self.forms(weight.shape[1]), start=1):
-            steps = unpacked(tensors[f"{size}.steps"], weight.shape[1], form.bits).double()
-            scales, zeros = tensors[f"{size}.scale"].view(torch.float16).double(), None
-            if form.grid == "asymmetric":
-                zeros = unpacked(tensors[f"{size}.zero"], scales.shape[1], form.bits).double()
-            errors.append(weighted_error(weight - multiplied(steps, scales, form.group, zeros), columns, rows))
+        for size in range(1, len(self.forms(weight.shape[1])) + 1):
+            errors.append(weighted_error(weight - self.restored(tensors, size, weight.shape[1]), columns, rows))
         return torch.stack(errors) / 2
+
+    def restored(self, tensors: dict[str, Tensor], size: int, columns: int) -> Tensor:
+        """The matrix (m, columns) that is stored at `size` of a fit, in float64."""
+        import torch
+
+        from winnow.numerics.rounding import multiplied, unpacked
+
+        form = self.forms(columns)[size - 1]
+        steps = unpacked(tensors[f"{size}.steps"], columns, form.bits).double()
+        scales, zeros = tensors[f"{size}.scale"].view(torch.float16).double(), None
+        if form.grid == "asymmetric":
+            zeros = unpacked(tensors[f"{size}.zero"], scales.shape[1], form.bits).double()
+        return multiplied(steps, scales, form.group, zeros)
 
     def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
         m, n = group[0].shape
