@@ -14,12 +14,15 @@ from winnow.structures.base import STRUCTURES, Problem
 ROLES = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Kinds that are fitted themselves; the members of `mixed` are, see test_mixed.py.
 FITTED = [kind for kind in STRUCTURES if kind != "mixed"]
-LOSSY = {"affine_block", "rounded"}  # no size of these reproduces the layer
+# No size of these reproduces the layer.
+LOSSY = {"affine_block", "rounded", "rounded_low_rank", "rounded_neuron_slice"}
 # Options that suit matrices of a few channels.
 SMALL = {
     "bypass": {"kept": 2},
     "cluster": {"clusters": 2},
     "rounded": {"bits": [2, 3, 4, 6]},  # 8 change so little that comparisons are of rounding errors
+    "rounded_low_rank": {"bits": [4], "ranks": [0.25, 0.5, 0.75, 1.0], "rounding": "nearest"},
+    "rounded_neuron_slice": {"bits": [6], "neurons": [0.25, 0.5, 0.75, 1.0], "rounding": "nearest"},
     "tiers": {"exact": 1, "columns": [0.5, 0.5], "ranks": [0.6, 0.4]},
 }
 # Variants of structures that the suite runs beside the default options of every registered one.
@@ -31,6 +34,8 @@ VARIANTS = [
     {"kind": "cluster", "clusters": 2, "axis": "neurons", "by": "co_activation"},
     {"kind": "bypass", "kept": 2, "remainder": {"kind": "cluster", "clusters": 2}},
     {"kind": "bypass", "kept_fraction": 0.2, "remainder": {"kind": "shared_basis"}},
+    {"kind": "bypass", "kept": 1, "kept_bits": 8, "remainder": {"kind": "rounded", "bits": [2, 3]}, "rounds": 3},
+    {"kind": "bypass", "kept": 2, "remainder": {"kind": "rounded", "bits": [2, 4]}, "order": "remainder_first"},
     {"kind": "tiers", "exact": 1, "columns": [0.5, 0.5], "ranks": [0.6, 0.4], "score": "weight_norm"},
     {"kind": "split", "exact": 0.0},
     {"kind": "split", "exact": 0.5, "criterion": "leverage"},
@@ -44,6 +49,8 @@ VARIANTS = [
     {"kind": "rounded", "bits": [2, 3, 4, 6], "group": 4},
     {"kind": "rounded", "bits": [2, 3, 5, 8], "group": [4, None], "grids": ["full", "asymmetric"], "rounding": "feedback"},
     {"kind": "rounded", "bits": [2, 4], "group": 8, "rotations": ["none", "inputs", "both"], "rounding": "feedback"},
+    {"kind": "rounded_low_rank", "gauge": "split", "ranks": [0.3, 0.8], "group": 4, "rounds": 2, "grids": ["asymmetric"]},
+    {"kind": "rounded_neuron_slice", "criterion": "loss", "neurons": [0.4, 1.0], "group": 4},
 ]
 
 

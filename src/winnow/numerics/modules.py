@@ -122,6 +122,18 @@ class TwoSidedLinear(CompressedLinear):
         return self.left(self.core(x @ self.input))
 
 
+class ChainLinear(CompressedLinear):
+    """y = left(right(x)), two modules; the bias is in `left`."""
+
+    def __init__(self, right: CompressedLinear, left: CompressedLinear):
+        super().__init__(right.in_features, left.out_features)
+        self.right = right
+        self.left = left
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(self.right(x))
+
+
 class SumLinear(CompressedLinear):
     """y = kept(x) + rest(x); the bias is in `kept`."""
 
@@ -225,6 +237,7 @@ class RoundedLinear(CompressedLinear):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.trained: nn.Module | None = None  # during training: gives the matrix from parameters, see `winnow.recovery.rounded`
         self.planes: Planes | None = None  # for the kernel, made when it is first used
+        self.whole = True  # whether it is the dense matrix in its own order, not some neurons of it
 
     @property
     def released(self) -> bool:

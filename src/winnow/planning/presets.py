@@ -21,6 +21,13 @@ GPTQ = "GPTQ, arXiv 2210.17323"
 PEER = {"kind": "rounded", "group": 128, "grids": ["asymmetric"]}
 FORMS = {"kind": "rounded", "bits": [2, 3, 4, 5, 6, 8], "group": 128, "grids": ["full"], "scales": "unbiased"}
 FED_BACK = FORMS | {"rounding": "feedback"}
+ROWS_8BIT = {"bits": [8], "group": None, "grids": ["symmetric"], "scales": "largest", "rounding": "nearest"}
+SPQ = [
+    {"kind": "by_target", "parts": {"attention": {"kind": "rounded_low_rank", **ROWS_8BIT, "gauge": "split"}}},
+    {"kind": "rounded_neuron_slice", "criterion": "activation", "correction": "none", **ROWS_8BIT},
+    {"kind": "rounded", **ROWS_8BIT},
+]
+LQER = {"kind": "bypass", "kept_fraction": 1 / 128, "kept_bits": 8, "order": "remainder_first"}
 PER_TYPE: dict[str, Any] = {"kind": "per_type"}
 ILP = {"kind": "ilp"}
 # name: (paper, structure with its options, metric with its options or None if the structure minimises the output error[,
@@ -89,6 +96,17 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
     "rtn_3bit": (RTN + ", asymmetric", PEER | {"bits": [3]}, WEIGHTS),
     "gptq_4bit": (GPTQ, PEER | {"bits": [4], "rounding": "feedback"}, GRAM),
     "gptq_3bit": (GPTQ, PEER | {"bits": [3], "rounding": "feedback"}, GRAM),
+    "lqer": (
+        "LQER, arXiv 2402.02446",
+        LQER | {"remainder": {"kind": "rounded", "bits": [4]}},
+        {"kind": "mean_abs", "alpha": 1.0},
+    ),
+    "svd_llm_gptq": (
+        SVD_LLM + ", both factors by GPTQ",
+        PEER | {"kind": "rounded_low_rank", "bits": [4], "scales": "largest", "gauge": "split"},
+        GRAM,
+    ),
+    "spq": ("SPQ, arXiv 2602.18420; sizes by integer programme", {"kind": "mixed", "members": SPQ}, WEIGHTS, ILP),
     "rounded_nearest": ("round to nearest; bits by integer programme", FORMS, GRAM, ILP),
     "rounded_gram": (GPTQ + "; bits by integer programme", FED_BACK, GRAM, ILP),
     "rounded_two_sided": (

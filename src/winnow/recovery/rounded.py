@@ -78,7 +78,8 @@ def trainable(given: Given, below: str = "") -> Iterator[None]:
     added = []
     try:
         for name, module in modules.items():
-            module.trained = TrainedRounding(module, codes, before_rounding(given, name) if codes else None)
+            known = codes and module.whole
+            module.trained = TrainedRounding(module, codes, before_rounding(given, name) if known else None)
             added += [f"{name}.trained.{key}" for key, _ in module.trained.named_parameters()]
         given.dtypes.update(dict.fromkeys(added, torch.float32))
         yield

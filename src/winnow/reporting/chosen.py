@@ -110,8 +110,8 @@ def _read(
     own = structure
     if member:
         own = next(option for option in structure["members"] if option["kind"] == member)
-    elif "parts" in structure:
-        own = structure["parts"][named_by(roles[0], structure["parts"])]
+    if "parts" in own:
+        own = own["parts"][named_by(roles[0], own["parts"])]
     size = group["size"]
     if own["kind"] == "rounded":
         groups = own["group"] if isinstance(own["group"], list) else [own["group"]]

@@ -139,8 +139,8 @@ class Structure(Plugin):
     optimised_at_size: ClassVar[bool] = False
     engines: tuple[str, ...] = ("torch", "vllm")  # the `RUNTIMES` that run at least some of its sizes
     keeps_activation: ClassVar[bool] = True  # whether the FFN has its own activation, on all channels
-    predicts: ClassVar[bool] = False  # whether it implements `predicted`, which some allocations need
-    timed: ClassVar[bool] = False  # whether it implements `layouts`, by which the time of a size is measured without a fit
+    predicts: bool = False  # whether it implements `predicted`, which some allocations need
+    timed: bool = False  # whether it implements `layouts`, by which the time of a size is measured without a fit
     in_float64: ClassVar[tuple[str, ...]] = ()  # fitted tensors that are cached in float64; the others in float32
     Options: ClassVar[type[StructureOptions]]
 
@@ -171,6 +171,10 @@ class Structure(Plugin):
     def refits(self) -> bool:
         """Whether the recovery `sequential` can refit its factors; for several structures, those of any of them."""
         return any(own.refits() for own in self.alternatives().values() if own is not self)
+
+    def rounds(self) -> bool:
+        """Whether it stores rounded matrices, alone or as parts; for several structures, whether any of them does."""
+        return any(own.rounds() for own in self.alternatives().values() if own is not self)
 
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         """The groups of matrices that are fitted together (default: each matrix alone); matrices in no group are unsupported."""

@@ -55,6 +55,8 @@ class ByTarget(Structure):
 
         super().__init__(options)
         self.parts = {target: STRUCTURES.build(part.model_dump()) for target, part in self.options.parts.items()}
+        self.predicts = all(part.predicts for part in self.parts.values())
+        self.timed = all(part.timed for part in self.parts.values())
         self.engines = tuple(dict.fromkeys(engine for part in self.parts.values() for engine in part.engines))
 
     def part(self, matrix: Matrix) -> Structure:
@@ -82,6 +84,9 @@ class ByTarget(Structure):
 
     def refits(self) -> bool:
         return any(part.refits() for part in self.parts.values())
+
+    def rounds(self) -> bool:
+        return any(part.rounds() for part in self.parts.values())
 
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         found = []
@@ -112,6 +117,21 @@ class ByTarget(Structure):
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         return self.part(problem.group[0]).fit(problem, largest)
+
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+        return self.part(group[0]).work(group, needs)
+
+    def predicting(self, group: list[Matrix]) -> float:
+        return self.part(group[0]).predicting(group)
+
+    def predicted(self, problem: Problem, tensors: dict[str, Tensor]) -> Tensor:
+        return self.part(problem.group[0]).predicted(problem, tensors)
+
+    def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
+        return self.part(group[0]).layouts(group, size)
+
+    def timed_sizes(self, group: list[Matrix], count: int) -> list[int]:
+        return self.part(group[0]).timed_sizes(group, count)
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         return self.part(group[0]).stored(group, tensors, size)

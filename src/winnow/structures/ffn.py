@@ -69,25 +69,27 @@ class FfnStructure(Structure):
         """Like `module`."""
 
     def numbers(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
-        return self.count(_parts(group), size, tensors)
+        return self.count(parts_of(group), size, tensors)
 
     def fit(self, problem: Problem, largest: int) -> Fit:
-        return self.fit_ffn(_parted(problem), largest)
+        return self.fit_ffn(parted(problem), largest)
 
     def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
-        found = self.layouts_ffn(_parts(group), size)
+        found = self.layouts_ffn(parts_of(group), size)
         for m in (m for m in group if m.role == FUSED):
             halves = {half: found.pop(f"{m.module}.{half}") for half in ("gate", "up")}
             found[m.module] = {"kind": self.kind(), "fused": halves}
         return found
 
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
-        found = self.store_ffn(_parts(group), tensors, size)
+        import torch
+
+        found = self.store_ffn(parts_of(group), tensors, size)
         for m in group:
             if m.role == FUSED:
                 halves = {half: found.pop(f"{m.module}.{half}") for half in ("gate", "up")}
                 own = {f"{half}.{name}": t for half, part in halves.items() for name, t in part.tensors.items()}
-                own["weight"] = next(iter(own.values())).new_empty(0)
+                own["weight"] = torch.empty(0)
                 layout = {"kind": self.kind(), "fused": {half: part.layout for half, part in halves.items()}}
                 found[m.module] = Part(layout, own)
         return found
@@ -101,7 +103,7 @@ class FfnStructure(Structure):
         return cls.part_module(layout, dense)
 
 
-def _parts(group: list[Matrix]) -> list[Matrix]:
+def parts_of(group: list[Matrix]) -> list[Matrix]:
     """The group with a fused matrix as two matrices, gate and up, in modules below its module."""
     found = []
     for m in group:
@@ -113,12 +115,12 @@ def _parts(group: list[Matrix]) -> list[Matrix]:
     return found
 
 
-def _parted(problem: Problem) -> Problem:
-    """The problem of `_parts` of its group: rows of weights, biases and output statistics are split between gate and up."""
+def parted(problem: Problem) -> Problem:
+    """The problem of `parts_of` of its group: rows of weights, biases and output statistics are split between gate and up."""
     fused = next((m for m in problem.group if m.role == FUSED), None)
     if fused is None:
         return problem
-    half, parts = fused.shape[0] // 2, _parts(problem.group)
+    half, parts = fused.shape[0] // 2, parts_of(problem.group)
     weights, sites, biases, outputs = dict(problem.weights), dict(problem.sites), dict(problem.biases), dict(problem.outputs)
     rows = {f"{fused.layer:03d}.gate_proj": slice(None, half), f"{fused.layer:03d}.up_proj": slice(half, None)}
     for name, part in rows.items():

@@ -44,8 +44,9 @@ class Mixed(Structure):
             for kind in kinds:
                 if kinds.count(kind) > 1:
                     raise ValueError(f"duplicate member {kind}; members are identified by their kind in allocation.json")
-                if not STRUCTURES[kind].predicts:
-                    raise ValueError(f"{kind} has no predicted losses to choose by; remove it from the members")
+            for member in self.members:
+                if not STRUCTURES.build(member.model_dump()).predicts:
+                    raise ValueError(f"{member.kind} has no predicted losses to choose by; remove it from the members")
             if all(STRUCTURES[kind].objective != "metric" for kind in kinds):
                 raise ValueError("no member replaces single matrices; add one, such as low_rank, for matrices outside of FFNs")
             return self

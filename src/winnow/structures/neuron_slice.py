@@ -103,20 +103,23 @@ class NeuronSlice(FfnStructure):
             sides[m.module] = {"out": d, "in": size} if m is group[-1] else {"out": size, "in": m.shape[1]}
         return {module: {"kind": self.kind(), **own} for module, own in sides.items()}
 
-    def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+    def weights(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+        """{role: matrix of the first `size` neurons}"""
         import torch
 
-        down = group[-1]
+        *inner, down = group
+        found = {m.role: tensors[f"{m.role}.weight"][:size] for m in inner}
         if self.options.correction == "none":
-            weight = tensors[f"{down.role}.weight"][:, :size]
-        else:
-            factor, products = tensors["factor"][:size, :size], tensors["products"][:, :size]
-            weight = torch.linalg.solve_triangular(factor.T, products.T, upper=True).T
-        found, layouts = {}, self.layouts_ffn(group, size)
+            return found | {down.role: tensors[f"{down.role}.weight"][:, :size]}
+        factor, products = tensors["factor"][:size, :size], tensors["products"][:, :size]
+        return found | {down.role: torch.linalg.solve_triangular(factor.T, products.T, upper=True).T}
+
+    def store_ffn(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
+        weights, found, layouts = self.weights(group, tensors, size), {}, self.layouts_ffn(group, size)
         for m in group:
-            own = {"weight": weight if m is down else tensors[f"{m.role}.weight"][:size]}
+            own = {"weight": weights[m.role]}
             if m.bias:
-                own["bias"] = tensors[f"{m.role}.bias"][: None if m is down else size]
+                own["bias"] = tensors[f"{m.role}.bias"][: None if m is group[-1] else size]
             found[m.module] = Part(layouts[m.module], own)
         return found
 

@@ -108,6 +108,9 @@ class Rounded(Structure):
     def untrainable(self) -> str | None:
         return "rounded stores only integers"
 
+    def rounds(self) -> bool:
+        return True
+
     def limit(self, group: list[Matrix]) -> int:
         return len(self.forms(*group[0].shape))
 
@@ -199,21 +202,28 @@ class Rounded(Structure):
         import torch
 
         from winnow.numerics.linalg import weighted_error
-        from winnow.numerics.rotated import rotation_of
-        from winnow.numerics.rounding import multiplied, unpacked
 
         ((name, weight),) = problem.weights.items()
         columns, rows = problem.sites[name]["gram"], problem.outputs[name]["gradient_gram"]
         errors = [weighted_error(weight, columns, rows)]
-        for size, form in enumerate(self.forms(*weight.shape), start=1):
-            steps = unpacked(tensors[f"{size}.steps"], weight.shape[1], form.bits).double()
-            scales, zeros = tensors[f"{size}.scale"].view(torch.float16).double(), None
-            if form.grid == "asymmetric":
-                zeros = unpacked(tensors[f"{size}.zero"], scales.shape[1], form.bits).double()
-            rotation = rotation_of(form.rotation, *problem.group[0].shape, weight.device)
-            kept = rotation.back(multiplied(steps, scales, form.group, zeros))
-            errors.append(weighted_error(weight - kept, columns, rows))
+        for size in range(1, len(self.forms(*weight.shape)) + 1):
+            errors.append(weighted_error(weight - self.restored(tensors, size, weight.shape[1]), columns, rows))
         return torch.stack(errors) / 2
+
+    def restored(self, tensors: dict[str, Tensor], size: int, columns: int) -> Tensor:
+        """The matrix (m, columns) that is stored at `size` of a fit, in float64."""
+        import torch
+
+        from winnow.numerics.rotated import rotation_of
+        from winnow.numerics.rounding import multiplied, unpacked
+
+        rows = len(tensors[f"{size}.steps"])
+        form = self.forms(rows, columns)[size - 1]
+        steps = unpacked(tensors[f"{size}.steps"], columns, form.bits).double()
+        scales, zeros = tensors[f"{size}.scale"].view(torch.float16).double(), None
+        if form.grid == "asymmetric":
+            zeros = unpacked(tensors[f"{size}.zero"], scales.shape[1], form.bits).double()
+        return rotation_of(form.rotation, rows, columns, steps.device).back(multiplied(steps, scales, form.group, zeros))
 
     def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
         m, n = group[0].shape

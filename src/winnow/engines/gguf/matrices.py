@@ -52,7 +52,7 @@ class Matrices:
         neurons, blocks = {}, {}
         for m in (m for m in self.all if m.role == "down_proj"):
             neurons[m.layer] = self.widths.get(m.module, m.shape)[1]
-            blocks[m.layer] = self.in_blocks or self.checkpoint.layouts.get(m.module, {}).get("kind") == "rounded"
+            blocks[m.layer] = self.in_blocks or "bits" in self.checkpoint.layouts.get(m.module, {})
         if self.family.varying is None:
             neurons = dict.fromkeys(neurons, max(neurons.values()))
             blocks = dict.fromkeys(blocks, any(blocks.values()))

@@ -41,8 +41,7 @@ class Recover(Stage):
 
     def _rounds(self, method: str) -> bool:
         """Whether a method may store rounded matrices."""
-        structure = self.plan.structure(self.plan.labels["methods"][method])
-        return any(own.kind() == "rounded" for own in structure.alternatives().values())
+        return self.plan.structure(self.plan.labels["methods"][method]).rounds()
 
     def work(self, load: Load) -> list[Work]:
         found, shape = [], load.shape
