@@ -21,6 +21,13 @@ Bits = Annotated[int, Field(ge=2, le=8)]
 Grid = Literal["symmetric", "full", "asymmetric"]
 
 
+def feeding_back(m: int, n: int, both: bool) -> tuple[int, int]:
+    """Operations of error feedback in a matrix (m, n): of the roots of its metric, and of every form; `both`: along rows too."""
+    if not both:
+        return n**3, m * n * n
+    return n**3 + m**3, m * n * (m + n) + SWEEPS * m * n * (5 * m + 4 * n)
+
+
 class Rounded(Structure):
     """Every number of W as a code times the scale of its group of `group` inputs of a row. Size s is the s-th of all forms (bits,
     group, grid) by stored bytes; for a single form, use `rank_fraction: 1` in the budget. With `nearest` and scales `largest`
@@ -91,7 +98,10 @@ class Rounded(Structure):
         return forms_of(columns, own.bits, list(own.grids), own.group if isinstance(own.group, list) else [own.group])
 
     def untrainable(self) -> str | None:
-        return "rounded stores only integers"
+        return "rounded stores only codes and scales"
+
+    def refits(self) -> bool:
+        return True
 
     def limit(self, group: list[Matrix]) -> int:
         return len(self.forms(group[0].shape[1]))
@@ -125,8 +135,8 @@ class Rounded(Structure):
         each = 10 * len(FEW_BITS) * m * n + 2 * m * n * (n + (m if both else 0))
         metric = 0
         if self.options.rounding == "feedback" and "gram" in needs:
-            metric = n**3 + (m**3 if both else 0)
-            each += m * n * n if not both else m * n * (m + n) + SWEEPS * m * n * (5 * m + 4 * n)
+            metric, own = feeding_back(m, n, both)
+            each += own
         cached = m * sum(form.row_bytes(n) for form in forms)
         return 8.0 * (10 * at_once + 4 * n * n + 4 * m * m), 1.0 * metric + len(forms) * each, 1.0 * cached
 
