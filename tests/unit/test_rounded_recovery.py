@@ -46,8 +46,9 @@ def test_the_start_is_the_stored_matrix_to_the_bit(bits, zeros):
     for codes in (False, True):
         trained = TrainedRounding(module, codes, dense if codes else None)
         assert torch.equal(trained(), module.matrix())
-        steps, scale = trained.stored()
+        steps, scale, origin = trained.stored()
         assert torch.equal(packed(steps, bits), module.steps)
+        assert origin is None if not zeros else torch.equal(packed(origin, bits), module.zero)
         assert torch.equal(scale.half().view(torch.int16), module.scale)
     assert module.steps.shape == (6, packed_width(10, bits))
 
@@ -73,6 +74,8 @@ def test_gradients_pass_through_the_rounding():
     torch.testing.assert_close(trained.place.grad.double(), wide[0] * weights)
     of_scales = nn.functional.pad((steps - wide[1]) * weights, (0, 2)).unflatten(1, (3, 4)).sum(2) * scale
     torch.testing.assert_close(trained.ratio.grad.double(), of_scales, rtol=1e-4, atol=1e-5)
+    of_zeros = nn.functional.pad(-weights * wide[0], (0, 2)).unflatten(1, (3, 4)).sum(2)
+    torch.testing.assert_close(trained.origin.grad.double(), of_zeros, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["scales", "codes"])

@@ -30,11 +30,9 @@ def rounded_of(module: nn.Module) -> RoundedLinear | None:
 
 def beside(module: nn.Module) -> Tensor | None:
     """The product (out, in) of the factors beside the rounded matrix of a module, float64; None if there are none."""
-    if not isinstance(module, SumLinear):
+    if not isinstance(module, SumLinear) or not isinstance(module.kept, LowRankLinear):
         return None
-    kept = module.kept
-    assert isinstance(kept, LowRankLinear)
-    return kept.left.weight.double() @ kept.right.weight.double()
+    return module.kept.left.weight.double() @ module.kept.right.weight.double()
 
 
 def form_of(module: RoundedLinear) -> Form:
