@@ -1,9 +1,10 @@
-"""Training of rounded matrices: their scales and zero points, and optionally their codes.
+"""Training of rounded matrices: their scales, and optionally their codes and zero points.
 
 A scale is trained as its ratio to the initial one. A code or a zero point is trained as a real number, which is rounded in every
 forward pass; its gradient is that of the unrounded number (straight-through). A code starts where the dense matrix lies on the
 grid, but within the interval that is rounded to the initial code, so that numbers close to the border of two codes change first,
-as in AutoRound, arXiv 2309.05516. Every forward pass uses exactly the numbers that would be stored.
+as in AutoRound, arXiv 2309.05516. Zero points are trained with codes only: with fixed codes, another zero point moves all numbers
+of its group by a whole step. Every forward pass uses exactly the numbers that would be stored.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ INSIDE = 0.4  # the largest distance of an initial real number from its code
 
 
 class TrainedRounding(nn.Module):
-    """The matrix of a rounded module from trainable parameters: `ratio` (out, groups), `origin` (out, groups) if there are zero
-    points, and, for codes, `place` (out, in)."""
+    """The matrix of a rounded module from trainable parameters: `ratio` (out, groups), and, for codes, `place` (out, in)
+    and, if there are zero points, `origin` (out, groups)."""
 
     def __init__(self, of: RoundedLinear, codes: bool, dense: Tensor | None):
         """`codes`: whether they are trained; `dense`: the matrix (out, in) before rounding, if it is known."""
@@ -43,16 +44,16 @@ class TrainedRounding(nn.Module):
                 place += zeros.repeat_interleave(of.group, 1)[:, : of.in_features]
             place = place.clamp(steps - INSIDE, steps + INSIDE).where(widened != 0, steps)
         self.place = nn.Parameter(place) if codes else None
-        self.origin = None if zeros is None else nn.Parameter(zeros.clone())
+        self.origin = nn.Parameter(zeros.clone()) if codes and zeros is not None else None
 
     def stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(steps (out, in), scales (out, groups), zero points (out, groups) or None) as they would be stored, in float32."""
-        steps, scale, _ = self.fixed
+        steps, scale, zeros = self.fixed
         exact = scale * self.ratio
         scale = exact + (exact.half().float() - exact).detach()
         if self.place is not None:
             steps = self._integers(self.place)
-        return steps, scale, None if self.origin is None else self._integers(self.origin)
+        return steps, scale, zeros if self.origin is None else self._integers(self.origin)
 
     def _integers(self, real: Tensor) -> Tensor:
         """The nearest numbers of that many bits; gradients pass through the rounding."""
