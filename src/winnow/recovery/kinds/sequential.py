@@ -18,6 +18,7 @@ class Sequential(Recovery):
     GPTAQ, arXiv 2504.02692. A ridge preserves directions that hardly occur in the calibration text."""
 
     reference = "objectives 4 and 2 of AA-SVD, arXiv 2604.02119; GPTAQ, arXiv 2504.02692"
+    version = 2
 
     class Options(OnWindows):
         kind: Literal["sequential"] = Field(description="sequential")
