@@ -168,3 +168,18 @@ def test_biases_take_up_the_mean_error_of_rounding():
             model(input_ids=given.split()[0].long(), use_cache=False)
         own, dense = (of.get_submodule(name)(x) for of, x in zip((given.model, given.dense), seen[:], strict=True))
     assert (own - dense).mean(0).abs().max() < 1e-5 * dense.std(0).max()
+
+
+@pytest.mark.parametrize("kind", ["rounded", "low_rank"])
+def test_experts_are_left_unchanged(kind):
+    """They receive other tokens in the compressed model than in the dense one."""
+    files, checkpoint = compressed("mixtral", kind)
+    given, report = run(files, checkpoint, AGAIN)
+    start = load_model(checkpoint.directory, "float32", "cpu").state_dict()
+    after = given.model.state_dict()
+    changed = {key for key in after if not torch.equal(start[key], after[key])}
+    assert changed
+    assert all(".self_attn." in key for key in changed)
+    experts = {name for name in given.modules if ".experts." in name}
+    assert experts
+    assert experts <= set(report["left_as_they_were"])

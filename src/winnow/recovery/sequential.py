@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from winnow.models.experts import Expert
 from winnow.numerics.linalg import finite, leading_directions
 from winnow.numerics.modules import LowRankLinear, RoundedLinear, RowsLinear, SharedLinear, SumLinear
 from winnow.numerics.products import gram_of
@@ -57,10 +58,10 @@ def refit(given: Given) -> dict[str, Any]:
     model or if an allocation chooses only other structures. Raises InputError for `outputs: gradient` with a model without
     logits, FloatingPointError if predictions are then not finite, or, naming the matrix, if a fit is not."""
     modules = {name: given.model.get_submodule(name) for name in given.modules}
-    refitted: dict[str, Refitted] = {name: module for name, module in modules.items() if _refits(given, module)}  # type: ignore[misc]
+    refitted: dict[str, Refitted] = {name: module for name, module in modules.items() if _refits(given, name, module)}  # type: ignore[misc]
     others = [name for name in given.modules if name not in refitted and not _dense(given, name)]
     if others:
-        log.info("left unchanged, as they have no low-rank factors and are not rounded: %s", ", ".join(others))
+        log.info("left unchanged, as they are not rounded, have no low-rank factors, or are experts: %s", ", ".join(others))
     named = (pair for name, module in refitted.items() for pair in _numbers(given, name, module).items())
     flat = {
         name: weight.data for name, weight in {id(weight): (name, weight) for name, weight in named}.values()
@@ -92,8 +93,11 @@ def refit(given: Given) -> dict[str, Any]:
     return {**report, "left_as_they_were": [*kept, *others]}
 
 
-def _refits(given: Given, module: nn.Module) -> bool:
-    """Whether a module has factors of its own, or a rounded matrix that the options do not leave fixed."""
+def _refits(given: Given, name: str, module: nn.Module) -> bool:
+    """Whether a module has factors of its own, or a rounded matrix that the options do not leave fixed; not in experts, which
+    receive other tokens in the compressed model than in the dense one."""
+    if isinstance(given.model.get_submodule(name.rpartition(".")[0]), Expert):
+        return False
     if isinstance(module, Factors):
         both = (module.left, module.right)
         return all(isinstance(part, nn.Linear) and not isinstance(part, SharedLinear) for part in both)
