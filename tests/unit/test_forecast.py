@@ -20,6 +20,8 @@ from winnow.planning.plan import Plan
 from winnow.planning.preview import duration, jobs_of, size
 from winnow.planning.stages.collect_statistics import ROW
 from winnow.planning.stages.compress import SIZE
+from winnow.structures.base import EIGEN
+from winnow.structures.rounded import feeding_back
 
 DEMO = ROOT / "resources" / "models" / "demo"
 DRY_RUN = """Job stats:
@@ -276,3 +278,23 @@ def test_a_recovery_holds_what_it_trains():
     numbers = sum(m.shape[0] * m.shape[1] for m in shape_of(DEMO).matrices)
     assert memory("distill", "codes") - memory("distill", "fixed") == pytest.approx(4 * (7 - 6 * 0.4) * numbers)
     assert memory("refine", "codes") - memory("refine", "fixed") == pytest.approx(4 * (7 - 6 * 0.4) * numbers / 6)
+
+
+def test_sequential_takes_longer_with_more_moments_and_rounding():
+    def work_of(method: str, **options) -> Work:
+        def change(c):
+            c["recoveries"]["mine"] = {"kind": "sequential", **options}
+            c["experiments"]["demo"].update(methods=[method], budgets=["all-0.4"], recoveries=["mine"])
+
+        return {work.stage: work for work in forecast(plan_of(change), {"demo": shape_of(DEMO)})}["recover"]
+
+    shifted, anchored, both = (
+        work_of("winnow", **options) for options in ({"objective": "shifted"}, {}, {"outputs": "gradient"})
+    )
+    assert shifted.operations < anchored.operations < both.operations
+    assert anchored.memory < both.memory, "second moments of gradients"
+    fixed = work_of("winnow", outputs="gradient", rounded="fixed")
+    matrices = [matrix.shape for matrix in shape_of(DEMO).matrices]
+    more = sum(max(0, sum(feeding_back(m, n, True)) - 2 * m * n * n - EIGEN * min(m, n) ** 3) for m, n in matrices)
+    assert both.operations - fixed.operations == pytest.approx(more, rel=1e-6)
+    assert work_of("whitened", outputs="gradient").operations == pytest.approx(fixed.operations)

@@ -702,7 +702,7 @@ def test_sequential_is_for_factors_of_their_own(saved_llama, kind, tmp_path):
     metric = {} if kind == "neuron_slice" else {"metric": {"kind": "weights"}}
     content["methods"]["mine"] = {"structure": {"kind": kind}, **metric}
     content["experiments"]["demo"] |= {"methods": ["mine"], "recoveries": ["none", "sequential"]}
-    with pytest.raises(InputError, match=r"'sequential' refits low-rank factors .*'mine' stores none; use `refine`"):
+    with pytest.raises(InputError, match=r"'sequential' refits low-rank factors .*'mine' stores neither; use `refine`"):
         load(content)
     content["experiments"]["demo"] |= {"methods": ["winnow"]}
     load(content)

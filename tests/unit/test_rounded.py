@@ -281,12 +281,11 @@ def test_fixed_integers_leave_nothing_to_train_but_norms(saved_llama, tmp_path):
         content["experiments"]["demo"] |= {"methods": [method], "recoveries": ["none", "mine"]}
         return content
 
-    with pytest.raises(InputError, match="'mine' has nothing to train in method 'rounded_4bit': rounded stores only integers"):
-        load(config("rounded_4bit"))
-    fitted = config("rounded_4bit")
-    fitted["recoveries"]["mine"] = {"kind": "sequential"}
-    with pytest.raises(InputError, match=r"'mine' refits low-rank factors .*'rounded_4bit' stores none"):
-        load(fitted)
+    nothing = "'mine' has nothing to change in method 'rounded_4bit': rounded stores only codes and scales"
+    for kind in ("refine", "distill", "sequential"):
+        with pytest.raises(InputError, match=nothing):
+            load(config("rounded_4bit", kind=kind))
+    load(config("rounded_4bit", kind="sequential", rounded="codes"))
     load(config("rounded_4bit", rounded="scales"))
     load(config("rounded_4bit", norms=True))
     load(config("half"))

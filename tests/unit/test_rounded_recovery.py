@@ -46,10 +46,50 @@ def test_the_start_is_the_stored_matrix_to_the_bit(bits, zeros):
     for codes in (False, True):
         trained = TrainedRounding(module, codes, dense if codes else None)
         assert torch.equal(trained(), module.matrix())
-        steps, scale = trained.stored()
+        steps, scale, origin = trained.stored()
         assert torch.equal(packed(steps, bits), module.steps)
+        assert origin is None if not zeros else torch.equal(packed(origin, bits), module.zero)
         assert torch.equal(scale.half().view(torch.int16), module.scale)
     assert module.steps.shape == (6, packed_width(10, bits))
+
+
+def test_zero_points_are_trained_too(saved_llama, tmp_path):
+    """With codes, at a rate so high that some move; what is stored is what was evaluated."""
+    files, checkpoint = files_of(saved_llama, tmp_path), checkpoint_of(saved_llama, tmp_path / "work", grids=["asymmetric"])
+    options = KINDS["refine"] | {"code_rate": 0.06, "steps": 30}
+    given, report = run(files, checkpoint, options)
+    assert all(best <= start for start, best in losses(report))
+    write_recovered(tmp_path / "out", files, checkpoint, given, {"name": "mine", **options}, report, JOB)
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.directory, tmp_path / "out"))
+    assert {key.rpartition(".")[2] for key in before if not torch.equal(before[key], after[key])} == {"scale", "steps", "zero"}
+    loaded = load_model(tmp_path / "out", "float32", "cpu")
+    with torch.no_grad():
+        logits = [m(input_ids=WINDOWS[:2].long()).logits for m in (loaded, given.model)]
+    assert torch.equal(*logits), "what is written is what was trained"
+
+
+def test_codes_beside_factors_start_where_the_dense_numbers_lie(saved_llama, tmp_path):
+    """And the factors are trained with them, with codes fixed and then with codes."""
+    rest = {"kind": "rounded", "bits": [3], "group": 8, "grids": ["full"]}
+    folder = build(saved_llama, tmp_path / "work", ALL, 0.6, "bypass", metric="gram", kept=1, remainder=rest)
+    files, checkpoint = files_of(saved_llama, tmp_path), Bundle(folder / MANIFEST)
+    given = given_of(files, checkpoint, WINDOWS, recovery_of(KINDS["refine"]).options, True, "cpu")
+    name = "model.layers.0.mlp.up_proj"
+    module, weight = given.model.get_submodule(name), given.dense.get_submodule(name).weight
+    steps, scale, _ = module.rest.parts()
+    scale = scale.repeat_interleave(8, 1)[:, : weight.shape[1]]
+    with trainable(given):
+        place = module.rest.trained.place.detach()
+    expected = (weight - module.kept.left.weight @ module.kept.right.weight) / scale
+    torch.testing.assert_close(place, expected.clamp(steps - INSIDE, steps + INSIDE), rtol=1e-4, atol=1e-4)
+    for what in ("scales", "codes"):
+        given, report = run(files, checkpoint, KINDS["refine"] | {"rounded": what, "code_rate": 0.02, "norms": True})
+        assert all(best < start for start, best in losses(report))
+        before, after = load_model(checkpoint.directory, "float32", "cpu").state_dict(), given.model.state_dict()
+        changed = {key.rpartition("proj.")[2] for key in after if not torch.equal(before[key], after[key])}
+        expected_parts = {"kept.left.weight", "kept.right.weight", "rest.scale"} | ({"rest.steps"} if what == "codes" else set())
+        assert {key for key in changed if key.startswith(("kept", "rest"))} == expected_parts
+        assert not all(key.startswith(("kept", "rest")) for key in changed), "norms"
 
 
 def test_a_code_starts_where_the_dense_number_lies_or_near_that_border():
@@ -73,6 +113,9 @@ def test_gradients_pass_through_the_rounding():
     torch.testing.assert_close(trained.place.grad.double(), wide[0] * weights)
     of_scales = nn.functional.pad((steps - wide[1]) * weights, (0, 2)).unflatten(1, (3, 4)).sum(2) * scale
     torch.testing.assert_close(trained.ratio.grad.double(), of_scales, rtol=1e-4, atol=1e-5)
+    assert TrainedRounding(module, False, None).origin is None, "it would move all numbers of a group by a step"
+    of_zeros = nn.functional.pad(-weights * wide[0], (0, 2)).unflatten(1, (3, 4)).sum(2)
+    torch.testing.assert_close(trained.origin.grad.double(), of_zeros, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["scales", "codes"])

@@ -98,20 +98,21 @@ def check_training(config: Config, name: str, experiment: Experiment) -> None:
     recoveries = [step for r in experiment.recoveries for step in config.steps(r)]
     for method, r in itertools.product(experiment.methods, recoveries):
         recovery, structure = config.recoveries[r], STRUCTURES.build(config.methods[method].structure.model_dump())
-        fixed = isinstance(recovery, Trained) and not recovery.norms and recovery.rounded == "fixed"
+        fixed = isinstance(recovery, Trained | Sequential.Options) and recovery.rounded == "fixed"
+        fixed = fixed and not getattr(recovery, "norms", False)
         if fixed and (reason := structure.untrainable()):
             raise Located(
                 ("experiments", name),
-                f"recovery {r!r} has nothing to train in method {method!r}: {reason}; leave out `rounded: fixed` in the "
-                "recovery, set `norms: true`, or remove one of them",
+                f"recovery {r!r} has nothing to change in method {method!r}: {reason}; leave out `rounded: fixed` in the "
+                f"recovery{', set `norms: true`,' if isinstance(recovery, Trained) else ''} or remove one of them",
                 ("methods", method),
                 ("recoveries", r),
             )
         if isinstance(recovery, Sequential.Options) and not structure.refits():
             raise Located(
                 ("experiments", name),
-                f"recovery {r!r} refits low-rank factors (of low_rank, gauge_fixed, basis_sharing), but method {method!r} stores "
-                "none; use `refine`, or remove one of them",
+                f"recovery {r!r} refits low-rank factors (of low_rank, gauge_fixed, basis_sharing) and rounded matrices, but "
+                f"method {method!r} stores neither; use `refine`, or remove one of them",
                 ("methods", method),
                 ("recoveries", r),
             )

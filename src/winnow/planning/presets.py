@@ -133,6 +133,9 @@ def recoveries() -> dict[str, dict[str, Any]]:
     plain["sequential_weighted"] = {"kind": "sequential", "objective": "shifted", "outputs": "gradient"}
     chained = {"fitted_refined": {"kind": "refine", "after": "sequential"}}
     chained["fitted_refined_distilled"] = {"kind": "distill", "after": "fitted_refined"}
+    chained["rounded_again"] = {"kind": "sequential", "outputs": "gradient"}
+    chained["rounded_refined"] = {"kind": "refine", "after": "rounded_again"}
+    chained["rounded_refined_distilled"] = {"kind": "distill", "after": "rounded_refined"}
     return plain | {"distill_lora": {"kind": "distill", "parameters": "lora"}} | chained
 
 

@@ -55,10 +55,12 @@ class Trained(OnWindows):
     norms: bool = Field(False, description="also train the other vectors of the layers: norm weights, biases of dense matrices")
     rounded: Literal["fixed", "scales", "codes"] = Field(
         "codes",
-        description="what of rounded matrices is trained: nothing; their scales; their scales and codes, as in AutoRound",
+        description="what of rounded matrices is trained: nothing; their scales; scales, codes and zero points, as in AutoRound",
     )
     code_rate: float = Field(
-        5e-3, gt=0, description="peak learning rate of codes, in steps of the grid, with `rounded: codes`; decays like `rate`"
+        5e-3,
+        gt=0,
+        description="peak learning rate of codes and zero points, in steps of the grid; decays like `rate`",
     )
     held_out: float = Field(
         0.125, gt=0, lt=1, description="share of the calibration windows that are held out to choose the best state"

@@ -1,17 +1,22 @@
-"""`sequential`: low-rank factors refitted in closed form, in the order of the forward pass, on inputs of the compressed model.
+"""`sequential`: low-rank factors refitted in closed form and rounded matrices rounded again, in the order of the forward pass, on
+inputs of the compressed model.
 
-With W (m, n) the dense matrix, x its input in the dense model and x' in the compressed one: `anchored` minimises
-sum ||W x - W' x'||^2, whose target is B = W X X'^T (X' X'^T)^-1, `shifted` sum ||(W - W') x'||^2, whose target is B = W. In the
-metric G = X' X'^T the best rank-k map is U_k U_k^T B. A small multiple of I is added to the moments X X'^T and X' X'^T, as if all
-directions had occurred a little without error: otherwise directions that hardly occur in the calibration text would be
-extrapolated from a few tokens, with large errors on other text.
-Gauge-fixed factors (`gauge_fixed`) keep their stored rows. If layers share a right factor R (`basis_sharing`), it is unchanged
-and the left one is fitted to it: B G R^T (R G R^T)^+.
+With W (m, n) the dense matrix, x its input in the dense model and x' in the compressed one: `anchored` minimises sum ||W x - W'
+x'||^2, whose target is B = W X X'^T (X' X'^T)^-1, `shifted` sum ||(W - W') x'||^2, whose target is B = W. In the metric G = X'
+X'^T the best rank-k map is U_k U_k^T B. A small multiple of I is added to the moments X X'^T and X' X'^T, as if all directions
+had occurred a little without error: otherwise directions that hardly occur in the calibration text would be extrapolated from a
+few tokens, with large errors on other text. Gauge-fixed factors (`gauge_fixed`) keep their stored rows. If layers share a right
+factor R (`basis_sharing`), it is unchanged and the left one is fitted to it: B G R^T (R G R^T)^+.
+
+A rounded matrix is B, or what factors beside it leave of B, rounded on the stored grid with error feedback in the metric G, see
+`winnow.recovery.reround`.
+
 With `outputs: gradient` an error e of the output is weighted as e^T F e, with F the second moment of the gradient of the loss at
-this output in the dense model: U are the left singular vectors of F^{1/2} B G^{1/2}, as in the metric `two_sided`.
-With `biases: fitted` the means m and m' are subtracted from x and x', and b' = b + W m - W' m', so that errors have mean 0 and
-the factors fit the remainder.
-Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119."""
+this output in the dense model, as in the metric `two_sided`: U are the left singular vectors of F^{1/2} B G^{1/2}, and rounding
+errors are fed back along rows and columns. With `biases: fitted` the means m and m' are subtracted from x and x', and b' = b + W
+m - W' m', so that errors have mean 0 and the rest of the fit is of the remainder.
+
+Source: objectives 4 and 2 of AA-SVD, arXiv 2604.02119; for rounding, `anchored` is the objective of GPTAQ, arXiv 2504.02692."""
 
 from __future__ import annotations
 
@@ -25,37 +30,39 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from winnow.models.experts import Expert
 from winnow.numerics.linalg import finite, leading_directions
-from winnow.numerics.modules import LowRankLinear, RowsLinear, SharedLinear
+from winnow.numerics.modules import LowRankLinear, RoundedLinear, RowsLinear, SharedLinear, SumLinear
 from winnow.numerics.products import gram_of
 from winnow.recovery.base import Given
 from winnow.recovery.blocks import Calls, Passage, Reached, outputs_of
 from winnow.recovery.divergence import divergence, mean_of_windows, predictions
+from winnow.recovery.reround import beside, round_again, rounded_of
 
 log = logging.getLogger(__name__)
 PRECISION = 2.0**-24  # relative rounding error of the activations
 RIDGE = 1e-4  # added to the moments, as a share of the median energy of the inputs
 KEYS = ("held_out_start", "held_out_best")
 Factors = LowRankLinear | RowsLinear
+Refitted = Factors | RoundedLinear | SumLinear
 
 
 @torch.no_grad()
-def refit_factors(given: Given) -> dict[str, Any]:
-    """Refit the low-rank factors of `given.model` in place; returns {blocks: {name: held-out losses}}, as `refine` does.
+def refit(given: Given) -> dict[str, Any]:
+    """Refit the low-rank factors of `given.model` and round its rounded matrices again, in place; returns {blocks: {name:
+    held-out losses}}, as `refine` does.
 
     A block is left unchanged if its error on the held-out windows does not decrease; with `outputs: gradient`, where such a block
     can still be an improvement, the whole model is left unchanged if its divergence from the dense model does not decrease.
-    Resumes after the last saved block. Modules without low-rank factors are left unchanged and named in the report; these may be
-    all, in a dense model or if an allocation chooses only other structures. Raises InputError for `outputs: gradient` with a
-    model without logits, FloatingPointError if predictions are then not finite, or, naming the matrix, if a fit is not."""
-    modules = ((name, given.model.get_submodule(name)) for name in given.modules)
-    factors: dict[str, Factors] = {
-        name: module for name, module in modules if isinstance(module, Factors) and not isinstance(module.right, SharedLinear)
-    }
-    others = [name for name in given.modules if name not in factors and not _dense(given, name)]
+    Resumes after the last saved block. Other modules are left unchanged and named in the report; these may be all, in a dense
+    model or if an allocation chooses only other structures. Raises InputError for `outputs: gradient` with a model without
+    logits, FloatingPointError if predictions are then not finite, or, naming the matrix, if a fit is not."""
+    modules = {name: given.model.get_submodule(name) for name in given.modules}
+    refitted: dict[str, Refitted] = {name: module for name, module in modules.items() if _refits(given, name, module)}  # type: ignore[misc]
+    others = [name for name in given.modules if name not in refitted and not _dense(given, name)]
     if others:
-        log.info("left unchanged, as they have no low-rank factors: %s", ", ".join(others))
-    named = (pair for name, module in factors.items() for pair in _numbers(given, name, module).items())
+        log.info("left unchanged, as they are not rounded, have no low-rank factors, or are experts: %s", ", ".join(others))
+    named = (pair for name, module in refitted.items() for pair in _numbers(given, name, module).items())
     flat = {
         name: weight.data for name, weight in {id(weight): (name, weight) for name, weight in named}.values()
     }  # tied ones once
@@ -67,7 +74,7 @@ def refit_factors(given: Given) -> dict[str, Any]:
     models = (given.model, given.dense) if given.options.objective == "anchored" else (given.model,)
     ways = [[Passage(model, blocks, part, given.options.batch) for model in models] for part in given.split()]
     for index, block in list(enumerate(blocks))[done:]:
-        own = {name: module for name, module in factors.items() if name.startswith(f"{block}.")}
+        own = {name: module for name, module in refitted.items() if name.startswith(f"{block}.")}
         if own:
             numbers[index] = torch.tensor(_block(given, index, own, ways), dtype=torch.float64)
         if given.resume:
@@ -86,13 +93,37 @@ def refit_factors(given: Given) -> dict[str, Any]:
     return {**report, "left_as_they_were": [*kept, *others]}
 
 
-def _numbers(given: Given, key: str, module: Factors) -> dict[str, Tensor]:
+def _refits(given: Given, name: str, module: nn.Module) -> bool:
+    """Whether a module has factors of its own, or a rounded matrix that the options do not leave fixed; not in experts, which
+    receive other tokens in the compressed model than in the dense one."""
+    if isinstance(given.model.get_submodule(name.rpartition(".")[0]), Expert):
+        return False
+    if isinstance(module, Factors):
+        both = (module.left, module.right)
+        return all(isinstance(part, nn.Linear) and not isinstance(part, SharedLinear) for part in both)
+    return given.options.rounded == "codes" and rounded_of(module) is not None
+
+
+def _numbers(given: Given, key: str, module: Refitted) -> dict[str, Tensor]:
     """{name: tensor} of the matrix `key` that are refitted."""
-    found: dict[str, Tensor] = {f"{key}.left.weight": module.left.weight, f"{key}.right.weight": module.right.weight}
-    where, owner = (key, module) if isinstance(module, RowsLinear) else (f"{key}.left", module.left)
+    found: dict[str, Tensor]
+    where, owner = _bias_of(key, module)
+    if isinstance(module, Factors):
+        found = {f"{key}.left.weight": module.left.weight, f"{key}.right.weight": module.right.weight}
+    else:
+        rounded = rounded_of(module)
+        assert rounded is not None
+        found = {f"{key if rounded is module else f'{key}.rest'}.steps": rounded.steps}
     if given.options.biases == "fitted" and owner.bias is not None:
         found[f"{where}.bias"] = owner.bias
     return found
+
+
+def _bias_of(key: str, module: Refitted) -> tuple[str, Any]:
+    """(name, module) of the part of the matrix `key` that has its bias."""
+    if isinstance(module, LowRankLinear):
+        return f"{key}.left", module.left
+    return _bias_of(f"{key}.kept", module.kept) if isinstance(module, SumLinear) else (key, module)  # type: ignore[arg-type]
 
 
 def _held_out(given: Given) -> float:
@@ -114,9 +145,9 @@ def _dense(given: Given, name: str) -> bool:
     return type(own) is type(dense) and all(p.shape == q.shape for p, q in zip(own.parameters(), dense.parameters(), strict=True))
 
 
-def _block(given: Given, index: int, factors: dict[str, Factors], ways: list[list[Passage]]) -> tuple[float, float]:
-    """Refit the factors of block `index`; returns its held-out loss (before, after). `ways`: of the fitted and the held-out
-    windows, each through the compressed and, for `anchored`, the dense model."""
+def _block(given: Given, index: int, refitted: dict[str, Refitted], ways: list[list[Passage]]) -> tuple[float, float]:
+    """Refit the matrices `refitted` of block `index`; returns its held-out loss (before, after). `ways`: of the fitted and the
+    held-out windows, each through the compressed and, for `anchored`, the dense model."""
     options, device = given.options, ways[0][0].device
     name = ways[0][0].blocks[index]
     block, dense = given.model.get_submodule(name), given.dense.get_submodule(name)
@@ -129,11 +160,11 @@ def _block(given: Given, index: int, factors: dict[str, Factors], ways: list[lis
         return float(difference[:, skipped:].double().square().mean() / target[:, skipped:].double().square().mean())
 
     start = error()
-    before = [(own, own.clone()) for key, module in factors.items() for own in _numbers(given, key, module).values()]
-    for group in _readers(block, calls[0], factors, options.batch, device):
+    before = [(own, own.clone()) for key, module in refitted.items() for own in _numbers(given, key, module).values()]
+    for group in _readers(block, calls[0], refitted, options.batch, device):
         seen = _moments(given, name, group[0], calls, skipped)
         for key in group:
-            _fit(given, key, factors[key], seen)
+            _fit(given, key, refitted[key], seen)
     after = error()
     log.info("%s: held-out loss %.6g before, %.6g after", name, start, after)
     if after < start or options.outputs == "gradient":
@@ -143,8 +174,8 @@ def _block(given: Given, index: int, factors: dict[str, Factors], ways: list[lis
     return start, start
 
 
-def _readers(block: nn.Module, calls: Calls, factors: dict[str, Factors], batch: int, device: Any) -> list[list[str]]:
-    """The names of the factors in the order in which the block uses them; those with the same input are grouped."""
+def _readers(block: nn.Module, calls: Calls, refitted: dict[str, Refitted], batch: int, device: Any) -> list[list[str]]:
+    """The names of the matrices in the order in which the block uses them; those with the same input are grouped."""
     seen: list[tuple[Tensor, list[str]]] = []
 
     def watch(key: str) -> Any:
@@ -155,7 +186,7 @@ def _readers(block: nn.Module, calls: Calls, factors: dict[str, Factors], batch:
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(watch(key)) for key, module in factors.items()]
+    hooks = [module.register_forward_pre_hook(watch(key)) for key, module in refitted.items()]
     calls.run(block, slice(0, batch), device)
     for hook in hooks:
         hook.remove()
@@ -175,7 +206,14 @@ class Inputs:
 
     def moments(self, centred: bool) -> tuple[Tensor, Tensor]:
         """(G, X X'^T) with the ridge, centred if `centred`. The ridge is relative to the median energy of inputs that vary, since
-        massive activations and inactive neurons would distort the mean. Inputs are constant if they only vary by rounding."""
+        massive activations and inactive neurons would distort the mean."""
+        gram, cross = self.plain(centred)
+        energies = gram.diagonal()[gram.diagonal() > 0]
+        ridge = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (RIDGE * energies.median() if len(energies) else 1.0)
+        return gram + ridge, cross + ridge
+
+    def plain(self, centred: bool) -> tuple[Tensor, Tensor]:
+        """(G, X X'^T) without the ridge. Inputs are constant if they only vary by rounding; their moments are 0."""
         gram, cross = self.gram.clone(), self.cross.clone()
         if centred:
             outer = self.count * self.mean
@@ -183,9 +221,7 @@ class Inputs:
             cross -= torch.outer(self.dense_mean, outer)
         still = gram.diagonal() <= self.count * torch.finfo(gram.dtype).eps * self.gram.diagonal()
         gram[still], gram[:, still], cross[:, still] = 0.0, 0.0, 0.0
-        energies = gram.diagonal()[~still]
-        ridge = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (RIDGE * energies.median() if len(energies) else 1.0)
-        return gram + ridge, cross + ridge
+        return gram, cross
 
 
 def _moments(given: Given, name: str, key: str, calls: list[Calls], skipped: int) -> Inputs:
@@ -215,16 +251,23 @@ def _moments(given: Given, name: str, key: str, calls: list[Calls], skipped: int
     return Inputs(sums[0], sums[-1], totals[0] / tokens, totals[-1] / tokens, tokens)
 
 
-def _fit(given: Given, key: str, module: Factors, seen: Inputs) -> None:
-    """Set the module to the best factors of its rank, in their stored dtypes, and to the best bias for these. Raises
-    FloatingPointError, naming the matrix, if it, its inputs or the fit are not finite."""
+def _fit(given: Given, key: str, module: Refitted, seen: Inputs) -> None:
+    """Set the module to the best factors of its rank, in their stored dtypes, or to other codes, and to the best bias for these.
+    Raises FloatingPointError, naming the matrix, if it, its inputs or the fit are not finite."""
     dense: Any = given.dense.get_submodule(key)
     weight = (dense.weight.T if isinstance(dense, Conv1D) else dense.weight).double()
     if not all(map(finite, (weight, seen.gram, seen.cross))):
         raise FloatingPointError(f"{key}: its weight, or its inputs on the calibration windows, are not finite")
     found = _numbers(given, key, module)
     places = [name for name in found if name.endswith(".bias")]
-    _fit_factors(given, key, module, weight, *seen.moments(centred=bool(places)))
+    gram, cross = seen.moments(centred=bool(places))
+    target = weight
+    if given.options.objective == "anchored":
+        target = weight + torch.linalg.solve(gram, weight @ (cross - gram), left=False)
+    if isinstance(module, Factors):
+        _fit_factors(given, key, module, target, gram)
+    else:
+        _round(given, key, module, target, seen.plain(centred=bool(places))[0])
     for name in places:
         found[name].zero_()
         own = module(seen.mean.to(found[name].dtype)[None])[0].double()  # with the stored factors
@@ -234,10 +277,23 @@ def _fit(given: Given, key: str, module: Factors, seen: Inputs) -> None:
             raise FloatingPointError(f"{name} is not finite after the fit")
 
 
-def _fit_factors(given: Given, key: str, module: Factors, weight: Tensor, gram: Tensor, cross: Tensor) -> None:
-    """Set the module to the best factors of its rank for a dense `weight` (m, n)."""
-    if given.options.objective == "anchored":
-        weight = weight + torch.linalg.solve(gram, weight @ (cross - gram), left=False)
+def _outputs(given: Given, key: str) -> Tensor | None:
+    """The metric F of the outputs of the matrix `key`; None for I."""
+    if given.options.outputs != "gradient":
+        return None
+    assert given.outputs is not None  # statistics that are inputs of the rule
+    return given.outputs(key)
+
+
+def _round(given: Given, key: str, module: RoundedLinear | SumLinear, target: Tensor, gram: Tensor) -> None:
+    """Round again the rounded matrix of a module for a `target` (m, n) of the whole module."""
+    rounded, kept = rounded_of(module), beside(module)
+    assert rounded is not None
+    round_again(rounded, target if kept is None else target - kept, gram, _outputs(given, key), key)
+
+
+def _fit_factors(given: Given, key: str, module: Factors, weight: Tensor, gram: Tensor) -> None:
+    """Set the module to the best factors of its rank for a `weight` (m, n)."""
     tied = given.model.all_tied_weights_keys
     if f"{key}.right.weight" in {*tied, *tied.values()}:
         right = module.right.weight.double()
@@ -246,11 +302,7 @@ def _fit_factors(given: Given, key: str, module: Factors, weight: Tensor, gram: 
         module.left.weight.copy_(left.to(given.dtypes[f"{key}.left.weight"]))
         return
     rank = module.right.out_features
-    outputs = None
-    if given.options.outputs == "gradient":
-        assert given.outputs is not None  # statistics that are inputs of the rule
-        outputs = given.outputs(key)
-    found = leading_directions(weight, gram, PRECISION, outputs, largest=rank)
+    found = leading_directions(weight, gram, PRECISION, _outputs(given, key), largest=rank)
     left, right = found.left, found.right
     if isinstance(module, RowsLinear):
         places = module.order.long().argsort()  # positions of the stored rows, then of the others

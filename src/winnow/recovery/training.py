@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from winnow.recovery.base import Trained
 
 log = logging.getLogger(__name__)
-CODES = ".trained.place"  # the end of the names of parameters that are codes, see `winnow.recovery.rounded`
+CODES = (".trained.place", ".trained.origin")  # ends of the names of codes and zero points, see `winnow.recovery.rounded`
 
 
 class Report(LearnedRecord):

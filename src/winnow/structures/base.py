@@ -169,7 +169,8 @@ class Structure(Plugin):
         return None
 
     def refits(self) -> bool:
-        """Whether the recovery `sequential` can refit its factors; for several structures, those of any of them."""
+        """Whether the recovery `sequential` can refit its factors or round its numbers again; for several structures, those of
+        any of them."""
         return any(own.refits() for own in self.alternatives().values() if own is not self)
 
     def rounds(self) -> bool:

@@ -119,6 +119,9 @@ class Bypass(Structure):
         own = METRICS.build(self.options.remainder_metric.model_dump()).needs if self.options.remainder_metric else ()
         return (*own, *self.inner.needs())
 
+    def refits(self) -> bool:
+        return self.options.remainder.kind == "rounded"
+
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         return self.inner.groups(matrices)
 

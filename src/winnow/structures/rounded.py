@@ -26,6 +26,13 @@ Turned = Literal["none", "inputs", "both"]
 TURNED = {"none": "", "inputs": " with rotated inputs", "both": " with rotated inputs and outputs"}  # in the log
 
 
+def feeding_back(m: int, n: int, both: bool) -> tuple[int, int]:
+    """Operations of error feedback in a matrix (m, n): of the roots of its metric, and of every form; `both`: along rows too."""
+    if not both:
+        return n**3, m * n * n
+    return n**3 + m**3, m * n * (m + n) + SWEEPS * m * n * (5 * m + 4 * n)
+
+
 class Rounded(Structure):
     """Every number of W as a code times the scale of its group of `group` inputs of a row. Size s is the s-th of all forms
     (bits, group, grid, rotation) by stored bytes; for a single form, use `rank_fraction: 1` in the budget. With `nearest` and
@@ -106,7 +113,10 @@ class Rounded(Structure):
         return forms_of(rows, columns, own.bits, list(own.grids), groups, list(own.rotations))
 
     def untrainable(self) -> str | None:
-        return "rounded stores only integers"
+        return "rounded stores only codes and scales"
+
+    def refits(self) -> bool:
+        return True
 
     def rounds(self) -> bool:
         return True
@@ -144,8 +154,8 @@ class Rounded(Structure):
         each = 10 * len(FEW_BITS) * m * n + 2 * m * n * (n + (m if both else 0))
         metric = 0
         if self.options.rounding == "feedback" and "gram" in needs:
-            metric = n**3 + (m**3 if both else 0)
-            each += m * n * n if not both else m * n * (m + n) + SWEEPS * m * n * (5 * m + 4 * n)
+            metric, own = feeding_back(m, n, both)
+            each += own
         memory, operations = 10 * at_once + 4 * n * n + 4 * m * m, 1.0 * len({form.rotation for form in forms}) * metric
         for which in sorted({form.rotation for form in forms} - {"none"}):  # of W, of the metric, and back for every form
             turn = 2 * sum(factors_of(n)) + (2 * sum(factors_of(m)) if which == "both" else 0)

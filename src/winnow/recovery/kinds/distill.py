@@ -15,6 +15,7 @@ class Distill(Recovery):
     The best state on the held-out windows is kept; the initial state if none is better."""
 
     reference = "knowledge distillation, arXiv 1503.02531; LoRA, arXiv 2106.09685"
+    version = 2
 
     class Options(Trained):
         kind: Literal["distill"] = Field(description="distill")

@@ -16,6 +16,7 @@ class Refine(Recovery):
     its held-out loss. As block refinement in AA-SVD, arXiv 2604.02119."""
 
     reference = "block refinement of AA-SVD, arXiv 2604.02119"
+    version = 2
 
     class Options(Trained):
         kind: Literal["refine"] = Field(description="refine")

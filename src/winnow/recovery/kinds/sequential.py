@@ -11,12 +11,14 @@ if TYPE_CHECKING:
 
 
 class Sequential(Recovery):
-    """Low-rank factors refitted in closed form, matrix by matrix in the order of the forward pass, on the inputs that occur in
-    the compressed model, without training. A block is left unchanged if this does not reduce its error on the held-out windows;
-    with `outputs: gradient`, the whole model if the KL divergence to the dense model does not decrease. Objectives 4 and 2 of
-    AA-SVD, arXiv 2604.02119; a ridge preserves directions that hardly occur in the calibration text."""
+    """Low-rank factors refitted in closed form and rounded matrices rounded again with error feedback, matrix by matrix in the
+    order of the forward pass, on the inputs that occur in the compressed model, without training. A block is left unchanged if
+    this does not reduce its error on the held-out windows; with `outputs: gradient`, the whole model if the KL divergence to the
+    dense model does not decrease. Objectives 4 and 2 of AA-SVD, arXiv 2604.02119; for rounding, `anchored` is the objective of
+    GPTAQ, arXiv 2504.02692. A ridge preserves directions that hardly occur in the calibration text."""
 
-    reference = "objectives 4 and 2 of AA-SVD, arXiv 2604.02119"
+    reference = "objectives 4 and 2 of AA-SVD, arXiv 2604.02119; GPTAQ, arXiv 2504.02692"
+    version = 2
 
     class Options(OnWindows):
         kind: Literal["sequential"] = Field(description="sequential")
@@ -34,6 +36,9 @@ class Sequential(Recovery):
         biases: Literal["kept", "fitted"] = Field(
             "kept", description="fitted: existing biases correct the mean error of the outputs; no bias is added"
         )
+        rounded: Literal["fixed", "codes"] = Field(
+            "codes", description="what of rounded matrices is determined again: nothing; their codes, with the stored scales"
+        )
         batch: int = Field(8, ge=1, description="windows per forward pass")
         held_out: float = Field(
             0.125, gt=0, lt=1, description="share of the calibration windows that are held out for evaluating blocks"
@@ -44,6 +49,6 @@ class Sequential(Recovery):
             return self.outputs == "gradient"
 
     def recover(self, given: Given) -> dict[str, Any]:
-        from winnow.recovery.sequential import refit_factors
+        from winnow.recovery.sequential import refit
 
-        return refit_factors(given)
+        return refit(given)
