@@ -375,6 +375,8 @@ def test_every_form_is_stored_in_the_bytes_it_says(family, form, tmp_path):
     [
         ({"grids": ["full", "full"]}, "grids.*remove the duplicates"),
         ({"group": [32, None, 32]}, "group.*remove the duplicates"),
+        ({"rotations": ["both", "both"]}, "rotations.*remove the duplicates"),
+        ({"rotations": ["outputs"]}, "rotations.*'none', 'inputs' or 'both'"),
         ({"group": []}, "group.*a list must not be empty"),
         ({"group": 2}, "group.*a group must have at least 4 inputs, or be null"),
         ({"group": [32, 2]}, "group.*a group must have at least 4 inputs, or be null"),

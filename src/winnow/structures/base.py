@@ -43,7 +43,7 @@ def format_of(layouts: Any) -> int:
     if not isinstance(layouts, dict):
         return 1
     own = 3 if rotates(layouts) else 2 if layouts.get("zeros") is True else 1
-    return max(own, *map(format_of, layouts.values()))
+    return max([own, *map(format_of, layouts.values())])
 
 
 def rotates(layout: Any) -> bool:
