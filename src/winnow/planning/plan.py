@@ -33,7 +33,8 @@ class Plan(Labels):
     def __init__(self, config: Config, root: Path, memory: Path | None = None):
         """`root`: the checkout, whose code is tracked; `memory`: a folder where digests of code are kept."""
         super().__init__(config)
-        self.cells, self.paths = Cells(self), Paths(self)
+        self.cells = Cells(self)
+        self.paths = Paths(self, self.cells)
         self.studies = StudyCells(self, self.paths)
         self.code = CodeTracker(root, memory)
         self.outside = Outside(self)

@@ -34,6 +34,7 @@ class Rounded(Structure):
     bias_name = "bias"
     engines = ("torch", "vllm", "compressed-tensors", "gguf")
     predicts = True
+    outer = True
     timed = True
 
     class Options(StructureOptions):
@@ -106,8 +107,13 @@ class Rounded(Structure):
     def runs(self, group: list[Matrix], size: int, runtime: Runtime) -> bool:
         (m, n), form = group[0].shape, self.forms(group[0].shape[1])[size - 1]
         signed = form.bits + (form.grid == "asymmetric")  # bits of a code from which its zero point is subtracted
+        embeddings = group[0].role in ("embed_tokens", "tied")
         if runtime == "torch":
-            return form.group in KERNEL_GROUPS and m % KERNEL_ROWS == 0
+            return group[0].role == "embed_tokens" or (form.group in KERNEL_GROUPS and m % KERNEL_ROWS == 0)
+        if runtime == "vllm" and group[0].outer:
+            return False
+        if runtime == "compressed-tensors" and embeddings:
+            return False
         if runtime == "compressed-tensors":
             inside = math.gcd(form.group, n)
             whole = form.group == n
@@ -179,7 +185,10 @@ class Rounded(Structure):
         m, n = group[0].shape
         form = self.forms(n)[size - 1]
         zeros = {"zeros": True} if form.grid == "asymmetric" else {}
-        return {group[0].module: {"kind": self.kind(), "out": m, "in": n, "bits": form.bits, "group": form.group, **zeros}}
+        shape: dict[str, Any] = {"kind": self.kind(), "out": m, "in": n}
+        own = {**shape, "bits": form.bits, "group": form.group, **zeros}
+        found = {group[0].module: own | ({"embeddings": True} if group[0].role in ("embed_tokens", "tied") else {})}
+        return found | ({group[0].head: shape | {"tied": group[0].module}} if group[0].head else {})
 
     def timed_sizes(self, group: list[Matrix], count: int) -> list[int]:
         return list(range(1, self.largest(group) + 1))  # forms that follow each other have little in common
@@ -187,14 +196,33 @@ class Rounded(Structure):
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
 
-        ((module, layout),) = self.layouts(group, size).items()
+        (module, layout), *tied = self.layouts(group, size).items()
         names = ["steps", "scale", *(["zero"] if "zeros" in layout else [])]
         own = {name: tensors[f"{size}.{name}"] for name in names}
-        return {module: Part(layout, {**own, "weight": torch.empty(0)})}
+        found = {module: Part(layout, {**own, "weight": torch.empty(0)})}
+        return found | {head: Part(reference, {}) for head, reference in tied}
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        from winnow.numerics.modules import RoundedLinear, has_bias
+        from winnow.numerics.modules import RoundedEmbedding, RoundedHead, RoundedLinear, has_bias
 
+        if "tied" in layout:
+            return RoundedHead(layout["in"], layout["out"], has_bias(dense))
+        zeros = layout.get("zeros", False)
+        if layout.get("embeddings"):
+            factor = getattr(dense, "scalar_embed_scale", None)  # of Gemma
+            return RoundedEmbedding(layout["out"], layout["in"], layout["bits"], layout["group"], zeros, factor)
         shape = (layout["in"], layout["out"], layout["bits"], layout["group"])
-        return RoundedLinear(*shape, has_bias(dense), layout.get("zeros", False))
+        return RoundedLinear(*shape, has_bias(dense), zeros)
+
+    @staticmethod
+    def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
+        from winnow.numerics.modules import RoundedEmbedding
+
+        if "tied" in layout:
+            own: Any = model.get_submodule(name)
+            owner = model.get_submodule(layout["tied"])
+            if not isinstance(owner, RoundedEmbedding):
+                raise ValueError(f"{layout['tied']} are no rounded embeddings")
+            own.of = (owner,)
+        return {}
