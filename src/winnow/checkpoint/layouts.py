@@ -7,14 +7,13 @@ tensors are compared with the files before memory is allocated.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from winnow.errors import InputError, first_line
-from winnow.numerics.modules import RoundedEmbedding
 from winnow.structures.base import STRUCTURES
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError)
@@ -82,8 +81,8 @@ def matrix_shape(dense: nn.Module) -> tuple[int, int]:
     """(out, in) of the module of a matrix, (vocabulary, width) of embeddings; zeros for other modules."""
     if isinstance(dense, nn.Linear):
         return dense.out_features, dense.in_features
-    if isinstance(dense, nn.Embedding):
-        return dense.num_embeddings, dense.embedding_dim
+    if hasattr(dense, "num_embeddings"):  # also of rounded ones
+        return cast(nn.Embedding, dense).num_embeddings, cast(nn.Embedding, dense).embedding_dim
     return (dense.nf, dense.nx) if isinstance(dense, Conv1D) else (0, 0)
 
 
@@ -101,9 +100,9 @@ def _check_numbers(value: Any, limit: int) -> None:
 def _check_shape(module: nn.Module, rows: int, columns: int) -> None:
     """Raise ValueError unless the module maps `columns` inputs to `rows` outputs, or as embeddings has `rows` of them; with meta
     tensors, without computation."""
-    if isinstance(module, RoundedEmbedding):
-        if (module.num_embeddings, module.embedding_dim) != (rows, columns):
-            raise ValueError(f"it has {module.num_embeddings} x {module.embedding_dim} numbers, not {rows} x {columns}")
+    if hasattr(module, "num_embeddings"):
+        if (found := matrix_shape(module)) != (rows, columns):
+            raise ValueError(f"it has {found[0]} x {found[1]} numbers, not {rows} x {columns}")
         return
     found = tuple(module(torch.empty(1, columns, device="meta")).shape)
     if found != (1, rows):

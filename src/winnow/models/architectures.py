@@ -157,7 +157,6 @@ ARCHITECTURES = {
         },
         "mlp.act",
         embeddings="gpt_neox.embed_in",
-        head="embed_out",
     ),
     "bert": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn", embeddings="", head=""),
     "roberta": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn", positions=2, embeddings="", head=""),

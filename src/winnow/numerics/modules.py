@@ -322,16 +322,16 @@ class RoundedEmbedding(RoundedLinear):
 
 
 class RoundedHead(CompressedLinear):
-    """y = W x (+ b) with the matrix of rounded embeddings, which stores it: `of` holds that module, not as a part of this one."""
+    """y = W x (+ b) with the matrix of rounded embeddings, the module in `tied_to`, which is not a part of this one."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features)
-        self.of: tuple[RoundedEmbedding, ...] = ()
+        self.tied_to: tuple[RoundedEmbedding, ...] = ()
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         _empty_parameter(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.of[0].product(x)
+        y = self.tied_to[0].product(x)
         return y if self.bias is None else y + self.bias
 
 

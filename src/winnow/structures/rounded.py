@@ -224,5 +224,5 @@ class Rounded(Structure):
             owner = model.get_submodule(layout["tied"])
             if not isinstance(owner, RoundedEmbedding):
                 raise ValueError(f"{layout['tied']} are no rounded embeddings")
-            own.of = (owner,)
+            own.tied_to = (owner,)
         return {}

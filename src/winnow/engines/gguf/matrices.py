@@ -4,7 +4,7 @@ is rounded, numbers otherwise; outputs in llama.cpp's order, and FFNs of the len
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,10 @@ class Matrices:
         self.all = checkpoint.matrices()
         self.widths = widths_of(checkpoint, self.all)
         self.family = FAMILIES[checkpoint.dense.config.model_type]
-        for name in sorted(set(checkpoint.layouts) - set(self.widths)):
+        self.outer = [m for m in checkpoint.outer() if m.module in checkpoint.layouts]
+        for name in sorted(
+            set(checkpoint.layouts) - set(self.widths) - {name for m in self.outer for name in (m.module, m.head)}
+        ):
             kind = checkpoint.layouts[name]["kind"]
             raise InputError(
                 f"{checkpoint.directory}: {name}: {kind} replaces the FFN's activation, for which llama.cpp has no place; this "
@@ -88,6 +91,13 @@ class Matrices:
         if has and not (m.bias or self.family.biases):
             raise InputError(f"{problem}it adds a bias, for which llama.cpp has no place in this family")
         return Stored(m, weight, offset if has else None, dtype)
+
+    def rounded_outer(self) -> Iterator[Stored]:
+        """The rounded embeddings and head."""
+        for m in self.outer:
+            module, dtype = self.checkpoint.module(m.module)
+            rounded = cast(RoundedLinear, module)
+            yield Stored(m, (grid_of(rounded) if m.shape[1] % SIZE == 0 else None) or rounded.matrix(), None, dtype)
 
     def _in_place(self, own: Stored) -> Stored:
         """With its outputs in llama.cpp's order, and zeros for neurons that are only there to fill the FFN's length."""
