@@ -3,7 +3,10 @@
 import copy
 import json
 from functools import cache
+from unittest.mock import Mock
 
+import pandas as pd
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +15,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import winnow
 from tests.conftest import ROOT, VOCABULARY, pico
+from tests.unit.test_recovery import JOB, KINDS, files_of, run
+from winnow.allocation.groups import chosen_groups
+from winnow.allocation.rounds import Held, Setting, around, predict_in_rounds
+from winnow.api.given import Held as Given
 from winnow.calibration.outer import collect_outer, frequencies
+from winnow.calibration.statistics import collect
 from winnow.checkpoint.export import Checkpoint, export_dense
 from winnow.checkpoint.layouts import install
 from winnow.checkpoint.loading import load_model
@@ -20,6 +28,9 @@ from winnow.checkpoint.packed import export_packed
 from winnow.checkpoint.streaming import Streamed
 from winnow.engines.gguf.matrices import Matrices
 from winnow.errors import InputError
+from winnow.factors.fit import fit_groups, storable
+from winnow.io.artifacts import MANIFEST, Bundle
+from winnow.metrics.base import METRICS
 from winnow.models import architectures
 from winnow.models.held import HeldModel
 from winnow.models.shape import shape_of
@@ -27,6 +38,8 @@ from winnow.planning.config import load
 from winnow.planning.config_files import default
 from winnow.planning.forecast import forecast
 from winnow.planning.plan import Plan
+from winnow.recovery.recover import write_recovered
+from winnow.structures.base import STRUCTURES
 
 WINDOWS = torch.randint(1, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(3))
 OUTER = ["embeddings", "head"]
@@ -283,3 +296,55 @@ def test_only_budgets_with_these_targets_ask_for_their_statistics():
     assert without.labels["methods"]["rounded_gram"] == method
     assert len(without.paths.of_members(model, calibration, method, "factors/{shard}/manifest.json")) == 1
     assert "collect_outer" not in {w.stage for w in forecast(without, shape)}
+
+
+@pytest.mark.parametrize("kind", ["refine", "distill", "lora"])
+def test_recoveries_leave_embeddings_and_tied_heads_as_they_are(kind, saved, tmp_path):
+    source = saved("llama")
+    folder = winnow.compress(source, WINDOWS, rounded(3), 0.2, targets=ALL, nearest=True).save(tmp_path / "checkpoint")
+    files, checkpoint = files_of(source, tmp_path), Bundle(folder / MANIFEST)
+    given, report = run(files, checkpoint, {**KINDS[kind], "rounded": "codes"})
+    write_recovered(tmp_path / "recovered", files, checkpoint, given, {}, report, JOB)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "recovered"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any(name.startswith(("model.embed_tokens", "lm_head")) for name in changed)
+
+
+def test_an_adapter_can_be_merged_into_a_rounded_head(tmp_path):
+    """An export has both, unless the head is tied."""
+    model = pico("qwen3")
+    folder = winnow.compress(model, WINDOWS, rounded(4), 0.4, targets=OUTER, nearest=True).save(tmp_path / "checkpoint")
+    adapted = peft.get_peft_model(load_model(folder, "float32", "cpu"), peft.LoraConfig(target_modules="lm_head", r=2))
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.lora_B["default"].weight.normal_()
+    merged = adapted.merge_and_unload()
+    assert not torch.allclose(logits(merged), logits(load_model(folder, "float32", "cpu")), atol=0.1)
+    merged.save_pretrained(tmp_path / "merged")
+    export_dense(tmp_path / "merged", tmp_path / "dense", {})
+    torch.testing.assert_close(logits(load_model(tmp_path / "dense", "float32", "cpu")), logits(merged), rtol=1e-4, atol=1e-4)
+    layers = {"lm_head": {"kind": "rounded", "out": 1024, "in": 64, "tied": "model.embed_tokens", "added": 2}}
+    tied = Mock(layouts=layers, directory="here", dense=pico("llama"))
+    with pytest.raises(InputError, match="here: lm_head: an adapter was merged into the tied head"):
+        Checkpoint.outer(tied)
+
+
+def test_losses_are_predicted_again_around_the_compressed_model(saved, tmp_path):
+    source = saved("llama")
+    files, structure = files_of(source, tmp_path), STRUCTURES.build(rounded(4)["structure"] | {"bits": [3, 4, 6]})
+    setting = Setting(WINDOWS, 4, "float32", "cpu", torch.float64, True, "model", 0)
+    model, factors, rows = load_model(source, "float32", "cpu"), {}, {}
+    moments = Held(collect(model, files.matrices, WINDOWS, 4, torch.float64))
+    outer = Held(collect_outer(model, files.outer, WINDOWS, 4, torch.float64, "model", 0))
+    metric = METRICS.build({"kind": "gram"})
+    for shard, statistics_of in (("1-of-1", moments), ("outer", outer)):
+        for name, fit, numbers in fit_groups(files, statistics_of, None, {}, structure, metric, shard, "cpu"):
+            factors[name] = Given({f"{name}.safetensors": {**storable(structure, fit), "numbers": torch.tensor(numbers)}})
+            rows[name] = {"numbers": numbers, "error": fit.error.tolist()}
+    predicted = pd.DataFrame({"predicted": around(model, files, factors, structure, setting)}).map(lambda x: x.tolist())
+    groups = chosen_groups(files, structure, ALL, pd.DataFrame.from_dict(rows, orient="index"), predicted)
+    budget = {"keep_bytes": 0.14, "nearest": True, "allocation": {"kind": "ilp", "rounds": 1}}
+    found, records = predict_in_rounds(files, factors, structure, groups, budget, 1, setting)
+    assert [record["round"] for record in records] == [0, 1]
+    assert min(found["000.tied"][1:]) > 0

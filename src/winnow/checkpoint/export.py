@@ -74,9 +74,14 @@ class Checkpoint:
         return matrices_of(self.dense.config.model_type, shapes)
 
     def outer(self) -> list[Matrix]:
-        """The embeddings and the head of the dense model, of which compressed ones are `rounded`."""
+        """The compressed ones of embeddings and head, which are `rounded`. Raises InputError for an adapter beside a tied head,
+        which would no longer be tied in another format."""
         shapes: dict[str, Shaped] = {name: {"shape": list(tensor.shape)} for name, tensor in self.dense.state_dict().items()}
-        return outer_of(self.dense.config.model_type, shapes, self.dense.all_tied_weights_keys)
+        matrices = outer_of(self.dense.config.model_type, shapes, self.dense.all_tied_weights_keys)
+        for m in matrices:
+            if self.layouts.get(m.head, {}).get("added"):
+                raise InputError(f"{self.directory}: {m.head}: an adapter was merged into the tied head; load it with winnow")
+        return [m for m in matrices if m.module in self.layouts]
 
     def module(self, name: str) -> tuple[nn.Module, torch.dtype]:
         """(a compressed module with its tensors in float64, their stored dtype, which is that of the dense matrix)."""
@@ -200,11 +205,20 @@ def _expanded(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int], ro
     return found
 
 
+@torch.no_grad()
+def rounded_matrix(module: nn.Module) -> Tensor:
+    """(out, in) of a rounded matrix, with adapters that were merged into it."""
+    own = cast(RoundedLinear, module)
+    if own.added is None:
+        return own.matrix()
+    return own.matrix() + own.added.left.weight @ own.added.right.weight
+
+
 def _rounded(checkpoint: Checkpoint, name: str, rounding: Rounding) -> Tensor:
     """The matrix of rounded embeddings or of a rounded head, in the dtype of the export."""
     module, dtype = checkpoint.module(name)
     try:
-        weight = rounding.cast(cast(RoundedLinear, module).matrix(), dtype)
+        weight = rounding.cast(rounded_matrix(module), dtype)
     except ValueError as error:
         raise InputError(f"{checkpoint.directory}: {name}: {first_line(error)}") from error
     rounding.dtypes.add(weight.dtype)
@@ -215,7 +229,7 @@ def _dense_tensors(checkpoint: Checkpoint, rounding: Rounding) -> Iterator[tuple
     """Every tensor of the dense model, one module at a time, with the names of `save_pretrained`."""
     matrices = checkpoint.matrices()
     widths = widths_of(checkpoint, matrices)
-    outer = [m for m in checkpoint.outer() if m.module in checkpoint.layouts]
+    outer = checkpoint.outer()
     for name in sorted(set(checkpoint.layouts) - set(widths) - {name for m in outer for name in (m.module, m.head)}):
         kind = checkpoint.layouts[name]["kind"]
         raise InputError(

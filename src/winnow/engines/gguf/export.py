@@ -145,13 +145,11 @@ class _Export:
                 yield self.name(f"{m.module}.bias"), in_floats(own.bias, torch.float32)
         for own in self.matrices.rounded_outer():
             m = own.matrix
-            exact = isinstance(own.content, Grid)
-            data = (
-                own.content.data()
-                if isinstance(own.content, Grid)
-                else self.data(m.module, own.content, own.dtype, self.types.embeddings)
-            )
-            (self.exact if exact else self.others)[data.type.name] += 1
+            if isinstance(own.content, Grid):
+                data, kept = own.content.data(), self.exact
+            else:
+                data, kept = self.data(m.module, own.content, own.dtype, self.types.embeddings), self.others
+            kept[data.type.name] += 1
             names = [m.module, *([m.head] if m.head and self.family.output else [])]
             done |= {f"{name}.weight" for name in (m.module, m.head)}
             for name in names:

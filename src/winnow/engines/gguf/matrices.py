@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from winnow.checkpoint.export import Checkpoint, affine_of, widths_of
+from winnow.checkpoint.export import Checkpoint, affine_of, rounded_matrix, widths_of
 from winnow.engines.gguf.blocks import SIZE, Grid, grid_of
 from winnow.engines.gguf.families import FAMILIES, padded_rows, row_order
 from winnow.errors import InputError, first_line
@@ -38,10 +38,9 @@ class Matrices:
         self.all = checkpoint.matrices()
         self.widths = widths_of(checkpoint, self.all)
         self.family = FAMILIES[checkpoint.dense.config.model_type]
-        self.outer = [m for m in checkpoint.outer() if m.module in checkpoint.layouts]
-        for name in sorted(
-            set(checkpoint.layouts) - set(self.widths) - {name for m in self.outer for name in (m.module, m.head)}
-        ):
+        self.outer = checkpoint.outer()
+        outer = {name for m in self.outer for name in (m.module, m.head)}
+        for name in sorted(set(checkpoint.layouts) - set(self.widths) - outer):
             kind = checkpoint.layouts[name]["kind"]
             raise InputError(
                 f"{checkpoint.directory}: {name}: {kind} replaces the FFN's activation, for which llama.cpp has no place; this "
@@ -97,7 +96,8 @@ class Matrices:
         for m in self.outer:
             module, dtype = self.checkpoint.module(m.module)
             rounded = cast(RoundedLinear, module)
-            yield Stored(m, (grid_of(rounded) if m.shape[1] % SIZE == 0 else None) or rounded.matrix(), None, dtype)
+            whole = m.shape[1] % SIZE == 0 and rounded.added is None
+            yield Stored(m, (grid_of(rounded) if whole else None) or rounded_matrix(module), None, dtype)
 
     def _in_place(self, own: Stored) -> Stored:
         """With its outputs in llama.cpp's order, and zeros for neurons that are only there to fill the FFN's length."""
