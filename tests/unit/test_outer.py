@@ -44,8 +44,8 @@ from winnow.structures.base import STRUCTURES
 WINDOWS = torch.randint(1, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(3))
 OUTER = ["embeddings", "head"]
 ALL = ["ffn", "attention", *OUTER]
-TIED = {"llama": "model.embed_tokens", "gpt2": "transformer.wte", "gemma3_text": "model.embed_tokens"}
-UNTIED = {"qwen3": ("model.embed_tokens", "lm_head"), "gpt_neox": ("gpt_neox.embed_in", "lm_head")}
+TIED = {"gemma3_text": "model.embed_tokens"}
+UNTIED = {"qwen3": ("model.embed_tokens", "lm_head")}
 
 
 def rounded(bits, **options):
@@ -68,7 +68,7 @@ def logits(model):
         return model.eval()(WINDOWS[:3]).logits
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])
 def test_statistics_are_those_of_the_loss(name):
     """Of the head: the second moment of its inputs, and the curvature of the loss in its outputs, here from all labels by their
     probability; also where logits are capped. Of the embeddings: the gradients in the matrix, also where it is scaled."""
@@ -113,8 +113,7 @@ def test_tokens_that_were_not_seen_have_a_frequency():
     assert (frequencies(torch.tensor([4.0, 0.0])) > 0).all(), "also if no token was seen only once"
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("targets", [["embeddings"], ["head"]])
+@pytest.mark.parametrize(("name", "targets"), [("llama", ["head"]), ("qwen3", ["embeddings"]), ("qwen3", ["head"])])
 def test_the_predicted_loss_is_the_divergence_of_the_model(name, targets):
     """Exactly what the two roles add up to, and on its own tokens near what the model loses, in nats."""
     model = pico(name)
@@ -195,11 +194,13 @@ def test_rows_of_tokens_that_were_not_seen_are_rounded_as_well(monkeypatch):
 
 
 def test_many_bits_change_nothing_and_many_forms_are_chosen_from():
-    """8 bits in groups of four reproduce the logits; `winnow` chooses forms of all matrices; what is no target stays dense."""
+    """8 bits in groups of four reproduce the logits; a mixture has forms of all matrices; what is no target stays dense."""
     model = pico("qwen3")
     made = winnow.compress(model, WINDOWS, rounded(8, group=4), 0.5, targets=ALL, nearest=True)
     torch.testing.assert_close(logits(made.model), logits(model), rtol=0, atol=2e-2)
-    made = winnow.compress(model, WINDOWS, "winnow", 0.2, targets=ALL)
+    members = [{"kind": "low_rank"}, {"kind": "rounded", "bits": [2, 3, 4, 6, 8]}]
+    mixed = {"structure": {"kind": "mixed", "members": members}, "metric": {"kind": "two_sided"}, "allocation": {"kind": "ilp"}}
+    made = winnow.compress(model, WINDOWS, mixed, 0.2, targets=ALL)
     assert {row["group"].partition("@")[0] for row in made.report.groups} >= {"000.embed_tokens", "001.lm_head"}
     assert made.report.keep_bytes == pytest.approx(0.2, abs=0.005)
     made = winnow.compress(model, WINDOWS, rounded(4), 0.4, targets=["head"], nearest=True)
@@ -298,12 +299,11 @@ def test_only_budgets_with_these_targets_ask_for_their_statistics():
     assert "collect_outer" not in {w.stage for w in forecast(without, shape)}
 
 
-@pytest.mark.parametrize("kind", ["refine", "distill", "lora"])
-def test_recoveries_leave_embeddings_and_tied_heads_as_they_are(kind, saved, tmp_path):
+def test_recoveries_leave_embeddings_and_tied_heads_as_they_are(saved, tmp_path):
     source = saved("llama")
     folder = winnow.compress(source, WINDOWS, rounded(3), 0.2, targets=ALL, nearest=True).save(tmp_path / "checkpoint")
     files, checkpoint = files_of(source, tmp_path), Bundle(folder / MANIFEST)
-    given, report = run(files, checkpoint, {**KINDS[kind], "rounded": "codes"})
+    given, report = run(files, checkpoint, {**KINDS["distill"], "rounded": "codes"})
     write_recovered(tmp_path / "recovered", files, checkpoint, given, {}, report, JOB)
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "recovered"))
     assert before.keys() == after.keys()
@@ -332,7 +332,7 @@ def test_an_adapter_can_be_merged_into_a_rounded_head(tmp_path):
 
 def test_losses_are_predicted_again_around_the_compressed_model(saved, tmp_path):
     source = saved("llama")
-    files, structure = files_of(source, tmp_path), STRUCTURES.build(rounded(4)["structure"] | {"bits": [3, 4, 6]})
+    files, structure = files_of(source, tmp_path), STRUCTURES.build(rounded(4)["structure"] | {"bits": [3, 6]})
     setting = Setting(WINDOWS, 4, "float32", "cpu", torch.float64, True, "model", 0)
     model, factors, rows = load_model(source, "float32", "cpu"), {}, {}
     moments = Held(collect(model, files.matrices, WINDOWS, 4, torch.float64))
