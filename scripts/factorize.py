@@ -23,6 +23,7 @@ if __name__ == "__main__":
     structure, metric = STRUCTURES.build(method["structure"]), METRICS.build(method["metric"]) if method["metric"] else None
     given, files = snakemake.input, ModelFiles(snakemake.input.model)
     moments, gradients = (Bundle(given[name]) if given.get(name) else None for name in ("moments", "gradients"))
+    moments = Bundle(given["outer"]) if given.get("outer") else moments
     labels = labels_by_matrix(read_parquet(given.clusters)) if given.get("clusters") else {}
     folder = Path(snakemake.output[0]).parent
     names = [name.removesuffix(".safetensors") for name in own_files(folder, job.provenance)]

@@ -18,7 +18,8 @@ if __name__ == "__main__":
     given = snakemake.input
     factors = {name: bundle for bundle in map(Bundle, given.factors) for name in bundle.manifest["groups"]}
     moments, options = Bundle(given.moments), (factors, STRUCTURES.build(spec["structure"]), job.device)
+    outer = Bundle(given.outer) if given.get("outer") else None
     for line in moments.manifest["few_tokens"]:
         logging.warning(line)
-    found = predict(ModelFiles(given.model), moments, Bundle(given.gradients), *options)
+    found = predict(ModelFiles(given.model), moments, Bundle(given.gradients), *options, outer)
     write_parquet(snakemake.output[0], predicted_table({name: losses.tolist() for name, losses in found}), job.provenance)

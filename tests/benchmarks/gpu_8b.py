@@ -228,7 +228,7 @@ def forecasts(given: argparse.Namespace, stages: dict[str, Stage] | None) -> Non
             model = LlamaModel(LlamaConfig(**shape))
         matrices = matrices_of("llama", {key: {"shape": list(t.shape)} for key, t in model.state_dict().items()})
         numbers = sum(t.numel() for t in model.parameters()) + shape["vocab_size"] * shape["hidden_size"]  # and the head
-        of = Shape(matrices, numbers, 2 * numbers, 2, shape["vocab_size"], shape["hidden_size"], shape["num_hidden_layers"])
+        of = Shape(matrices, [], numbers, 2 * numbers, 2, shape["vocab_size"], shape["hidden_size"], shape["num_hidden_layers"])
         print(f"\n{name}: {numbers:,} numbers\n\n| stage | jobs | memory, GB | disk, GB | seconds a job |")
         print("|---|---:|---:|---:|---:|")
         for work in forecast(plan, {name: of}):

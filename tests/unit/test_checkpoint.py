@@ -242,8 +242,8 @@ def edited(checkpoint: Path, tmp_path: Path, change) -> Path:
     ("change", "message"),
     [
         (
-            lambda q: q.update(format_version=3),
-            "format 3, but this installation reads formats 1, 2; .*pip install --upgrade winnow",
+            lambda q: q.update(format_version=99),
+            "format 99, but this installation reads formats 1, 2, 3; .*pip install --upgrade winnow",
         ),
         (
             lambda q: next(iter(q["layers"].values())).update(kind="origami"),

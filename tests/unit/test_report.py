@@ -97,7 +97,7 @@ def manifest(layers: int = 2) -> dict:
     shapes = {f"self_attn.{role}_proj": [8, 8] for role in "qkvo"}
     shapes |= {"mlp.gate_proj": [32, 8], "mlp.up_proj": [32, 8], "mlp.down_proj": [8, 32]}
     tensors = {f"model.layers.{i}.{n}.weight": {"shape": s, "dtype": "F16"} for i in range(layers) for n, s in shapes.items()}
-    return {"model_type": "llama", "tensors": tensors, "provenance": {"wildcards": {"model": "m-1"}}}
+    return {"model_type": "llama", "tensors": tensors, "tied": {}, "provenance": {"wildcards": {"model": "m-1"}}}
 
 
 def allocation(method: str, structure: dict, groups: dict[str, tuple[int | None, int]], **more) -> dict:

@@ -25,11 +25,18 @@ def test_predicted_losses_are_made_for_the_budgets_that_read_them(tmp_path):
     one["budgets"] = ["ffn-0.8", "ilp"]
     planned = place.planned()
     assert {rule: planned[rule] for rule in PREDICTING} == dict.fromkeys(PREDICTING[:2], 1) | {"predict_in_rounds": 0}
+    assert planned["collect_outer"] == 0, "no budget targets embeddings or the head"
     place.config["budgets"]["rounds"] = {**place.config["budgets"]["ilp"], "allocation": {"kind": "ilp", "rounds": 1}}
     one["budgets"] = ["ffn-0.8", "ilp", "rounds"]
+    place.config["budgets"]["outer"] = {"targets": ["ffn", "embeddings"], "keep_bytes": 0.2}
+    place.config["experiments"]["two"] = {**one, "methods": ["rounded_gram"], "budgets": ["outer"]}
     done = place.run("--quiet", "rules", "host", "reason")
     assert done.returncode == 0, done.stderr
     assert place.planned() == Counter()
+    outer = next((tmp_path / "results").glob("pico-*/few-*/rounded_gram-*"))
+    assert (outer.parent / "statistics" / "outer" / "manifest.json").is_file()
+    rows = json.loads(next(outer.glob("outer-*/allocation.json")).read_text())["groups"]
+    assert min(row["predicted"] for row in rows if ".tied" in row["group"]) > 0
     folder = next((tmp_path / "results").glob("pico-*/few-*/whitened-*"))
     assert (folder / "predicted.parquet").is_file()
     own = next(folder.glob("rounds-*"))

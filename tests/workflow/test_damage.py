@@ -62,6 +62,7 @@ class Files(list):
         (r"/checkpoint/", "checkpoint"),
         (r"/moments/", "moments"),
         (r"/gradients/", "gradients"),
+        (r"/statistics/outer/", "outer"),
         (r"/clusters/", "clusters"),
         (r"/factors/", "factors"),
         (r"/spectra\.parquet$", "spectra"),

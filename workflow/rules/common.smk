@@ -77,7 +77,7 @@ wildcard_constraints:
     evaluation=PLAN.pattern("evaluations"),
     clustering="|".join(PLAN.clusterings()) or "none",
     timing="|".join(PLAN.timings()) or "none",
-    shard=r"\d+-of-\d+",
+    shard=r"\d+-of-\d+|outer",
     part=r"\d+-of-\d+",
     study="|".join(PLAN.of_studies),
     task="|".join(PLAN.tasks()) or "none",

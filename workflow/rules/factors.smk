@@ -31,6 +31,7 @@ rule factorize:
         moments=fitted_with("moments"),
         gradients=fitted_with("gradients"),
         clusters=fitted_with("clusters"),
+        outer=fitted_with("outer"),
     output:
         "results/{model}/{calibration}/{method}/factors/{shard}/manifest.json",
     log:
@@ -74,6 +75,7 @@ rule predict_losses:
         model="results/{model}/model.json",
         moments="results/{model}/{calibration}/statistics/moments/manifest.json",
         gradients="results/{model}/{calibration}/statistics/gradients/manifest.json",
+        outer=outer_of_method,
         factors=factors_of_method,
     output:
         "results/{model}/{calibration}/{method}/predicted.parquet",

@@ -38,10 +38,14 @@ def text_of_windows(wildcards):
 
 
 def fitted_with(what):
-    """The input `what` (moments, gradients, clusters) of a method's factors, if the method needs it."""
+    """The input `what` (moments, gradients, clusters, outer) of a shard of a method's factors, if the method needs it: of the
+    embeddings and the head, `outer` has all statistics."""
 
     def path(wildcards):
-        if what not in PLAN.needs(wildcards.method):
+        needs = PLAN.needs(wildcards.method)
+        if wildcards.shard == "outer":
+            needs = {"outer"} if needs else set()
+        if what not in needs:
             return []
         folder = f"results/{wildcards.model}/{wildcards.calibration}"
         if what == "clusters":
@@ -71,6 +75,15 @@ def sums_of_parts(what):
 def of_members(name):
     """The file `name` of a method, or of each of the methods that it chooses between."""
     return lambda w: PLAN.paths.of_members(w.model, w.calibration, w.method, name)
+
+
+def outer_of_method(wildcards):
+    """Statistics of the embeddings and the head, if a method's factors have them."""
+    if not PLAN.cells.has_outer(
+        wildcards.model, wildcards.calibration, wildcards.method
+    ):
+        return []
+    return "results/{model}/{calibration}/statistics/outer/manifest.json"
 
 
 factors_of_method = of_members("factors/{shard}/manifest.json")

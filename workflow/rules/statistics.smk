@@ -1,6 +1,7 @@
 # needs: a model, windows of calibration tokens      makes: statistics of every matrix's input
 # steps: collect_statistics (one forward pass for all methods, ranks and budgets), collect_gradients (one forward and one backward,
-#        where a metric weighs outputs); windows over jobs (`window_shards`): parts.smk
+#        where a metric weighs outputs), collect_outer (the same, where a budget targets the embeddings or the head); windows over
+#        jobs (`window_shards`): parts.smk
 
 
 rule collect_statistics:
@@ -54,6 +55,29 @@ rule collect_gradients:
         **stage("collect_gradients"),
     script:
         "../../scripts/collect_gradients.py"
+
+
+rule collect_outer:
+    """A forward and a backward pass over the calibration windows; keeps what weighs errors of the embeddings and the head."""
+    input:
+        model="results/{model}/model.json",
+        tokens="results/{model}/tokens/{calibration}.safetensors",
+    output:
+        "results/{model}/{calibration}/statistics/outer/manifest.json",
+    log:
+        "results/logs/collect_outer/{model}/{calibration}.log",
+    benchmark:
+        "results/benchmarks/collect_outer/{model}/{calibration}.tsv"
+    threads: 2
+    resources:
+        gpu=1,
+        batch_tokens=2048,
+        mem_mb=memory("collect_outer", 16000),  # the model, its activations, and the logits of a batch
+        runtime=minutes(60),
+    params:
+        **stage("collect_outer"),
+    script:
+        "../../scripts/collect_outer.py"
 
 
 rule statistics:

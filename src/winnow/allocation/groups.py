@@ -80,9 +80,9 @@ def chosen_groups(
     """The groups of matrices named by `targets`, whole groups only; `spectra` (index: name of a fit) has the stored numbers of
     each, `predicted` (same index) the loss of every size, if the allocation needs it. For a structure with alternatives, a matrix
     is in several groups, and in one by itself whose only size is 0, which is dense."""
-    chosen = {m.name: m for m in select(files.matrices, targets)}
+    chosen = {m.name: m for m in select(files.every, targets)}
     several, left, groups = len(structure.alternatives()) > 1, dict(chosen), []
-    for name, own, matrices in structure.fits(files.matrices):
+    for name, own, matrices in structure.fits(files.every):
         if name not in spectra.index and matrices[0].expert is not None:
             for m in matrices:
                 left.pop(m.name, None)
@@ -124,7 +124,7 @@ def _group(
 
 def experts_left_dense(files: ModelFiles, structure: Structure, targets: list[str], spectra: pd.DataFrame) -> list[str]:
     """The groups of experts named by `targets` that were not fitted, for lack of calibration tokens."""
-    roles = {m.role for m in select(files.matrices, targets)}
+    roles = {m.role for m in select(files.every, targets)}
     fits = [(name, g) for name, _, g in structure.fits(files.matrices) if g[0].expert is not None and g[0].role in roles]
     return list(dict.fromkeys(name.partition("@")[0] for name, _ in fits if name not in spectra.index))
 

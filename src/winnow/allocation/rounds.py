@@ -17,6 +17,7 @@ from torch import Tensor
 
 from winnow.allocation.groups import Group, allocate
 from winnow.calibration.gradients import collect_gradients
+from winnow.calibration.outer import collect_outer
 from winnow.calibration.statistics import collect
 from winnow.checkpoint.in_memory import put
 from winnow.checkpoint.loading import load_model
@@ -98,10 +99,13 @@ def around(
     s = setting
     moments = Held(collect(model, files.matrices, s.windows, s.batch, s.precision, s.first_token))
     gradients = Held(collect_gradients(model, files.matrices, s.windows, s.batch, s.precision, s.labels, s.seed, s.first_token))
+    outer = None
+    if any(name.partition("@")[0] == m.name for name in factors for m in files.outer):
+        outer = Held(collect_outer(model, files.outer, s.windows, s.batch, s.precision, s.labels, s.seed, s.first_token))
     found: dict[str, Tensor] = {}
     for end, own in structure.alternatives().items():
         mine = {name.removesuffix(end): bundle for name, bundle in factors.items() if name.endswith(end)}
-        found |= {f"{name}{end}": losses for name, losses in predict(files, moments, gradients, mine, own, s.device)}
+        found |= {f"{name}{end}": losses for name, losses in predict(files, moments, gradients, mine, own, s.device, outer)}
     return found
 
 

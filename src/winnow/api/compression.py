@@ -20,6 +20,7 @@ from winnow.api.given import Held, as_it_was, checked, loaded
 from winnow.calibration.clusters import assign_all
 from winnow.calibration.few_tokens import few_tokens
 from winnow.calibration.gradients import collect_gradients
+from winnow.calibration.outer import collect_outer
 from winnow.calibration.statistics import collect
 from winnow.checkpoint.in_memory import put
 from winnow.checkpoint.writer import Compressed as Stored
@@ -29,7 +30,7 @@ from winnow.factors.fit import fit_groups, labels_by_matrix, left_dense, storabl
 from winnow.factors.predict import predict
 from winnow.io.artifacts import atomic
 from winnow.metrics.base import METRICS
-from winnow.models.architectures import moments_file
+from winnow.models.architectures import OUTER, moments_file, reaches_outer
 from winnow.planning.config import load
 from winnow.planning.labels import Labels
 
@@ -117,7 +118,7 @@ def compress(
     keep_bytes
         Stored over dense bytes of the chosen matrices, met within 0.5 %.
     targets
-        The matrices: `ffn`, `attention`, or roles such as `q_proj`.
+        The matrices: `ffn`, `attention`, `embeddings`, `head`, or roles such as `q_proj`.
     nearest
         Store the nearest bytes that the method can, instead of an error, if it cannot meet `keep_bytes`.
     dtype
@@ -171,6 +172,7 @@ class _Call:
         allocation = plan.allocation(plan.labels["budgets"][budget])
         if allocation.learns or allocation.rounds() or allocation.timing():
             raise InputError(f"allocation {allocation.kind()!r}: needs jobs of its own; use the workflow, or another allocation")
+        self.outer = reaches_outer(self.budget.targets)
         self.predicts, self.runtime = allocation.predicts(), allocation.runtime()
         self.structure = plan.structure(plan.labels["methods"][name])
         members = [plan.labels["methods"][member] for member in plan.members[name]]
@@ -184,7 +186,7 @@ class _Call:
         with self._timed("load"):
             files, dense = loaded(given, dtype, device)
             ids = checked(windows, dense)
-            check_sizes(self.structure, files.matrices, self.budget.targets, self.runtime)
+            check_sizes(self.structure, files.every, self.budget.targets, self.runtime)
         statistics = self._statistics(files, dense, ids)
         factors, spectra, losses, left = self._factors(files, statistics, str(dense.device))
         with self._timed("compress"):
@@ -230,6 +232,10 @@ class _Call:
                 with self._timed("collect_gradients"):
                     options: Any = (max(1, GRADIENTS // ids.shape[1]), torch.float64, "model", self.seed)
                     found["gradients"] = _held(collect_gradients(dense, files.matrices, ids, *options))
+            if self.outer and needs:
+                with self._timed("collect_outer"):
+                    options = (max(1, GRADIENTS // ids.shape[1]), torch.float64, "model", self.seed)
+                    found["outer"] = _held(collect_outer(dense, files.outer, ids, *options))
         return found
 
     def _factors(
@@ -241,6 +247,8 @@ class _Call:
         moments, gradients = (statistics.get(part) for part in ("moments", "gradients"))
         x: Any = moments
         g: Any = gradients
+        outer: Any = statistics.get("outer")
+        shards = {"1-of-1": x, OUTER: outer} if self.outer else {"1-of-1": x}
         factors: dict[str, Any] = {}
         rows: dict[str, dict[str, Any]] = {}
         losses: dict[str, dict[str, Any]] = {}
@@ -251,14 +259,15 @@ class _Call:
             fits: dict[str, Any] = {}
             with self._timed("factorize"):
                 labels = _clusters(files, moments, structure)
-                for name, fit, numbers in fit_groups(files, x, g, labels, structure, metric, "1-of-1", device):
-                    held = storable(structure, fit) | {"numbers": torch.tensor(numbers)}
-                    fits[name] = Held({f"{name}.safetensors": held})
-                    rows[f"{name}{suffix}"] = {"numbers": numbers, "error": fit.error.tolist()}
+                for shard, own in shards.items():
+                    for name, fit, numbers in fit_groups(files, own, g, labels, structure, metric, shard, device):
+                        held = storable(structure, fit) | {"numbers": torch.tensor(numbers)}
+                        fits[name] = Held({f"{name}.safetensors": held})
+                        rows[f"{name}{suffix}"] = {"numbers": numbers, "error": fit.error.tolist()}
                 left |= left_dense(files, x, structure, metric, "1-of-1")
             if self.predicts:
                 with self._timed("predict_losses"):
-                    for name, predicted in predict(files, x, g, fits, structure, device):
+                    for name, predicted in predict(files, x, g, fits, structure, device, outer):
                         losses[f"{name}{suffix}"] = {"predicted": predicted.tolist()}
             factors |= {f"{name}{suffix}": held for name, held in fits.items()}
         return factors, pd.DataFrame.from_dict(rows, orient="index"), losses, left

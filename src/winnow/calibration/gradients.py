@@ -132,7 +132,7 @@ def check_windows(windows: Tensor) -> None:
         raise InputError("gradients need windows of a text, not rows of a task; use a metric without gradients")
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, labels: str) -> Tensor:
+def logits_of(model: PreTrainedModel, ids: Tensor, labels: str) -> Tensor:
     """Logits (windows, labelled positions, classes): one position per token, or per window for a classifier. Raises InputError
     for a model without logits, or with logits that the text has no labels for."""
     found = getattr(model(input_ids=ids, use_cache=False), "logits", None)
@@ -142,6 +142,17 @@ def _logits(model: PreTrainedModel, ids: Tensor, labels: str) -> Tensor:
     if labels == "text" and not is_causal(model.config):
         raise InputError(f"gradient_labels: {name} does not predict the text's next tokens; use `model`")
     return found if found.dim() == 3 else found[:, None]
+
+
+def loss_of(logits: Tensor, ids: Tensor, labels: str, seed: int, start: int) -> Tensor:
+    """(): the loss of windows `ids` (windows, length), of which the first has the index `start`, summed over their tokens."""
+    if labels == "text":
+        logits, targets = logits[:, :-1], ids[:, 1:]
+    else:
+        with torch.no_grad():
+            rows = [sampled(row, draws(seed, start + n, len(row))) for n, row in enumerate(logits)]
+            targets = torch.stack(rows)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def collect_gradients(
@@ -177,14 +188,7 @@ def collect_gradients(
         for start in every(range(done, len(windows), batch), "gradient batches"):
             ids = windows[start : start + batch].to(device).long()
             with torch.enable_grad():
-                logits = _logits(model, ids, labels)
-                if labels == "text":
-                    logits, targets = logits[:, :-1], ids[:, 1:]
-                else:
-                    with torch.no_grad():
-                        rows = [sampled(row, draws(seed, first + start + n, len(row))) for n, row in enumerate(logits)]
-                        targets = torch.stack(rows)
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+                loss_of(logits_of(model, ids, labels), ids, labels, seed, first + start).backward()
             if resume:
                 resume.save(start + batch, saved)
     finally:

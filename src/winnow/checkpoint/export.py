@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -27,13 +27,14 @@ from winnow.errors import InputError, first_line
 from winnow.io.artifacts import MANIFEST, Bundle, write_manifest
 from winnow.io.local_paths import named, without_local
 from winnow.io.records import Provenance, Shaped
-from winnow.models.architectures import Matrix, matrices_of
+from winnow.models.architectures import Matrix, matrices_of, outer_of
 from winnow.models.classes import read_config
 from winnow.models.config_json import METHOD
 from winnow.models.experts import unfuse
 from winnow.models.files import weight_files
 from winnow.models.naming import stored_tensors
 from winnow.models.weights import SHARD_BYTES, copy_files, write_weights
+from winnow.numerics.modules import RoundedLinear
 
 ORIGINAL = "original"  # the dtype that the dense model stores a tensor in
 COLUMNS = 1024  # columns of a matrix computed at a time
@@ -71,6 +72,16 @@ class Checkpoint:
         """The compressible matrices of the dense model."""
         shapes: dict[str, Shaped] = {name: {"shape": list(tensor.shape)} for name, tensor in self.dense.state_dict().items()}
         return matrices_of(self.dense.config.model_type, shapes)
+
+    def outer(self) -> list[Matrix]:
+        """The compressed ones of embeddings and head, which are `rounded`. Raises InputError for an adapter beside a tied head,
+        which would no longer be tied in another format."""
+        shapes: dict[str, Shaped] = {name: {"shape": list(tensor.shape)} for name, tensor in self.dense.state_dict().items()}
+        matrices = outer_of(self.dense.config.model_type, shapes, self.dense.all_tied_weights_keys)
+        for m in matrices:
+            if self.layouts.get(m.head, {}).get("added"):
+                raise InputError(f"{self.directory}: {m.head}: an adapter was merged into the tied head; load it with winnow")
+        return [m for m in matrices if m.module in self.layouts]
 
     def module(self, name: str) -> tuple[nn.Module, torch.dtype]:
         """(a compressed module with its tensors in float64, their stored dtype, which is that of the dense matrix)."""
@@ -194,11 +205,32 @@ def _expanded(checkpoint: Checkpoint, matrix: Matrix, shape: tuple[int, int], ro
     return found
 
 
+@torch.no_grad()
+def rounded_matrix(module: nn.Module) -> Tensor:
+    """(out, in) of a rounded matrix, with adapters that were merged into it."""
+    own = cast(RoundedLinear, module)
+    if own.added is None:
+        return own.matrix()
+    return own.matrix() + own.added.left.weight @ own.added.right.weight
+
+
+def _rounded(checkpoint: Checkpoint, name: str, rounding: Rounding) -> Tensor:
+    """The matrix of rounded embeddings or of a rounded head, in the dtype of the export."""
+    module, dtype = checkpoint.module(name)
+    try:
+        weight = rounding.cast(rounded_matrix(module), dtype)
+    except ValueError as error:
+        raise InputError(f"{checkpoint.directory}: {name}: {first_line(error)}") from error
+    rounding.dtypes.add(weight.dtype)
+    return weight
+
+
 def _dense_tensors(checkpoint: Checkpoint, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the dense model, one module at a time, with the names of `save_pretrained`."""
     matrices = checkpoint.matrices()
     widths = widths_of(checkpoint, matrices)
-    for name in sorted(set(checkpoint.layouts) - set(widths)):
+    outer = checkpoint.outer()
+    for name in sorted(set(checkpoint.layouts) - set(widths) - {name for m in outer for name in (m.module, m.head)}):
         kind = checkpoint.layouts[name]["kind"]
         raise InputError(
             f"{checkpoint.directory}: {name}: {kind} replaces the FFN's activation, so it cannot be exported as a dense module; "
@@ -210,7 +242,12 @@ def _dense_tensors(checkpoint: Checkpoint, rounding: Rounding) -> Iterator[tuple
             if m.module in widths:
                 for part, tensor in _expanded(checkpoint, m, widths[m.module], rounding).items():
                     yield f"{m.module}.{part}", tensor
-        yield from unchanged(checkpoint, {f"{module}.{part}" for module in widths for part in ("weight", "bias")}, rounding)
+        for m in outer:
+            yield f"{m.module}.weight", _rounded(checkpoint, m.module, rounding)
+        replaced = {f"{module}.{part}" for module in widths for part in ("weight", "bias")} | {
+            f"{m.module}.weight" for m in outer
+        }
+        yield from unchanged(checkpoint, replaced, rounding)
 
     for name, tensor in tensors():
         yield from revert_weight_conversion(checkpoint.dense, {name: tensor}).items()

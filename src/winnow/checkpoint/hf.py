@@ -69,6 +69,8 @@ class WinnowQuantizer(HfQuantizer):
             whole = unfuse(written._from_config(copy.deepcopy(model.config)))
         install(whole, layers)
         stored_tensors(whole, files)
+        kept = {name for name, _ in model.named_modules()}  # without the head of the class that wrote it
+        layers = {name: layout for name, layout in layers.items() if name.startswith(_base(whole)) or name in kept}
         self.quantization_config.layers = moved(layers, _base(whole), _base(model))
         install(model, self.quantization_config.layers)
 

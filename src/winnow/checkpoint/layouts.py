@@ -7,7 +7,7 @@ tensors are compared with the files before memory is allocated.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ def install(model: Any, layers: dict[str, dict[str, Any]]) -> None:
     """
     shapes = {}
     for name, layout in layers.items():
-        dense = _replaced(model, name)
+        dense = _replaced(model, name, layout.get("embeddings") is True)
         shapes[name] = matrix_shape(dense)
         try:
             _check_numbers(layout, sum(shapes[name]) or 1 << 31)
@@ -64,22 +64,25 @@ def _misfit(name: str, layout: dict[str, Any], error: Exception) -> InputError:
     return InputError(f"the checkpoint's config: the layout of {name} ({layout['kind']}) does not fit the model: {what}")
 
 
-def _replaced(model: Any, name: str) -> nn.Module:
-    """The module `name`, which must be a matrix or an activation."""
+def _replaced(model: Any, name: str, embeddings: bool) -> nn.Module:
+    """The module `name`, which must be a matrix or an activation, or the token embeddings if its layout is that of embeddings."""
     try:
         dense = model.get_submodule(name)
     except AttributeError as error:
         raise InputError(f"the checkpoint's config names {name}, which {type(model).__name__} does not have") from error
     leaf = not list(dense.children()) and not list(dense.parameters())
-    if not name or not (isinstance(dense, nn.Linear | Conv1D) or leaf):
+    is_matrix = isinstance(dense, nn.Embedding) if embeddings else isinstance(dense, nn.Linear | Conv1D) or leaf
+    if not name or not is_matrix or (embeddings and dense is not model.get_input_embeddings()):
         raise InputError(f"the checkpoint's config names {name or 'the whole model'}, which is not a compressible matrix")
     return dense
 
 
 def matrix_shape(dense: nn.Module) -> tuple[int, int]:
-    """(out, in) of the module of a matrix; zeros for other modules."""
+    """(out, in) of the module of a matrix, (vocabulary, width) of embeddings; zeros for other modules."""
     if isinstance(dense, nn.Linear):
         return dense.out_features, dense.in_features
+    if hasattr(dense, "num_embeddings"):  # also of rounded ones
+        return cast(nn.Embedding, dense).num_embeddings, cast(nn.Embedding, dense).embedding_dim
     return (dense.nf, dense.nx) if isinstance(dense, Conv1D) else (0, 0)
 
 
@@ -95,7 +98,12 @@ def _check_numbers(value: Any, limit: int) -> None:
 
 
 def _check_shape(module: nn.Module, rows: int, columns: int) -> None:
-    """Raise ValueError unless the module maps `columns` inputs to `rows` outputs; with meta tensors, without computation."""
+    """Raise ValueError unless the module maps `columns` inputs to `rows` outputs, or as embeddings has `rows` of them; with meta
+    tensors, without computation."""
+    if hasattr(module, "num_embeddings"):
+        if (found := matrix_shape(module)) != (rows, columns):
+            raise ValueError(f"it has {found[0]} x {found[1]} numbers, not {rows} x {columns}")
+        return
     found = tuple(module(torch.empty(1, columns, device="meta")).shape)
     if found != (1, rows):
         raise ValueError(f"it has {found[-1]} outputs, not {rows}")

@@ -25,7 +25,7 @@ from wrapt import wrap_function_wrapper
 
 from winnow.errors import InputError
 from winnow.models.experts import Experts
-from winnow.numerics.modules import CompressedLinear, Constant
+from winnow.numerics.modules import CompressedLinear, Constant, RoundedEmbedding
 
 OLDEST = "0.21"  # oldest peft version whose classes are extended here
 STARTS = (True, False, "gaussian", "orthogonal")  # initialisations of adapters that do not need the dense weight
@@ -136,10 +136,11 @@ def _above(name: str) -> list[str]:
 
 
 def compressed_matrices(model: nn.Module) -> set[str]:
-    """The names of the compressed matrices of a model, without those of their factors."""
+    """The names of the compressed matrices of a model, without those of their factors and without embeddings."""
     found: set[str] = set()
     for name, module in model.named_modules():
-        if isinstance(_stored(module), CompressedLinear) and not found & set(_above(name)):
+        own = _stored(module)
+        if isinstance(own, CompressedLinear) and not isinstance(own, RoundedEmbedding) and not found & set(_above(name)):
             found.add(name)
     return found
 

@@ -69,6 +69,8 @@ def scheme_of(checkpoint: Checkpoint, name: str) -> Scheme:
         raise InputError(f"{problem}a merged adapter is stored beside it, for which the format has no place; use --format dense")
     if layout.get("rotation"):
         raise InputError(f"{problem}its inputs are rotated, for which the format has no place; use --format dense")
+    if layout.get("embeddings") or "tied" in layout:
+        raise InputError(f"{problem}the format has no rounded embeddings; use --format dense or gguf, or other targets")
     if not isinstance(checkpoint.dense.get_submodule(name), nn.Linear):
         raise InputError(f"{problem}it is a Conv1D in the dense model, and the format only has Linear; use --format dense")
     bits = layout["bits"] + layout.get("zeros", False)

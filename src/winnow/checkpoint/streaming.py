@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.checkpoint.hf import WinnowConfig
-from winnow.checkpoint.layouts import install
+from winnow.checkpoint.layouts import install, matrix_shape
 from winnow.errors import InputError
 from winnow.io.artifacts import file_digest, read_json, write_json
 from winnow.io.hidden_states import HiddenStates
@@ -71,7 +71,8 @@ class Streamed:
         self.names = names
         self.blocks = {layer: self.model.get_submodule(name) for layer, name in names.items()}
         self.embeddings: nn.Module = self.model.get_input_embeddings()
-        self.vocabulary = self.embeddings.get_parameter("weight").shape[0]
+        self.embedded = next(name for name, module in self.model.named_modules() if module is self.embeddings)
+        self.vocabulary, self.width = matrix_shape(self.embeddings)
         self._given: Tensor = torch.empty(0)  # output of blocks that are not loaded
         self._others: int | None = None  # number of outputs of a block besides hidden states; None if unknown or without any
         self._prepare()
@@ -97,6 +98,8 @@ class Streamed:
         def read(module: nn.Module, _args: Any) -> None:
             if "forward" not in vars(module):  # its forward is not replaced
                 self._load(name, module, {})
+            for owner in getattr(module, "tied_to", ()):  # of a head: rounded embeddings, which have its matrix
+                self._load(self.embedded, owner, {})
 
         return read
 
@@ -142,8 +145,7 @@ class Streamed:
 
     def _no_embedding(self, ids: Tensor) -> Tensor:
         """Replaces embeddings that are no longer needed: the first block ignores its input."""
-        width = self.embeddings.get_parameter("weight").shape[1]
-        return torch.zeros((), dtype=self.dtype, device=self.device).expand(*ids.shape, width)
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(*ids.shape, self.width)
 
     @contextmanager
     def _replaced(self, modules: dict[nn.Module, Any]) -> Iterator[None]:

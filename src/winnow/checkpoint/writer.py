@@ -50,7 +50,7 @@ def compressed(
     `factors` maps the name of a fit (see `winnow.factors.members`) to its bundle. Raises InputError, naming the module, if a
     number is not finite in the stored dtype or a decomposition fails.
     """
-    for name, own, group in structure.fits(files.matrices):
+    for name, own, group in structure.fits(files.every):
         size = sizes.get(name)
         if size is None:
             continue  # not in the budget, dense by its allocation, or stored by another member

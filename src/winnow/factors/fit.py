@@ -13,9 +13,10 @@ from torch import Tensor
 
 from winnow.calibration.reader import Statistics
 from winnow.errors import InputError
+from winnow.factors.outer import fit_outer
 from winnow.io.artifacts import Bundle
 from winnow.metrics.base import Metric
-from winnow.models.architectures import GRADIENTS, Matrix, group_name, moments_file, reads
+from winnow.models.architectures import GRADIENTS, OUTER, Matrix, group_name, moments_file, reads
 from winnow.models.files import ModelFiles
 from winnow.numerics.host import on_host
 from winnow.structures.base import Fit, Problem, Structure
@@ -26,8 +27,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def shard_of(groups: list[list[Matrix]], shard: str) -> list[list[Matrix]]:
-    """The groups of one job: shard `2-of-8` is the second eighth of them; consecutive groups need the files of few layers."""
+def shard_of(files: ModelFiles, structure: Structure, shard: str) -> list[list[Matrix]]:
+    """The groups of one job: shard `2-of-8` is the second eighth of those of the blocks, of which consecutive ones need the files
+    of few layers; shard `outer` is the embeddings and the head."""
+    if shard == OUTER:
+        return structure.groups(structure.supported(files.outer))
+    groups = structure.groups(files.matrices)
     index, total = (int(part) for part in shard.split("-of-"))
     return groups[len(groups) * (index - 1) // total : len(groups) * index // total]
 
@@ -48,7 +53,7 @@ def left_dense(
     needs = {*(metric.needs if metric else ()), *structure.needs()}
     found: dict[str, int] = {}
     layers: dict[int, dict[str, Tensor]] = {}
-    for group in shard_of(structure.groups(files.matrices), shard):
+    for group in shard_of(files, structure, shard):
         if group[0].expert is None or not needs:
             continue
         assert moments is not None or needs <= set(GRADIENTS)
@@ -73,13 +78,14 @@ def fit_groups(
     device: str,
     done: Collection[str] = (),
 ) -> Iterator[tuple[str, Fit, list[int]]]:
-    """Yield (group name, fit, numbers stored at every size) for the shard's groups of all matrices of the model.
+    """Yield (group name, fit, numbers stored at every size) for the shard's groups of all matrices of the model. For the shard
+    `outer`, `moments` are the statistics of embeddings and head.
 
     The last size is the largest that stores less than the dense matrices. `labels` are clusters by matrix name, for structures
     that need them; groups in `done` are skipped. Raises InputError, naming the matrix, if its weight or statistics are not
     finite.
     """
-    groups = [group for group in shard_of(structure.groups(files.matrices), shard) if group_name(group) not in done]
+    groups = [group for group in shard_of(files, structure, shard) if group_name(group) not in done]
     dense_experts = left_dense(files, moments, structure, metric, shard)
     inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
     needs = dict.fromkeys((*(metric.needs if metric else ()), *structure.needs()))
@@ -92,17 +98,20 @@ def fit_groups(
         inputs.keep(group)
         outputs.keep(group)
         try:
-            problem = Problem(
-                group,
-                {m.name: files.weight(m, device) for m in group},
-                {m.name: inputs.of(m, m.site, [n for n in needs if n not in GRADIENTS and reads(m, n)]) for m in group},
-                metric,
-                inputs.precision,
-                {m.name: files.tensor(f"{m.module}.bias").double().to(device) for m in group if m.bias},
-                {m.name: outputs.of(m, m.role, [n for n in needs if n in GRADIENTS]) for m in group},
-                {m.name: labels[m.name] for m in group if m.name in labels},
-            )
-            fit = structure.fit(problem, structure.largest(group))
+            if group[0].outer:
+                fit = fit_outer(files, structure, metric, group[0], inputs, list(needs))
+            else:
+                problem = Problem(
+                    group,
+                    {m.name: files.weight(m, device) for m in group},
+                    {m.name: inputs.of(m, m.site, [n for n in needs if n not in GRADIENTS and reads(m, n)]) for m in group},
+                    metric,
+                    inputs.precision,
+                    {m.name: files.tensor(f"{m.module}.bias").double().to(device) for m in group if m.bias},
+                    {m.name: outputs.of(m, m.role, [n for n in needs if n in GRADIENTS]) for m in group},
+                    {m.name: labels[m.name] for m in group if m.name in labels},
+                )
+                fit = structure.fit(problem, structure.largest(group))
         except (FloatingPointError, ValueError, torch.linalg.LinAlgError) as error:
             raise InputError(f"{group[0].module}: {error}") from error
         if not torch.isfinite(fit.error).all():

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from winnow.calibration.reader import Layers, Statistics
 from winnow.errors import InputError
+from winnow.factors.outer import predict_outer
 from winnow.factors.shrinkage import expected, expected_jointly
 from winnow.io.artifacts import Bundle
 from winnow.models.architectures import GRADIENTS, group_name, reads
@@ -33,10 +34,17 @@ log = logging.getLogger(__name__)
 
 
 def predict(
-    files: ModelFiles, moments: Layers, gradients: Layers, factors: dict[str, Bundle], structure: Structure, device: str
+    files: ModelFiles,
+    moments: Layers,
+    gradients: Layers,
+    factors: dict[str, Bundle],
+    structure: Structure,
+    device: str,
+    outer: Layers | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (group name, predicted increase of the loss (sizes + 1,), nats per token) for every group with a fit in `factors`
-    (by name). Size 0 has only the parts stored at every size; for low rank, the matrix is removed.
+    (by name). Size 0 has only the parts stored at every size; for low rank, the matrix is removed. `outer`: statistics of the
+    embeddings and the head, if there are fits of them.
 
     Experts of a mixture are skipped, as they have no gradients. Raises InputError, naming the matrix, if a statistic is not
     finite.
@@ -68,6 +76,13 @@ def predict(
         predicted = structure.predicted(problem, fit)[: len(fit["numbers"])].cpu()
         log.info("%s: %.3g nats per token at size 0, %.3g at the largest", name, float(predicted[0]), float(predicted[-1]))
         yield name, predicted
+    rest = Statistics(outer, device)
+    for (matrix,) in structure.groups(structure.supported(files.outer)):
+        if (name := group_name([matrix])) in factors:
+            fit = factors[name].tensors(f"{name}.safetensors")
+            predicted = predict_outer(files, structure, matrix, rest, fit)[: len(fit["numbers"])].cpu()
+            log.info("%s: %.3g nats per token at size 0, %.3g at the largest", name, float(predicted[0]), float(predicted[-1]))
+            yield name, predicted
 
 
 def on_other_text(sites: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

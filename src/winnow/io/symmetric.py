@@ -14,8 +14,8 @@ ROWS = 256  # rows that are mirrored at a time
 
 
 def halved(tensors: dict[str, Tensor], kinds: Collection[str]) -> dict[str, Tensor]:
-    """The same tensors, with `{name}:lower` in place of those whose last component of the name is in `kinds`."""
-    chosen = {name for name in tensors if name.rpartition(".")[2] in kinds}
+    """The same tensors, with `{name}:lower` in place of the matrices whose last component of the name is in `kinds`."""
+    chosen = {name for name, tensor in tensors.items() if tensor.dim() == 2 and name.rpartition(".")[2] in kinds}
     return {f"{k}{LOWER}" if k in chosen else k: lower_of(t) if k in chosen else t for k, t in tensors.items()}
 
 

@@ -7,8 +7,8 @@ site of its input.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from winnow.errors import InputError
@@ -21,14 +21,20 @@ if TYPE_CHECKING:
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 FFN_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")  # gate_up_proj: gate above up, in one matrix
 ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
+# The matrices outside of the blocks, (vocabulary, width); `tied`: one matrix for the embeddings and the head.
+OUTER_ROLES = ("embed_tokens", "lm_head", "tied")
+OUTER = "outer"  # the shard of factors that has them
+AT_ONCE = 1 << 22  # numbers of them that are fitted at a time
 # The targets of a budget besides single roles; a fused matrix belongs to the same targets as the matrices in it.
 TARGETS = {
     "ffn": FFN_ROLES,
     "attention": ATTENTION_ROLES,
     "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
     "gate_up": ("gate_proj", "up_proj", "gate_up_proj"),
+    "embeddings": ("embed_tokens", "tied"),
+    "head": ("lm_head", "tied"),
 }
-Target = Literal["ffn", "attention", "qkv", "gate_up", *ROLES]  # type: ignore[valid-type]
+Target = Literal["ffn", "attention", "qkv", "gate_up", "embeddings", "head", *ROLES]  # type: ignore[valid-type]
 
 GRADIENTS = ("fisher", "gradient_gram")  # statistics of output gradients, which need a backward pass
 # A site is a distinct input with one Gram matrix, shared by all matrices that read it.
@@ -42,6 +48,7 @@ SITES = {
     "up_proj": "ffn_input",
     "gate_up_proj": "ffn_input",
     "down_proj": "ffn_hidden",
+    **{role: role for role in OUTER_ROLES},
 }
 
 
@@ -51,7 +58,8 @@ class Architecture:
 
     `transposed`: weights are stored (in, out), as in GPT-2's Conv1D. `positions`: rows of the position embeddings that no token
     uses, as in RoBERTa. `experts`: the module of a layer's experts; `expert_modules`: the matrices of one expert as named in the
-    files. Layers without experts use `modules`."""
+    files. Layers without experts use `modules`. `embeddings` and `head`: the modules of the token embeddings and of the matrix
+    that gives the logits; empty where they are not compressed."""
 
     layers: str
     modules: dict[str, str]
@@ -60,6 +68,8 @@ class Architecture:
     positions: int = 0
     experts: str = ""
     expert_modules: dict[str, str] = field(default_factory=dict)
+    embeddings: str = "model.embed_tokens"
+    head: str = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,12 @@ class Matrix:
     bias: bool
     activation: str = ""  # the activation module of the layer's FFN
     expert: int | None = None  # index in a mixture of experts; every expert has its own sites, since it receives its own tokens
+    head: str = ""  # of tied embeddings: the module of the head, which has the same matrix
+
+    @property
+    def outer(self) -> bool:
+        """Whether it is outside of the blocks: the embeddings, the head, or both."""
+        return self.role in OUTER_ROLES
 
     @property
     def name(self) -> str:
@@ -110,7 +126,8 @@ ARCHITECTURES = {
         experts="mlp.experts",
         expert_modules={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     ),
-    "gemma3": Architecture("language_model.layers", _GATED, "mlp.act_fn"),  # only the text part of the multimodal model
+    # Only the text part of the multimodal model.
+    "gemma3": Architecture("language_model.layers", _GATED, "mlp.act_fn", embeddings="", head=""),
     "phi3": Architecture(
         "model.layers",
         {"qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj"}
@@ -122,11 +139,13 @@ ARCHITECTURES = {
         {"qkv_proj": "attn.c_attn", "o_proj": "attn.c_proj", "up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"},
         "mlp.act",
         transposed=True,
+        embeddings="transformer.wte",
     ),
     "opt": Architecture(
         "model.decoder.layers",
         _SEPARATE_ATTENTION | {"o_proj": "self_attn.out_proj", "up_proj": "fc1", "down_proj": "fc2"},
         "activation_fn",
+        embeddings="model.decoder.embed_tokens",
     ),
     "gpt_neox": Architecture(
         "gpt_neox.layers",
@@ -137,9 +156,10 @@ ARCHITECTURES = {
             "down_proj": "mlp.dense_4h_to_h",
         },
         "mlp.act",
+        embeddings="gpt_neox.embed_in",
     ),
-    "bert": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn"),
-    "roberta": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn", positions=2),
+    "bert": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn", embeddings="", head=""),
+    "roberta": Architecture("encoder.layer", _BERT, "intermediate.intermediate_act_fn", positions=2, embeddings="", head=""),
 }
 
 
@@ -180,6 +200,40 @@ def matrices_of(model_type: str, tensors: Mapping[str, Shaped]) -> list[Matrix]:
     return found
 
 
+def outer_of(model_type: str, tensors: Mapping[str, Shaped], tied: Mapping[str, str]) -> list[Matrix]:
+    """The token embeddings and the head of a model, which matrices_of has no part of: one matrix if the head is tied to the
+    embeddings; none for a family that lacks them in `ARCHITECTURES`.
+
+    `tied` maps names of tensors to those that they are tied to. Errors as for `matrices_of`."""
+    layers, family = list(blocks_of(model_type, tensors)), ARCHITECTURES[model_type]
+    prefix = _prefix(family.layers, tensors)
+    bare = prefix == family.layers.partition(".")[2] + "."
+    embeddings = family.embeddings.partition(".")[2] if bare else family.embeddings
+    shared = f"{family.head}.weight" in tied and tied[f"{family.head}.weight"] == f"{embeddings}.weight"
+    places = [(layers[0], "tied" if shared else "embed_tokens", embeddings)]
+    places += [] if shared else [(layers[-1], "lm_head", family.head)]
+    found = []
+    for layer, role, name in places:
+        if name and f"{name}.weight" in tensors:
+            rows, columns = tensors[f"{name}.weight"]["shape"]
+            bias = f"{name}.bias" in tensors
+            found.append(Matrix(layer, role, name, SITES[role], (rows, columns), False, bias, head=family.head if shared else ""))
+    return found
+
+
+def by_rows(matrix: Matrix) -> Iterator[tuple[Matrix, slice]]:
+    """Some rows of a matrix of independent rows at a time, as a matrix of its own, and which."""
+    (m, n), each = matrix.shape, max(1, AT_ONCE // matrix.shape[1])
+    for begin in range(0, m, each):
+        rows = slice(begin, min(begin + each, m))
+        yield replace(matrix, shape=(rows.stop - begin, n)), rows
+
+
+def reaches_outer(targets: Iterable[str]) -> bool:
+    """Whether targets name the embeddings or the head."""
+    return any(set(TARGETS.get(target, ())) & set(OUTER_ROLES) for target in targets)
+
+
 def blocks_of(model_type: str, tensors: Collection[str]) -> dict[int, str]:
     """{layer: the name of its module}, in order, from the names of all tensors. Errors as for `matrices_of`."""
     if model_type not in ARCHITECTURES:
@@ -217,11 +271,12 @@ def named_by(role: str, targets: Iterable[str]) -> str | None:
 
 
 def disjoint(targets: Iterable[str]) -> None:
-    """Raise ValueError if two targets name the same role."""
+    """Raise ValueError if two targets name the same role. `embeddings` and `head` may: if a model has one matrix for both, it is
+    that of the first of them."""
     named: dict[str, str] = {}
     for target in targets:
         for role in TARGETS.get(target, (target,)):
-            if role in named:
+            if role in named and role != "tied":
                 raise ValueError(f"{role} is named by both {named[role]!r} and {target!r}")
             named[role] = target
 

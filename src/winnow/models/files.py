@@ -13,7 +13,7 @@ from winnow.errors import InputError
 from winnow.io.artifacts import file_digest, read_json
 from winnow.io.records import ModelManifest, Sizes, TensorRecord
 from winnow.io.tensors import BYTES, TensorFile
-from winnow.models.architectures import Matrix, matrices_of
+from winnow.models.architectures import Matrix, matrices_of, outer_of
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,8 @@ class ModelFiles:
         self.manifest: ModelManifest = manifest if isinstance(manifest, dict) else read_json(manifest)
         self.directory = Path(self.manifest["directory"])
         self.tensors = self.manifest["tensors"]
-        self.matrices: list[Matrix] = matrices_of(self.manifest["model_type"], self.tensors)
+        self.matrices: list[Matrix] = matrices_of(self.manifest["model_type"], self.tensors)  # of the blocks
+        self.outer = outer_of(self.manifest["model_type"], self.tensors, self.manifest["tied"])  # embeddings and head
         self._verified = cache(self._verify)
         self._opened = cache(lambda name: TensorFile(self._verified(name)))
 
@@ -95,6 +96,11 @@ class ModelFiles:
         if not path.is_file() or file_digest(path) != self.manifest["files"][name]:
             raise InputError(f"{path}: changed since the model was retrieved; run snakemake --forcerun retrieve_model")
         return path
+
+    @property
+    def every(self) -> list[Matrix]:
+        """All matrices that a budget can target."""
+        return [*self.matrices, *self.outer]
 
     def verify(self) -> Path:
         """Check every file of the model; returns its directory."""

@@ -11,7 +11,7 @@ from typing import Any
 from winnow.errors import InputError
 from winnow.io.artifacts import read_json
 from winnow.io.tensors import BYTES, read_header
-from winnow.models.architectures import Matrix, matrices_of, select
+from winnow.models.architectures import ARCHITECTURES, Matrix, matrices_of, outer_of, select
 from winnow.models.config_json import check_source
 from winnow.models.files import model_files, tensor_bytes, weight_files
 from winnow.models.gguf import GgufModel, gguf_file
@@ -24,7 +24,8 @@ PRODUCT = 1 << 22  # numbers of sums of statistics that are added at a time
 class Shape:
     """What a forecast needs of a model: its matrices, all numbers and bytes, vocabulary, width and depth."""
 
-    matrices: list[Matrix]
+    matrices: list[Matrix]  # of the blocks
+    outer: list[Matrix]  # embeddings and head
     numbers: int
     bytes: int
     unit: int  # bytes of a stored number of a matrix
@@ -52,7 +53,7 @@ class Shape:
         return 8 * max(layers.values()) + (8 + unit) * min(PRODUCT, max(width**2 for width in self.sites().values()))
 
     def dense_bytes(self, targets: list[str]) -> int:
-        return sum(m.shape[0] * m.shape[1] for m in select(self.matrices, targets)) * self.unit
+        return sum(m.shape[0] * m.shape[1] for m in select([*self.matrices, *self.outer], targets)) * self.unit
 
 
 def _canonical(source: Path) -> dict[str, Any]:
@@ -62,6 +63,16 @@ def _canonical(source: Path) -> dict[str, Any]:
 
     places = stored_tensors(empty_model(source), weight_files(source))
     return {name: {"dtype": place.dtype, "shape": place.shape} for name, place in places.items()}
+
+
+def _outer(family: str, tensors: dict[str, Any]) -> list[Matrix]:
+    """The embeddings and the head; a head that has no tensor is that of the embeddings."""
+    own, bare = ARCHITECTURES[family], ARCHITECTURES[family].embeddings.partition(".")[2]
+    if bare and f"{bare}.weight" in tensors:  # files that leave the name of the base model out
+        base = own.embeddings.partition(".")[0]
+        tensors = {name if name.startswith(own.head) else f"{base}.{name}": tensor for name, tensor in tensors.items()}
+    tied = {} if f"{own.head}.weight" in tensors else {f"{own.head}.weight": f"{own.embeddings}.weight"}
+    return outer_of(family, tensors, tied)
 
 
 def _config(source: Path) -> dict[str, Any]:
@@ -99,6 +110,7 @@ def shape_of(source: Path, manifest: Path | None = None, dtype: str | None = Non
     record = next(t for name, t in tensors.items() if name.endswith(f"{matrices[0].module.partition('.')[2]}.weight"))
     return Shape(
         matrices,
+        _outer(family, tensors),
         sum(math.prod(t["shape"]) for t in tensors.values()),
         sum(tensor_bytes(t) for t in tensors.values()),
         BYTES[record["dtype"]],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -307,6 +307,51 @@ class RoundedLinear(CompressedLinear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.released:
             destination[f"{prefix}steps"] = packed(self.integers(), self.bits)
+
+
+class RoundedEmbedding(RoundedLinear):
+    """The rows of a rounded matrix (vocabulary, width), of which only those of the given tokens are dequantised: exactly in
+    float32, and rounded once, to the dtype of the model. `factor`: what the outputs are multiplied by, as in Gemma."""
+
+    def __init__(self, vocabulary: int, width: int, bits: int, group: int, zeros: bool = False, factor: float | None = None):
+        super().__init__(width, vocabulary, bits, group, False, zeros)
+        self.num_embeddings, self.embedding_dim, self.factor = vocabulary, width, factor
+        _empty_parameter(self)
+
+    def release(self) -> bool:
+        return False  # no kernel looks rows up
+
+    def product(self, x: Tensor) -> Tensor:
+        """(..., vocabulary) of x (..., width): that of the matrix, for a head that is tied to it."""
+        return super().forward(x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        own, dtype = ids.flatten(), cast(torch.dtype, self.weight.dtype)
+        steps = unpacked(self.steps[own], self.in_features, self.bits).float()
+        scale = self.scale[own].view(torch.float16).float()
+        zeros = unpacked(self.zero[own], scale.shape[1], self.bits).float() if self.zeros else None
+        rows = multiplied(steps, scale, self.group, zeros).to(dtype).unflatten(0, ids.shape)
+        return rows if self.factor is None else rows * torch.tensor(self.factor, dtype=dtype, device=rows.device)
+
+
+class RoundedHead(CompressedLinear):
+    """y = W x (+ b) with the matrix of rounded embeddings, the module in `tied_to`, which is not a part of this one."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__(in_features, out_features)
+        self.tied_to: tuple[RoundedEmbedding, ...] = ()
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        _empty_parameter(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tied_to[0].product(x)
+        return y if self.bias is None else y + self.bias
+
+
+def _empty_parameter(module: CompressedLinear) -> None:
+    """Make the empty `weight` a parameter, which is what transformers can tie."""
+    del module.weight
+    module.weight = nn.Parameter(torch.empty(0))
 
 
 class Constant(nn.Module):

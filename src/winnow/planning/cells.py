@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from os.path import isfile  # unlike Path's, it takes names that no file can have
 from typing import Any
@@ -12,6 +13,7 @@ from winnow.data.text_formats import has_objects
 from winnow.errors import InputError
 from winnow.evaluation.base import EVALUATIONS, PLAIN
 from winnow.evaluation.kinds.perplexity import Perplexity
+from winnow.models.architectures import reaches_outer
 from winnow.planning.config import Experiment
 from winnow.planning.labels import Labels
 
@@ -121,6 +123,28 @@ class Cells:
         )
         named = [getattr(part, "task", None) for part in parts]
         return [name for name in [cell.evaluation if cell.kind == "classification" else None, *named] if name]
+
+    @cached_property
+    def outer(self) -> list[tuple[str, str, str]]:
+        """(model, calibration, method), by name, of the methods whose factors include the embeddings and the head: those of
+        budgets that target them, and their members."""
+        budgets = self.presets.config.budgets
+        found = [
+            (cell.model, cell.calibration, member)
+            for cell in self
+            if cell.calibration and cell.method and cell.budget and reaches_outer(budgets[cell.budget].targets)
+            for member in (cell.method, *self.presets.members[cell.method])
+        ]
+        return list(dict.fromkeys(found))
+
+    @cached_property
+    def _outer(self) -> set[tuple[str, ...]]:
+        sections = ("models", "calibrations", "methods")
+        return {tuple(self.presets.labels[s][name] for s, name in zip(sections, names, strict=True)) for names in self.outer}
+
+    def has_outer(self, model: str, calibration: str, method: str) -> bool:
+        """The same by labels."""
+        return (model, calibration, method) in self._outer
 
     def reads_moments(self, cell: Cell) -> bool:
         """Whether second moments of inputs are in a cell: in its factors, or in the losses that its bytes are spread by."""

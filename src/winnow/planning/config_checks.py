@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from winnow.allocation.base import ALLOCATIONS
 from winnow.evaluation.kinds.classification import Classification
-from winnow.models.architectures import TARGETS, Matrix
+from winnow.metrics.base import METRICS
+from winnow.models.architectures import TARGETS, Matrix, reaches_outer
 from winnow.planning.config_errors import Located
 from winnow.recovery.base import OnWindows, Trained
 from winnow.recovery.kinds.sequential import Sequential
@@ -16,6 +17,8 @@ from winnow.structures.low_rank import LowRank
 
 if TYPE_CHECKING:
     from winnow.planning.config import Config, Experiment
+
+OF_OUTER = {"gram", "gradient_gram", "rms"}  # statistics of embeddings and head
 
 
 def check_targets(config: Config, name: str, experiment: Experiment) -> None:
@@ -33,6 +36,34 @@ def check_targets(config: Config, name: str, experiment: Experiment) -> None:
                     ("methods", method),
                     ("budgets", b),
                 )
+        if reaches_outer(config.budgets[b].targets):
+            _check_outer(config, name, experiment, method, b)
+
+
+def _check_outer(config: Config, name: str, experiment: Experiment, method: str, b: str) -> None:
+    """Raise Located for what is not possible with a budget that targets embeddings or the head."""
+    both, metric = (("methods", method), ("budgets", b)), config.methods[method].metric
+    what = f"budget {b!r} targets embeddings or the head"
+    needs = set(METRICS[metric.kind].needs) if metric else set()
+    if others := sorted(needs - OF_OUTER):
+        raise Located(
+            ("experiments", name),
+            f"{what}, for which there is no {others[0]}, as the metric of {method!r} needs; use one of "
+            f"{', '.join(kind for kind, cls in METRICS.items() if set(cls.needs) <= OF_OUTER)}, or other targets",
+            *both,
+        )
+    allocation = ALLOCATIONS.build(config.budgets[b].spread_by(config.methods[method]).allocation.model_dump())
+    if allocation.timing():
+        message = f"{what}, whose time is not measured; remove `time` from its allocation, or use other targets"
+        raise Located(("experiments", name), message, *both)
+    for model in experiment.models:
+        if config.models[model].load == "stream" and (needs or allocation.predicts()):
+            message = f"{what}, whose statistics need the whole model, but {model!r} has `load: stream`; remove one of them"
+            raise Located(("experiments", name), message, *both, ("models", model))
+    for c in experiment.calibrations:
+        if config.calibrations[c].task and (needs or allocation.predicts()):
+            message = f"{what}, whose statistics need a text, but calibration {c!r} uses the rows of a task; calibrate on a text"
+            raise Located(("experiments", name), message, *both, ("calibrations", c))
 
 
 def check_allocations(config: Config, name: str, experiment: Experiment) -> None:

@@ -13,6 +13,7 @@ from winnow.data.text_formats import rows_of
 from winnow.models.shape import WIDTHS, Shape
 
 if TYPE_CHECKING:
+    from winnow.models.architectures import Matrix
     from winnow.planning.cells import Cell
     from winnow.planning.config import Calibration
     from winnow.planning.plan import Plan
@@ -109,6 +110,17 @@ class Load:
         return {(c, member) for c, method in reading for member in plan.members[method]}
 
     @cached_property
+    def outer(self) -> set[tuple[str, str]]:
+        """The fits that include the embeddings and the head."""
+        return {(calibration, method) for model, calibration, method in self.plan.cells.outer if model == self.name}
+
+    def fitted(self, method: str) -> list[list[Matrix]]:
+        """The groups of matrices that a method fits together, for any calibration."""
+        structure, shape = self.plan.structure(self.plan.labels["methods"][method]), self.shape
+        outer = shape.outer if any(method == own for _, own in self.outer) else []
+        return structure.groups(structure.supported([*shape.matrices, *outer]))
+
+    @cached_property
     def recoveries(self) -> list[tuple[str, str | None, str | None, str]]:
         """(calibration, method, budget, recovery) of every recovery, each step of those that go on from another."""
         found = [
@@ -183,8 +195,7 @@ class Load:
 
     def sides(self, method: str) -> list[tuple[int, int]]:
         """(outputs, inputs) of every group that a method fits together."""
-        groups = self.plan.structure(self.plan.labels["methods"][method]).groups(self.shape.matrices)
-        return [(sum(m.shape[0] for m in g), max(m.shape[1] for m in g)) for g in groups]
+        return [(sum(m.shape[0] for m in g), max(m.shape[1] for m in g)) for g in self.fitted(method)]
 
     def few(self, calibration: str, method: str) -> list[int]:
         """Widths of the inputs of groups that have few calibration tokens; of an FFN, its input and its hidden units together."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from winnow.planning.cells import Cell
+from winnow.models.architectures import OUTER
+from winnow.planning.cells import Cell, Cells
 from winnow.planning.labels import Labels
 
 
 class Paths:
     """Where the results of cells are."""
 
-    def __init__(self, presets: Labels):
-        self.presets = presets
+    def __init__(self, presets: Labels, cells: Cells):
+        self.presets, self.cells = presets, cells
 
     def folder(self, cell: Cell, *sections: str) -> str:
         one = {"models": cell.model, "calibrations": cell.calibration, "methods": cell.method}
@@ -38,11 +39,12 @@ class Paths:
 
     def of_members(self, model: str, calibration: str, method: str, name: str) -> list[str]:
         """The files `name` of a method by labels, or of the methods that it chooses between, one after the other; with `{shard}`
-        in the name, of all shards."""
+        in the name, of all shards; equally many of each method."""
         labels = [
             self.presets.labels["methods"][member] for member in self.presets.members[self.presets.names["methods"][method]]
         ]
         shards = self.presets.shards(model) if "{shard}" in name else [""]
+        shards += [OUTER] if "{shard}" in name and self.cells.has_outer(model, calibration, method) else []
         return [f"results/{model}/{calibration}/{label}/{name.format(shard=shard)}" for label in labels for shard in shards]
 
     def measurement(self, study: str, cell: Cell) -> str:

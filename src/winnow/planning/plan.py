@@ -37,7 +37,8 @@ class Plan(Labels):
         """`root`: the checkout, whose code is tracked; `memory`: a folder where digests of code are kept; `resources`: what a run
         sets for rules by `--set-resources`, for forecasts."""
         super().__init__(config)
-        self.cells, self.paths = Cells(self), Paths(self)
+        self.cells = Cells(self)
+        self.paths = Paths(self, self.cells)
         self.studies = StudyCells(self, self.paths)
         self.code = CodeTracker(root, memory)
         self.resources = resources or {}

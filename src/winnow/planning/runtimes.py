@@ -32,7 +32,9 @@ def check_runtimes(plan: Plan) -> None:
         if model in shapes:
             structure = plan.structure(plan.labels["methods"][str(method)])
             try:
-                check_sizes(structure, shapes[model].matrices, plan.config.budgets[str(budget)].targets, runtime)
+                check_sizes(
+                    structure, [*shapes[model].matrices, *shapes[model].outer], plan.config.budgets[str(budget)].targets, runtime
+                )
             except InputError as error:
                 name = plan.budget_name(str(budget))
                 raise InputError(f"method {method!r}, budget {name!r}, model {model!r}: {error}") from error

@@ -119,7 +119,7 @@ class Given:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):  # of tied tensors, the stored name
             chosen = self.options.whole or name.startswith(inside)
             vector = getattr(self.options, "norms", False) and name.startswith(blocks) and parameter.dim() == 1
-            if name in self.dtypes and name.startswith(below) and (chosen or vector):
+            if name in self.dtypes and name.startswith(below) and (chosen or vector) and parameter.numel():
                 found.setdefault(id(parameter), (name, parameter))
         return dict(found.values())
 

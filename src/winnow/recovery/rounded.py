@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from winnow.numerics.modules import RoundedLinear
+from winnow.numerics.modules import RoundedEmbedding, RoundedLinear
 from winnow.numerics.rotated import RotatedLinear
 from winnow.numerics.rounding import multiplied, packed
 from winnow.recovery.base import Given
@@ -68,13 +68,14 @@ class TrainedRounding(nn.Module):
 
 
 def rounded_modules(given: Given, below: str = "") -> dict[str, RoundedLinear]:
-    """{name: module} of the rounded matrices below a module (default: of the whole model) that the recovery trains."""
+    """{name: module} of the rounded matrices below a module (default: of the whole model) that the recovery trains: all but
+    embeddings, and heads that are tied to them."""
     if getattr(given.options, "rounded", "fixed") == "fixed":
         return {}
     return {
         name: module
         for name, module in given.model.named_modules()
-        if isinstance(module, RoundedLinear) and name.startswith(below)
+        if isinstance(module, RoundedLinear) and not isinstance(module, RoundedEmbedding) and name.startswith(below)
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from winnow.io.tensors import BYTES
-from winnow.models.architectures import ROLES, Matrix, matrices_of, named_by
+from winnow.models.architectures import ROLES, Matrix, matrices_of, named_by, outer_of
 from winnow.numerics.grids import forms_of
 
 if TYPE_CHECKING:
@@ -61,10 +61,11 @@ def chosen_sizes(allocations: Sequence[Mapping[str, Any]], models: Iterable[Mapp
     """{(model, calibration, budget), by their names: the sizes of its methods}, from allocation.json files and the manifests of
     models. Methods with the same sizes, as those of a uniform allocation, are listed once; of several calibration seeds the
     first is shown."""
-    matrices = {
-        one["provenance"]["wildcards"]["model"]: {m.name: m for m in matrices_of(one["model_type"], one["tensors"])}
-        for one in models
-    }
+    matrices = {}
+    for one in models:
+        family, tensors = one["model_type"], one["tensors"]
+        every = [*matrices_of(family, tensors), *outer_of(family, tensors, one["tied"])]
+        matrices[one["provenance"]["wildcards"]["model"]] = {m.name: m for m in every}
     found: dict[tuple, dict[str, Chosen]] = {}
     seen = set()
     for allocation in allocations:

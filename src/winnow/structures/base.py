@@ -27,10 +27,10 @@ RUNTIMES = {
     "any": "every size",
     "torch": "products of small dense matrices, and rounded matrices for which PyTorch has kernels: groups of 32, 64, 128 or 256 "
     "inputs, and a multiple of 16 outputs",
-    "vllm": "every structure, but no rounded matrices with a rotation, and a changed activation of the FFN (affine_block, "
-    "split_affine) only where gate and up are two matrices",
+    "vllm": "every structure, but no rounded matrices with a rotation, a changed activation of the FFN (affine_block, "
+    "split_affine) only where gate and up are two matrices, and no compressed embeddings or head",
     "compressed-tensors": "rounded matrices as vLLM reads their export: up to 8 bits (7 with zero points), groups of the whole "
-    "row or with a largest common divisor with it of 32, 64 or 128",
+    "row or with a largest common divisor with it of 32, 64 or 128; no compressed embeddings",
     "gguf": "smaller FFNs, and rounded matrices of up to 8 bits (7 with zero points) in groups that are multiples of 32 or the "
     "whole row, of rows that 32 divides",
 }
@@ -39,10 +39,12 @@ FORMATS = (1, 2, 3)  # checkpoint formats that this version reads; it writes the
 
 
 def format_of(layouts: Any) -> int:
-    """The format of a checkpoint with these layouts: 3 if a matrix is rotated, 2 if one has zero points, otherwise 1."""
+    """The format of a checkpoint with these layouts: 3 if a matrix is rotated or embeddings are compressed, 2 if a matrix has
+    zero points, otherwise 1."""
     if not isinstance(layouts, dict):
         return 1
-    own = 3 if rotates(layouts) else 2 if layouts.get("zeros") is True else 1
+    newest = rotates(layouts) or layouts.get("embeddings") is True
+    own = 3 if newest else 2 if layouts.get("zeros") is True else 1
     return max([own, *map(format_of, layouts.values())])
 
 
@@ -140,6 +142,7 @@ class Structure(Plugin):
     engines: tuple[str, ...] = ("torch", "vllm")  # the `RUNTIMES` that run at least some of its sizes
     keeps_activation: ClassVar[bool] = True  # whether the FFN has its own activation, on all channels
     predicts: bool = False  # whether it implements `predicted`, which some allocations need
+    outer: bool = False  # whether it stores embeddings and heads, which can have very many rows
     timed: bool = False  # whether it implements `layouts`, by which the time of a size is measured without a fit
     in_float64: ClassVar[tuple[str, ...]] = ()  # fitted tensors that are cached in float64; the others in float32
     Options: ClassVar[type[StructureOptions]]
@@ -181,6 +184,10 @@ class Structure(Plugin):
         """The groups of matrices that are fitted together (default: each matrix alone); matrices in no group are unsupported."""
         return [[m] for m in matrices]
 
+    def supported(self, matrices: list[Matrix]) -> list[Matrix]:
+        """The matrices without embeddings and heads, unless it stores them."""
+        return [m for m in matrices if self.outer or not m.outer]
+
     def alternatives(self) -> dict[str, Structure]:
         """{suffix of its names: structure} between which an allocation chooses; by default only this one."""
         return {"": self}
@@ -188,7 +195,7 @@ class Structure(Plugin):
     def fits(self, matrices: list[Matrix]) -> list[tuple[str, Structure, list[Matrix]]]:
         """(name, structure, group) of all fits; a matrix is included once for each alternative that supports it."""
         found = self.alternatives().items()
-        return [(f"{group_name(group)}{end}", own, group) for end, own in found for group in own.groups(matrices)]
+        return [(f"{group_name(group)}{end}", own, group) for end, own in found for group in own.groups(own.supported(matrices))]
 
     def limit(self, group: list[Matrix]) -> int:
         """The largest meaningful size, regardless of its bytes."""

@@ -57,6 +57,7 @@ class ByTarget(Structure):
         self.parts = {target: STRUCTURES.build(part.model_dump()) for target, part in self.options.parts.items()}
         self.predicts = all(part.predicts for part in self.parts.values())
         self.timed = all(part.timed for part in self.parts.values())
+        self.outer = any(part.outer for part in self.parts.values())
         self.engines = tuple(dict.fromkeys(engine for part in self.parts.values() for engine in part.engines))
 
     def part(self, matrix: Matrix) -> Structure:
@@ -91,7 +92,7 @@ class ByTarget(Structure):
     def groups(self, matrices: list[Matrix]) -> list[list[Matrix]]:
         found = []
         for target, part in self.parts.items():
-            found += part.groups([m for m in matrices if named_by(m.role, self.parts) == target])
+            found += part.groups(part.supported([m for m in matrices if named_by(m.role, self.parts) == target]))
         return sorted(found, key=lambda group: group[0].layer)  # so that a shard reads the files of few layers
 
     def limit(self, group: list[Matrix]) -> int:

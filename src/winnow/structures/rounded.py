@@ -49,6 +49,7 @@ class Rounded(Structure):
     bias_name = "bias"
     engines = ("torch", "vllm", "compressed-tensors", "gguf")
     predicts = True
+    outer = True
     timed = True
 
     class Options(StructureOptions):
@@ -106,6 +107,10 @@ class Rounded(Structure):
 
     options: Options
 
+    def __init__(self, options: StructureOptions):
+        super().__init__(options)
+        self.outer = self.options.rotations == ["none"]  # embeddings and heads are not rotated
+
     def forms(self, rows: int, columns: int) -> list[Form]:
         """The forms of sizes 1, 2, ... of a matrix (rows, columns)."""
         own = self.options
@@ -133,10 +138,15 @@ class Rounded(Structure):
     def runs(self, group: list[Matrix], size: int, runtime: Runtime) -> bool:
         (m, n), form = group[0].shape, self.forms(*group[0].shape)[size - 1]
         signed = form.bits + (form.grid == "asymmetric")  # bits of a code from which its zero point is subtracted
+        embeddings = group[0].role in ("embed_tokens", "tied")
         if runtime == "torch":
-            return form.group in KERNEL_GROUPS and m % KERNEL_ROWS == 0
+            return group[0].role == "embed_tokens" or (form.group in KERNEL_GROUPS and m % KERNEL_ROWS == 0)
         if form.rotation != "none":
             return runtime == "any"
+        if runtime == "vllm" and group[0].outer:
+            return False
+        if runtime == "compressed-tensors" and embeddings:
+            return False
         if runtime == "compressed-tensors":
             inside = math.gcd(form.group, n)
             whole = form.group == n
@@ -238,9 +248,11 @@ class Rounded(Structure):
     def layouts(self, group: list[Matrix], size: int) -> dict[str, dict[str, Any]]:
         m, n = group[0].shape
         form = self.forms(m, n)[size - 1]
-        own: dict[str, Any] = {"zeros": True} if form.grid == "asymmetric" else {}
+        shape: dict[str, Any] = {"kind": self.kind(), "out": m, "in": n}
+        own = {**shape, "bits": form.bits, "group": form.group, **({"zeros": True} if form.grid == "asymmetric" else {})}
         own |= {"rotation": form.rotation} if form.rotation != "none" else {}
-        return {group[0].module: {"kind": self.kind(), "out": m, "in": n, "bits": form.bits, "group": form.group, **own}}
+        found = {group[0].module: own | ({"embeddings": True} if group[0].role in ("embed_tokens", "tied") else {})}
+        return found | ({group[0].head: shape | {"tied": group[0].module}} if group[0].head else {})
 
     def timed_sizes(self, group: list[Matrix], count: int) -> list[int]:
         return list(range(1, self.largest(group) + 1))  # forms that follow each other have little in common
@@ -248,23 +260,41 @@ class Rounded(Structure):
     def stored(self, group: list[Matrix], tensors: dict[str, Tensor], size: int) -> dict[str, Part]:
         import torch
 
-        ((module, layout),) = self.layouts(group, size).items()
+        (module, layout), *tied = self.layouts(group, size).items()
         names = ["steps", "scale", *(["zero"] if "zeros" in layout else [])]
         own = {name: tensors[f"{size}.{name}"] for name in names} | {"weight": torch.empty(0)}
         if which := layout.get("rotation"):
             own = {f"rounded.{name}": tensor for name, tensor in own.items()} | {"weight": torch.empty(0)}
             sides = ("inputs", "outputs") if which == "both" else ("inputs",)
             own |= {side: tensors[f"{which}.{side}"] for side in sides}
-        return {module: Part(layout, own)}
+        return {module: Part(layout, own)} | {head: Part(reference, {}) for head, reference in tied}
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
-        from winnow.numerics.modules import RoundedLinear, has_bias
+        from winnow.numerics.modules import RoundedEmbedding, RoundedHead, RoundedLinear, has_bias
         from winnow.numerics.rotated import RotatedLinear
 
-        shape, which = (layout["in"], layout["out"], layout["bits"], layout["group"]), layout.get("rotation")
+        if "tied" in layout:
+            return RoundedHead(layout["in"], layout["out"], has_bias(dense))
+        zeros, which = layout.get("zeros", False), layout.get("rotation")
+        if layout.get("embeddings"):
+            factor = getattr(dense, "scalar_embed_scale", None)  # of Gemma
+            return RoundedEmbedding(layout["out"], layout["in"], layout["bits"], layout["group"], zeros, factor)
+        shape = (layout["in"], layout["out"], layout["bits"], layout["group"])
         if which is None:
-            return RoundedLinear(*shape, has_bias(dense), layout.get("zeros", False))
+            return RoundedLinear(*shape, has_bias(dense), zeros)
         if which not in ("inputs", "both"):
             raise ValueError(f"the rotation {which!r}, but only `inputs` and `both` are known")
-        return RotatedLinear(RoundedLinear(*shape, False, layout.get("zeros", False)), which == "both", has_bias(dense))
+        return RotatedLinear(RoundedLinear(*shape, False, zeros), which == "both", has_bias(dense))
+
+    @staticmethod
+    def share(model: nn.Module, name: str, layout: dict[str, Any]) -> dict[str, str]:
+        from winnow.numerics.modules import RoundedEmbedding
+
+        if "tied" in layout:
+            own: Any = model.get_submodule(name)
+            owner = model.get_submodule(layout["tied"])
+            if not isinstance(owner, RoundedEmbedding):
+                raise ValueError(f"{layout['tied']} are no rounded embeddings")
+            own.tied_to = (owner,)
+        return {}

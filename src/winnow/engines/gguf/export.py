@@ -143,6 +143,17 @@ class _Export:
             yield self.name(f"{m.module}.weight"), data
             if own.bias is not None:
                 yield self.name(f"{m.module}.bias"), in_floats(own.bias, torch.float32)
+        for own in self.matrices.rounded_outer():
+            m = own.matrix
+            if isinstance(own.content, Grid):
+                data, kept = own.content.data(), self.exact
+            else:
+                data, kept = self.data(m.module, own.content, own.dtype, self.types.embeddings), self.others
+            kept[data.type.name] += 1
+            names = [m.module, *([m.head] if m.head and self.family.output else [])]
+            done |= {f"{name}.weight" for name in (m.module, m.head)}
+            for name in names:
+                yield self.name(f"{name}.weight"), data
         if self.frequencies is not None:
             yield "rope_freqs.weight", in_floats(self.frequencies, torch.float32)
         yield from self._others(done)

@@ -4,13 +4,13 @@ is rounded, numbers otherwise; outputs in llama.cpp's order, and FFNs of the len
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from winnow.checkpoint.export import Checkpoint, affine_of, widths_of
+from winnow.checkpoint.export import Checkpoint, affine_of, rounded_matrix, widths_of
 from winnow.engines.gguf.blocks import SIZE, Grid, grid_of
 from winnow.engines.gguf.families import FAMILIES, padded_rows, row_order
 from winnow.errors import InputError, first_line
@@ -38,7 +38,9 @@ class Matrices:
         self.all = checkpoint.matrices()
         self.widths = widths_of(checkpoint, self.all)
         self.family = FAMILIES[checkpoint.dense.config.model_type]
-        for name in sorted(set(checkpoint.layouts) - set(self.widths)):
+        self.outer = checkpoint.outer()
+        outer = {name for m in self.outer for name in (m.module, m.head)}
+        for name in sorted(set(checkpoint.layouts) - set(self.widths) - outer):
             kind = checkpoint.layouts[name]["kind"]
             raise InputError(
                 f"{checkpoint.directory}: {name}: {kind} replaces the FFN's activation, for which llama.cpp has no place; this "
@@ -90,6 +92,14 @@ class Matrices:
         if has and not (m.bias or self.family.biases):
             raise InputError(f"{problem}it adds a bias, for which llama.cpp has no place in this family")
         return Stored(m, weight, offset if has else None, dtype)
+
+    def rounded_outer(self) -> Iterator[Stored]:
+        """The rounded embeddings and head."""
+        for m in self.outer:
+            module, dtype = self.checkpoint.module(m.module)
+            rounded = cast(RoundedLinear, module)
+            whole = m.shape[1] % SIZE == 0 and rounded.added is None
+            yield Stored(m, (grid_of(rounded) if whole else None) or rounded_matrix(module), None, dtype)
 
     def _in_place(self, own: Stored) -> Stored:
         """With its outputs in llama.cpp's order, and zeros for neurons that are only there to fill the FFN's length."""

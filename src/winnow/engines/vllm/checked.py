@@ -54,6 +54,11 @@ def described(config: PreTrainedConfig, quantization: dict[str, Any]) -> Describ
             f"winnow's plug-in for vLLM does not know the family {config.model_type!r}, only {', '.join(FAMILIES)}; load the "
             "checkpoint with transformers, or serve its dense export: winnow export <checkpoint> <new directory>"
         )
+    if outer := next((name for name, layout in layers.items() if layout.get("embeddings") or name == "lm_head"), None):
+        raise InputError(
+            f"winnow's plug-in for vLLM does not run a compressed {outer}; load the checkpoint with transformers, or serve its "
+            "dense export: winnow export <checkpoint> <new directory>"
+        )
     cls = model_class(config)
     if not is_causal(config):
         raise InputError(f"winnow's plug-in for vLLM runs causal language models, not {cls.__name__}; load it with transformers")

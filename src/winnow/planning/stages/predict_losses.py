@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from winnow.models.architectures import AT_ONCE
 from winnow.planning.stages.base import TABLES, TORCH, Stage
 from winnow.structures.base import EIGEN
 
@@ -23,7 +24,10 @@ class PredictLosses(Stage):
         for calibration, method in (fit for fit in load.fits if fit in load.predicted):
             sides, few = load.sides(method), load.few(calibration, method)
             structure = self.plan.structure(self.plan.labels["methods"][method])
-            held = max(structure.predicting(group) for group in structure.groups(load.shape.matrices))
+            blocks = [group for group in load.fitted(method) if not group[0].outer]
+            held = max(structure.predicting(group) for group in blocks)
+            if len(blocks) < len(load.fitted(method)):  # a part of one matrix, and all of its codes
+                held = max(held, 8 * 8 * AT_ONCE + structure.work([load.shape.outer[0]], ())[2] + load.read)
             operations = 1.0 * sum(4 * m * n * (m + n) for m, n in sides) + EIGEN * sum(n**3 for n in few)
             found += self.needed(load, 1, held + 8 * 5 * max(few, default=0) ** 2, 1e6, operations)
         return found
