@@ -27,6 +27,7 @@ from winnow.checkpoint.loading import load_model
 from winnow.checkpoint.packed import export_packed
 from winnow.checkpoint.streaming import Streamed
 from winnow.engines.gguf.matrices import Matrices
+from winnow.engines.vllm.checked import described
 from winnow.errors import InputError
 from winnow.factors.fit import fit_groups, storable
 from winnow.io.artifacts import MANIFEST, Bundle
@@ -222,6 +223,10 @@ def test_exports_to_engines(name, tmp_path):
         assert torch.equal(values, loaded.matrix())
     with pytest.raises(InputError, match="the format has no rounded embeddings; use --format dense or gguf"):
         export_packed(folder, tmp_path / "packed", None)
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if name == "llama":
+        with pytest.raises(InputError, match=r"vLLM does not run a compressed model\.embed_tokens; load the checkpoint with tr"):
+            described(model.config, quantization)
     if name == "gpt_neox":
         made = winnow.compress(model, WINDOWS, rounded(4, **group), 0.4, targets=["head"], nearest=True)
         export_packed(made.save(tmp_path / "head"), tmp_path / "of the head", None)
