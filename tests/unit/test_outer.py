@@ -9,12 +9,13 @@ import pandas as pd
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, log_softmax, one_hot
 from transformers import AutoModel, AutoModelForCausalLM
 
 import winnow
-from tests.conftest import ROOT, VOCABULARY, pico
+from tests.conftest import ROOT, TINY, VOCABULARY, pico
 from tests.unit.test_recovery import JOB, KINDS, files_of, run
 from winnow.allocation.groups import chosen_groups
 from winnow.allocation.rounds import Held, Setting, around, predict_in_rounds
@@ -27,11 +28,13 @@ from winnow.checkpoint.loading import load_model
 from winnow.checkpoint.packed import export_packed
 from winnow.checkpoint.streaming import Streamed
 from winnow.engines.gguf.matrices import Matrices
+from winnow.engines.vllm.checked import described
 from winnow.errors import InputError
 from winnow.factors.fit import fit_groups, storable
 from winnow.io.artifacts import MANIFEST, Bundle
 from winnow.metrics.base import METRICS
 from winnow.models import architectures
+from winnow.models.architectures import outer_of
 from winnow.models.held import HeldModel
 from winnow.models.shape import shape_of
 from winnow.planning.config import load
@@ -102,6 +105,23 @@ def test_statistics_are_those_of_the_loss(name):
     loss = cross_entropy(untied(one).logits[0, :-1], one[0, 1:], reduction="sum")
     (gradient,) = torch.autograd.grad(loss, untied.get_input_embeddings().weight)
     torch.testing.assert_close(own["embed_tokens"]["gram"], gradient.T @ gradient / 8, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_families_have_the_modules_that_transformers_names(name):
+    class_name, options = TINY[name]
+    cls = getattr(transformers, class_name)
+    with torch.device("meta"):
+        model = cls(cls.config_class(**options))
+    tied = model.all_tied_weights_keys
+    found = outer_of(model.config.model_type, {n: {"shape": list(t.shape)} for n, t in model.state_dict().items()}, tied)
+    if name.startswith(("bert", "roberta")) or name == "gemma3":
+        assert not found
+        return
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    named = [m.module for m in found] + [m.head for m in found if m.head]
+    assert [model.get_submodule(part) for part in named] == modules
+    assert [m.role for m in found] == (["tied"] if "lm_head.weight" in tied else ["embed_tokens", "lm_head"])
 
 
 def test_tokens_that_were_not_seen_have_a_frequency():
@@ -222,6 +242,10 @@ def test_exports_to_engines(name, tmp_path):
         assert torch.equal(values, loaded.matrix())
     with pytest.raises(InputError, match="the format has no rounded embeddings; use --format dense or gguf"):
         export_packed(folder, tmp_path / "packed", None)
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if name == "llama":
+        with pytest.raises(InputError, match=r"vLLM does not run a compressed model\.embed_tokens; load the checkpoint with tr"):
+            described(model.config, quantization)
     if name == "gpt_neox":
         made = winnow.compress(model, WINDOWS, rounded(4, **group), 0.4, targets=["head"], nearest=True)
         export_packed(made.save(tmp_path / "head"), tmp_path / "of the head", None)

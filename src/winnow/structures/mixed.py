@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 class Mixed(Structure):
     """An FFN is stored by one member as a whole, or each of its matrices by a member for single matrices, or dense; an attention
-    matrix by a member for single matrices, or dense. Only the allocation `ilp` can choose, by predicted loss. Every member is
-    fitted like a method of its own, in this method's metric if it uses one, and shares its factors with such a method."""
+    matrix by a member for single matrices, or dense; embeddings and head by `rounded`, if a budget targets them. Only the
+    allocation `ilp` can choose, by predicted loss. Every member is fitted like a method of its own, in this method's metric if it
+    uses one, and shares its factors with such a method."""
 
     reference = "choice of structures by an integer programme on predicted losses"
     stores = "what the chosen members store"

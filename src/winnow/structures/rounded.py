@@ -37,8 +37,9 @@ class Rounded(Structure):
     """Every number of W as a code times the scale of its group of `group` inputs of a row. Size s is the s-th of all forms
     (bits, group, grid, rotation) by stored bytes; for a single form, use `rank_fraction: 1` in the budget. With `nearest` and
     scales `largest` the metric only measures the error; with `feedback` it determines the codes: errors are compensated along
-    columns in the Gram metric, as in GPTQ, and along rows and columns in the two-sided one. The matrix is dequantised in every
-    call, which takes time; for a few tokens in bfloat16 on a CPU, a kernel of PyTorch reads the codes."""
+    columns in the Gram metric, as in GPTQ, and along rows and columns in the two-sided one. It also stores embeddings and heads
+    (without rotations), whose rows are independent; of embeddings only the rows of the given tokens are dequantised. The matrix
+    is dequantised in every call, which takes time; for a few tokens in bfloat16 on a CPU, a kernel of PyTorch reads the codes."""
 
     reference = "round to nearest; GPTQ, arXiv 2210.17323; both sides: YAQA, 2505.22988; rotations: QuIP#, 2402.04396"
     stores = (
