@@ -96,7 +96,11 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
     "rtn_3bit": (RTN + ", asymmetric", PEER | {"bits": [3]}, WEIGHTS),
     "gptq_4bit": (GPTQ, PEER | {"bits": [4], "rounding": "feedback"}, GRAM),
     "gptq_3bit": (GPTQ, PEER | {"bits": [3], "rounding": "feedback"}, GRAM),
-    "lqer": ("LQER, arXiv 2402.02446", LQER | {"remainder": {"kind": "rounded", "bits": [4]}}, {"kind": "mean_abs", "alpha": 1.0}),
+    "lqer": (
+        "LQER, arXiv 2402.02446",
+        LQER | {"remainder": {"kind": "rounded", "bits": [4]}},
+        {"kind": "mean_abs", "alpha": 1.0},
+    ),
     "svd_llm_gptq": (
         SVD_LLM + ", both factors by GPTQ",
         PEER | {"kind": "rounded_low_rank", "bits": [4], "scales": "largest", "gauge": "split"},
