@@ -140,9 +140,11 @@ def dense_bytes(groups: list[Group]) -> int:
     return sum(g.dense for g in counted_once(groups))
 
 
-def spend(groups: list[Group], sizes: dict[str, int | None], allowed: float, costs: dict[str, list[float]]) -> None:
+def spend(
+    groups: list[Group], sizes: dict[str, int | None], allowed: float, costs: dict[str, list[float]], losing: bool = True
+) -> None:
     """Spend the remaining bytes of `allowed` in single size steps, each on the group with the largest gain per byte that still
-    fits; changes `sizes`."""
+    fits; changes `sizes`. Without `losing`, no step is taken to a size that costs more, as forms with more bytes may."""
     left = allowed - stored_bytes(groups, sizes)
     while True:
         best: tuple[float, str, int, int] | None = None  # minus the gain, group, next size, its additional bytes
@@ -155,7 +157,7 @@ def spend(groups: list[Group], sizes: dict[str, int | None], allowed: float, cos
                 continue
             more = g.bytes(larger) - g.bytes(size)
             gain = (costs[g.name][size] - costs[g.name][larger]) / max(1, more)
-            if more <= left and (best is None or (-gain, g.name) < best[:2]):
+            if more <= left and (losing or gain >= 0) and (best is None or (-gain, g.name) < best[:2]):
                 best = (-gain, g.name, larger, more)
         if best is None:
             return

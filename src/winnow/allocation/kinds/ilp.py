@@ -113,7 +113,7 @@ class IntegerProgramme(Allocation):
             chosen, status = solve_programme(offered, blocks, least, allowed, options.gap, options.nodes, limit)
             sizes = _sizes(offered, chosen)
             if options.time is None:  # a larger size can take longer
-                spend(groups, sizes, allowed, costs)
+                spend(groups, sizes, allowed, costs, losing=False)
             return sizes, status
 
         sizes, status = solved(0.0)
