@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.unit.test_checkpoint import build
-from tests.unit.test_recovery import JOB, KEY, WINDOWS, Fragile, Killed, compressed, files_of, losses, run
+from tests.unit.test_recovery import JOB, KEY, KINDS, WINDOWS, Fragile, Killed, compressed, files_of, losses, run
 from tests.unit.test_rounded_recovery import ALL, checkpoint_of, module_of
 from winnow.checkpoint.loading import load_model
 from winnow.io.artifacts import MANIFEST, Bundle
@@ -183,3 +183,15 @@ def test_experts_are_left_unchanged(kind):
     experts = {name for name in given.modules if ".experts." in name}
     assert experts
     assert experts <= set(report["left_as_they_were"])
+
+
+def test_recoveries_follow_each_other(saved_llama, tmp_path):
+    """The chain of the presets: rounded again, refined, distilled, each from the checkpoint of the one before."""
+    files, checkpoint, _ = of_checkpoint(saved_llama, tmp_path, WEIGHTED)
+    total = checkpoint.manifest["model_stored_bytes"]
+    for name, options in {"again": WEIGHTED, "refined": KINDS["refine"], "distilled": KINDS["distill"]}.items():
+        given, report = run(files, checkpoint, options)
+        assert all(best < start for start, best in losses(report))
+        write_recovered(tmp_path / name, files, checkpoint, given, {"name": name, **options}, report, JOB)
+        checkpoint = Bundle(tmp_path / name / MANIFEST)
+        assert checkpoint.manifest["model_stored_bytes"] == total
