@@ -14,12 +14,14 @@ from winnow.structures.base import STRUCTURES, Problem
 ROLES = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Kinds that are fitted themselves; the members of `mixed` are, see test_mixed.py.
 FITTED = [kind for kind in STRUCTURES if kind != "mixed"]
-LOSSY = {"affine_block", "rounded"}  # no size of these reproduces the layer
+LOSSY = {"affine_block", "rounded", "rounded_channels", "rounded_offsets"}  # no size of these reproduces the layer
 # Options that suit matrices of a few channels.
 SMALL = {
     "bypass": {"kept": 2},
     "cluster": {"clusters": 2},
     "rounded": {"bits": [2, 3, 4, 6]},  # 8 change so little that comparisons are of rounding errors
+    "rounded_channels": {"bits": [2, 3, 4, 6], "group": 5},
+    "rounded_offsets": {"bits": [2, 3, 4, 6], "group": 5},
     "tiers": {"exact": 1, "columns": [0.5, 0.5], "ranks": [0.6, 0.4]},
 }
 # Variants of structures that the suite runs beside the default options of every registered one.
