@@ -64,6 +64,13 @@ def autoround(spec, ids):
     return model, {name: module.scale.numel() for name, module in matrices(model).items()}, spec["bits"]
 
 
+def rtn(spec, ids):
+    """To nearest, scales and zero points as of `gptq`."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    return compressor(spec, ids, QuantizationModifier)
+
+
 def gptq(spec, ids):
     """GPTQ with activation order and static groups; scales and zero points that reach the ends of every group."""
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -120,8 +127,8 @@ def compressor(spec, ids, modifier, **options):
     return model, groups, spec["bits"]
 
 
-PACKAGES = {"hqq": hqq, "gptq": gptq, "awq": awq, "autoround": autoround}
-DISTRIBUTIONS = {"hqq": "hqq", "gptq": "llmcompressor", "awq": "llmcompressor", "autoround": "auto-round"}
+PACKAGES = {"rtn": rtn, "hqq": hqq, "gptq": gptq, "awq": awq, "autoround": autoround}
+DISTRIBUTIONS = {"rtn": "llmcompressor", "hqq": "hqq", "gptq": "llmcompressor", "awq": "llmcompressor", "autoround": "auto-round"}
 
 
 def main(path):

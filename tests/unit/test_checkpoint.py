@@ -79,7 +79,7 @@ def build(
     left = {name: tokens[name] for name in experts_left_dense(files, structure, targets, spectra)}
     budget = {"keep_bytes": keep, "rank": None, "rank_fraction": None, "allocation": {"kind": "uniform"}}
     # In steps too coarse for so small a model.
-    coarse = structure.bias_name is None or kind in ("cluster", "tiers", "coupled", "rounded")
+    coarse = structure.bias_name is None or kind in ("cluster", "tiers", "coupled") or kind.startswith("rounded")
     if coarse or all(structure.limit(g.matrices) == 1 for g in groups):
         budget |= {"keep_bytes": None, "rank_fraction": 0.4}
     sizes = {g.name: structure.limit(g.matrices) for g in groups} if keep is None else allocate(groups, budget).sizes
