@@ -6,10 +6,10 @@
 Models, texts, calibrations and evaluations are those of a configuration of winnow. `PYTHON` is an interpreter of an environment
 of its own, with torch 2.13.0, transformers 5.23.0, datasets 5.2.0 and for `rtn`, `gptq` and `awq` llmcompressor 0.14.0.1 with
 compressed-tensors 0.19.0 (installed without their dependencies, as they ask for transformers of at most 5.17), for `hqq` hqq
-0.2.8.post1 and for `autoround` auto-round 0.16.1. All matrices of the blocks are rounded; embeddings and head are not. A row of the CSV is
-appended once it is measured, and rows that it already has are not measured again. `kept` are the bytes of codes, float16 scales
-and zero points over those of 16-bit matrices, without padding; `loss` is in nats per token above dense, with the paired standard
-error over windows; `kl` is KL(dense || rounded) per token.
+0.2.8.post1 and for `autoround` auto-round 0.16.1. All matrices of the blocks are rounded; embeddings and head are not. A row of
+the CSV is appended once it is measured, and rows that it already has are not measured again. `kept` are the bytes of codes,
+float16 scales and zero points over those of 16-bit matrices, without padding; `loss` is in nats per token above dense, with the
+paired standard error over windows; `kl` is KL(dense || rounded) per token; `seconds` are those of one core.
 """
 
 from __future__ import annotations
