@@ -15,7 +15,7 @@ ROLES = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Kinds that are fitted themselves; the members of `mixed` are, see test_mixed.py.
 FITTED = [kind for kind in STRUCTURES if kind != "mixed"]
 # No size of these reproduces the layer.
-LOSSY = {"affine_block", "rounded", "rounded_low_rank", "rounded_neuron_slice"}
+LOSSY = {"affine_block", "rounded", "rounded_channels", "rounded_low_rank", "rounded_neuron_slice", "rounded_offsets"}
 # Options that suit matrices of a few channels.
 SMALL = {
     "bypass": {"kept": 2},
@@ -23,6 +23,8 @@ SMALL = {
     "rounded": {"bits": [2, 3, 4, 6]},  # 8 change so little that comparisons are of rounding errors
     "rounded_low_rank": {"bits": [4], "ranks": [0.25, 0.5, 0.75, 1.0], "rounding": "nearest"},
     "rounded_neuron_slice": {"bits": [6], "neurons": [0.25, 0.5, 0.75, 1.0], "rounding": "nearest"},
+    "rounded_channels": {"bits": [2, 3, 4, 6], "group": 5},
+    "rounded_offsets": {"bits": [2, 3, 4, 6], "group": 5},
     "tiers": {"exact": 1, "columns": [0.5, 0.5], "ranks": [0.6, 0.4]},
 }
 # Variants of structures that the suite runs beside the default options of every registered one.

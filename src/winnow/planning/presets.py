@@ -16,6 +16,7 @@ WEIGHTS, GRAM = {"kind": "weights"}, {"kind": "gram"}
 LOW_RANK = {"kind": "low_rank"}
 FACTORED = [{"kind": "gauge_fixed"}, {"kind": "neuron_slice", "criterion": "loss"}, {"kind": "affine_block"}]
 GPTQ = "GPTQ, arXiv 2210.17323"
+HQQ, AWQ = "HQQ, Badri and Shaji 2023", "AWQ, arXiv 2306.00978; channel scales stored"
 # Peers use groups of 128 with zero points and scales by the largest number. FORMS are the forms that the programme chooses from;
 # adding smaller groups and zero points would lower the predicted loss by less than 1 % and store more, see docs/rounding.md.
 PEER = {"kind": "rounded", "group": 128, "grids": ["asymmetric"]}
@@ -107,6 +108,10 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
         GRAM,
     ),
     "spq": ("SPQ, arXiv 2602.18420; sizes by integer programme", {"kind": "mixed", "members": SPQ}, WEIGHTS, ILP),
+    "hqq_4bit": (HQQ, {"kind": "rounded_offsets", "bits": [4]}, WEIGHTS),
+    "hqq_3bit": (HQQ, {"kind": "rounded_offsets", "bits": [3]}, WEIGHTS),
+    "awq_4bit": (AWQ, {"kind": "rounded_channels", "bits": [4]}, GRAM),
+    "awq_3bit": (AWQ, {"kind": "rounded_channels", "bits": [3]}, GRAM),
     "rounded_nearest": ("round to nearest; bits by integer programme", FORMS, GRAM, ILP),
     "rounded_gram": (GPTQ + "; bits by integer programme", FED_BACK, GRAM, ILP),
     "rounded_two_sided": (

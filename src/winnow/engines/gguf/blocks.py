@@ -39,7 +39,10 @@ class Grid(NamedTuple):
     scales: Tensor
 
     def type(self) -> Type | None:
-        """The block type of the fewest bits that has all integers; None if there is none."""
+        """The block type of the fewest bits that has all integers; None if there is none, or if they are no integers, as with
+        zero points that are real numbers."""
+        if not torch.equal(self.codes, self.codes.round()):
+            return None
         lowest, highest = (int(found) for found in self.codes.aminmax())
         return next((kind for kind, (low, high) in RANGES.items() if low <= lowest and highest <= high), None)
 
