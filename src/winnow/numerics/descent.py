@@ -86,8 +86,8 @@ def _moves(
     rows: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """(rows that move, their steps (.., S), by how much the objective becomes lower (S,)) for the numbers (k, S) of a part, with
-    half the gradient `slope`, half the curvature `height`, and the part's own rows and columns of F (k, k). None if nothing moves.
-    """
+    half the gradient `slope`, half the curvature `height`, and the part's own rows and columns of F (k, k).
+    None if nothing moves."""
     code = torch.addcdiv(value, slope, height, value=-1).div_(divisor).add_(zero).round_().clamp_(low, high)
     step = code.sub_(zero).mul_(scale).sub_(value)
     loss = torch.addcmul(slope, height, step, value=0.5).mul_(step)  # half of what a move alone adds to the objective

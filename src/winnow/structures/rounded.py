@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from winnow.models.architectures import Matrix, group_name
-from winnow.numerics.grids import FEW_BITS, Form, forms_of
+from winnow.numerics.grids import FEW_BITS, SHARES, Form, forms_of
 from winnow.structures.base import Fit, Part, Problem, Runtime, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SWEEPS, NUMBERS = 4, 1 << 24  # sweeps of coordinate descent on both sides; numbers (of all forms) rounded at once
+# What is not a product of matrices, in floating-point operations that take as long: for every number of a form, for a tried
+# scale, packing, and codes with feedback; and for the calls of a tried scale, of a step of the feedback, and of a column in a sweep
+# of the descent, which several forms share. Fitted to times of one core for widths of 64 to 1,024.
+SCALES, PACKED, GRAM, BOTH = 450, 2000, 6000, 45000
+CALLS, STEP, COLUMN = 6e6, 2.7e6, 1e7
+MATRICES = 16  # of the shape of the matrix that are held at once for every form
 # As in `numerics.kernels` and `checkpoint.packed`, which import torch; a test compares them.
 KERNEL_GROUPS, KERNEL_ROWS, PACKED_GROUPS = (32, 64, 128, 256), 16, (32, 64, 128)
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -119,16 +125,24 @@ class Rounded(Structure):
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
         """Codes of all forms, several rounded at once; searched scales, errors, and feedback in a full metric."""
-        m, n = group[0].shape
+        (m, n), own = group[0].shape, self.options
         forms, both = self.forms(n), "gradient_gram" in needs
-        at_once = m * n * min(len(forms), max(1, NUMBERS // (m * n)))
-        each = 10 * len(FEW_BITS) * m * n + 2 * m * n * (n + (m if both else 0))
-        metric = 0
-        if self.options.rounding == "feedback" and "gram" in needs:
+        at_once = min(len(forms), max(1, NUMBERS // (m * n)))
+        tried = 1 + {"largest": 0, "searched": len(SHARES), "unbiased": len(FEW_BITS)}[own.scales]
+        each = tried * (SCALES * m * n + CALLS) + PACKED * m * n + 2 * m * n * (n + (m if both else 0))
+        batch = metric = 0.0
+        if own.rounding == "feedback" and "gram" in needs:
             metric = n**3 + (m**3 if both else 0)
-            each += m * n * n if not both else m * n * (m + n) + SWEEPS * m * n * (5 * m + 4 * n)
+            if both:
+                # Products for the error to nearest, the feedback and the slopes; then for the sweeps.
+                each += BOTH * m * n + 5.25 * m * n * (m + n) + (2 * SWEEPS - 1) * m * n * n
+                batch = STEP * (m + n) + SWEEPS * COLUMN * n
+            else:
+                each += GRAM * m * n + 3 * m * n * n
+                batch = STEP * n / 2
         cached = m * sum(form.row_bytes(n) for form in forms)
-        return 8.0 * (10 * at_once + 4 * n * n + 4 * m * m), 1.0 * metric + len(forms) * each, 1.0 * cached
+        operations = metric + len(forms) * each + math.ceil(len(forms) / at_once) * batch
+        return 8.0 * (MATRICES * at_once * m * n + 4 * n * n + 4 * m * m), 1.0 * operations, 1.0 * cached
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
