@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 SWEEPS, NUMBERS = 4, 1 << 24  # sweeps of coordinate descent on both sides; numbers (of all forms) rounded at once
 # What is not a product of matrices, in floating-point operations that take as long: for every number of a form, for a tried
-# scale, packing, and codes with feedback; and for the calls of a tried scale, of a step of the feedback, and of a column in a sweep
-# of the descent, which several forms share. Fitted to times of one core for widths of 64 to 1,024.
+# scale, packing, and codes with feedback; and for the calls of a tried scale, of a step of the feedback, and of a column in a
+# sweep of the descent, which several forms share. Fitted to times of one core for widths of 64 to 1,024.
 SCALES, PACKED, GRAM, BOTH = 450, 2000, 6000, 45000
 CALLS, STEP, COLUMN = 6e6, 2.7e6, 1e7
 MATRICES = 16  # of the shape of the matrix that are held at once for every form
