@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BLOCK, INNER = 128, 16  # columns before a product of matrices applies their moves to all others, and to the rest of the block
 PARTS = 2  # parts of a column
-DENSE = 2  # if one in so many numbers of a part would move, products with all of them take less time than selecting
+DENSE = 3  # if one in so many numbers of a part would move, products with all of them take less time than selecting
 
 
 def descend_codes(
@@ -64,7 +64,7 @@ def descend_codes(
                             moved, steps, gain = found
                             values[j, part].index_add_(0, moved, steps)
                             lowered += gain
-                            bent = halves[part][moved].T @ steps  # (rows, S)
+                            bent = halves[part].index_select(0, moved).T @ steps  # (rows, S)
                             turn += bent.flatten()
                             slope.view(-1, count).add_(bent, alpha=float(columns[j, j]))
                     current[j - top + 1 :].addcmul_(columns[j, j + 1 : below, None], turn)
@@ -97,12 +97,12 @@ def _moves(
         return None
     step.masked_fill_(worse, 0)
     best, where = loss.min(0)
+    some = step.index_select(0, moved)
     if DENSE * len(moved) > len(step):
         joint = (step * torch.addmm(slope, rows, step, alpha=0.5 * float(energy))).sum(0)
-        some = step[moved]
     else:
-        some = step[moved]
-        joint = (some * torch.addmm(slope[moved], rows[moved[:, None], moved], some, alpha=0.5 * float(energy))).sum(0)
+        bent = torch.addmm(slope.index_select(0, moved), rows.index_select(0, moved), step, alpha=0.5 * float(energy))
+        joint = (some * bent).sum(0)
     together = joint < best
     if together.any():
         alone = some.where(moved[:, None] == where, 0)
