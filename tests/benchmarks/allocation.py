@@ -67,10 +67,8 @@ class Bench:
         self.gradients = dict(collect_gradients(self.model, self.files.matrices, self.calibration, 8, *labels))
         self.groups: dict[str, list[Group]] = {}
         self.factors: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
-        for metric in ("gram", "two_sided"):
-            self._fit(metric)
 
-    def _fit(self, metric: str) -> None:
+    def fit(self, metric: str) -> None:
         structure = STRUCTURES.build({"kind": "low_rank"})
         self.groups[metric], self.factors[metric] = [], {}
         for m in self.files.matrices:
@@ -109,6 +107,17 @@ class Bench:
             picked = self.log_probabilities(batch)[:, :-1].gather(-1, batch[:, 1:, None].long())
             parts.append(-picked[..., 0].double().mean(1))
         return torch.cat(parts)
+
+
+def options(text: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--model", type=Path, default=DEMO / "models" / "demo")
+    parser.add_argument("--calibration", type=Path, default=DEMO / "texts" / "demo" / "calibration.jsonl")
+    parser.add_argument("--evaluation", type=Path, default=DEMO / "texts" / "demo" / "evaluation.jsonl")
+    parser.add_argument("--format", default="jsonl", choices=["raw", "lines", "jsonl"])
+    for key, value in {"length": 256, "windows": 128, "scored": 64, "single": 16, "seed": 0}.items():
+        parser.add_argument(f"--{key}", type=int, default=value)
+    return parser
 
 
 def single(bench: Bench, metric: str, windows: torch.Tensor) -> None:
@@ -151,15 +160,9 @@ def whole(bench: Bench, metric: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=DEMO / "models" / "demo")
-    parser.add_argument("--calibration", type=Path, default=DEMO / "texts" / "demo" / "calibration.jsonl")
-    parser.add_argument("--evaluation", type=Path, default=DEMO / "texts" / "demo" / "evaluation.jsonl")
-    parser.add_argument("--format", default="jsonl", choices=["raw", "lines", "jsonl"])
-    for key, value in {"length": 256, "windows": 128, "scored": 64, "single": 16, "seed": 0}.items():
-        parser.add_argument(f"--{key}", type=int, default=value)
-    arguments = parser.parse_args()
+    arguments = options(__doc__.splitlines()[0]).parse_args()
     bench = Bench(arguments)
     for metric in ("gram", "two_sided"):
+        bench.fit(metric)
         whole(bench, metric)
     single(bench, "gram", bench.calibration[: arguments.single])

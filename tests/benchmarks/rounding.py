@@ -1,13 +1,16 @@
-"""Seconds to round a square matrix with feedback, beside one eigendecomposition of its width, which a factored fit takes.
+"""Seconds to round a matrix with feedback, beside one eigendecomposition of its larger side, which a factored fit takes.
 
-    python tests/benchmarks/rounding.py [--widths 512 1024 2048] [--bits 3] [--threads 1] [--cpu-time] [--device cpu]
+    python tests/benchmarks/rounding.py [--shapes 512 1024 2048x8192] [--bits 3] [--threads 1] [--cpu-time] [--device cpu]
 
-A random matrix with inputs and gradients whose spectra are like i^-1, rounded in groups of 128: to nearest, in the Gram metric
-(GPTQ), and on both sides (with the descent), for all `--bits` at once. Printed for every width: seconds, what is left of
-the error to nearest in the metric, and how the seconds grew. All is float64.
+A random matrix (outputs x inputs) with inputs and gradients whose spectra are like i^-1, rounded in groups of 128: to nearest, in
+the Gram metric (GPTQ), and on both sides (with the descent), for all `--bits` at once. Printed for every shape: seconds, what is
+left of the error to nearest in the metric, the exponent of the width by which the seconds on both sides grew since the shape
+before, and the peak memory of the process so far. All is float64.
 """
 
 import argparse
+import math
+import resource
 import time
 
 import torch
@@ -28,7 +31,7 @@ def second_moment(width: int, device: str) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--shapes", nargs="+", default=["512", "1024", "2048"], help="a width, or OUTPUTSxINPUTS")
     parser.add_argument("--bits", type=int, nargs="+", default=[3])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -44,28 +47,34 @@ def main() -> None:
             torch.cuda.synchronize()
         return clock() - began, found
 
-    print("| width | eigendecomposition, s | nearest, s | Gram, s | both sides, s | Gram, error | both sides, error | grew by |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| shape | eigenproblem, s | nearest, s | Gram, s | both sides, s | Gram, error | both sides, error | exponent | GB |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    )
     last = None
-    for width in given.widths:
+    for shape in given.shapes:
+        m, n = (int(side) for side in (shape.split("x") * 2)[:2])
         torch.manual_seed(0)
-        weight = torch.randn(width, width, dtype=torch.float64, device=given.device)
-        columns, rows = second_moment(width, given.device), second_moment(width, given.device)
-        forms = [Form(bits, "full", min(128, width)) for bits in given.bits]
+        weight = torch.randn(m, n, dtype=torch.float64, device=given.device)
+        columns, rows = second_moment(n, given.device), second_moment(m, given.device)
+        forms = [Form(bits, "full", min(128, n)) for bits in given.bits]
         made = [scaled(weight, form, "unbiased", columns.diagonal()) for form in forms]
-        grids = grids_of(forms, made, width)
-        eigen, _ = timed(eigh, columns)
+        grids = grids_of(forms, made, n)
+        eigen, _ = timed(eigh, columns if n > m else rows)
         seconds, errors = [], []
         for metric in (None, metric_for(columns, None), metric_for(columns, rows)):
             took, codes = timed(codes_of, weight, forms, made, metric, SWEEPS, "matrix")
-            change = grids.values(codes) - weight
             seconds.append(took)
-            errors.append([objective(change, side, columns).mean() for side in (None, rows)])
-        left = [float(errors[1][0] / errors[0][0]), float(errors[2][1] / errors[0][1])]
-        grew = f"{seconds[2] / last:.1f}" if last else ""
-        numbers = " | ".join(f"{value:.2f}" for value in (eigen, *seconds, *left))
-        print(f"| {width} | {numbers} | {grew} |", flush=True)
-        last = seconds[2]
+            if metric is not None:
+                change, side = grids.values(codes) - weight, None if metric.rows is None else rows
+                nearest = grids.values(grids.nearest(weight)) - weight
+                errors.append(float(objective(change, side, columns).mean() / objective(nearest, side, columns).mean()))
+        width = math.sqrt(m * n)
+        grew = f"{math.log(seconds[2] / last[1]) / math.log(width / last[0]):.1f}" if last and last[0] != width else ""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        numbers = " | ".join(f"{value:.2f}" for value in (eigen, *seconds, *errors))
+        print(f"| {shape} | {numbers} | {grew} | {peak:.1f} |", flush=True)
+        last = width, seconds[2]
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from tests.unit.worlds import World
 from winnow.metrics.base import METRICS
 from winnow.models.architectures import Matrix
-from winnow.numerics import feedback
-from winnow.numerics.feedback import both_feedback, codes_of, damped, descend_codes, grids_of, metric_for, objective
+from winnow.numerics import descent, wavefront
+from winnow.numerics.descent import descend_codes, slopes_of
+from winnow.numerics.feedback import codes_of, damped, grids_of, metric_for, objective
 from winnow.numerics.grids import Form, forms_of, scaled
 from winnow.numerics.rounding import multiplied
+from winnow.numerics.wavefront import both_feedback
 from winnow.structures.base import STRUCTURES, Problem
 
 GRIDS = ["symmetric", "full", "asymmetric"]
@@ -77,14 +79,19 @@ def entry_by_entry(w: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, g
     return codes
 
 
-@pytest.mark.parametrize(("shape", "block"), [((1, 1), 128), ((5, 9), 128), ((9, 5), 4), ((11, 13), 4)])
-def test_feedback_on_both_sides_is_its_definition(shape, block, monkeypatch):
-    monkeypatch.setattr(feedback, "BLOCK", block)
+@pytest.mark.parametrize(
+    ("shape", "tile", "block"),
+    [((1, 1), 32, 128), ((5, 9), 32, 128), ((9, 5), 4, 4), ((11, 13), 2, 4), ((14, 25), 2, 4), ((25, 14), 2, 6), ((3, 30), 1, 2)],
+)
+def test_feedback_on_both_sides_is_its_definition(shape, tile, block, monkeypatch):
+    """Also where no tile divides a side, and with several blocks of several tiles."""
+    monkeypatch.setattr(wavefront, "TILE", tile)
+    monkeypatch.setattr(wavefront, "BLOCK", block)
     w, gram, other = problem_of(*shape, seed=sum(shape))
     metric = metric_for(gram, other)
     for form in (Form(3, "full", 4), Form(2, "asymmetric", 8)):
         grids = grids_of([form], [scaled(w, form, "largest", torch.ones(shape[1], dtype=w.dtype))], shape[1])
-        found = both_feedback(w, grids, metric.rows, metric.columns)[0]
+        found = grids.nearest(w + both_feedback(w, grids, metric.rows, metric.columns))[0]
         assert torch.equal(found, entry_by_entry(w, metric.rows, metric.columns, grids, *form.codes))
 
 
@@ -95,7 +102,7 @@ def test_feedback_on_both_sides_is_its_definition(shape, block, monkeypatch):
     st.integers(2, 4),
     st.sampled_from(GRIDS),
     st.integers(0, 2**20),
-    st.sampled_from([3, 128]),
+    st.sampled_from([(3, 2), (4, 4), (128, 16)]),
 )
 def test_the_descent_never_raises_the_objective(m, n, bits, grid, seed, block):
     w, gram, other = problem_of(m, n, seed)
@@ -103,11 +110,14 @@ def test_the_descent_never_raises_the_objective(m, n, bits, grid, seed, block):
     grids = grids_of([form], [scaled(w, form, "largest", torch.ones(n, dtype=w.dtype))], n)
     change = grids.values(grids.nearest(w)) - w
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feedback, "BLOCK", block)
-        for _ in range(3):
-            lower = descend_codes(w, grids, metric.rows, metric.columns, change)
-            before, after = (float(objective(d, metric.rows, metric.columns)) for d in (change, lower))
+        patch.setattr(descent, "BLOCK", block[0])
+        patch.setattr(descent, "INNER", block[1])
+        for sweeps in (1, 2, 1):
+            sides = metric.rows, metric.columns
+            lower, by = descend_codes(w, grids, *sides, change, slopes_of(change, *sides), sweeps)
+            before, after = (float(objective(d, *sides)) for d in (change, lower))
             assert after <= before * (1 + 1e-12)
+            assert float(by) == pytest.approx(before - after, rel=1e-9, abs=1e-12 * before)
             codes = grids.nearest(w + lower)
             torch.testing.assert_close(grids.values(codes), w + lower, rtol=1e-12, atol=1e-12)
             change = lower

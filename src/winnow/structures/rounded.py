@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from winnow.models.architectures import Matrix, group_name
-from winnow.numerics.grids import FEW_BITS, Form, forms_of
+from winnow.numerics.grids import FEW_BITS, SHARES, Form, forms_of
 from winnow.numerics.hadamard import ODD, factors_of, odd_part, rotatable
 from winnow.structures.base import Fit, Part, Problem, Runtime, Structure, StructureOptions
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SWEEPS, NUMBERS = 4, 1 << 24  # sweeps of coordinate descent on both sides; numbers (of all forms) rounded at once
+# What is not a product of matrices, in floating-point operations that take as long: for every number of a form, for a tried
+# scale, packing, and codes with feedback; and for the calls of a tried scale, of a step of the feedback, and of a column in a
+# sweep of the descent, which several forms share. Fitted to times of one core for widths of 64 to 1,024.
+SCALES, PACKED, GRAM, BOTH = 450, 2000, 6000, 45000
+CALLS, STEP, COLUMN = 6e6, 2.7e6, 1e7
+MATRICES = 16  # of the shape of the matrix that are held at once for every form
 # As in `numerics.kernels` and `checkpoint.packed`, which import torch; a test compares them.
 KERNEL_GROUPS, KERNEL_ROWS, PACKED_GROUPS = (32, 64, 128, 256), 16, (32, 64, 128)
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -26,11 +32,14 @@ Turned = Literal["none", "inputs", "both"]
 TURNED = {"none": "", "inputs": " with rotated inputs", "both": " with rotated inputs and outputs"}  # in the log
 
 
-def feeding_back(m: int, n: int, both: bool) -> tuple[int, int]:
-    """Operations of error feedback in a matrix (m, n): of the roots of its metric, and of every form; `both`: along rows too."""
+def feeding_back(m: int, n: int, both: bool) -> tuple[float, float, float]:
+    """Operations of error feedback in a matrix (m, n): of the roots of its metric, of every form, and of the calls that several
+    forms share; `both`: along rows too."""
     if not both:
-        return n**3, m * n * n
-    return n**3 + m**3, m * n * (m + n) + SWEEPS * m * n * (5 * m + 4 * n)
+        return n**3, GRAM * m * n + 3.0 * m * n * n, STEP * n / 2
+    # Products for the error to nearest, the feedback and the slopes; then for the sweeps.
+    each = BOTH * m * n + 5.25 * m * n * (m + n) + (2 * SWEEPS - 1) * m * n * n
+    return n**3 + m**3, each, STEP * (m + n) + SWEEPS * COLUMN * n
 
 
 class Rounded(Structure):
@@ -159,20 +168,23 @@ class Rounded(Structure):
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
         """Codes of all forms, several rounded at once; searched scales, errors, and feedback in a full metric."""
-        m, n = group[0].shape
+        (m, n), own = group[0].shape, self.options
         forms, both = self.forms(m, n), "gradient_gram" in needs
-        at_once = m * n * min(len(forms), max(1, NUMBERS // (m * n)))
-        each = 10 * len(FEW_BITS) * m * n + 2 * m * n * (n + (m if both else 0))
-        metric = 0
-        if self.options.rounding == "feedback" and "gram" in needs:
-            metric, own = feeding_back(m, n, both)
-            each += own
-        memory, operations = 10 * at_once + 4 * n * n + 4 * m * m, 1.0 * len({form.rotation for form in forms}) * metric
-        for which in sorted({form.rotation for form in forms} - {"none"}):  # of W, of the metric, and back for every form
+        at_once = min(len(forms), max(1, NUMBERS // (m * n)))
+        tried = 1 + {"largest": 0, "searched": len(SHARES), "unbiased": len(FEW_BITS)}[own.scales]
+        each = tried * (SCALES * m * n + CALLS) + PACKED * m * n + 2 * m * n * (n + (m if both else 0))
+        metric = batch = 0.0
+        if own.rounding == "feedback" and "gram" in needs:
+            metric, feedback, batch = feeding_back(m, n, both)
+            each += feedback
+        turns = {form.rotation for form in forms}
+        operations = len(turns) * metric + len(forms) * each + (len(turns) - 1 + math.ceil(len(forms) / at_once)) * batch
+        memory = MATRICES * at_once * m * n + 4 * n * n + 4 * m * m
+        for which in sorted(turns - {"none"}):  # of W, of the metric, and back for every form
             turn = 2 * sum(factors_of(n)) + (2 * sum(factors_of(m)) if which == "both" else 0)
             operations += turn * (m * n * (1 + sum(form.rotation == which for form in forms)) + 2 * n * n + 2 * m * m)
-            memory = 10 * at_once + 7 * n * n + 7 * m * m + 3 * m * n
-        return 8.0 * memory, operations + len(forms) * each, 1.0 * sum(form.bytes(m, n) for form in forms)
+            memory = MATRICES * at_once * m * n + 7 * n * n + 7 * m * m + 3 * m * n
+        return 8.0 * memory, 1.0 * operations, 1.0 * sum(form.bytes(m, n) for form in forms)
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
