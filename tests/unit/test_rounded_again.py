@@ -148,7 +148,7 @@ def test_the_remainder_beside_factors_is_rounded_again(saved_llama, tmp_path):
     rest = {"kind": "rounded", "bits": [3], "group": 8, "grids": ["full"]}
     folder = build(saved_llama, tmp_path / "work", ALL, 0.6, "bypass", metric="gram", kept=1, remainder=rest)
     files, checkpoint = files_of(saved_llama, tmp_path), Bundle(folder / MANIFEST)
-    start = given_of(files, checkpoint, WINDOWS, recovery_of(AGAIN).WEIGHTED, True, "cpu").model.state_dict()
+    start = given_of(files, checkpoint, WINDOWS, recovery_of(AGAIN).options, True, "cpu").model.state_dict()
     given, report = run(files, checkpoint, AGAIN)
     assert any(best < at for at, best in losses(report))
     after = given.model.state_dict()
