@@ -5,7 +5,7 @@
 Every matrix is rounded with feedback on both sides to 2, 3, 4 and 5 bits in groups of 32 and 128, the others are dense; then all
 matrices with the forms of `rounded_two_sided` that the integer programme chooses at KEEPS of the bytes. Losses are predicted as
 in the workflow, and measured on the evaluation text, in float64 from float32 logits: the divergence KL(dense || rounded) and the
-loss, in nats per token. A divergence below FLOOR times what the order of float32 sums alone makes is left out.
+loss, in nats per token. A divergence below FLOOR times that of the dense model in float64 from itself in float32 is left out.
 
 Prints tables, and writes a row for all single matrices and one for every budget to docs/results/rounded_predictions.csv, instead
 of earlier ones of the model.
@@ -14,6 +14,7 @@ of earlier ones of the model.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 from pathlib import Path
 
@@ -72,17 +73,19 @@ class Measure:
 
     def __init__(self, bench: Bench, windows: int):
         self.bench, self.windows = bench, bench.evaluation[:windows]
-        self.dense = list(self._outputs(8))
-        self.floor = self(4)[0]
+        self.dense = self._outputs(copy.deepcopy(bench.model).double())
+        self.floor = self()[0]
+        self.dense = self._outputs(bench.model)
 
-    def _outputs(self, batch: int):
-        with torch.no_grad():
-            for part in self.windows.split(batch):
-                yield self.bench.model(input_ids=part.long(), use_cache=False).logits.double().log_softmax(-1)
+    @torch.no_grad()
+    def _outputs(self, model: torch.nn.Module) -> torch.Tensor:
+        """(windows, length, vocabulary): logarithms of probabilities."""
+        parts = [model(input_ids=part.long(), use_cache=False).logits.double() for part in self.windows.split(8)]
+        return torch.cat(parts).log_softmax(-1)
 
-    def __call__(self, batch: int = 8) -> tuple[float, float, float, float]:
+    def __call__(self) -> tuple[float, float, float, float]:
         """(divergence, its standard error, nats above dense, their standard error) per token, errors over windows."""
-        found, dense = torch.cat(list(self._outputs(batch))), torch.cat(self.dense)
+        found, dense = self._outputs(self.bench.model), self.dense
         kl = (dense.exp() * (dense - found)).sum(-1).mean(1)
         nats = (dense - found)[:, :-1].gather(-1, self.windows[:, 1:, None].long())[..., 0].mean(1)
         return tuple(float(value) for part in (kl, nats) for value in (part.mean(), part.std() / len(part) ** 0.5))
