@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from winnow.models.architectures import Matrix
 from winnow.numerics.grids import Form
@@ -14,7 +14,15 @@ from winnow.structures.base import Fit, Part, Problem, Runtime, Structure, Struc
 if TYPE_CHECKING:
     from torch import Tensor
 
-Bits = Annotated[int, Field(ge=2, le=8)]
+
+def _ascending(values: list[Any], info: ValidationInfo) -> list[Any]:
+    if values != sorted(set(values)):
+        raise ValueError(f"{info.field_name} must be in ascending order without duplicates: {sorted(set(values))}")
+    return values
+
+
+ASCENDING = AfterValidator(_ascending)
+Bits = Annotated[list[Annotated[int, Field(ge=2, le=8)]], ASCENDING]
 
 
 class RoundedForms(Structure):
@@ -24,17 +32,10 @@ class RoundedForms(Structure):
     timed = True
 
     class Options(StructureOptions):
-        bits: list[Bits] = Field([4], min_length=1, description="bits of a number, 2 to 8, in ascending order; a size for each")
+        bits: Bits = Field([4], min_length=1, description="bits of a number, 2 to 8, in ascending order; a size for each")
         group: int | None = Field(
             128, ge=4, description="inputs of a row that share a scale and a zero point; null: the whole row"
         )
-
-        @field_validator("bits")
-        @classmethod
-        def _ascending(cls, bits: list[int]) -> list[int]:
-            if bits != sorted(set(bits)):
-                raise ValueError(f"bits must be in ascending order without duplicates: {sorted(set(bits))}")
-            return bits
 
     options: Options
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,6 +12,7 @@ from winnow.models.architectures import Matrix, group_name
 from winnow.numerics.grids import FEW_BITS, SHARES, Form, forms_of
 from winnow.numerics.hadamard import ODD, factors_of, odd_part, rotatable
 from winnow.structures.base import Fit, Part, Problem, Runtime, Structure, StructureOptions
+from winnow.structures.forms import Bits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +27,6 @@ CALLS, STEP, COLUMN = 6e6, 2.7e6, 1e7
 MATRICES = 16  # of the shape of the matrix that are held at once for every form
 # As in `numerics.kernels` and `checkpoint.packed`, which import torch; a test compares them.
 KERNEL_GROUPS, KERNEL_ROWS, PACKED_GROUPS = (32, 64, 128, 256), 16, (32, 64, 128)
-Bits = Annotated[int, Field(ge=2, le=8)]
 Grid = Literal["symmetric", "full", "asymmetric"]
 Turned = Literal["none", "inputs", "both"]
 TURNED = {"none": "", "inputs": " with rotated inputs", "both": " with rotated inputs and outputs"}  # in the log
@@ -64,7 +64,7 @@ class Rounded(Structure):
 
     class Options(StructureOptions):
         kind: Literal["rounded"]
-        bits: list[Bits] = Field(
+        bits: Bits = Field(
             [8], min_length=1, description="bits of a number, 2 to 8, in ascending order; one or more sizes for each"
         )
         group: int | list[int | None] | None = Field(
@@ -92,13 +92,6 @@ class Rounded(Structure):
             description="what is rounded: none, W; inputs, W V^T; both, U W V^T, with rotations U and V (random signs and a "
             "Hadamard transform) of inputs and outputs at run time; one or more sizes for each",
         )
-
-        @field_validator("bits")
-        @classmethod
-        def _ascending(cls, bits: list[int]) -> list[int]:
-            if bits != sorted(set(bits)):
-                raise ValueError(f"bits must be in ascending order without duplicates: {sorted(set(bits))}")
-            return bits
 
         @field_validator("group")
         @classmethod

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from winnow.models.architectures import Matrix, group_name
 from winnow.structures.base import EIGEN, Fit, Part, Problem, Runtime, Structure
+from winnow.structures.forms import ASCENDING, Bits
 from winnow.structures.parts import (
     Factors,
     Seen,
@@ -23,7 +24,7 @@ from winnow.structures.parts import (
     rounder,
     stored_product,
 )
-from winnow.structures.rounded import Bits, Grid, Rounded
+from winnow.structures.rounded import Grid, Rounded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,7 +48,7 @@ class RoundedLowRank(Structure):
 
     class Options(Rounded.Options):
         kind: Literal["rounded_low_rank"]  # type: ignore[assignment]
-        ranks: list[Share] = Field(
+        ranks: Annotated[list[Share], ASCENDING] = Field(
             [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0],
             min_length=1,
             description="the ranks to choose from, as shares of the smaller side of a matrix, in ascending order",
@@ -62,19 +63,12 @@ class RoundedLowRank(Structure):
         rounds: int = Field(
             1, ge=1, le=20, description="how often the factors are fitted to each other and rounded; the best pair is stored"
         )
-        bits: list[Bits] = Field([4], min_length=1, description="bits of a number of both factors, 2 to 8, in ascending order")
+        bits: Bits = Field([4], min_length=1, description="bits of a number of both factors, 2 to 8, in ascending order")
         group: int | list[int | None] | None = Field(128, description="as of `rounded`; at most a row of each factor")
         grids: list[Grid] = Field(["full"], min_length=1, description="as of `rounded`")
         scales: Literal["largest", "searched", "unbiased"] = Field("unbiased", description="as of `rounded`")
         rounding: Literal["nearest", "feedback"] = Field("feedback", description="as of `rounded`")
         rotations: list[Literal["none"]] = Field(["none"], description="none: parts are not rotated")  # type: ignore[assignment]
-
-        @field_validator("ranks")
-        @classmethod
-        def _ranks_ascending(cls, ranks: list[float]) -> list[float]:
-            if ranks != sorted(set(ranks)):
-                raise ValueError(f"ranks must be in ascending order without duplicates: {sorted(set(ranks))}")
-            return ranks
 
     options: Options
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from winnow.planning.stages.base import HUGGING_FACE, OF_STATISTICS, Stage
+from winnow.planning.stages.base import HUGGING_FACE, Stage
 from winnow.planning.stages.collect_gradients import TOKENS
 
 if TYPE_CHECKING:
@@ -16,9 +16,7 @@ class CollectOuter(Stage):
     libraries = HUGGING_FACE
 
     def spec(self, w: dict[str, str]) -> specs.CollectGradients:
-        calibration = self.plan.preset("calibrations", w["calibration"])
-        moments: specs.GradientMoments = calibration.model_dump(include={*OF_STATISTICS, "seed"})
-        return {"dtype": self.dtype(w), **moments}
+        return self.plan.stages["collect_gradients"].spec(w)  # type: ignore[return-value]
 
     def work(self, load: Load) -> list[Work]:
         found, shape = [], load.shape
