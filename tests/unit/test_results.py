@@ -246,8 +246,9 @@ def test_the_report_is_one_file_that_needs_no_network(tmp_path):
     assert page.count('class="best"') == 4, "equal sums over windows are ties"
 
 
-def over_seeds(losses: dict[str, dict[int, list[float]]]) -> pd.DataFrame:
-    """The spread table of per-window losses {method: {seed: nll}}, 10 tokens a window, above a dense loss of 0 in each."""
+def over_seeds(losses: dict[str, dict[int, list[float]]], kl: dict[str, dict[int, list[float]]] | None = None) -> pd.DataFrame:
+    """The spread table of per-window losses {method: {seed: nll}}, 10 tokens a window, above a dense loss of 0 in each; `kl`:
+    likewise divergences, of some methods."""
     windows = len(next(iter(next(iter(losses.values())).values())))
     shared = {"model": "m", "evaluation": "e", "budget": "b", "recovery": "none"}
     rows, results = [{**shared, "method": "dense", "result": "dense"}], {}
@@ -258,6 +259,8 @@ def over_seeds(losses: dict[str, dict[int, list[float]]]) -> pd.DataFrame:
             rows.append({**shared, "method": method, "seeds_of": "c", "seed": seed, "result": key})
             sizes = {"stored_bytes": 6 + seed, "dense_bytes": 10}
             results[key] = {**sizes, "per_window": {"nll": nll, "tokens": [10.0] * len(nll)}}
+            if kl and method in kl:
+                results[key]["per_window"]["kl"] = kl[method][seed]
     return spread(rows, results).set_index("method")
 
 
@@ -308,6 +311,18 @@ def test_methods_are_paired_by_seed_and_window():
     assert table.loc["b", "above_best"] == pytest.approx(0.02)
     assert table.loc["b", "above_best_window_se"] == pytest.approx(0, abs=1e-12)
     assert table.loc["b", "tie"], "the sign changes from seed to seed, which windows alone would not show"
+
+
+def test_divergences_are_compared_like_losses():
+    losses = {"a": {0: [1.0, 2.0], 1: [2.0, 4.0]}, "b": {0: [3.0, 1.0], 1: [2.0, 2.0]}}
+    kl = {"a": losses["b"], "b": losses["a"]}
+    table, other = over_seeds(losses, kl), over_seeds(kl)
+    for ours, theirs in (("kl", "delta_nll"), ("above_closest", "above_best")):
+        for end in ("", "_seed_se", "_window_se", "_se"):
+            assert table[f"{ours}{end}"].tolist() == other[f"{theirs}{end}"].tolist()
+    assert table["closest"].tolist() == other["best"].tolist() != table["best"].tolist()
+    assert table["tie_kl"].tolist() == other["tie"].tolist()
+    assert over_seeds(losses, {"a": kl["a"]})["kl"].isna().all(), "all are compared, or none"
 
 
 def test_seeds_scored_on_other_windows_are_refused():
