@@ -55,6 +55,10 @@ class OutputMoments:
             own.add_(getattr(other, name))
         return self
 
+    def summed(self) -> dict[str, Tensor]:
+        """The sums for another job that adds them up: products in `precision`, as the means are stored."""
+        return {name: on_host(t.to(self.precision) if t.dim() == 2 else t) for name, t in self.tensors().items()}
+
     def finish(self) -> dict[str, Tensor]:
         """Per-token means in `precision`: gradient_gram (m, m) and fisher (m,)."""
         gram = mean_of(self.gram, self.count, self.precision)
@@ -107,7 +111,7 @@ class OutputWatch:
                 raise RuntimeError(f"{matrix.module}: saw gradients of {count} tokens of {expected}")
             if not own.gram.sum().isfinite():  # many times faster than checking every number
                 raise FloatingPointError(f"{matrix.module}: the gradient of its output is not finite")
-            found[matrix.role] = {name: on_host(t) for name, t in own.tensors().items()} if sums else own.finish()
+            found[matrix.role] = own.summed() if sums else own.finish()
         return found
 
 

@@ -1,6 +1,7 @@
 """Statistics of windows that several jobs ran: the sums of each job's windows, added up and divided by the number of all tokens.
 
-Sums are float64, so that the result is that of one job up to the rounding of the order of additions.
+Products are stored in the precision of the calibration and added in float64, so that the result is that of one job up to the
+rounding of that precision.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def merged(
 
     def part(file: Path, place: str) -> Any:
         found, _ = read_tensors(file, names=[f"{place}.{name}" for name in names])
-        return sums(getattr(torch, precision), **{name: found[f"{place}.{name}"] for name in names})
+        own = {name: found[f"{place}.{name}"] for name in names}
+        return sums(getattr(torch, precision), **{n: t.double() if t.is_floating_point() else t for n, t in own.items()})
 
     for place in places:
         yield place, reduce(sums.merge, (part(file, place) for file in files)).finish()  # type: ignore[arg-type]

@@ -81,6 +81,10 @@ class Moments:
         torch.maximum(self.largest, other.largest, out=self.largest)
         return self
 
+    def summed(self) -> dict[str, Tensor]:
+        """The sums for another job that adds them up: products in `precision`, as the means are stored."""
+        return {name: on_host(t.to(self.precision) if t.dim() == 2 else t) for name, t in self.tensors().items()}
+
     def finish(self) -> dict[str, Tensor]:
         """Per-token means in `precision`: gram (second moment), mean, mean_abs, rms, max_abs, active, and cross if there is one;
         and count (int64)."""
@@ -184,7 +188,7 @@ class Watch:
                 raise RuntimeError(f"layer {layer}, {site}: saw {int(moments.count)} tokens of {expected}")
             if not moments.gram.sum().isfinite():  # many times faster than checking every number
                 raise FloatingPointError(f"layer {layer}, {site}: inputs are not finite")
-            found[site] = {name: on_host(t) for name, t in moments.tensors().items()} if sums else moments.finish()
+            found[site] = moments.summed() if sums else moments.finish()
         return found
 
 

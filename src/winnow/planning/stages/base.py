@@ -93,14 +93,15 @@ class Stage(Plugin):
         work = Work(rule or self.name, load.name, jobs, base + memory, disk, operations, self.streams)
         return [work] if jobs else []
 
-    def collecting(self, load: Load, calibration: str, memory: float, disk: float, operations: float, base: float) -> list[Work]:
-        """The work of a pass over a calibration's windows: of one job, or of those that share the windows, which each write their
-        sums, in float64, and which `memory` is of as well."""
+    def collecting(
+        self, load: Load, calibration: str, memory: float, disk: tuple[float, float], operations: float, base: float
+    ) -> list[Work]:
+        """The work of a pass over a calibration's windows, of one job or of those that share them. `disk`: bytes of moments, which
+        each of them writes, and of hidden states of all windows."""
         parts = len(self.plan.parts(load.label, self.plan.labels["calibrations"][calibration]))
         if not parts:
-            return self.needed(load, 1, memory, disk, operations, base=base)
-        widest = 2 if load.calibrations[calibration].precision == "float32" else 1
-        return self.needed(load, parts, memory, parts * widest * disk, operations, base=base, rule=f"{self.name}_part")
+            return self.needed(load, 1, memory, sum(disk), operations, base=base)
+        return self.needed(load, parts, memory, parts * disk[0] + disk[1], operations, base=base, rule=f"{self.name}_part")
 
     def dtype(self, w: dict[str, str]) -> str:
         return self.plan.preset("models", w["model"]).dtype

@@ -34,7 +34,7 @@ class CollectGradients(Stage):
             preset, tokens = load.calibrations[name], load.tokens(name)
             unit, base = 8 if preset.precision == "float64" else 4, BASE
             batch = min(preset.windows, max(1, load.batch_of(TOKENS) // preset.length)) * preset.length
-            disk, operations = unit * load.gradient / 2, 6 * tokens * shape.numbers + 2 * tokens * load.gradient
+            disk, hidden, operations = unit * load.gradient / 2, 0.0, 6 * tokens * shape.numbers + 2 * tokens * load.gradient
             memory = load.loaded + 8 * load.gradient + load.backward(batch)
             if load.streamed:
                 base = COLLECTING
@@ -43,7 +43,7 @@ class CollectGradients(Stage):
                 block = 8 * layer + max(load.unit * shape.block() + adding, unit * largest)
                 head = load.unit * load.embeddings + LOGITS * (8 + 4 * load.unit) + 3 * preset.length * shape.width * load.unit
                 memory = max(block, head)
-                disk += 2 * (math.isqrt(shape.layers) + 2) * tokens * shape.width * load.unit
+                hidden = 2.0 * (math.isqrt(shape.layers) + 2) * tokens * shape.width * load.unit
                 operations += 2 * tokens * shape.numbers
-            found += self.collecting(load, name, memory, disk, operations, base)
+            found += self.collecting(load, name, memory, (disk, hidden), operations, base)
         return found

@@ -29,12 +29,12 @@ class CollectStatistics(Stage):
         for name, preset in load.calibrations.items():
             tokens, unit = load.tokens(name), 8 if preset.precision == "float64" else 4
             memory = load.loaded + 8 * (load.gram + load.cross) + load.activations
-            disk, base = unit * (load.gram / 2 + load.cross), BASE
+            disk, hidden, base = unit * (load.gram / 2 + load.cross), 0.0, BASE
             if load.streamed:
                 batch = min(preset.windows, max(1, load.batch_tokens // preset.length)) * preset.length
                 memory = load.unit * (shape.block() + load.embeddings) + shape.layer_sums(unit) + batch * load.per_token
                 memory, base = max(memory, TABLE + ROW * sum(shape.sites().values())), COLLECTING
-                disk += 2 * tokens * shape.width * load.unit
+                hidden = 2.0 * tokens * shape.width * load.unit
             operations = 2 * tokens * (shape.numbers + load.gram + load.cross)
-            found += self.collecting(load, name, memory, disk, operations, base)
+            found += self.collecting(load, name, memory, (disk, hidden), operations, base)
         return found
