@@ -96,7 +96,7 @@ class Stage(Plugin):
     def collecting(
         self, load: Load, calibration: str, memory: float, disk: tuple[float, float], operations: float, base: float
     ) -> list[Work]:
-        """The work of a pass over a calibration's windows, of one job or of those that share them. `disk`: bytes of moments, which
+        """The work of a pass over a calibration's windows, of one job or of those that share them. `disk`: bytes of moments, that
         each of them writes, and of hidden states of all windows."""
         parts = len(self.plan.parts(load.label, self.plan.labels["calibrations"][calibration]))
         if not parts:
