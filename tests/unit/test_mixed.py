@@ -342,8 +342,7 @@ def test_rounded_matrices_stand_beside_factors_and_dense_ones(with_bits, tmp_pat
     torch.testing.assert_close(logits(load_model(tmp_path / "export", "float32", "cpu")), logits(loaded), rtol=1e-4, atol=1e-5)
     before = loaded.state_dict()
     for kind in ("sequential", "refine", "distill", "lora"):
-        fixed = {} if kind == "sequential" else {"rounded": "fixed"}
-        task, report = run(files, Bundle(folder / MANIFEST), KINDS[kind] | fixed)
+        task, report = run(files, Bundle(folder / MANIFEST), KINDS[kind] | {"rounded": "fixed"})
         after = task.model.state_dict()
         assert all(torch.equal(after[key], value) for key, value in before.items() if not value.is_floating_point())
         assert all(best <= start for start, best in losses(report))

@@ -297,8 +297,7 @@ def test_fixed_integers_leave_nothing_to_train_but_norms(saved_llama, tmp_path):
         assert changed
         assert all("norm" in key for key in changed)
     for name in ("sequential", "refine", "distill"):  # an allocation of `mixed` may choose nothing else
-        fixed = {"rounded": "fixed"}
-        task, _ = run(files_of(saved_llama, tmp_path), checkpoint, KINDS[name] | fixed)
+        task, _ = run(files_of(saved_llama, tmp_path), checkpoint, KINDS[name] | {"rounded": "fixed"})
         assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
 
 

@@ -109,26 +109,28 @@ def stage(name):
     }
 
 
+def stop_with(line):
+    """End with a line, written at once: the logger writes from a thread of its own."""
+    sys.stderr.write(f"winnow: {line}\n")
+    sys.exit(1)
+
+
 def hold_folder():
     """One run at a time in a folder. Unlike Snakemake's own lock, this one ends with the run, however the run ends."""
     import fcntl
 
     for folder in (Path("results"), Path.cwd()):
         if folder.exists() and not os.access(folder, os.W_OK):
-            print(
-                f"winnow: {folder} cannot be written to (read-only, or not yours); nothing was changed",
-                file=sys.stderr,
+            stop_with(
+                f"{folder} cannot be written to (read-only, or not yours); nothing was changed"
             )
-            sys.exit(1)
     held = open(".snakemake/winnow.lock", "w")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        print(
-            f"winnow: another run is at work in {Path.cwd()}; wait for it, or give this one a folder of its own with --directory",
-            file=sys.stderr,
+        stop_with(
+            f"another run is at work in {Path.cwd()}; wait for it, or give this one a folder of its own with --directory"
         )
-        sys.exit(1)
     globals()["HELD"] = held  # as long as this process lives
 
 
