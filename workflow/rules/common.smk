@@ -17,6 +17,7 @@ from winnow.planning.plan import Plan
 from winnow.planning.runtimes import check_runtimes
 from winnow.studies.base import STUDIES, study_of
 from winnow.planning.fingerprints import MEMORY
+from winnow.planning.forecast import numbers_of
 from winnow.jobs.code import keep_to
 
 # For all jobs: Arrow's own allocator reserves a GiB at its first table, which a limit on the data of a process counts.
@@ -28,19 +29,6 @@ ALL_CORES = (
 # Given by --config, about how a target runs; no number depends on them.
 PRUNE = str(config.pop("prune", False)).lower() == "true"
 MEMORY_GB, DISK_GB = (config.pop(key, None) for key in ("memory_gb", "disk_gb"))
-
-
-def set_resources():
-    """{rule: {resource: number}} of `--set-resources`, of those that forecasts depend on."""
-    found = {}
-    for where, given in workflow.resource_settings.overwrite_resources.items():
-        numbers = {
-            name: given[name] for name in ("batch_tokens", "stream") if name in given
-        }
-        found[where] = {
-            name: int(getattr(n, "value", n)) for name, n in numbers.items()
-        }
-    return found
 
 
 try:
@@ -57,7 +45,12 @@ try:
         sys.argv,
     )
     CONFIG = anchored(config, PARTS, ROOT)
-    PLAN = Plan(load(CONFIG, PARTS), ROOT, MEMORY, set_resources())
+    PLAN = Plan(
+        load(CONFIG, PARTS),
+        ROOT,
+        MEMORY,
+        numbers_of(workflow.resource_settings.overwrite_resources),
+    )
     PLAN.cells.check_sources()
     check_runtimes(PLAN)
 except InputError as error:

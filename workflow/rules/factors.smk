@@ -75,7 +75,7 @@ rule predict_losses:
         model="results/{model}/model.json",
         moments="results/{model}/{calibration}/statistics/moments/manifest.json",
         gradients="results/{model}/{calibration}/statistics/gradients/manifest.json",
-        outer=outer_of_method,
+        outer=lambda w: PLAN.paths.outer(w.model, w.calibration, w.method),
         factors=factors_of_method,
     output:
         "results/{model}/{calibration}/{method}/predicted.parquet",

@@ -63,27 +63,9 @@ def moments_of_clustering(wildcards):
     return []
 
 
-def sums_of_parts(what):
-    """The sums of all parts of a calibration's windows."""
-    path = f"results/{{model}}/{{calibration}}/statistics/parts/{what}/{{part}}/manifest.json"
-    return lambda w: [
-        path.format(model=w.model, calibration=w.calibration, part=part)
-        for part in PLAN.parts(w.model, w.calibration)
-    ]
-
-
 def of_members(name):
     """The file `name` of a method, or of each of the methods that it chooses between."""
     return lambda w: PLAN.paths.of_members(w.model, w.calibration, w.method, name)
-
-
-def outer_of_method(wildcards):
-    """Statistics of the embeddings and the head, if a method's factors have them."""
-    if not PLAN.cells.has_outer(
-        wildcards.model, wildcards.calibration, wildcards.method
-    ):
-        return []
-    return "results/{model}/{calibration}/statistics/outer/manifest.json"
 
 
 factors_of_method = of_members("factors/{shard}/manifest.json")

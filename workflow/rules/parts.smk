@@ -56,7 +56,7 @@ rule merge_statistics:
     input:
         model="results/{model}/model.json",
         tokens="results/{model}/tokens/{calibration}.safetensors",
-        parts=sums_of_parts("moments"),
+        parts=lambda w: PLAN.paths.parts(w.model, w.calibration, "moments"),
     output:
         moments="results/{model}/{calibration}/statistics/moments/manifest.json",
         channels="results/{model}/{calibration}/statistics/channels.parquet",
@@ -81,7 +81,7 @@ rule merge_gradients:
     input:
         model="results/{model}/model.json",
         tokens="results/{model}/tokens/{calibration}.safetensors",
-        parts=sums_of_parts("gradients"),
+        parts=lambda w: PLAN.paths.parts(w.model, w.calibration, "gradients"),
     output:
         "results/{model}/{calibration}/statistics/gradients/manifest.json",
     log:

@@ -12,11 +12,22 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from winnow.models.shape import Shape
 from winnow.planning.load import GB, Load, Work
 from winnow.planning.plan import Plan
+
+
+def numbers_of(resources: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """{rule: {resource: number}} of Snakemake's `--set-resources`, of those resources that forecasts depend on."""
+    found = {}
+    for rule, given in resources.items():
+        numbers = {name: given[name] for name in ("batch_tokens", "stream") if name in given}
+        found[rule] = {name: int(getattr(number, "value", number)) for name, number in numbers.items()}
+    return found
 
 
 def forecast(plan: Plan, shapes: dict[str, Shape], batch_tokens: int = 4096) -> list[Work]:

@@ -47,6 +47,16 @@ class Paths:
         shards += [OUTER] if "{shard}" in name and self.cells.has_outer(model, calibration, method) else []
         return [f"results/{model}/{calibration}/{label}/{name.format(shard=shard)}" for label in labels for shard in shards]
 
+    def parts(self, model: str, calibration: str, what: str) -> list[str]:
+        """The sums (`moments` or `gradients`) of all parts of a calibration's windows, by labels."""
+        parts = self.presets.parts(model, calibration)
+        return [f"results/{model}/{calibration}/statistics/parts/{what}/{part}/manifest.json" for part in parts]
+
+    def outer(self, model: str, calibration: str, method: str) -> list[str]:
+        """The statistics of the embeddings and the head, if a method's factors have them, by labels."""
+        found = self.cells.has_outer(model, calibration, method)
+        return [f"results/{model}/{calibration}/statistics/outer/manifest.json"] if found else []
+
     def measurement(self, study: str, cell: Cell) -> str:
         """What a study measures on a model's weights and statistics."""
         return f"{self.folder(cell, 'models', 'calibrations')}/studies/{study}.json"
