@@ -29,10 +29,16 @@ def of_checkpoint(saved, folder, options, **form):
 
 
 @pytest.mark.parametrize(
-    ("options", "grids"), [(AGAIN, "asymmetric"), ({**AGAIN, "objective": "shifted"}, "symmetric"), (WEIGHTED, "full")]
+    ("options", "grids", "rotation"),
+    [
+        (AGAIN, "asymmetric", "none"),
+        ({**AGAIN, "objective": "shifted"}, "symmetric", "none"),
+        (WEIGHTED, "full", "none"),
+        (WEIGHTED, "full", "both"),
+    ],
 )
-def test_errors_fall_at_the_same_bytes(saved_llama, tmp_path, options, grids):
-    files, checkpoint, start = of_checkpoint(saved_llama, tmp_path, options, grids=[grids])
+def test_errors_fall_at_the_same_bytes(saved_llama, tmp_path, options, grids, rotation):
+    files, checkpoint, start = of_checkpoint(saved_llama, tmp_path, options, grids=[grids], rotations=[rotation])
     given, report = run(files, checkpoint, options)
     assert all(best <= at for at, best in losses(report))
     assert any(best < at for at, best in losses(report))
@@ -74,7 +80,7 @@ def test_with_the_dense_inputs_it_is_plain_rounding(zeros, outputs):
     ridged, cross = seen.moments(centred=False)
     anchored = weight + torch.linalg.solve(ridged, weight @ (cross - ridged), left=False)
     for target in (weight, anchored):
-        round_again(module, target, seen.plain(centred=False)[0], rows, "again")
+        round_again(rounded_of(module), target, seen.plain(centred=False)[0], rows, "again")
         assert torch.equal(module.integers().double(), expected - form.offset)
 
 
@@ -89,7 +95,7 @@ def test_anchored_is_nearer_to_the_dense_output_than_shifted():
     gram, cross = seen.moments(centred=False)
     errors = []
     for target in (weight, weight + torch.linalg.solve(gram, weight @ (cross - gram), left=False)):
-        round_again(module, target, gram, None, "it")
+        round_again(rounded_of(module), target, gram, None, "it")
         errors.append(float((dense @ weight.T - own @ module.matrix().double().T).square().sum()))
     assert errors[1] < 0.1 * errors[0]
 
@@ -102,7 +108,7 @@ def test_inputs_that_never_occur_are_rounded_to_nearest():
     x[:, 4:6] = 0
     weight = torch.randn(6, 10, generator=generator).double()
     seen = sequential.Inputs(x.T @ x, x.T @ x, x.mean(0), x.mean(0), 3)
-    round_again(module, weight, seen.plain(centred=False)[0], None, "it")
+    round_again(rounded_of(module), weight, seen.plain(centred=False)[0], None, "it")
     nearest = (weight / 0.25).round().clamp(-8, 7)
     assert torch.equal(module.integers()[:, 4:6].double(), nearest[:, 4:6])
     own, plain = (
@@ -110,7 +116,7 @@ def test_inputs_that_never_occur_are_rounded_to_nearest():
         for c in (module.integers().double(), nearest)
     )
     assert own < plain
-    round_again(module, weight, torch.zeros(10, 10, dtype=torch.float64), None, "it")
+    round_again(rounded_of(module), weight, torch.zeros(10, 10, dtype=torch.float64), None, "it")
     assert torch.equal(module.integers().double(), nearest)
 
 
@@ -125,7 +131,7 @@ def test_with_many_bits_outputs_hardly_change(saved_llama, tmp_path):
 
 def test_a_block_whose_error_does_not_fall_has_its_codes_back(saved_llama, tmp_path, monkeypatch):
     files, checkpoint, start = of_checkpoint(saved_llama, tmp_path, AGAIN)
-    monkeypatch.setattr(sequential, "round_again", lambda module, *_: module.steps.zero_())
+    monkeypatch.setattr(sequential, "round_again", lambda rounded, *_: rounded.matrix.steps.zero_())
     given, report = run(files, checkpoint, AGAIN)
     assert report["left_as_they_were"] == list(given.blocks.values())
     for key, value in start.model.state_dict().items():

@@ -6,13 +6,14 @@ were chosen, and the target is close enough to the dense matrix for them to fit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from winnow.numerics.feedback import codes_of, metric_for
 from winnow.numerics.grids import Form
 from winnow.numerics.modules import LowRankLinear, RoundedLinear, SumLinear
+from winnow.numerics.rotated import RotatedLinear, Rotation
 from winnow.numerics.rounding import packed
 from winnow.structures.rounded import SWEEPS
 
@@ -20,12 +21,24 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def rounded_of(module: nn.Module) -> RoundedLinear | None:
-    """The rounded matrix of a compressed module: the module itself, or the remainder beside low-rank factors; None if it has
-    none."""
+class Rounded(NamedTuple):
+    """The rounded matrix of a compressed module: its name in the module, with a dot at its end, and its rotation."""
+
+    matrix: RoundedLinear
+    name: str
+    rotation: Rotation
+
+
+def rounded_of(module: nn.Module) -> Rounded | None:
+    """The rounded matrix of a compressed module: the module itself, or the remainder beside low-rank factors, rotated or not;
+    None if it has none."""
+    name, rotation = "", Rotation(None, None)
     if isinstance(module, SumLinear) and isinstance(module.kept, LowRankLinear):
-        module = module.rest
-    return module if isinstance(module, RoundedLinear) else None
+        module, name = module.rest, "rest."
+    if isinstance(module, RotatedLinear):
+        rotation = module.rotation()
+        module, name = module.rounded, f"{name}rounded."
+    return Rounded(module, name, rotation) if isinstance(module, RoundedLinear) else None
 
 
 def beside(module: nn.Module) -> Tensor | None:
@@ -45,12 +58,14 @@ def form_of(module: RoundedLinear) -> Form:
     return Form(module.bits, "full" if full else "symmetric", module.group)
 
 
-def round_again(module: RoundedLinear, target: Tensor, gram: Tensor, outputs: Tensor | None, name: str) -> None:
-    """Set the codes of a module to those that rounding with error feedback gives for a target (out, in), inputs with the second
+def round_again(rounded: Rounded, target: Tensor, gram: Tensor, outputs: Tensor | None, name: str) -> None:
+    """Set the codes of a matrix to those that rounding with error feedback gives for a target (out, in), inputs with the second
     moment `gram` (in, in) and gradients of the outputs with the second moment `outputs` (out, out); None for outputs of equal
     weight. All are float64; `name` is for the log."""
+    module, _, rotation = rounded
     form, (scales, zeros) = form_of(module), module.scales()
     points = torch.zeros_like(scales) if zeros is None else zeros + form.offset
     made = [(scales, points)]
-    (codes,) = codes_of(target, [form], made, metric_for(gram, outputs), SWEEPS, name)
+    metric = metric_for(rotation.columns(gram), rotation.rows(outputs))
+    (codes,) = codes_of(rotation.matrix(target), [form], made, metric, SWEEPS, name)
     module.steps.copy_(packed(codes - form.offset, form.bits))

@@ -34,6 +34,7 @@ from winnow.models.experts import Expert
 from winnow.numerics.linalg import finite, leading_directions
 from winnow.numerics.modules import LowRankLinear, RoundedLinear, RowsLinear, SharedLinear, SumLinear
 from winnow.numerics.products import gram_of
+from winnow.numerics.rotated import RotatedLinear
 from winnow.recovery.base import Given
 from winnow.recovery.blocks import Calls, Passage, Reached, outputs_of
 from winnow.recovery.divergence import divergence, mean_of_windows, predictions
@@ -44,7 +45,7 @@ PRECISION = 2.0**-24  # relative rounding error of the activations
 RIDGE = 1e-4  # added to the moments, as a share of the median energy of the inputs
 KEYS = ("held_out_start", "held_out_best")
 Factors = LowRankLinear | RowsLinear
-Refitted = Factors | RoundedLinear | SumLinear
+Refitted = Factors | RoundedLinear | RotatedLinear | SumLinear
 
 
 @torch.no_grad()
@@ -113,7 +114,7 @@ def _numbers(given: Given, key: str, module: Refitted) -> dict[str, Tensor]:
     else:
         rounded = rounded_of(module)
         assert rounded is not None
-        found = {f"{key if rounded is module else f'{key}.rest'}.steps": rounded.steps}
+        found = {f"{key}.{rounded.name}steps": rounded.matrix.steps}
     if given.options.biases == "fitted" and owner.bias is not None:
         found[f"{where}.bias"] = owner.bias
     return found
@@ -285,7 +286,7 @@ def _outputs(given: Given, key: str) -> Tensor | None:
     return given.outputs(key)
 
 
-def _round(given: Given, key: str, module: RoundedLinear | SumLinear, target: Tensor, gram: Tensor) -> None:
+def _round(given: Given, key: str, module: RoundedLinear | RotatedLinear | SumLinear, target: Tensor, gram: Tensor) -> None:
     """Round again the rounded matrix of a module for a `target` (m, n) of the whole module."""
     rounded, kept = rounded_of(module), beside(module)
     assert rounded is not None
