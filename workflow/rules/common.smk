@@ -31,6 +31,12 @@ PRUNE = str(config.pop("prune", False)).lower() == "true"
 MEMORY_GB, DISK_GB = (config.pop(key, None) for key in ("memory_gb", "disk_gb"))
 
 
+def stop_with(line):
+    """End with a line, written at once: the logger writes from a thread of its own."""
+    sys.stderr.write(f"winnow: {line}\n")
+    sys.exit(1)
+
+
 try:
     keep_to(ROOT)
     GIVEN = (
@@ -54,8 +60,7 @@ try:
     PLAN.cells.check_sources()
     check_runtimes(PLAN)
 except InputError as error:
-    print(f"winnow: {error}", file=sys.stderr)
-    sys.exit(1)
+    stop_with(error)
 
 
 wildcard_constraints:
@@ -89,8 +94,7 @@ def stage(name):
             try:
                 return asked(name, dict(wildcards.items()))
             except InputError as error:  # Snakemake would show a traceback
-                print(f"winnow: {name}: {error}", file=sys.stderr)
-                sys.exit(1)
+                stop_with(f"{name}: {error}")
 
         return param
 
@@ -100,12 +104,6 @@ def stage(name):
         "versions": of_job(PLAN.versions),
         "files": of_job(PLAN.files),
     }
-
-
-def stop_with(line):
-    """End with a line, written at once: the logger writes from a thread of its own."""
-    sys.stderr.write(f"winnow: {line}\n")
-    sys.exit(1)
 
 
 def hold_folder():

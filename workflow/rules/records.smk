@@ -1,7 +1,6 @@
 # Snakemake's records of finished jobs, held against what results say of themselves. Defines no rules; patches.smk puts it in.
 
 import os
-import sys
 
 
 def params_of(job):
@@ -27,12 +26,10 @@ def refuse_unrecorded(has_metadata):
 
         today = params_of(job)
         if today["code"] and (change := difference(outputs, today)):
-            print(
-                f"winnow: {outputs[0]}: {change}, and Snakemake's own record of it is gone; delete it, or make everything "
-                "anew with --forceall",
-                file=sys.stderr,
+            stop_with(
+                f"{outputs[0]}: {change}, and Snakemake's own record of it is gone; delete it, or make everything anew with "
+                "--forceall"
             )
-            sys.exit(1)
         return known
 
     return checked
