@@ -10,6 +10,7 @@ from winnow.io.artifacts import Bundle, read_parquet
 from winnow.planning.config_files import default
 
 pytestmark = pytest.mark.workflow
+COLLECTED = ("collect_statistics", "collect_gradients", "merge_statistics", "merge_gradients")
 PARTS = ("collect_statistics_part", "collect_gradients_part")
 
 
@@ -24,7 +25,7 @@ def places(tmp_path_factory) -> dict[int, Workspace]:
         place.config["experiments"]["one"] |= {"methods": ["kfac"], "budgets": ["ffn-0.5"]}
         place.config["models"]["pico"] |= {"window_shards": jobs, "load": "stream" if jobs > 1 else "whole"}
         place.config["models"]["pico"]["source"] = str((found.get(1) or place).folder / "model")
-        done = place.run("--until", "measure_spectra")
+        done = place.run("--until", *COLLECTED)
         assert done.returncode == 0, done.stderr
         found[jobs] = place
     return found
@@ -52,12 +53,12 @@ def test_sums_of_parts_are_those_of_one_job(places):
 
 def test_nothing_is_computed_again_without_the_parts_unless_something_changed(places):
     place = places[3]
-    assert place.planned("--until", "measure_spectra") == {}
+    assert place.planned("--until", *COLLECTED) == {}
     before = copy.deepcopy(place.config)
     try:
         place.config["calibrations"]["few"]["precision"] = "float32"
         place.config["calibrations"]["few"]["first_token"] = False
-        planned = place.planned("--until", "measure_spectra")
+        planned = place.planned("--until", *COLLECTED)
         assert {rule: planned[rule] for rule in (*PARTS, "merge_statistics", "merge_gradients")} == {
             **dict.fromkeys(PARTS, 3),
             "merge_statistics": 1,

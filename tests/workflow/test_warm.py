@@ -25,6 +25,7 @@ def test_forks_make_the_same_bytes(tmp_path):
     found, starts = [], []
     for warm in ("1", "0"):
         here, counted = place(tmp_path / warm), tmp_path / f"starts-{warm}"
+        here.experiment(methods=["whitened"])
         counted.touch()
         command = here.command()
         path = os.pathsep.join([str(tmp_path / "site"), command["env"]["PYTHONPATH"]])
