@@ -95,9 +95,7 @@ def test_identities(spec, metric_kind, width, hidden, seed, bias):
             if structure.optimised_at_size:
                 assert measured <= claimed + 1e-9 * whole
             else:
-                # Numbers with real zero points or channel scales are multiplied out in float32, which is exact for the others.
-                near = 1e-5 if spec["kind"] in ("rounded_channels", "rounded_offsets") else 1e-6
-                assert measured == pytest.approx(claimed, rel=near, abs=1e-9 * whole)
+                assert measured == pytest.approx(claimed, rel=1e-6, abs=1e-9 * whole)
         if spec["kind"] in LOSSY or structure.rounds():
             continue
         model, _ = world.compressed(structure, group, fit.tensors, limit)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import Field
 
 from winnow.models.architectures import Matrix
 from winnow.numerics.grids import Form
 from winnow.structures.base import Part, Problem
-from winnow.structures.rounded import Rounded
+from winnow.structures.forms import Bits
+from winnow.structures.rounded import Grid, Rounded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,6 +25,17 @@ log = logging.getLogger(__name__)
 # Of least squares for a factor that is rounded afterwards, as a share of the mean diagonal: without it, directions of little
 # energy get large coefficients, and with them the scale of their group.
 RIDGE = 0.01
+
+
+class PartOptions(Rounded.Options):
+    """How the parts of another structure are rounded: the options of `rounded` with other defaults."""
+
+    bits: Bits = Field([4], min_length=1, description="bits of a number of every part, 2 to 8, in ascending order")
+    group: int | list[int | None] | None = Field(128, description="as of `rounded`; at most a row of each part")
+    grids: list[Grid] = Field(["full"], min_length=1, description="as of `rounded`")
+    scales: Literal["largest", "searched", "unbiased"] = Field("unbiased", description="as of `rounded`")
+    rounding: Literal["nearest", "feedback"] = Field("feedback", description="as of `rounded`")
+    rotations: list[Literal["none"]] = Field(["none"], description="none: parts are not rotated")  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from pydantic import Field
 
 from winnow.models.architectures import Matrix, group_name
 from winnow.structures.base import EIGEN, Fit, Part, Problem, Runtime, Structure
-from winnow.structures.forms import ASCENDING, Bits
+from winnow.structures.forms import ASCENDING
 from winnow.structures.parts import (
     Factors,
+    PartOptions,
     Seen,
     below,
     factor_parts,
@@ -24,7 +25,7 @@ from winnow.structures.parts import (
     rounder,
     stored_product,
 )
-from winnow.structures.rounded import Grid, Rounded
+from winnow.structures.rounded import Rounded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +47,7 @@ class RoundedLowRank(Structure):
     predicts = True
     timed = True
 
-    class Options(Rounded.Options):
+    class Options(PartOptions):
         kind: Literal["rounded_low_rank"]  # type: ignore[assignment]
         ranks: Annotated[list[Share], ASCENDING] = Field(
             [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0],
@@ -63,12 +64,6 @@ class RoundedLowRank(Structure):
         rounds: int = Field(
             1, ge=1, le=20, description="how often the factors are fitted to each other and rounded; the best pair is stored"
         )
-        bits: Bits = Field([4], min_length=1, description="bits of a number of both factors, 2 to 8, in ascending order")
-        group: int | list[int | None] | None = Field(128, description="as of `rounded`; at most a row of each factor")
-        grids: list[Grid] = Field(["full"], min_length=1, description="as of `rounded`")
-        scales: Literal["largest", "searched", "unbiased"] = Field("unbiased", description="as of `rounded`")
-        rounding: Literal["nearest", "feedback"] = Field("feedback", description="as of `rounded`")
-        rotations: list[Literal["none"]] = Field(["none"], description="none: parts are not rotated")  # type: ignore[assignment]
 
     options: Options
 

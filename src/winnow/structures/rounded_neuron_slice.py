@@ -13,10 +13,10 @@ from winnow.models.architectures import Matrix, group_name
 from winnow.numerics.grids import Form
 from winnow.structures.base import Fit, Part, Problem, Runtime
 from winnow.structures.ffn import FUSED, FfnStructure, parted, parts_of
-from winnow.structures.forms import ASCENDING, Bits
+from winnow.structures.forms import ASCENDING
 from winnow.structures.neuron_slice import NeuronSlice
-from winnow.structures.parts import below, layout_and_tensors, named_below, of_form, rounded_part, rounder
-from winnow.structures.rounded import Grid, Rounded
+from winnow.structures.parts import PartOptions, below, layout_and_tensors, named_below, of_form, rounded_part, rounder
+from winnow.structures.rounded import Rounded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,19 +55,13 @@ class RoundedNeuronSlice(FfnStructure):
     predicts = True
     timed = True
 
-    class Options(NeuronSlice.Options, Rounded.Options):
+    class Options(NeuronSlice.Options, PartOptions):
         kind: Literal["rounded_neuron_slice"]  # type: ignore[assignment]
         neurons: Annotated[list[Share], ASCENDING] = Field(
             [0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0],
             min_length=1,
             description="the numbers of kept neurons to choose from, as shares of all, in ascending order",
         )
-        bits: Bits = Field([4], min_length=1, description="bits of a number, 2 to 8, in ascending order")
-        group: int | list[int | None] | None = Field(128, description="as of `rounded`; at most a row")
-        grids: list[Grid] = Field(["full"], min_length=1, description="as of `rounded`")
-        scales: Literal["largest", "searched", "unbiased"] = Field("unbiased", description="as of `rounded`")
-        rounding: Literal["nearest", "feedback"] = Field("feedback", description="as of `rounded`")
-        rotations: list[Literal["none"]] = Field(["none"], description="none: parts are not rotated")  # type: ignore[assignment]
 
     options: Options
 

@@ -46,8 +46,10 @@ class RoundedOffsets(RoundedForms):
 
         from winnow.numerics.rounding import multiplied, unpacked
 
-        scales, zeros = (tensors[name].view(torch.float16).double() for name in ("scale", "zero"))
-        return multiplied(unpacked(tensors["steps"], columns, form.bits).double() + form.offset, scales, form.group, zeros)
+        # In float32, as the module does: with real zero points that is not exact.
+        scales, zeros = (tensors[name].view(torch.float16).float() for name in ("scale", "zero"))
+        steps = unpacked(tensors["steps"], columns, form.bits).float()
+        return multiplied(steps, scales, form.group, zeros - form.offset).double()
 
     @staticmethod
     def module(layout: dict[str, Any], dense: nn.Module) -> nn.Module:
