@@ -80,10 +80,21 @@ def part_of(matrix: Matrix, name: str, shape: tuple[int, int]) -> Matrix:
 
 def rounded_part(matrix: Matrix, rounded: Rounded, weight: Tensor, columns: Tensor, rows: Tensor | None) -> Stored:
     """`weight` (m, n) by a `rounded` of one form in the metric C = `columns`, R = `rows`."""
+    (tensors,) = rounded_forms(matrix, rounded, weight, columns, rows).values()
+    return Stored(tensors, rounded.restored(tensors, 1, weight.shape[1]))
+
+
+def rounded_forms(
+    matrix: Matrix, rounded: Rounded, weight: Tensor, columns: Tensor, rows: Tensor | None
+) -> dict[Form, dict[str, Tensor]]:
+    """The tensors of the same for all forms of a `rounded`, with the names of size 1, as `of_form` has them. All at once take less
+    time than one after the other."""
     part = replace(matrix, shape=(weight.shape[0], weight.shape[1]))
     metric: Any = Seen(columns, rows)
-    fit = rounded.fit(Problem([part], {part.name: weight}, {}, metric), 1)
-    return Stored(fit.tensors, rounded.restored(fit.tensors, 1, weight.shape[1]))
+    tensors = rounded.fit(Problem([part], {part.name: weight}, {}, metric), 1).tensors
+    return {
+        form: named_below(below(tensors, f"{size}."), "1.") for size, form in enumerate(rounded.forms(*part.shape), start=1)
+    }
 
 
 def layout_and_tensors(matrix: Matrix, rounded: Rounded, tensors: dict[str, Tensor]) -> Part:

@@ -15,7 +15,7 @@ from winnow.structures.base import Fit, Part, Problem, Runtime
 from winnow.structures.ffn import FUSED, FfnStructure, parted, parts_of
 from winnow.structures.forms import ASCENDING
 from winnow.structures.neuron_slice import NeuronSlice
-from winnow.structures.parts import PartOptions, below, layout_and_tensors, named_below, of_form, rounded_part, rounder
+from winnow.structures.parts import PartOptions, below, layout_and_tensors, named_below, of_form, rounded_forms, rounder
 from winnow.structures.rounded import Rounded
 
 if TYPE_CHECKING:
@@ -120,17 +120,20 @@ class RoundedNeuronSlice(FfnStructure):
 
     def _forms(self, group: list[Matrix], size: Size) -> tuple[list[Matrix], list[Rounded]]:
         """(the matrices of the smaller FFN, `rounded` of the form of each)"""
-        (*inner, down), rounded = group, self.rounded
+        count, rounded = len(group) - 1, self.rounded
+        return self._parts(group, size), [*([of_form(rounded, size.inner)] * count), of_form(rounded, size.down)]
+
+    def _parts(self, group: list[Matrix], size: Size) -> list[Matrix]:
+        *inner, down = group
         d = down.shape[0]
-        parts = [*(replace(m, shape=(size.neurons, d)) for m in inner), replace(down, shape=(d, size.neurons))]
-        return parts, [*(of_form(rounded, size.inner) for _ in inner), of_form(rounded, size.down)]
+        return [*(replace(m, shape=(size.neurons, d)) for m in inner), replace(down, shape=(d, size.neurons))]
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
-        """As in `neuron_slice`, and the rounding of every size."""
+        """As in `neuron_slice`, and the rounding of every size, of those with as many neurons at once."""
         memory, operations, cached = self.slice.work(group, needs)
-        for size in self.sizes(group):
-            for part, one in zip(*self._forms(parts_of(group), size), strict=True):
-                held, rounding, kept = one.work([part], self.needs())
+        for size in {size.neurons: size for size in self.sizes(group)}.values():
+            for part in self._parts(parts_of(group), size):
+                held, rounding, kept = self.rounded.work([part], self.needs())
                 memory, operations, cached = max(memory, held), operations + rounding, cached + kept
         return memory, operations, cached
 
@@ -141,23 +144,29 @@ class RoundedNeuronSlice(FfnStructure):
 
         down, own = problem.group[-1], self.slice
         sliced = own.fit_ffn(problem, down.shape[1])
-        order, errors = sliced.tensors["order"], [sliced.error[0]]
+        order, errors = sliced.tensors["order"], {0: sliced.error[0]}
         gram = problem.sites[down.name]["gram"][order][:, order]
         stored = {name: t for name, t in sliced.tensors.items() if name.endswith(".bias") or name == "order"}
-        for number, size in enumerate(self.sizes(problem.group), start=1):
-            k, weights = size.neurons, own.weights(problem.group, sliced.tensors, size.neurons)
-            change = problem.weights[down.name][:, order].clone()
-            for part, one in zip(*self._forms(problem.group, size), strict=True):
-                columns, rows = self._metric(problem, part, order[:k])
-                found = rounded_part(part, one, weights[part.role], columns, rows)
-                stored |= named_below(found.tensors, f"{number}.{part.role}.")
-            change[:, :k] -= found.matrix  # of down, the last of the matrices
-            errors.append(weighted_error(change, gram, None))
-            log.info(
-                "%s: %d neurons, %d bits: error %.3g without rounding, %.3g with rounded down",
-                group_name(problem.group), k, size.down.bits, float(sliced.error[k]), float(errors[-1]),
-            )  # fmt: skip
-        return Fit(stored, torch.stack(errors), sliced.spectrum)
+        sizes, rounded = self.sizes(problem.group), self.rounded
+        for k in sorted({size.neurons for size in sizes}):  # the forms of as many neurons at once
+            weights, change = own.weights(problem.group, sliced.tensors, k), problem.weights[down.name][:, order]
+            made = {
+                m.role: rounded_forms(m, rounded, weights[m.role], *self._metric(problem, m, order[:k])) for m in problem.group
+            }
+            for number, size in enumerate(sizes, start=1):
+                if size.neurons != k:
+                    continue
+                for m in problem.group:
+                    tensors = made[m.role][size.down if m is down else size.inner]
+                    stored |= named_below(tensors, f"{number}.{m.role}.")
+                left = change.clone()
+                left[:, :k] -= of_form(rounded, size.down).restored(tensors, 1, k)  # of down, the last of the matrices
+                errors[number] = weighted_error(left, gram, None)
+                log.info(
+                    "%s: %d neurons, %d bits: error %.3g without rounding, %.3g with rounded down",
+                    group_name(problem.group), k, size.down.bits, float(sliced.error[k]), float(errors[number]),
+                )  # fmt: skip
+        return Fit(stored, torch.stack([errors[size] for size in range(len(errors))]), sliced.spectrum)
 
     def _metric(self, problem: Problem, part: Matrix, kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """(C, R) of a matrix of the smaller FFN."""
