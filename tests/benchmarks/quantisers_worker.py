@@ -61,6 +61,8 @@ def autoround(spec, ids):
     options |= {"nsamples": len(ids), "seqlen": ids.shape[1], "batch_size": 8, "dataset": [row[None] for row in ids]}
     here = {"device_map": "cpu", "amp": False, "enable_torch_compile": False}
     model, _ = AutoRound(model, tokenizer=tokenizer, scheme="W4A16", **options, **here).quantize()
+    if left := [name for name, module in matrices(model).items() if not hasattr(module, "scale")]:
+        raise SystemExit(f"AutoRound leaves {left[0]} and {len(left) - 1} more as they are: a width is no multiple of 32")
     return model, {name: module.scale.numel() for name, module in matrices(model).items()}, spec["bits"]
 
 

@@ -7,24 +7,28 @@ the text (empirical Fisher).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from winnow.calibration.threads import Lanes
 from winnow.errors import InputError
 from winnow.io.progress import every
 from winnow.io.resume import Resume
 from winnow.models.architectures import Matrix, tokens_of
 from winnow.models.classes import is_causal
 from winnow.numerics.host import on_host
-from winnow.numerics.products import add_product, mean_of
+from winnow.numerics.products import PARTED, add_product, mean_of, one_thread_of_blas
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 1 << 24  # logits in float64 at a time
+Turn = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass
@@ -36,14 +40,16 @@ class OutputMoments:
     gram: Tensor  # (m, m): sum over tokens of g g^T; only the lower triangle is always filled in
     fisher: Tensor  # (m,): sum over windows and columns j of (dL/dW_ij)^2
 
-    def accumulate(self, x: Tensor, g: Tensor) -> None:
-        """Add inputs x (windows, tokens, n) and gradients g (windows, tokens, m)."""
+    def accumulate(self, x: Tensor, g: Tensor, turn: Turn = nullcontext) -> None:
+        """Add inputs x (windows, tokens, n) and gradients g (windows, tokens, m); each sum is added within its `turn`."""
         x, g = x.to(self.precision), g.to(self.precision)
-        self.count += g.shape[0] * g.shape[1]
         flat = g.flatten(0, 1)
-        add_product(self.gram, flat, flat, self.precision)
+        add_product(self.gram, flat, flat, self.precision, partial(turn, "gram"))
         # sum_j (sum_t g_ti x_tj)^2 = sum_tt' g_ti (x x^T)_tt' g_t'i, without forming the gradient of the matrix
-        self.fisher += (g * ((x @ x.mT) @ g)).sum((0, 1), dtype=torch.float64)
+        fisher = (g * ((x @ x.mT) @ g)).sum((0, 1), dtype=torch.float64)
+        with turn("fisher"):
+            self.count += g.shape[0] * g.shape[1]
+            self.fisher += fisher
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name; they are updated in place."""
@@ -71,9 +77,16 @@ class OutputWatch:
     The first `skipped` tokens of a window are not counted."""
 
     def __init__(
-        self, model: PreTrainedModel, matrices: list[Matrix], precision: torch.dtype, device: str, length: int, skipped: int
+        self,
+        model: PreTrainedModel,
+        matrices: list[Matrix],
+        precision: torch.dtype,
+        device: str,
+        length: int,
+        skipped: int,
+        lanes: int = 1,
     ):
-        self.matrices, self.length, self.skipped = matrices, length, skipped
+        self.matrices, self.length, self.skipped, self.lanes = matrices, length, skipped, Lanes(lanes)
         self.sums: dict[str, OutputMoments] = {}
         self.hooks = []
         for matrix in matrices:
@@ -88,7 +101,10 @@ class OutputWatch:
 
         def forward(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = counted(args[0].detach())
-            output.register_hook(lambda g: self.sums[matrix.name].accumulate(x, counted(g)))
+            output.register_hook(lambda g: self.sums[matrix.name].accumulate(x, counted(g), turn))
+
+        def turn(name: str) -> AbstractContextManager[None]:
+            return self.lanes.turn((matrix.name, name))
 
         return forward
 
@@ -185,16 +201,25 @@ def collect_gradients(
     model.requires_grad_(False)
     device = next(model.parameters()).device
     embedded = model.get_input_embeddings().register_forward_hook(lambda _m, _args, output: output.requires_grad_())
-    watch = OutputWatch(model, matrices, precision, str(device), windows.shape[1], 0 if first_token else 1)
+    small = device.type == "cpu" and all(max(m.shape) ** 2 <= PARTED for m in matrices)
+    part = max(1, batch // 2) if small else batch  # two in parallel need as much memory as one batch
+    skipped = 0 if first_token else 1
+    watch = OutputWatch(model, matrices, precision, str(device), windows.shape[1], skipped, batch // part)
     saved = watch.tensors()
+
+    def run(begin: int, end: int) -> None:
+        ids = windows[begin:end].to(device).long()
+        with torch.enable_grad():
+            loss_of(logits_of(model, ids, labels), ids, labels, seed, first + begin).backward()
+
     try:
         done = resume.restore(saved) if resume else 0
-        for start in every(range(done, len(windows), batch), "gradient batches"):
-            ids = windows[start : start + batch].to(device).long()
-            with torch.enable_grad():
-                loss_of(logits_of(model, ids, labels), ids, labels, seed, first + start).backward()
-            if resume:
-                resume.save(start + batch, saved)
+        with one_thread_of_blas() if small else nullcontext():  # otherwise BLAS's threads and torch's wait for each other
+            for start in every(range(done, len(windows), batch), "gradient batches"):
+                end = min(start + batch, len(windows))
+                watch.lanes.run([partial(run, begin, min(begin + part, end)) for begin in range(start, end, part)])
+                if resume:
+                    resume.save(start + batch, saved)
     finally:
         embedded.remove()
         watch.remove()

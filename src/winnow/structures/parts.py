@@ -87,14 +87,11 @@ def rounded_part(matrix: Matrix, rounded: Rounded, weight: Tensor, columns: Tens
 def rounded_forms(
     matrix: Matrix, rounded: Rounded, weight: Tensor, columns: Tensor, rows: Tensor | None
 ) -> dict[Form, dict[str, Tensor]]:
-    """The tensors of the same for all forms of a `rounded`, with the names of size 1, as `of_form` has them. All at once take less
-    time than one after the other."""
+    """The same for all forms of a `rounded` at once, which takes less time: the tensors of each, with the names of size 1."""
     part = replace(matrix, shape=(weight.shape[0], weight.shape[1]))
     metric: Any = Seen(columns, rows)
     tensors = rounded.fit(Problem([part], {part.name: weight}, {}, metric), 1).tensors
-    return {
-        form: named_below(below(tensors, f"{size}."), "1.") for size, form in enumerate(rounded.forms(*part.shape), start=1)
-    }
+    return {form: named_below(below(tensors, f"{size}."), "1.") for size, form in enumerate(rounded.forms(*part.shape), start=1)}
 
 
 def layout_and_tensors(matrix: Matrix, rounded: Rounded, tensors: dict[str, Tensor]) -> Part:
