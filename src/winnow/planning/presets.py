@@ -22,6 +22,11 @@ HQQ, AWQ = "HQQ, Badri and Shaji 2023", "AWQ, arXiv 2306.00978; channel scales s
 PEER = {"kind": "rounded", "group": 128, "grids": ["asymmetric"]}
 FORMS = {"kind": "rounded", "bits": [2, 3, 4, 5, 6, 8], "group": 128, "grids": ["full"], "scales": "unbiased"}
 FED_BACK = FORMS | {"rounding": "feedback"}
+# Rounded factors and neurons of the sizes that pay below 0.2 of the bytes, see docs/rounding.md; more of them were rarely chosen.
+COMPOSED = [
+    {"kind": "rounded_neuron_slice", "criterion": "loss", "bits": [2], "neurons": [0.5, 0.75]},
+    {"kind": "rounded_low_rank", "bits": [2, 3], "ranks": [0.25]},
+]
 ROWS_8BIT = {"bits": [8], "group": None, "grids": ["symmetric"], "scales": "largest", "rounding": "nearest"}
 SPQ = [
     {"kind": "by_target", "parts": {"attention": {"kind": "rounded_low_rank", **ROWS_8BIT, "gauge": "split"}}},
@@ -81,7 +86,7 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
     "whitened_ilp": ("sizes by integer programme", LOW_RANK, GRAM, ILP),
     "winnow": (
         "recommended: structures, bits and sizes by integer programme",
-        {"kind": "mixed", "members": [*FACTORED, FED_BACK]},
+        {"kind": "mixed", "members": [*FACTORED, FED_BACK, *COMPOSED]},
         {"kind": "two_sided"},
         ILP,
     ),
