@@ -1,5 +1,5 @@
-"""Write docs/results/low_bytes_{loss,divergence,peers}.csv from runs of config/studies/low_bytes.yaml with trained models, and draw
-docs/low_bytes.svg from them and from docs/results/quantisers.csv.
+"""Write docs/results/low_bytes_{loss,divergence,peers}.csv from runs of config/studies/low_bytes.yaml with trained models, and
+draw docs/low_bytes.svg from them and from docs/results/quantisers.csv.
 
 python docs/low_bytes.py [results ...]
 
