@@ -53,7 +53,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"bits": 4, "block": 16, "group": 32, "rank": 32},
         {"bits": 3, "block": 32, "group": 64, "rank": 32},
     ],
-    "svd_llm_gptq": [{"bits": 4, "ratio": 0.8}, {"bits": 4, "ratio": 0.6}, {"bits": 3, "ratio": 0.8}],
+    "svd_llm_gptq": [{"bits": 4, "ratio": 0.8}, {"bits": 4, "ratio": 0.6}],
     "spq": [
         {"variance": 0.96, "pruned": 0.05, "scales": "names"},
         {"variance": 0.96, "pruned": 0.05, "scales": "rows"},

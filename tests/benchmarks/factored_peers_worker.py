@@ -25,25 +25,18 @@ BATCH = 16  # windows; LQER's statistics depend on it: the largest of the means 
 
 
 def grouped(weight, bits, group):
-    """`weight` to nearest on winnow's grid: scales by the largest number of a group of a row, rounded up to float16."""
+    """`weight` to nearest, in integers with scales of float16 by the largest number of a group of a row, as winnow's."""
     found = torch.empty_like(weight)
     for start in range(0, weight.shape[1], group):
         part, steps = weight[:, start : start + group], 2 ** (bits - 1) - 1
-        exact = (part.abs().amax(1, keepdim=True) / steps).clamp(min=1e-7)
-        nearest = exact.half()
-        scale = (nearest.view(torch.int16) + (nearest.float() < exact)).view(torch.float16).float()
+        scale = (part.abs().amax(1, keepdim=True) / steps).half().float().clamp(min=1e-7)
         found[:, start : start + group] = (part / scale).round().clamp(-steps, steps) * scale
     return found
 
 
-def rows_of_8_bits(turned):
-    """A transposed factor with a scale for every row of the factor."""
-    return grouped(turned.T, 8, turned.shape[0]).T
-
-
 def lqer(spec, ids):
     """L2QER with the class that approximates a matrix. `code` "authors": blocks of one exponent, as published; "authors, numbers
-    of winnow": integers with a scale for every group, and factors of 8 bits with a scale for every row."""
+    of winnow": integers with a scale for every group, and factors of 16 bits."""
     from lqer.approximate.lqer_act import WeightApproximatorLqerAct
     from lqer.quantize import get_quantizer
     from lqer.statistic_profiler import register_scale_hooks
@@ -58,8 +51,7 @@ def lqer(spec, ids):
     blocks = partial(get_quantizer("block_fp"), width=given["bits"], block_size=[1, given["block"]], **block)
     factors = partial(get_quantizer("block_fp"), width=8, block_size=[1, 16], **block)
     if own:
-        blocks = partial(grouped, bits=given["bits"], group=given["group"])
-        factors = rows_of_8_bits
+        blocks, factors = partial(grouped, bits=given["bits"], group=given["group"]), get_quantizer("passthrough")
     for name, module in matrices(model).items():
         one = WeightApproximatorLqerAct(name, module.weight.data, given["rank"], blocks, factors, factors)
         one.initialize_scale(scales[f"{name}.scale"])
@@ -67,7 +59,7 @@ def lqer(spec, ids):
         module.weight.data = one.approximated_W()
         (m, n), rank = module.weight.shape, given["rank"]
         if own:
-            stored += m * n * given["bits"] + 16 * m * -(-n // given["group"]) + 8 * rank * (m + n) + 16 * (m + rank)
+            stored += m * n * given["bits"] + 16 * m * -(-n // given["group"]) + 16 * rank * (m + n)
         else:  # an exponent of 8 bits for every block
             stored += m * n * given["bits"] + 8 * m * -(-n // given["block"])
             stored += 8 * (rank * (m + n) + n * -(-rank // 16) + rank * -(-m // 16))
