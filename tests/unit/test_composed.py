@@ -13,14 +13,16 @@ from winnow.checkpoint.export import export_dense
 from winnow.checkpoint.loading import load_model
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST
+from winnow.metrics.base import METRICS
 from winnow.models.architectures import GRADIENTS
 from winnow.numerics.modules import RoundedLinear
+from winnow.numerics.rounding import in_float16
 from winnow.planning.config import Method, load
 from winnow.planning.config_files import default
 from winnow.recovery.rounded import TrainedRounding
 from winnow.structures.base import STRUCTURES
 from winnow.structures.bypass import Bypass
-from winnow.structures.parts import Seen, factors_of, round_factors
+from winnow.structures.parts import Seen, below, factor_parts, factors_of, round_factors
 
 FED = {"group": 8, "grids": ["full"], "scales": "unbiased", "rounding": "feedback"}
 ROUNDED = {"kind": "rounded", "bits": [2, 3], **FED}
@@ -232,6 +234,42 @@ def test_what_does_not_compose_is_refused(structure, message):
     content["methods"]["mine"] = {"structure": structure, "metric": {"kind": "gram"}}
     with pytest.raises(InputError, match=message):
         load(content)
+
+
+def test_lqer_is_its_formula_written_out():
+    """W to nearest, and U_r S_r V_r diag(s)^-1 of the error times diag(s), with s the mean absolute inputs."""
+    world, structure = World("mean_abs", 12, 20, 3), default()["methods"]["lqer"]["structure"]
+    world.metric = METRICS.build(default()["methods"]["lqer"]["metric"])
+    structure = STRUCTURES.build(structure | {"kept_fraction": 0.25, "kept_bits": None})
+    matrix = world.matrices[0]
+    problem = world.problem(structure, [matrix])
+    weight, sizes = problem.weights[matrix.name], world.inputs[matrix.layer, matrix.site].abs().mean(1)
+    scale = in_float16(weight.abs().amax(1, keepdim=True) / 7).double()  # 4 bits; all 12 inputs are one group
+    rounded = (weight / scale).round().clamp(-7, 7) * scale
+    u, s, v = torch.linalg.svd((weight - rounded) * sizes)
+    expected = rounded + (u[:, :3] * s[:3]) @ v[:3] / sizes
+    found = stored_matrix(structure, world, problem, structure.fit(problem, 1), 1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # stored as float32
+    assert (found - rounded).abs().max() > 1e-2
+
+
+def test_factors_of_svd_llm_are_its_formula_written_out():
+    """U S^1/2 and S^1/2 V^T L^-1 of W L, with L the Cholesky factor of the second moment, to within steps of 8 bits."""
+    world, structure = World("gram", 12, 20, 11), default()["methods"]["svd_llm_gptq"]["structure"]
+    structure = STRUCTURES.build(structure | {"ranks": [0.5], "bits": [8]})
+    matrix = world.matrices[0]
+    problem = world.problem(structure, [matrix])
+    lower = torch.linalg.cholesky(problem.columns())
+    u, s, v = torch.linalg.svd(problem.weights[matrix.name] @ lower)
+    expected = {"left": u[:, :6] * s[:6].sqrt(), "right": s[:6, None].sqrt() * (v[:6] @ torch.linalg.inv(lower))}
+    fit, (form,) = structure.fit(problem, 1), structure.sizes(12, 12)
+    for name, (part, one) in factor_parts(structure.rounded, matrix, form).items():
+        found = one.restored(below(fit.tensors, f"1.{name}."), 1, part.shape[1])
+        found = found * s[0].sqrt() if name == "left" else found / s[0].sqrt()  # a constant, which rounding does not see
+        signs = (found * expected[name]).sum(0 if name == "left" else 1).sign()
+        found = found * (signs if name == "left" else signs[:, None])
+        steps = (expected[name].amax(1) - expected[name].amin(1)) / 255
+        assert ((found - expected[name]).abs() < 3 * steps[:, None]).all()
 
 
 def test_presets_of_papers_are_the_corners():

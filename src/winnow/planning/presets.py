@@ -109,7 +109,7 @@ _PRESETS: dict[str, tuple[Any, ...]] = {
     ),
     "svd_llm_gptq": (
         SVD_LLM + ", both factors by GPTQ",
-        PEER | {"kind": "rounded_low_rank", "bits": [4], "scales": "largest", "gauge": "split"},
+        PEER | {"kind": "rounded_low_rank", "bits": [4], "group": None, "scales": "largest", "gauge": "split"},
         GRAM,
     ),
     "spq": ("SPQ, arXiv 2602.18420; sizes by integer programme", {"kind": "mixed", "members": SPQ}, WEIGHTS, ILP),
