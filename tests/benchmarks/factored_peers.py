@@ -129,7 +129,7 @@ class Peers(Bench):
             ranks = {role: int(m * n * setting["ratio"] / (m + n)) / min(m, n) for role, (m, n) in roles.items()}
             parts = {role: structure | {"ranks": [share]} for role, share in ranks.items()}
             yield "preset, ranks of authors", preset | {"structure": {"kind": "by_target", "parts": parts}}, every
-        if "rank" in setting:
+        if recipe == "spq" and "rank" in setting:
             (own,) = (member["parts"]["attention"] for member in structure["members"] if "parts" in member)
             yield "preset", {"structure": own | {"ranks": [setting["rank"]]}, "metric": preset["metric"]}, ["attention"]
         elif "neurons" in setting:
