@@ -10,6 +10,7 @@ from tests.unit.test_plan import plan_of
 from winnow.errors import InputError
 from winnow.io.artifacts import write_json
 from winnow.io.tensors import read_header
+from winnow.metrics.base import METRICS
 from winnow.models.retrieve import describe
 from winnow.models.shape import shape_of
 from winnow.planning.config import load
@@ -23,6 +24,7 @@ from winnow.planning.stages.compress import SIZE
 from winnow.structures.base import EIGEN
 from winnow.structures.rounded import feeding_back
 
+TWO_SIDED = METRICS["two_sided"]
 DEMO = ROOT / "resources" / "models" / "demo"
 DRY_RUN = """Job stats:
 job                    count
@@ -61,6 +63,33 @@ def test_jobs_bytes_and_memory_of_the_demo():
     more = {work.stage: work for work in forecast(doubled, {"demo": shape})}
     assert more["collect_statistics"].operations == 2 * works["collect_statistics"].operations
     assert more["factorize"] == works["factorize"]
+
+
+def test_factors_without_tensors_are_small_and_fitted_again_for_every_checkpoint():
+    def works(factors, method="winnow", budgets=("ffn-0.8", "ffn-0.4")) -> dict[str, Work]:
+        def change(c):
+            c["models"]["demo"]["factors"] = factors
+            c["budgets"] |= {name: c["budgets"][name] | {"allocation": {"kind": "ilp"}} for name in budgets}
+            c["experiments"]["demo"] |= {"methods": [method], "budgets": list(budgets)}
+
+        return {work.stage: work for work in forecast(plan_of(change), {"demo": shape_of(DEMO)})}
+
+    stored, refitted = works("stored"), works("refitted")
+    assert "compress_refitted" not in stored
+    assert "compress" not in refitted
+    assert refitted["factorize"].disk < 0.1 * stored["factorize"].disk
+    assert refitted["factorize"].operations > stored["factorize"].operations, "losses are predicted in the same job"
+    assert refitted["predict_losses"].operations < stored["predict_losses"].operations
+    again, plain = refitted["compress_refitted"], stored["compress"]
+    assert (again.jobs, again.disk) == (plain.jobs, plain.disk)
+    assert 0 == plain.operations < again.operations < 2 * stored["factorize"].operations
+    assert works("refitted", budgets=("ffn-0.8",))["compress_refitted"].operations == again.operations / 2
+    inputs = works("refitted", "whitened")
+    assert inputs["factorize"] == works("stored", "whitened")["factorize"], "a metric without gradients"
+    assert inputs["compress_refitted"].operations == 0
+    plan = plan_of()
+    members = [plan.structure(plan.labels["methods"][name]) for name in plan.members["winnow"]]
+    assert [own.kind() for own in members if not own.leaves_out(TWO_SIDED.needs)] == ["affine_block"], "it reads no gradients"
 
 
 def test_an_export_is_forecast_in_its_dtype():

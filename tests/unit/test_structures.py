@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.unit.worlds import FITTED, LOSSY, VARIANTS, World, matrix_of, small
+from winnow.factors.fit import storable
 from winnow.metrics.base import METRICS
 from winnow.models.architectures import GRADIENTS
+from winnow.planning.config_files import default
 from winnow.structures import rounded
 from winnow.structures.base import STRUCTURES, Problem
 
+ROUNDED_PARTS = [
+    {"kind": "rounded_low_rank", "ranks": [0.5, 0.75], "bits": [3, 4], "group": 16},
+    {"kind": "rounded_neuron_slice", "criterion": "loss", "neurons": [0.5, 1.0], "bits": [3, 4], "group": 16},
+]
 ALONE = {"rounded", "rounded_low_rank", "rounded_neuron_slice"}  # whose sizes are fitted one by one
 SPECS = [*(small(kind) for kind in FITTED), *VARIANTS]
 
@@ -232,6 +238,18 @@ def test_a_size_alone_is_stored_as_from_the_fit_of_all(spec, monkeypatch):
                     assert torch.equal(found[module].tensors[name], tensor), (module, name, size)
         if structure.kind() in ALONE and len(whole.error) > 2:
             assert len(structure.fit_at(problem, 1)) < len(whole.tensors)
+
+
+@pytest.mark.parametrize("member", [*default()["methods"]["winnow"]["structure"]["members"], *ROUNDED_PARTS], ids=named)
+def test_the_forecast_of_a_file_is_that_of_the_tensors_in_it(member):
+    """Of the members of `winnow`, of which a large model's disk holds all."""
+    structure, metric = STRUCTURES.build(member), "two_sided" if STRUCTURES[member["kind"]].objective == "metric" else None
+    world = World(metric, width=48, hidden=96, seed=6, bias=False)
+    for group in world.groups(structure):
+        fit = structure.fit(world.problem(structure, group), structure.largest(group))
+        stored = sum(tensor.nbytes for tensor in storable(structure, fit).values())
+        needs = METRICS[metric].needs if metric else ()
+        assert structure.work(group, needs)[2] == pytest.approx(stored, rel=0.1), group[0].role
 
 
 @pytest.mark.parametrize("how", ["rank-deficient", "constant channel", "scales of 1e8", "zero", "nan"])

@@ -131,7 +131,8 @@ class RoundedNeuronSlice(FfnStructure):
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
         """As in `neuron_slice`, and the rounding of every size, of those with as many neurons at once."""
-        memory, operations, cached = self.slice.work(group, needs)
+        memory, operations, _ = self.slice.work(group, needs)
+        cached = 8.0 * group[-1].shape[1]
         for size in {size.neurons: size for size in self.sizes(group)}.values():
             for part in self._parts(parts_of(group), size):
                 held, rounding, kept = self.rounded.work([part], self.needs())
