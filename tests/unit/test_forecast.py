@@ -10,7 +10,6 @@ from tests.unit.test_plan import plan_of
 from winnow.errors import InputError
 from winnow.io.artifacts import write_json
 from winnow.io.tensors import read_header
-from winnow.metrics.base import METRICS
 from winnow.models.retrieve import describe
 from winnow.models.shape import shape_of
 from winnow.planning.config import load
@@ -24,7 +23,6 @@ from winnow.planning.stages.compress import SIZE
 from winnow.structures.base import EIGEN
 from winnow.structures.rounded import feeding_back
 
-TWO_SIDED = METRICS["two_sided"]
 DEMO = ROOT / "resources" / "models" / "demo"
 DRY_RUN = """Job stats:
 job                    count
@@ -87,9 +85,11 @@ def test_factors_without_tensors_are_small_and_fitted_again_for_every_checkpoint
     inputs = works("refitted", "whitened")
     assert inputs["factorize"] == works("stored", "whitened")["factorize"], "a metric without gradients"
     assert inputs["compress_refitted"].operations == 0
-    plan = plan_of()
-    members = [plan.structure(plan.labels["methods"][name]) for name in plan.members["winnow"]]
-    assert [own.kind() for own in members if not own.leaves_out(TWO_SIDED.needs)] == ["affine_block"], "it reads no gradients"
+    plan = plan_of(lambda c: c["models"]["demo"].update(factors="refitted"))
+    kinds = {name: plan.config.methods[name].structure.kind for name in plan.members["winnow"]}
+    model, methods = plan.labels["models"]["demo"], plan.labels["methods"]
+    kept = [kind for name, kind in kinds.items() if not plan.refits(model, methods[name])]
+    assert kept == ["affine_block"], "which reads no gradients"
 
 
 def test_an_export_is_forecast_in_its_dtype():

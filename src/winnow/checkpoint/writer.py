@@ -17,8 +17,7 @@ from torch import Tensor
 from winnow.calibration.reader import Layers
 from winnow.checkpoint.card import card
 from winnow.errors import InputError
-from winnow.factors.members import fit_file
-from winnow.factors.refit import tensors_at
+from winnow.factors.members import fit_file, tensors_at
 from winnow.io.artifacts import write_manifest
 from winnow.io.local_paths import named, without_local
 from winnow.io.records import Provenance

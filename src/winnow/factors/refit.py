@@ -92,11 +92,6 @@ class Refitted:
         return self.source.tensors(file.removesuffix(".safetensors"), size) | found
 
 
-def tensors_at(fits: Layers, file: str, size: int) -> dict[str, Tensor]:
-    """The tensors of a fit from which a size is stored."""
-    return fits.at(file, size) if isinstance(fits, Refitted) else fits.tensors(file)
-
-
 def without_tensors(
     files: ModelFiles,
     structure: Structure,
