@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from winnow.allocation.groups import allocate, chosen_groups, experts_left_dense, learned_choice, summarize
 from winnow.allocation.times import with_times
 from winnow.checkpoint.writer import compressed, recipe_of, write_checkpoint
-from winnow.factors.members import factors_of, member_table
+from winnow.factors.members import member_table
+from winnow.factors.refit import fits_of
 from winnow.io.artifacts import atomic, read_json, write_json
 from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
@@ -26,7 +27,7 @@ if __name__ == "__main__":
     groups = chosen_groups(*chosen, member_table(structure, given.predicted) if given.get("predicted") else None)
     groups = with_times(groups, read_json(given.times)) if given.get("times") else groups
     choice = learned_choice(given.learned) if given.get("learned") else allocate(groups, presets["budget"])
-    factors, tokens = factors_of(structure, given.factors)
+    factors, tokens = fits_of(files, structure, presets["method"], given, job.device)
     record = summarize(groups, choice.sizes)
     record["left_dense"] = {name: tokens[name] for name in experts_left_dense(*chosen)}
     recipe = recipe_of(spec["names"], presets, record)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from winnow.allocation.base import ALLOCATIONS
 from winnow.allocation.groups import chosen_groups
 from winnow.allocation.learning import learn
-from winnow.factors.members import factors_of, member_table
+from winnow.factors.members import member_table
+from winnow.factors.refit import fits_of
 from winnow.io.artifacts import read_tensors, write_json
 from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
@@ -19,7 +20,7 @@ if __name__ == "__main__":
     spec: "specs.LearnSizes" = job.spec
     given = snakemake.input
     files, structure, budget = ModelFiles(given.model), STRUCTURES.build(spec["structure"]), spec["budget"]
-    factors, _ = factors_of(structure, given.factors)
+    factors, _ = fits_of(files, structure, spec, given, job.device)
     predicted = member_table(structure, given.predicted) if given.get("predicted") else None
     groups = chosen_groups(files, structure, budget["targets"], member_table(structure, given.spectra), predicted)
     windows = read_tensors(given.tokens, sealed=True)[0]["ids"]

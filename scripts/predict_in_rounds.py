@@ -7,8 +7,9 @@ import torch
 from winnow.allocation.groups import chosen_groups
 from winnow.allocation.rounds import Setting, predict_in_rounds
 from winnow.allocation.times import with_times
-from winnow.factors.members import factors_of, member_table
+from winnow.factors.members import member_table
 from winnow.factors.predict import predicted_table
+from winnow.factors.refit import fits_of
 from winnow.io.artifacts import read_json, read_tensors, write_json, write_parquet
 from winnow.jobs.start import start_job
 from winnow.models.files import ModelFiles
@@ -22,7 +23,7 @@ if __name__ == "__main__":
     spec: "specs.PredictInRounds" = job.spec
     given = snakemake.input
     files, structure = ModelFiles(given.model), STRUCTURES.build(spec["structure"])
-    factors, _ = factors_of(structure, given.factors)
+    factors, _ = fits_of(files, structure, spec, given, job.device)
     tables = (member_table(structure, paths) for paths in (given.spectra, given.predicted))
     groups = chosen_groups(files, structure, spec["budget"]["targets"], *tables)
     groups = with_times(groups, read_json(given.times)) if given.get("times") else groups

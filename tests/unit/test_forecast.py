@@ -63,6 +63,35 @@ def test_jobs_bytes_and_memory_of_the_demo():
     assert more["factorize"] == works["factorize"]
 
 
+def test_factors_without_tensors_are_small_and_fitted_again_for_every_checkpoint():
+    def works(factors, method="winnow", budgets=("ffn-0.8", "ffn-0.4")) -> dict[str, Work]:
+        def change(c):
+            c["models"]["demo"]["factors"] = factors
+            c["budgets"] |= {name: c["budgets"][name] | {"allocation": {"kind": "ilp"}} for name in budgets}
+            c["experiments"]["demo"] |= {"methods": [method], "budgets": list(budgets)}
+
+        return {work.stage: work for work in forecast(plan_of(change), {"demo": shape_of(DEMO)})}
+
+    stored, refitted = works("stored"), works("refitted")
+    assert "compress_refitted" not in stored
+    assert "compress" not in refitted
+    assert refitted["factorize"].disk < 0.1 * stored["factorize"].disk
+    assert refitted["factorize"].operations > stored["factorize"].operations, "losses are predicted in the same job"
+    assert refitted["predict_losses"].operations < stored["predict_losses"].operations
+    again, plain = refitted["compress_refitted"], stored["compress"]
+    assert (again.jobs, again.disk) == (plain.jobs, plain.disk)
+    assert 0 == plain.operations < again.operations < 2 * stored["factorize"].operations
+    assert works("refitted", budgets=("ffn-0.8",))["compress_refitted"].operations == again.operations / 2
+    inputs = works("refitted", "whitened")
+    assert inputs["factorize"] == works("stored", "whitened")["factorize"], "a metric without gradients"
+    assert inputs["compress_refitted"].operations == 0
+    plan = plan_of(lambda c: c["models"]["demo"].update(factors="refitted"))
+    kinds = {name: plan.config.methods[name].structure.kind for name in plan.members["winnow"]}
+    model, methods = plan.labels["models"]["demo"], plan.labels["methods"]
+    kept = [kind for name, kind in kinds.items() if not plan.refits(model, methods[name])]
+    assert kept == ["affine_block"], "which reads no gradients"
+
+
 def test_an_export_is_forecast_in_its_dtype():
     shape = shape_of(DEMO)
 

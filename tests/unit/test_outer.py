@@ -19,8 +19,8 @@ from tests.conftest import ROOT, TINY, VOCABULARY, pico
 from tests.unit.test_recovery import JOB, KINDS, files_of, run
 from winnow.allocation.groups import chosen_groups
 from winnow.allocation.rounds import Held, Setting, around, predict_in_rounds
-from winnow.api.given import Held as Given
 from winnow.calibration.outer import collect_outer, frequencies
+from winnow.calibration.reader import Held as Given
 from winnow.calibration.statistics import collect
 from winnow.checkpoint.export import Checkpoint, export_dense
 from winnow.checkpoint.layouts import install

@@ -263,6 +263,7 @@ MODELS = {
 }  # they run one
 LOADERS = MODELS | {"export_dense", "merge_statistics", "merge_gradients"}
 NAMES = LOADERS | {"retrieve_model", "retrieve_base"}
+REFITTING = {"factorize", "compress", "learn_sizes"}  # which predict losses of factors without tensors, or fit them again
 EDITS = [
     ("src/winnow/numerics/linalg.py", "m, n = weight.shape", "m, n = weight.shape  # a comment", set()),
     ("src/winnow/numerics/linalg.py", '"""Directions that minimise', '"""Other words that solve', set()),
@@ -279,7 +280,7 @@ EDITS = [
     ("src/winnow/allocation/kinds/greedy.py", "heapq.heapify(heap)", "heap.sort()", set()),  # of another one
     ("src/winnow/allocation/masks.py", "SURE = 3.0", "SURE = 2.0", {"learn_sizes"}),
     ("src/winnow/recovery/training.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)", {"learn_sizes", "recover"}),
-    ("src/winnow/factors/predict.py", "[: len(fit", "[: 1 * len(fit", {"predict_losses", "predict_in_rounds"}),
+    ("src/winnow/factors/predict.py", "[: len(fit", "[: 1 * len(fit", {"predict_losses", "predict_in_rounds", *REFITTING}),
     ("src/winnow/evaluation/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity", "predict_in_rounds"}),
     (
         "src/winnow/evaluation/spread.py",

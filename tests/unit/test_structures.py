@@ -10,10 +10,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.unit.worlds import FITTED, LOSSY, VARIANTS, World, matrix_of, small
+from winnow.factors.fit import storable
 from winnow.metrics.base import METRICS
 from winnow.models.architectures import GRADIENTS
+from winnow.planning.config_files import default
+from winnow.structures import rounded
 from winnow.structures.base import STRUCTURES, Problem
 
+ROUNDED_PARTS = [
+    {"kind": "rounded_low_rank", "ranks": [0.5, 0.75], "bits": [3, 4], "group": 16},
+    {"kind": "rounded_neuron_slice", "criterion": "loss", "neurons": [0.5, 1.0], "bits": [3, 4], "group": 16},
+]
+ALONE = {"rounded", "rounded_low_rank", "rounded_neuron_slice"}  # whose sizes are fitted one by one
 SPECS = [*(small(kind) for kind in FITTED), *VARIANTS]
 
 
@@ -207,6 +215,41 @@ def broken(world: World, how: str) -> World:
     if how in ("rank-deficient", "zero", "nan"):
         world.gradients = {name: g[:, :1] * (how != "zero") + 0 * g for name, g in world.gradients.items()}
     return world
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=named)
+def test_a_size_alone_is_stored_as_from_the_fit_of_all(spec, monkeypatch):
+    """Bit by bit, although it is fitted without those that are not rounded at once with it: here two forms of a square matrix."""
+    monkeypatch.setattr(rounded, "NUMBERS", 2 * 12 * 12)
+    structure = STRUCTURES.build(spec)
+    world = World(metrics_of(spec)[-1], width=12, hidden=20, seed=5)
+    for group in world.groups(structure):
+        problem = world.problem(structure, group)
+        whole = structure.fit(problem, structure.largest(group))
+        for size in range(1, len(whole.error)):
+            alone = structure.fit_at(problem, size)
+            assert alone.keys() <= whole.tensors.keys()
+            expected, found = (structure.stored(group, tensors, size) for tensors in (whole.tensors, alone))
+            assert found.keys() == expected.keys()
+            for module, part in expected.items():
+                assert found[module].layout == part.layout
+                assert found[module].tensors.keys() == part.tensors.keys()
+                for name, tensor in part.tensors.items():
+                    assert torch.equal(found[module].tensors[name], tensor), (module, name, size)
+        if structure.kind() in ALONE and len(whole.error) > 2:
+            assert len(structure.fit_at(problem, 1)) < len(whole.tensors)
+
+
+@pytest.mark.parametrize("member", [*default()["methods"]["winnow"]["structure"]["members"], *ROUNDED_PARTS], ids=named)
+def test_the_forecast_of_a_file_is_that_of_the_tensors_in_it(member):
+    """Of the members of `winnow`, of which a large model's disk holds all."""
+    structure, metric = STRUCTURES.build(member), "two_sided" if STRUCTURES[member["kind"]].objective == "metric" else None
+    world = World(metric, width=48, hidden=96, seed=6, bias=False)
+    for group in world.groups(structure):
+        fit = structure.fit(world.problem(structure, group), structure.largest(group))
+        stored = sum(tensor.nbytes for tensor in storable(structure, fit).values())
+        needs = METRICS[metric].needs if metric else ()
+        assert structure.work(group, needs)[2] == pytest.approx(stored, rel=0.1), group[0].role
 
 
 @pytest.mark.parametrize("how", ["rank-deficient", "constant channel", "scales of 1e8", "zero", "nan"])

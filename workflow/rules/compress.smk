@@ -26,6 +26,7 @@ rule time_forms:
 rule predict_in_rounds:
     """Predict the losses anew around the model as the budget compresses it, where its allocation has `rounds`."""
     input:
+        **REFITTED_WITH,
         model="results/{model}/model.json",
         tokens="results/{model}/tokens/{calibration}.safetensors",
         factors=factors_of_method,
@@ -54,6 +55,7 @@ rule predict_in_rounds:
 rule learn_sizes:
     """Learn a size for every group of matrices on what the model loses, where the budget's allocation is `learned`."""
     input:
+        **REFITTED_WITH,
         model="results/{model}/model.json",
         tokens="results/{model}/tokens/{calibration}.safetensors",
         factors=factors_of_method,
@@ -79,6 +81,7 @@ rule learn_sizes:
 rule compress:
     """Turn the budget into one size per group, cut the factors to it and write a checkpoint that `from_pretrained` loads."""
     input:
+        **REFITTED_WITH,
         model="results/{model}/model.json",
         factors=factors_of_method,
         spectra=of_members("spectra.parquet"),
@@ -92,6 +95,8 @@ rule compress:
         "results/logs/compress/{model}/{calibration}/{method}/{budget}.log",
     benchmark:
         "results/benchmarks/compress/{model}/{calibration}/{method}/{budget}.tsv"
+    wildcard_constraints:
+        model=PLAN.models_of_factors("stored"),
     threads: 1
     resources:
         mem_mb=memory("compress", 16000),  # the weights in their stored dtype

@@ -37,26 +37,6 @@ def text_of_windows(wildcards):
     return f"results/texts/{PLAN.text_label(section, wildcards.windows)}.parquet"
 
 
-def fitted_with(what):
-    """The input `what` (moments, gradients, clusters, outer) of a shard of a method's factors, if the method needs it: of the
-    embeddings and the head, `outer` has all statistics."""
-
-    def path(wildcards):
-        needs = PLAN.needs(wildcards.method)
-        if wildcards.shard == "outer":
-            needs = {"outer"} if needs else set()
-        if what not in needs:
-            return []
-        folder = f"results/{wildcards.model}/{wildcards.calibration}"
-        if what == "clusters":
-            return (
-                f"{folder}/clusters/{PLAN.clustering_label(wildcards.method)}.parquet"
-            )
-        return f"{folder}/statistics/{what}/manifest.json"
-
-    return path
-
-
 def moments_of_clustering(wildcards):
     if PLAN.clusterings()[wildcards.clustering].needs():
         return "results/{model}/{calibration}/statistics/moments/manifest.json"

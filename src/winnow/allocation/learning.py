@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,10 @@ from torch import Tensor
 from winnow.allocation.base import stored_bytes
 from winnow.allocation.groups import Group, allocate
 from winnow.allocation.masks import Masked, Sizes
+from winnow.calibration.reader import Layers
 from winnow.checkpoint.loading import load_model
 from winnow.errors import InputError
 from winnow.factors.members import fit_file
-from winnow.io.artifacts import Bundle
 from winnow.models.files import ModelFiles
 from winnow.recovery.training import batches, train
 
@@ -42,7 +43,7 @@ class Learned:
     record: dict[str, Any]
 
 
-def put_masked(model: PreTrainedModel, groups: list[Group], factors: dict[str, Bundle]) -> list[Masked]:
+def put_masked(model: PreTrainedModel, groups: list[Group], factors: Mapping[str, Layers]) -> list[Masked]:
     """Add every group's factors to its dense matrix, in the model's dtype; returns the modules, initially dense."""
     first, found = next(model.parameters()), []
     for g in groups:
@@ -58,7 +59,7 @@ def put_masked(model: PreTrainedModel, groups: list[Group], factors: dict[str, B
 
 def learn(
     files: ModelFiles,
-    factors: dict[str, Bundle],
+    factors: Mapping[str, Layers],
     groups: list[Group],
     budget: specs.Budget,
     options: Any,

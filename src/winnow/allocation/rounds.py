@@ -8,7 +8,7 @@ linearly changing curvature, this is 2/3 of the prediction around the dense mode
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from winnow.allocation.groups import Group, allocate
 from winnow.calibration.gradients import collect_gradients
 from winnow.calibration.outer import collect_outer
+from winnow.calibration.reader import Layers
 from winnow.calibration.statistics import collect
 from winnow.checkpoint.in_memory import put
 from winnow.checkpoint.loading import load_model
@@ -26,7 +27,6 @@ from winnow.data.tokens import check_causal
 from winnow.evaluation.perplexity import evaluate
 from winnow.factors.beside import put_beside
 from winnow.factors.predict import predict
-from winnow.io.artifacts import Bundle
 from winnow.models.architectures import moments_file
 from winnow.models.files import ModelFiles
 from winnow.structures.base import Structure
@@ -69,7 +69,7 @@ class Setting:
 
 
 def compressed_model(
-    files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None], setting: Setting
+    files: ModelFiles, factors: Mapping[str, Layers], structure: Structure, sizes: dict[str, int | None], setting: Setting
 ) -> PreTrainedModel:
     """The model with its groups at these sizes, in memory, as loaded from a checkpoint; FFNs that are replaced as a whole also
     run their dense matrices, for statistics."""
@@ -92,7 +92,7 @@ def calibration_loss(model: PreTrainedModel, setting: Setting) -> float:
 
 
 def around(
-    model: PreTrainedModel, files: ModelFiles, factors: dict[str, Bundle], structure: Structure, setting: Setting
+    model: PreTrainedModel, files: ModelFiles, factors: Mapping[str, Layers], structure: Structure, setting: Setting
 ) -> dict[str, Tensor]:
     """{name of a fit: predicted loss of every size} with the second moments of inputs and gradients in `model`, dense or
     compressed."""
@@ -111,7 +111,7 @@ def around(
 
 def predict_in_rounds(
     files: ModelFiles,
-    factors: dict[str, Bundle],
+    factors: Mapping[str, Layers],
     structure: Structure,
     groups: list[Group],
     budget: specs.Budget,

@@ -16,11 +16,12 @@ import torch
 
 from winnow.allocation.groups import allocate, chosen_groups, experts_left_dense, summarize
 from winnow.allocation.runtimes import check_sizes
-from winnow.api.given import Held, as_it_was, checked, loaded
+from winnow.api.given import as_it_was, checked, loaded
 from winnow.calibration.clusters import assign_all
 from winnow.calibration.few_tokens import few_tokens
 from winnow.calibration.gradients import collect_gradients
 from winnow.calibration.outer import collect_outer
+from winnow.calibration.reader import Held
 from winnow.calibration.statistics import collect
 from winnow.checkpoint.in_memory import put
 from winnow.checkpoint.writer import Compressed as Stored

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,16 +21,6 @@ from winnow.models.retrieve import describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class Held:
-    """Tensors in memory, with the interface of a bundle of files."""
-
-    def __init__(self, files: Mapping[str, dict[str, Tensor]]):
-        self.files = files
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        return self.files[name]
 
 
 class DequantizedFiles(ModelFiles):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -14,6 +15,30 @@ class Layers(Protocol):
     """A source of a layer's tensors by file name: a bundle, or statistics in memory."""
 
     def tensors(self, name: str) -> dict[str, Tensor]: ...
+
+
+class Held:
+    """Tensors in memory, with the interface of a bundle of files."""
+
+    def __init__(self, files: Mapping[str, dict[str, Tensor]]):
+        self.files = files
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return self.files[name]
+
+
+class Latest:
+    """Another source, of which the layer that was read last is kept for the next that asks for it."""
+
+    def __init__(self, source: Layers):
+        self.source = source
+        self.kept: tuple[str, dict[str, Tensor]] | None = None
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        if self.kept is None or self.kept[0] != name:
+            self.kept = None  # freed before the next is read
+            self.kept = name, self.source.tensors(name)
+        return self.kept[1]
 
 
 class Statistics:

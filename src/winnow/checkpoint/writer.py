@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +14,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from winnow.calibration.reader import Layers
 from winnow.checkpoint.card import card
 from winnow.errors import InputError
-from winnow.factors.members import fit_file
-from winnow.io.artifacts import Bundle, write_manifest
+from winnow.factors.members import fit_file, tensors_at
+from winnow.io.artifacts import write_manifest
 from winnow.io.local_paths import named, without_local
 from winnow.io.records import Provenance
 from winnow.io.tensors import NAMES
@@ -43,18 +44,18 @@ class Compressed:
 
 
 def compressed(
-    files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None]
+    files: ModelFiles, factors: Mapping[str, Layers], structure: Structure, sizes: dict[str, int | None]
 ) -> Iterator[Compressed]:
     """Yields every group of `sizes` that does not stay dense.
 
-    `factors` maps the name of a fit (see `winnow.factors.members`) to its bundle. Raises InputError, naming the module, if a
-    number is not finite in the stored dtype or a decomposition fails.
+    `factors` maps the name of a fit (see `winnow.factors.members`) to its bundle, or to what fits it again. Raises InputError,
+    naming the module, if a number is not finite in the stored dtype or a decomposition fails.
     """
     for name, own, group in structure.fits(files.every):
         size = sizes.get(name)
         if size is None:
             continue  # not in the budget, dense by its allocation, or stored by another member
-        fit = factors[name].tensors(fit_file(name))
+        fit = tensors_at(factors[name], fit_file(name), size)
         dtype = getattr(torch, NAMES[files.tensors[f"{group[0].module}.weight"]["dtype"]])
         stored: dict[str, dict[str, Tensor]] = {}
         layouts: dict[str, dict[str, Any]] = {}
@@ -76,7 +77,7 @@ def compressed(
 
 
 def compress(
-    files: ModelFiles, factors: dict[str, Bundle], structure: Structure, sizes: dict[str, int | None]
+    files: ModelFiles, factors: Mapping[str, Layers], structure: Structure, sizes: dict[str, int | None]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
     """({module: {name below it: tensor}}, {module: layout}) of all groups, for a model in memory."""
     stored: dict[str, dict[str, Tensor]] = {}

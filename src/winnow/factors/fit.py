@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from winnow.calibration.reader import Statistics
+from winnow.calibration.reader import Layers, Statistics
 from winnow.errors import InputError
 from winnow.factors.outer import fit_outer
-from winnow.io.artifacts import Bundle
 from winnow.metrics.base import Metric
 from winnow.models.architectures import GRADIENTS, OUTER, Matrix, group_name, moments_file, reads
 from winnow.models.files import ModelFiles
@@ -46,7 +45,7 @@ def labels_by_matrix(table: pd.DataFrame) -> dict[str, Tensor]:
 
 
 def left_dense(
-    files: ModelFiles, moments: Bundle | None, structure: Structure, metric: Metric | None, shard: str
+    files: ModelFiles, moments: Layers | None, structure: Structure, metric: Metric | None, shard: str
 ) -> dict[str, int]:
     """{group name: calibration tokens} of the shard's experts that stay dense: all if the fit needs gradients; otherwise, if it
     needs statistics, those with fewer tokens than inputs, whose second moment is singular."""
@@ -67,10 +66,38 @@ def left_dense(
     return found
 
 
+def needed(structure: Structure, metric: Metric | None) -> list[str]:
+    """The statistics that a fit reads."""
+    return list(dict.fromkeys((*(metric.needs if metric else ()), *structure.needs())))
+
+
+def problem_of(
+    files: ModelFiles,
+    group: list[Matrix],
+    inputs: Statistics,
+    outputs: Statistics,
+    labels: dict[str, Tensor],
+    metric: Metric | None,
+    needs: list[str],
+) -> Problem:
+    """What a fit of a group is given. Raises FloatingPointError, naming the tensor, if a number is not finite."""
+    device = inputs.device
+    return Problem(
+        group,
+        {m.name: files.weight(m, device) for m in group},
+        {m.name: inputs.of(m, m.site, [n for n in needs if n not in GRADIENTS and reads(m, n)]) for m in group},
+        metric,
+        inputs.precision,
+        {m.name: files.tensor(f"{m.module}.bias").double().to(device) for m in group if m.bias},
+        {m.name: outputs.of(m, m.role, [n for n in needs if n in GRADIENTS]) for m in group},
+        {m.name: labels[m.name] for m in group if m.name in labels},
+    )
+
+
 def fit_groups(
     files: ModelFiles,
-    moments: Bundle | None,
-    gradients: Bundle | None,
+    moments: Layers | None,
+    gradients: Layers | None,
     labels: dict[str, Tensor],
     structure: Structure,
     metric: Metric | None,
@@ -88,7 +115,7 @@ def fit_groups(
     groups = [group for group in shard_of(files, structure, shard) if group_name(group) not in done]
     dense_experts = left_dense(files, moments, structure, metric, shard)
     inputs, outputs = Statistics(moments, device), Statistics(gradients, device)
-    needs = dict.fromkeys((*(metric.needs if metric else ()), *structure.needs()))
+    needs = needed(structure, metric)
     for number, group in enumerate(groups):
         began = time.monotonic()
         name = group_name(group)
@@ -99,18 +126,9 @@ def fit_groups(
         outputs.keep(group)
         try:
             if group[0].outer:
-                fit = fit_outer(files, structure, metric, group[0], inputs, list(needs))
+                fit = fit_outer(files, structure, metric, group[0], inputs, needs)
             else:
-                problem = Problem(
-                    group,
-                    {m.name: files.weight(m, device) for m in group},
-                    {m.name: inputs.of(m, m.site, [n for n in needs if n not in GRADIENTS and reads(m, n)]) for m in group},
-                    metric,
-                    inputs.precision,
-                    {m.name: files.tensor(f"{m.module}.bias").double().to(device) for m in group if m.bias},
-                    {m.name: outputs.of(m, m.role, [n for n in needs if n in GRADIENTS]) for m in group},
-                    {m.name: labels[m.name] for m in group if m.name in labels},
-                )
+                problem = problem_of(files, group, inputs, outputs, labels, metric, needs)
                 fit = structure.fit(problem, structure.largest(group))
         except (FloatingPointError, ValueError, torch.linalg.LinAlgError) as error:
             raise InputError(f"{group[0].module}: {error}") from error
@@ -130,8 +148,13 @@ def fit_groups(
 
 def storable(structure: Structure, fit: Fit) -> dict[str, Tensor]:
     """The fit's tensors in the dtype in which they are cached: float32, or float64 for those in `in_float64`."""
+    return in_cached_dtype(structure, fit.tensors)
+
+
+def in_cached_dtype(structure: Structure, fitted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same for tensors of a fit."""
     tensors = {}
-    for name, tensor in fit.tensors.items():
+    for name, tensor in fitted.items():
         single = tensor.is_floating_point() and name not in structure.in_float64
         tensors[name] = on_host(tensor.float() if single else tensor)
     return tensors

@@ -10,7 +10,9 @@ from winnow.io.artifacts import Bundle, read_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
+    from winnow.calibration.reader import Layers
     from winnow.io.records import FactorsManifest
     from winnow.structures.base import Structure
 
@@ -52,3 +54,9 @@ def member_table(structure: Structure, paths: Sequence[str]) -> pd.DataFrame:
 def fit_file(name: str) -> str:
     """The file of a fit within the factors of its member."""
     return f"{name.partition('@')[0]}.safetensors"
+
+
+def tensors_at(fits: Layers, file: str, size: int) -> dict[str, Tensor]:
+    """The tensors of a fit from which a size is stored; those of all sizes, unless they are fitted again (`Refitted.at`)."""
+    again = getattr(fits, "at", None)
+    return again(file, size) if again else fits.tensors(file)

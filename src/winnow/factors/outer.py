@@ -3,6 +3,8 @@ and there can be hundreds of thousands of them, so that some are fitted at a tim
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,18 +23,40 @@ def fit_outer(
     files: ModelFiles, structure: Structure, metric: Metric | None, matrix: Matrix, statistics: Statistics, needs: list[str]
 ) -> Fit:
     """The fit of a matrix of `files.outer`, at every size."""
+    problems = _parts(files, metric, matrix, statistics, needs)
+    found = [structure.fit(problem, structure.largest(problem.group)) for problem in problems]
+    error = torch.stack([fit.error for fit in found]).sum(0)
+    return Fit(_joined([fit.tensors for fit in found]), error, error[0].sqrt()[None])
+
+
+def fit_outer_at(
+    files: ModelFiles,
+    structure: Structure,
+    metric: Metric | None,
+    matrix: Matrix,
+    statistics: Statistics,
+    needs: list[str],
+    size: int,
+) -> dict[str, Tensor]:
+    """The tensors of one size of that fit, see `Structure.fit_at`."""
+    return _joined([structure.fit_at(problem, size) for problem in _parts(files, metric, matrix, statistics, needs)])
+
+
+def _parts(
+    files: ModelFiles, metric: Metric | None, matrix: Matrix, statistics: Statistics, needs: list[str]
+) -> Iterator[Problem]:
+    """What the fits of the parts of a matrix are given."""
     device, weight, name = statistics.device, files.stored(matrix), matrix.name
     site = statistics.of(matrix, matrix.site, [need for need in needs if need not in GRADIENTS])
     output = statistics.of(matrix, matrix.role, [need for need in needs if need in GRADIENTS])
-    found: list[Fit] = []
     for part, rows in by_rows(matrix):
         own = {key: value[rows] for key, value in output.items()}
         weights = {name: weight[rows].to(device).double().contiguous()}
-        problem = Problem([part], weights, {name: site}, metric, statistics.precision, outputs={name: own})
-        found.append(structure.fit(problem, structure.largest([part])))
-    error = torch.stack([fit.error for fit in found]).sum(0)
-    tensors = {key: torch.cat([fit.tensors[key] for fit in found]) for key in found[0].tensors}
-    return Fit(tensors, error, error[0].sqrt()[None])
+        yield Problem([part], weights, {name: site}, metric, statistics.precision, outputs={name: own})
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def predict_outer(

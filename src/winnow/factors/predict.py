@@ -16,7 +16,7 @@ On its calibration tokens a fit loses less than on others. If there are few toke
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 from torch import Tensor
@@ -25,26 +25,26 @@ from winnow.calibration.reader import Layers, Statistics
 from winnow.errors import InputError
 from winnow.factors.outer import predict_outer
 from winnow.factors.shrinkage import expected, expected_jointly
-from winnow.io.artifacts import Bundle
 from winnow.models.architectures import GRADIENTS, group_name, reads
 from winnow.models.files import ModelFiles
 from winnow.structures.base import Problem, Structure
 
 log = logging.getLogger(__name__)
+PREDICTED = "predicted"  # in the file of a fit whose tensors are left out: what `predict` says of it
 
 
 def predict(
     files: ModelFiles,
     moments: Layers,
     gradients: Layers,
-    factors: dict[str, Bundle],
+    factors: Mapping[str, Layers],
     structure: Structure,
     device: str,
     outer: Layers | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (group name, predicted increase of the loss (sizes + 1,), nats per token) for every group with a fit in `factors`
     (by name). Size 0 has only the parts stored at every size; for low rank, the matrix is removed. `outer`: statistics of the
-    embeddings and the head, if there are fits of them.
+    embeddings and the head, if there are fits of them. A fit that was stored without its tensors has its prediction already.
 
     Experts of a mixture are skipped, as they have no gradients. Raises InputError, naming the matrix, if a statistic is not
     finite.
@@ -54,6 +54,10 @@ def predict(
     for group in structure.groups(files.matrices):
         name = group_name(group)
         if group[0].expert is not None or name not in factors:
+            continue
+        fit = factors[name].tensors(f"{name}.safetensors")
+        if PREDICTED in fit:
+            yield name, fit[PREDICTED]
             continue
         inputs.keep(group)
         outputs.keep(group)
@@ -72,7 +76,7 @@ def predict(
             )
         except FloatingPointError as error:
             raise InputError(f"{group[0].module}: {error}") from error
-        fit = {key: value.to(device) for key, value in factors[name].tensors(f"{name}.safetensors").items()}
+        fit = {key: value.to(device) for key, value in fit.items()}
         predicted = structure.predicted(problem, fit)[: len(fit["numbers"])].cpu()
         log.info("%s: %.3g nats per token at size 0, %.3g at the largest", name, float(predicted[0]), float(predicted[-1]))
         yield name, predicted
@@ -80,6 +84,9 @@ def predict(
     for (matrix,) in structure.groups(structure.supported(files.outer)):
         if (name := group_name([matrix])) in factors:
             fit = factors[name].tensors(f"{name}.safetensors")
+            if PREDICTED in fit:
+                yield name, fit[PREDICTED]
+                continue
             predicted = predict_outer(files, structure, matrix, rest, fit)[: len(fit["numbers"])].cpu()
             log.info("%s: %.3g nats per token at size 0, %.3g at the largest", name, float(predicted[0]), float(predicted[-1]))
             yield name, predicted

@@ -141,6 +141,7 @@ class Method(Structure):
 class Factorize(TypedDict):
     method: Method
     shard: str
+    refitted: bool  # whether tensors are left out, see `factors` of a model
 
 
 class Budget(TypedDict):
@@ -166,13 +167,13 @@ class Allocation(TypedDict):
     libraries: dict[str, str]
 
 
-class LearnSizes(Structure):
+class LearnSizes(Method):
     dtype: str
     budget: Budget
     allocation: Allocation
 
 
-class PredictInRounds(Structure, GradientMoments):
+class PredictInRounds(Method, GradientMoments):
     dtype: str
     budget: Budget
     rounds: int

@@ -43,6 +43,12 @@ class Model(Strict):
         description="stream: read the weights block by block in statistics, gradients and perplexity, for a model larger than "
         "memory; changes no number beyond rounding",
     )
+    factors: Literal["stored", "refitted"] = Field(
+        "stored",
+        description="refitted: of methods that are fitted to the second moments of inputs and of gradients, only the errors and "
+        "the predicted losses of every size are stored; a checkpoint's matrices are fitted again, to the same bits, at the size "
+        "chosen for each, which takes time for every budget, and far less disk",
+    )
     finetune: Tuning | None = Field(
         None, description="first train it as a classifier on a task; everything else then uses the fine-tuned model (see below)"
     )

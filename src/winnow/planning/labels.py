@@ -25,7 +25,7 @@ from winnow.planning.derived import add_budgets, add_members, add_studies, calib
 from winnow.recovery.base import RecoveryOptions
 from winnow.structures.base import STRUCTURES, Structure
 
-EXECUTION = {"shards", "window_shards", "load"}  # options that say how a job runs; they are in no label
+EXECUTION = {"shards", "window_shards", "load", "factors"}  # options that say how a job runs; they are in no label
 UNNAMED = EXECUTION | {"paper"}  # what else changes no number
 
 
@@ -182,6 +182,22 @@ class Labels:
         """A regular expression of the labels of models whose windows are divided over jobs, or of all others."""
         found = [label for label in self.names["models"] if (self.preset("models", label).window_shards > 1) == parted]
         return "|".join(label.replace(".", r"\.") for label in found) or "none"
+
+    def models_of_factors(self, factors: str) -> str:
+        """A regular expression of the labels of models whose factors are `stored` or `refitted`."""
+        found = [label for label in self.names["models"] if self.preset("models", label).factors == factors]
+        return "|".join(label.replace(".", r"\.") for label in found) or "none"
+
+    def refits(self, model_label: str, method_label: str) -> bool:
+        """Whether factors of a model by a method, or by any that it chooses between, are fitted again where they are read."""
+        return self.preset("models", model_label).factors == "refitted" and self._leaves_out(method_label)
+
+    @cache  # noqa: B019
+    def _leaves_out(self, method_label: str) -> bool:
+        return any(
+            STRUCTURES.build(method.structure.model_dump()).leaves_out(METRICS[method.metric.kind].needs if method.metric else ())
+            for method in self.preset("methods", method_label).members()
+        )
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a preset
     def needs(self, method_label: str) -> set[str]:

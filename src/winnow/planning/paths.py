@@ -52,10 +52,10 @@ class Paths:
         parts = self.presets.parts(model, calibration)
         return [f"results/{model}/{calibration}/statistics/parts/{what}/{part}/manifest.json" for part in parts]
 
-    def outer(self, model: str, calibration: str, method: str) -> list[str]:
-        """The statistics of the embeddings and the head, if a method's factors have them, by labels."""
+    def outer(self, model: str, calibration: str, method: str) -> str | list[str]:
+        """The statistics of the embeddings and the head, by labels; an empty list if a method's factors have none."""
         found = self.cells.has_outer(model, calibration, method)
-        return [f"results/{model}/{calibration}/statistics/outer/manifest.json"] if found else []
+        return f"results/{model}/{calibration}/statistics/outer/manifest.json" if found else []
 
     def measurement(self, study: str, cell: Cell) -> str:
         """What a study measures on a model's weights and statistics."""

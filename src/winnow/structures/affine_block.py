@@ -45,6 +45,11 @@ class AffineBlock(FfnStructure):
         d = group[-1].shape[0]
         return min(2 * size * d, d * d) + d
 
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+        """As in `Structure`; a map (d, d) and its factors are cached."""
+        memory, operations, _ = super().work(group, needs)
+        return memory, operations, 4.0 * group[-1].shape[0] * (group[-1].shape[0] + 2 * self.limit(group))
+
     def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         import torch
 

@@ -248,9 +248,23 @@ class Structure(Plugin):
         m, n = sum(matrix.shape[0] for matrix in group), max(matrix.shape[1] for matrix in group)
         return 8.0 * (2 * m * n + 2 * (m * m + n * n))
 
+    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> float:
+        """Operations of `fit_at`, at the size at which it takes most, for forecasts."""
+        return self.work(group, needs)[1]
+
     @abstractmethod
     def fit(self, problem: Problem, largest: int) -> Fit:
         """Fit the group once for every size up to `largest`."""
+
+    def fit_at(self, problem: Problem, size: int) -> dict[str, Tensor]:
+        """The tensors of `fit` from which `stored` makes one size: bit-identical, and perhaps others."""
+        return self.fit(problem, self.largest(problem.group)).tensors
+
+    def leaves_out(self, needs: tuple[str, ...]) -> bool:
+        """Whether factors in a metric with these needs can do without tensors: the fit, which is made again for a stored size,
+        reads all that the predicted losses need, which can then be computed with it."""
+        read = {*needs, *self.needs()}
+        return self.predicts and {"gram", "gradient_gram"} <= read and self.clustering() is None
 
     def judged(self, group: list[Matrix]) -> list[Matrix]:
         """The matrices whose output gradients `predicted` needs."""

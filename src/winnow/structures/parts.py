@@ -6,6 +6,7 @@ Every part is rounded by `rounded`, with all of its options, in the metric that 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -85,13 +86,15 @@ def rounded_part(matrix: Matrix, rounded: Rounded, weight: Tensor, columns: Tens
 
 
 def rounded_forms(
-    matrix: Matrix, rounded: Rounded, weight: Tensor, columns: Tensor, rows: Tensor | None
+    matrix: Matrix, rounded: Rounded, weight: Tensor, columns: Tensor, rows: Tensor | None, asked: Collection[Form] | None = None
 ) -> dict[Form, dict[str, Tensor]]:
-    """The same for all forms of a `rounded` at once, which takes less time: the tensors of each, with the names of size 1."""
+    """The same for all forms of a `rounded` at once, or those `asked` for, which takes less time: the tensors of each, with the
+    names of size 1."""
     part = replace(matrix, shape=(weight.shape[0], weight.shape[1]))
     metric: Any = Seen(columns, rows)
-    tensors = rounded.fit(Problem([part], {part.name: weight}, {}, metric), 1).tensors
-    return {form: named_below(below(tensors, f"{size}."), "1.") for size, form in enumerate(rounded.forms(*part.shape), start=1)}
+    sizes = {size: form for size, form in enumerate(rounded.forms(*part.shape), start=1) if asked is None or form in asked}
+    tensors, _ = rounded.fitted(Problem([part], {part.name: weight}, {}, metric), sizes)
+    return {form: named_below(below(tensors, f"{size}."), "1.") for size, form in sizes.items()}
 
 
 def layout_and_tensors(matrix: Matrix, rounded: Rounded, tensors: dict[str, Tensor]) -> Part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
@@ -30,6 +31,11 @@ KERNEL_GROUPS, KERNEL_ROWS, PACKED_GROUPS = (32, 64, 128, 256), 16, (32, 64, 128
 Grid = Literal["symmetric", "full", "asymmetric"]
 Turned = Literal["none", "inputs", "both"]
 TURNED = {"none": "", "inputs": " with rotated inputs", "both": " with rotated inputs and outputs"}  # in the log
+
+
+def at_once(shape: tuple[int, int]) -> int:
+    """How many forms of a matrix are rounded at once."""
+    return max(1, NUMBERS // (shape[0] * shape[1]))
 
 
 def feeding_back(m: int, n: int, both: bool) -> tuple[float, float, float]:
@@ -160,10 +166,18 @@ class Rounded(Structure):
         return super().runs(group, size, runtime)
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
-        """Codes of all forms, several rounded at once; searched scales, errors, and feedback in a full metric."""
+        return self._work(group, needs, self.forms(*group[0].shape))
+
+    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> float:
+        """The forms that are rounded at once with one."""
+        forms = self.forms(*group[0].shape)
+        count = min(len(forms), at_once(group[0].shape))
+        return max(self._work(group, needs, [form] * count)[1] for form in forms)
+
+    def _work(self, group: list[Matrix], needs: tuple[str, ...], forms: list[Form]) -> tuple[float, float, float]:
+        """Codes of the forms, several rounded at once; searched scales, errors, and feedback in a full metric."""
         (m, n), own = group[0].shape, self.options
-        forms, both = self.forms(m, n), "gradient_gram" in needs
-        at_once = min(len(forms), max(1, NUMBERS // (m * n)))
+        both, together = "gradient_gram" in needs, min(len(forms), at_once((m, n)))
         tried = 1 + {"largest": 0, "searched": len(SHARES), "unbiased": len(FEW_BITS)}[own.scales]
         each = tried * (SCALES * m * n + CALLS) + PACKED * m * n + 2 * m * n * (n + (m if both else 0))
         metric = batch = 0.0
@@ -171,15 +185,26 @@ class Rounded(Structure):
             metric, feedback, batch = feeding_back(m, n, both)
             each += feedback
         turns = {form.rotation for form in forms}
-        operations = len(turns) * metric + len(forms) * each + (len(turns) - 1 + math.ceil(len(forms) / at_once)) * batch
-        memory = MATRICES * at_once * m * n + 4 * n * n + 4 * m * m
+        operations = len(turns) * metric + len(forms) * each + (len(turns) - 1 + math.ceil(len(forms) / together)) * batch
+        memory = MATRICES * together * m * n + 4 * n * n + 4 * m * m
         for which in sorted(turns - {"none"}):  # of W, of the metric, and back for every form
             turn = 2 * sum(factors_of(n)) + (2 * sum(factors_of(m)) if which == "both" else 0)
             operations += turn * (m * n * (1 + sum(form.rotation == which for form in forms)) + 2 * n * n + 2 * m * m)
-            memory = MATRICES * at_once * m * n + 7 * n * n + 7 * m * m + 3 * m * n
+            memory = MATRICES * together * m * n + 7 * n * n + 7 * m * m + 3 * m * n
         return 8.0 * memory, 1.0 * operations, 1.0 * sum(form.bytes(m, n) for form in forms)
 
     def fit(self, problem: Problem, largest: int) -> Fit:
+        import torch
+
+        stored, errors = self.fitted(problem, range(1, self.limit(problem.group) + 1))
+        return Fit(stored, torch.stack([errors[size] for size in range(len(errors))]), errors[0].sqrt()[None])
+
+    def fit_at(self, problem: Problem, size: int) -> dict[str, Tensor]:
+        return self.fitted(problem, [size])[0]
+
+    def fitted(self, problem: Problem, sizes: Collection[int]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """(tensors, errors) of these sizes, and the error of size 0. Which forms are rounded at once does not depend on `sizes`,
+        so neither do the codes."""
         import torch
 
         from winnow.numerics.feedback import codes_of, metric_for
@@ -197,23 +222,29 @@ class Rounded(Structure):
             by_rotation.setdefault(form.rotation, []).append((size, form))
         self._log_left_out(name, m, n)
         for which, own in by_rotation.items():
+            if not any(size in sizes for size, _ in own):
+                continue
             rotation = rotation_of(which, m, n, dense.device)
             stored |= {f"{which}.{side}": signs for side, signs in rotation.stored().items()}
             weight, columns, rows = rotation.matrix(dense), rotation.columns(measured[0]), rotation.rows(measured[1])
             metric = metric_for(columns, rows) if self.options.rounding == "feedback" else None
             diagonal = columns if columns.dim() == 1 else columns.diagonal() if metric is None else metric.columns.diagonal()
-            said, at_once = f"{name}{TURNED[which]}", max(1, NUMBERS // weight.numel())
-            for part in (own[begin : begin + at_once] for begin in range(0, len(own), at_once)):
+            said, count = f"{name}{TURNED[which]}", at_once((m, n))
+            for part in (own[begin : begin + count] for begin in range(0, len(own), count)):
+                if not any(size in sizes for size, _ in part):
+                    continue
                 forms = [form for _, form in part]
                 made = [scaled(weight, form, self.options.scales, diagonal) for form in forms]
                 found = codes_of(weight, forms, made, metric, SWEEPS, said)
                 for (size, form), (scales, zeros), codes in zip(part, made, found, strict=True):
+                    if size not in sizes:
+                        continue
                     kept = rotation.back(multiplied(codes, scales.double(), form.group, zeros))
                     errors[size] = weighted_error(dense - kept, *measured)
                     stored |= {f"{size}.steps": packed(codes - form.offset, form.bits), f"{size}.scale": scales.view(torch.int16)}
                     if form.grid == "asymmetric":
                         stored[f"{size}.zero"] = packed(zeros - form.offset, form.bits)
-        return Fit(stored, torch.stack([errors[size] for size in range(len(errors))]), errors[0].sqrt()[None])
+        return stored, errors
 
     def _log_left_out(self, name: str, rows: int, columns: int) -> None:
         """Name the sides of a matrix that are asked to be rotated and are not."""

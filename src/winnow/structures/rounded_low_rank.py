@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -106,18 +107,40 @@ class RoundedLowRank(Structure):
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
         """The factors of all ranks, and the rounding of each pair."""
         m, n = group[0].shape
-        memory, operations, cached = 80.0 * m * n, 2.0 * m * n * n + EIGEN * min(m, n) ** 3, 0.0
+        memory, operations, cached = 80.0 * m * n, self._factoring(m, n), 0.0
         for form in self.sizes(m, n):
-            fitting = 4.0 * form.rank * m * n + 2.0 * form.rank * (n * n + m * m) + 2.0 * m * n * (m + n)
-            for part, one in factor_parts(self.rounded, group[0], form).values():
-                held, rounding, kept = one.work([part], needs)
-                memory, cached = max(memory, held), cached + kept
-                operations += self.options.rounds * (rounding + fitting)
+            held, rounding, kept = self._work(group, needs, form)
+            memory, operations, cached = max(memory, held), operations + rounding, cached + kept
+        return memory, operations, cached
+
+    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> float:
+        m, n = group[0].shape
+        return self._factoring(m, n) + max((self._work(group, needs, form)[1] for form in self.sizes(m, n)), default=0.0)
+
+    def _factoring(self, m: int, n: int) -> float:
+        return 2.0 * m * n * n + EIGEN * min(m, n) ** 3
+
+    def _work(self, group: list[Matrix], needs: tuple[str, ...], form: Factors) -> tuple[float, float, float]:
+        """Of the rounding of one pair."""
+        (m, n), memory, operations, cached = group[0].shape, 0.0, 0.0, 0.0
+        fitting = 4.0 * form.rank * m * n + 2.0 * form.rank * (n * n + m * m) + 2.0 * m * n * (m + n)
+        for part, one in factor_parts(self.rounded, group[0], form).values():
+            held, rounding, kept = one.work([part], needs)
+            memory, cached = max(memory, held), cached + kept
+            operations += self.options.rounds * (rounding + fitting)
         return memory, operations, cached
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch
 
+        stored, errors, spectrum = self._fitted(problem, range(1, self.limit(problem.group) + 1))
+        return Fit(stored, torch.stack([errors[size] for size in range(len(errors))]), spectrum)
+
+    def fit_at(self, problem: Problem, size: int) -> dict[str, Tensor]:
+        return self._fitted(problem, [size])[0]
+
+    def _fitted(self, problem: Problem, asked: Collection[int]) -> tuple[dict[str, Tensor], dict[int, Tensor], Tensor]:
+        """(tensors of the sizes asked for, {size: error} of them and of size 0, spectrum)"""
         from winnow.numerics.linalg import leading_directions, weighted_error
 
         ((matrix, weight),) = ((m, problem.weights[m.name]) for m in problem.group)
@@ -125,18 +148,19 @@ class RoundedLowRank(Structure):
         sizes, rounded = self.sizes(*weight.shape), self.rounded
         most = max((form.rank for form in sizes), default=1)
         found = leading_directions(weight, columns, problem.precision, rows, most)
-        errors = [weighted_error(weight, columns, rows)]
+        errors = {0: weighted_error(weight, columns, rows)}
         stored: dict[str, Tensor] = {}
-        for size, form in enumerate(sizes, start=1):
+        for size in asked:
+            form = sizes[size - 1]
             pair = self._gauged(found.left[:, : form.rank], found.right[: form.rank], found.spectrum[: form.rank])
             product = round_factors(rounded, matrix, weight, *pair, form, Seen(columns, rows), self.options.rounds)
-            errors.append(weighted_error(weight - product.matrix, columns, rows))
+            errors[size] = weighted_error(weight - product.matrix, columns, rows)
             stored |= product_tensors(product, f"{size}.")
             log.info(
                 "%s: rank %d, %d bits: error %.3g without rounding, %.3g after the first round, %.3g stored",
                 group_name(problem.group), form.rank, form.left.bits, float(found.error[form.rank]), product.first, product.error,
             )  # fmt: skip
-        return Fit(stored, torch.stack(errors), found.spectrum)
+        return stored, errors, found.spectrum
 
     def _gauged(self, left: Tensor, right: Tensor, spectrum: Tensor) -> tuple[Tensor, Tensor]:
         """(left M, M^-1 right) of the gauge, for left of orthonormal columns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -130,16 +131,30 @@ class RoundedNeuronSlice(FfnStructure):
 
     def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
         """As in `neuron_slice`, and the rounding of every size, of those with as many neurons at once."""
-        memory, operations, cached = self.slice.work(group, needs)
+        memory, operations, _ = self.slice.work(group, needs)
+        cached = 8.0 * group[-1].shape[1]
         for size in {size.neurons: size for size in self.sizes(group)}.values():
             for part in self._parts(parts_of(group), size):
                 held, rounding, kept = self.rounded.work([part], self.needs())
                 memory, operations, cached = max(memory, held), operations + rounding, cached + kept
         return memory, operations, cached
 
+    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> float:
+        sizes = {size.neurons: size for size in self.sizes(group)}
+        rounding = (sum(self.rounded.again([p], self.needs()) for p in self._parts(parts_of(group), s)) for s in sizes.values())
+        return self.slice.work(group, needs)[1] + max(rounding, default=0.0)
+
     def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         import torch
 
+        stored, errors, spectrum = self._fitted(problem, range(1, self.limit(problem.group) + 1))
+        return Fit(stored, torch.stack([errors[size] for size in range(len(errors))]), spectrum)
+
+    def fit_at(self, problem: Problem, size: int) -> dict[str, Tensor]:
+        return self._fitted(parted(problem), [size])[0]
+
+    def _fitted(self, problem: Problem, asked: Collection[int]) -> tuple[dict[str, Tensor], dict[int, Tensor], Tensor]:
+        """(tensors of the sizes asked for, {size: error} of them and of size 0, spectrum)"""
         from winnow.numerics.linalg import weighted_error
 
         down, own = problem.group[-1], self.slice
@@ -147,15 +162,16 @@ class RoundedNeuronSlice(FfnStructure):
         order, errors = sliced.tensors["order"], {0: sliced.error[0]}
         gram = problem.sites[down.name]["gram"][order][:, order]
         stored = {name: t for name, t in sliced.tensors.items() if name.endswith(".bias") or name == "order"}
-        sizes, rounded = self.sizes(problem.group), self.rounded
-        for k in sorted({size.neurons for size in sizes}):  # the forms of as many neurons at once
+        sizes = {number: size for number, size in enumerate(self.sizes(problem.group), start=1) if number in asked}
+        rounded = self.rounded
+        for k in sorted({size.neurons for size in sizes.values()}):  # the forms of as many neurons at once
             weights, change = own.weights(problem.group, sliced.tensors, k), problem.weights[down.name][:, order]
-            made = {
-                m.role: rounded_forms(m, rounded, weights[m.role], *self._metric(problem, m, order[:k])) for m in problem.group
-            }
-            for number, size in enumerate(sizes, start=1):
-                if size.neurons != k:
-                    continue
+            alike = {number: size for number, size in sizes.items() if size.neurons == k}
+            made = {}
+            for m in problem.group:
+                forms = {size.down if m is down else size.inner for size in alike.values()}
+                made[m.role] = rounded_forms(m, rounded, weights[m.role], *self._metric(problem, m, order[:k]), forms)
+            for number, size in alike.items():
                 for m in problem.group:
                     tensors = made[m.role][size.down if m is down else size.inner]
                     stored |= named_below(tensors, f"{number}.{m.role}.")
@@ -166,7 +182,7 @@ class RoundedNeuronSlice(FfnStructure):
                     "%s: %d neurons, %d bits: error %.3g without rounding, %.3g with rounded down",
                     group_name(problem.group), k, size.down.bits, float(sliced.error[k]), float(errors[number]),
                 )  # fmt: skip
-        return Fit(stored, torch.stack([errors[size] for size in range(len(errors))]), sliced.spectrum)
+        return stored, errors, sliced.spectrum
 
     def _metric(self, problem: Problem, part: Matrix, kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """(C, R) of a matrix of the smaller FFN."""

@@ -114,6 +114,10 @@ class Stage(Plugin):
             "metric_version": METRICS[method.metric.kind].version if method.metric else None,
         }
 
+    def refitting(self, w: dict[str, str]) -> list[str]:
+        """The modules of the method's metrics, where its factors are fitted again."""
+        return self.plan.metrics_of(w["method"]) if self.plan.refits(w["model"], w["method"]) else []
+
     def structure(self, w: dict[str, str]) -> specs.Structure:
         method = self.method(w)
         return {"structure": method["structure"], "structure_version": method["structure_version"]}

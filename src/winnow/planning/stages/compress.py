@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from winnow.allocation.base import ALLOCATIONS
+from winnow.models.architectures import FFN_ROLES, by_rows
 from winnow.planning.config import Calibration
 from winnow.planning.labels import EXECUTION
 from winnow.planning.load import MB
 from winnow.planning.stages.base import TABLES, TORCH, Stage
+from winnow.planning.stages.factorize import fitted_by, of_group, of_inputs
 
 COMPRESSING = 355 * MB  # of a process that imported what it needs; measured
 SIZE = 190  # bytes of a size of a fit (what it stores, what it loses), of all matrices at once, in all copies; measured
@@ -21,6 +24,7 @@ class Compress(Stage):
     """A checkpoint at a budget."""
 
     libraries = (*TORCH, *TABLES)
+    others = ("compress_refitted",)
 
     def spec(self, w: dict[str, str]) -> specs.Compress:
         plan = self.plan
@@ -51,7 +55,7 @@ class Compress(Stage):
         return self.plan.config.texts[calibration.text].model_dump(exclude_defaults=True, mode="json")
 
     def code(self, w: dict[str, str]) -> list[str]:
-        return [*super().code(w), ALLOCATIONS.module(self.plan.allocation(w["budget"]).kind())]
+        return [*super().code(w), *self.refitting(w), ALLOCATIONS.module(self.plan.allocation(w["budget"]).kind())]
 
     def work(self, load: Load) -> list[Work]:
         found = []
@@ -62,5 +66,25 @@ class Compress(Stage):
             table = SIZE * sum(m * n // (m + n) for m, n in sides)
             memory = max(load.read, 12 * max(map(math.prod, sides))) + table
             disk = load.shape.bytes - dense + (budget.keep_bytes or 1.0) * dense
-            found += self.needed(load, 1, memory, disk, base=COMPRESSING)
+            if self.plan.config.models[load.name].factors == "stored":
+                found += self.needed(load, 1, memory, disk, base=COMPRESSING)
+                continue
+            fitting, operations = self._again(load, method)
+            found += self.needed(load, 1, max(memory, fitting + table), disk, operations, rule="compress_refitted")
         return found
+
+    def _again(self, load: Load, method: str) -> tuple[float, float]:
+        """(bytes of memory, operations) of fitting what the budget chooses again: the member that takes most, for every FFN and
+        every attention."""
+        memory, most = 0.0, dict[tuple[int, bool], float]()
+        for member in self.plan.members[method]:
+            if not self.plan.refits(load.label, self.plan.labels["methods"][member]):
+                continue
+            structure, needs = fitted_by(self.plan, member)
+            own = defaultdict[tuple[int, bool], float](float)
+            for group in load.fitted(member):
+                memory = max(memory, of_group(load, structure, needs, group)[0])
+                parts = [([part], of_inputs(needs)) for part, _ in by_rows(group[0])] if group[0].outer else [(group, needs)]
+                own[group[0].layer, group[0].role in FFN_ROLES] += sum(structure.again(*part) for part in parts)
+            most |= {place: max(operations, most.get(place, 0.0)) for place, operations in own.items()}
+        return memory, sum(most.values())

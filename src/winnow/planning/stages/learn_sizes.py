@@ -20,14 +20,14 @@ class LearnSizes(Stage):
 
     def spec(self, w: dict[str, str]) -> specs.LearnSizes:
         return {
-            **self.structure(w),
+            **self.method(w),
             "dtype": self.dtype(w),
             "budget": self.plan.preset("budgets", w["budget"]).model_dump(),
             "allocation": self.allocation(w),
         }
 
     def code(self, w: dict[str, str]) -> list[str]:
-        return [*super().code(w), ALLOCATIONS.module(self.plan.allocation(w["budget"]).kind())]
+        return [*super().code(w), *self.refitting(w), ALLOCATIONS.module(self.plan.allocation(w["budget"]).kind())]
 
     def work(self, load: Load) -> list[Work]:
         found = []

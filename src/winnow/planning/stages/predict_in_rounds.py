@@ -22,7 +22,7 @@ class PredictInRounds(Stage):
         calibration = self.plan.preset("calibrations", w["calibration"])
         moments: specs.GradientMoments = calibration.model_dump(include={*OF_STATISTICS, "seed"})
         return {
-            **self.structure(w),
+            **self.method(w),
             **moments,
             "dtype": self.dtype(w),
             "budget": self.plan.preset("budgets", w["budget"]).model_dump(),
@@ -31,7 +31,7 @@ class PredictInRounds(Stage):
         }
 
     def code(self, w: dict[str, str]) -> list[str]:
-        return [*super().code(w), ALLOCATIONS.module(self.plan.allocation(w["budget"]).kind())]
+        return [*super().code(w), *self.refitting(w), ALLOCATIONS.module(self.plan.allocation(w["budget"]).kind())]
 
     def work(self, load: Load) -> list[Work]:
         found, second = [], load.gram + load.gradient

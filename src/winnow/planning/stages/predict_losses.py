@@ -24,6 +24,9 @@ class PredictLosses(Stage):
         for calibration, method in (fit for fit in load.fits if fit in load.predicted):
             sides, few = load.sides(method), load.few(calibration, method)
             structure = self.plan.structure(self.plan.labels["methods"][method])
+            if self.plan.refits(load.label, self.plan.labels["methods"][method]):  # it only gathers what is predicted
+                found += self.needed(load, 1, 0.0, 1e6)
+                continue
             blocks = [group for group in load.fitted(method) if not group[0].outer]
             held = max(structure.predicting(group) for group in blocks)
             if len(blocks) < len(load.fitted(method)):  # a part of one matrix, and all of its codes
