@@ -1,11 +1,14 @@
-"""Write docs/results/low_bytes_{loss,divergence,peers}.csv from runs of config/studies/low_bytes.yaml with trained models, and
-draw docs/low_bytes.svg from them and from docs/results/quantisers.csv.
+"""Write docs/results/low_bytes_{loss,divergence,peers,packages}.csv from runs of config/studies/low_bytes.yaml with trained
+models and from docs/results/quantisers.csv, and draw docs/low_bytes.svg.
 
 python docs/low_bytes.py [results ...]
 
-The rows of a preset are those of the first directory that has it. Without directories only the figure is drawn.
+The rows of a preset are those of the first directory that has it. Without directories only the figure is drawn. Budgets are
+shares of 16 bits a number, `half-...` those of a model that is stored in 32 bits. A cell that is more than 1 % above its budget
+is left out.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -18,6 +21,9 @@ import matplotlib.pyplot as plt
 DOCS = Path(__file__).resolve().parent
 QUANTITIES = {"loss": "delta_nll", "divergence": "kl"}
 CELL = ["model", "method", "recovery", "budget"]
+BUDGETS = [0.6, 0.4, 0.3, 0.25, 0.22, 0.2, 0.16, 0.14, 0.12]
+IN_32_BITS = ["stories260K"]
+SAME = 1.5e-3  # of all bytes, between a package and what `winnow` was asked for
 MODELS = ["wt2-llama", "wt2-opt", "wt2-gpt2", "wt2-neox", "stories260K", "demo"]
 SHOWN = {"winnow": "black", "rounded_gram": "C0", "winnow_factored": "C2", "svd_llm_v2": "C3"}
 PACKAGES = {
@@ -28,30 +34,66 @@ PACKAGES = {
 }
 
 
+def shown(value: float, error: float) -> tuple[str, str]:
+    """Both with four decimals; small ones with the first digit of the error, or two digits."""
+    if value < 0 or value >= 1e-3:
+        return f"{value:.4f}", f"{error:.4f}"
+    return f"{value:.2g}", f"{error:.1g}"
+
+
+def cells(runs: list[Path]) -> pd.DataFrame:
+    """The rows of all runs: `preset` with its recovery, `share` of 16 bits a number, `bytes` that were asked for, if any."""
+    found = pd.concat([pd.read_csv(run / "tables" / "spread.csv") for run in runs]).drop_duplicates([*CELL, "keep_bytes"])
+    found["model"] = pd.Categorical(found["model"], MODELS)
+    found["preset"] = found["method"] + found["recovery"].map(lambda name: "" if name == "none" else f", {name}")
+    found["share"] = found["keep_bytes"] * found["model"].astype(str).map(lambda model: 2 if model in IN_32_BITS else 1)
+    kind, found["bytes"] = found["budget"].str.extract(r"^(all|half)-")[0], found["budget"].str.extract(r"-(0\.\d+)$")[0]
+    own = found["model"].astype(str).map(lambda model: "half" if model in IN_32_BITS else "all")
+    found.loc[kind != own, "bytes"] = None
+    found = found[~(kind.notna() & (kind != own))]  # shares of 32 bits
+    return found[found["bytes"].isna() | (found["share"] <= 1.01 * found["bytes"].astype(float))]
+
+
 def tables(runs: list[Path]) -> None:
     """Write the tables: a row per model, recovery and preset, a column and its error per budget; presets with bytes of their own
-    one row each."""
-    spread = pd.concat([pd.read_csv(run / "tables" / "spread.csv") for run in runs]).drop_duplicates(CELL)
-    spread["model"] = pd.Categorical(spread["model"], MODELS)
-    whole = spread["budget"].str.startswith("all-")
-    budgets = sorted(spread[whole]["budget"].unique(), reverse=True)
-    spread["preset"] = spread["method"] + spread["recovery"].map(lambda name: "" if name == "none" else f", {name}")
+    one row each; and the closest package at the same bytes."""
+    found = cells(runs)
+    budgets = [f"{share:.2f}" for share in BUDGETS]
     for name, quantity in QUANTITIES.items():
         rows = []
-        for (model, preset), cells in spread[whole].groupby(["model", "preset"], observed=True):
-            row, cells = {"model": model, "preset": preset, "seeds": int(cells["seeds"].max())}, cells.set_index("budget")
-            for budget in budgets:
-                found = (cells.loc[budget, quantity], cells.loc[budget, f"{quantity}_se"]) if budget in cells.index else None
-                texts = [f"{value:.4f}" for value in found] if found else ["", ""]
-                row |= {budget: texts[0], f"{budget} error": texts[1]}
+        for (model, preset), own in found[found["bytes"].isin(budgets)].groupby(["model", "preset"], observed=True):
+            row, own = {"model": model, "preset": preset, "seeds": int(own["seeds"].max())}, own.set_index("bytes")
+            for share in budgets:
+                values = shown(own.loc[share, quantity], own.loc[share, f"{quantity}_se"]) if share in own.index else ("", "")
+                row |= {share: values[0], f"{share} error": values[1]}
             rows.append(row)
-        rows.sort(key=lambda row: (MODELS.index(row["model"]), "," in row["preset"], float(row["all-0.20"] or "inf")))
+        order = found[found["bytes"] == "0.22"].set_index(["model", "preset"])["kl"]
+        rows.sort(key=lambda r: (MODELS.index(r["model"]), "," in r["preset"], order.get((r["model"], r["preset"]), math.inf)))
         pd.DataFrame(rows).to_csv(DOCS / "results" / f"low_bytes_{name}.csv", index=False)
-    own = spread[~whole].sort_values(["model", "keep_bytes"], ascending=[True, False])
-    shown = own[["model", "preset", "seeds"]].assign(kept=own["keep_bytes"].map("{:.4f}".format))
+    own = found[found["bytes"].isna()].sort_values(["model", "share"], ascending=[True, False])
+    peers = own[["model", "preset", "seeds"]].assign(kept=own["share"].map("{:.4f}".format))
     for name, quantity in QUANTITIES.items():
-        shown[name], shown[f"{name} error"] = own[quantity].map("{:.4f}".format), own[f"{quantity}_se"].map("{:.4f}".format)
-    shown.drop_duplicates(["model", "preset", "kept"]).to_csv(DOCS / "results" / "low_bytes_peers.csv", index=False)
+        pairs = [shown(*pair) for pair in zip(own[quantity], own[f"{quantity}_se"], strict=True)]
+        peers[name], peers[f"{name} error"] = zip(*pairs, strict=True) if pairs else ([], [])
+    peers.drop_duplicates(["model", "preset", "kept"]).to_csv(DOCS / "results" / "low_bytes_peers.csv", index=False)
+    beside(found[found["bytes"].notna() & ~found["bytes"].isin(budgets)])
+
+
+def beside(found: pd.DataFrame) -> None:
+    """Write the table of the closest package at the bytes that `winnow` was asked for."""
+    packages = pd.read_csv(DOCS / "results" / "quantisers.csv")
+    every = packages.groupby(["model", "quantiser", "bits", "group"])[["kept", "kl", "kl_error"]].mean().reset_index()
+    rows = []
+    for row in found[found["recovery"] == "none"].sort_values(["model", "bytes"], ascending=[True, False]).itertuples():
+        near = every[(every["model"] == row.model) & ((every["kept"] - float(row.bytes)).abs() < SAME)]
+        if row.method == "winnow" and len(near):
+            best = near.loc[near["kl"].idxmin()]
+            own, theirs = shown(row.kl, row.kl_se), shown(best["kl"], best["kl_error"])
+            called = f"{PACKAGES[best['quantiser']][0]}, {best['bits']:.0f} bits, groups of {best['group']:.0f}"
+            rows.append({"model": row.model, "bytes": row.bytes, "package": called})
+            rows[-1] |= {"its divergence": theirs[0], "its divergence error": theirs[1]}
+            rows[-1] |= {"winnow": own[0], "winnow error": own[1], "winnow over it": f"{row.kl / best['kl']:.2f}"}
+    pd.DataFrame(rows).to_csv(DOCS / "results" / "low_bytes_packages.csv", index=False)
 
 
 def draw() -> None:
@@ -60,14 +102,13 @@ def draw() -> None:
     packages = pd.read_csv(DOCS / "results" / "quantisers.csv")
     plt.rcParams.update({"svg.hashsalt": "winnow", "font.size": 9, "svg.fonttype": "none"})
     figure, axes = plt.subplots(2, 3, figsize=(12, 7))
-    columns = [name for name in rows.columns if name.startswith("all-") and not name.endswith(" error")]
-    kept = [float(name.removeprefix("all-")) for name in columns]
+    columns = [f"{share:.2f}" for share in BUDGETS]
     for axis, model in zip(axes.flat, MODELS, strict=True):
         for preset, color in SHOWN.items():
             if (model, preset) in rows.index:
                 values, errors = (rows.loc[(model, preset), [f"{n}{end}" for n in columns]] for end in ("", " error"))
                 style = {"marker": "o", "ms": 3, "color": color, "label": preset}
-                axis.errorbar(kept, values.astype(float), 2 * errors.astype(float), **style)
+                axis.errorbar(BUDGETS, values.astype(float), 2 * errors.astype(float), **style)
         for package, (name, marker, color) in PACKAGES.items():
             own = packages[(packages["model"] == model) & (packages["quantiser"] == package)]
             own = own.groupby(["bits", "group"])[["kept", "kl"]].mean()
@@ -76,7 +117,7 @@ def draw() -> None:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlim(0.66, 0.11)
-        axis.set_xticks(kept, [f"{share:g}" for share in kept], fontsize=7)
+        axis.set_xticks(BUDGETS, [f"{share:g}" for share in BUDGETS], fontsize=6)
         axis.minorticks_off()
         axis.grid(color="#eeeeee")
         axis.spines[["top", "right"]].set_visible(False)

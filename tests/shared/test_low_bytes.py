@@ -12,6 +12,7 @@ from winnow.planning.config_files import default
 __all__ = ["pytestmark"]
 WT2 = {"wt2-llama", "wt2-gpt2", "wt2-opt", "wt2-neox"}
 AT = {"models", "calibrations", "evaluations"}
+IN_32_BITS = {"stories260K"}  # budgets are shares of what is stored
 
 
 def study(name: str, models: set[str]) -> dict:
@@ -26,10 +27,16 @@ def study(name: str, models: set[str]) -> dict:
         preset |= {"seeds": own["calibrations"]["demo-3"]["seeds"]} if "calibrations" in own else {}
     for evaluation in config["evaluations"].values():
         evaluation |= {"windows": 128, "compare": True}
+    shares = {name: budget for name, budget in own["budgets"].items() if "keep_bytes" in budget}
+    halves = {name: name.replace("all", "half") for name in shares}
+    config["budgets"] |= {half: shares[name] | {"keep_bytes": shares[name]["keep_bytes"] / 2} for name, half in halves.items()}
     for part, experiment in own["experiments"].items():
         for place, where in places.items():
-            if chosen := [model for model in where["models"] if model in models]:
-                config["experiments"][f"{place}-{part}"] = {**experiment, **where, "models": chosen}
+            for kind, chosen in (("", set(where["models"]) - IN_32_BITS), ("-half", set(where["models"]) & IN_32_BITS)):
+                if chosen & models:
+                    budgets = [halves.get(name, name) if kind else name for name in experiment["budgets"]]
+                    here = {**where, "models": sorted(chosen & models), "budgets": budgets}
+                    config["experiments"][f"{place}-{part}{kind}"] = {**experiment, **here}
     return config
 
 
@@ -38,7 +45,7 @@ def test_the_recommended_preset_is_the_closest_at_low_bytes(tmp_path):
     """Hours on two cores; prints the table. By divergence: losses below 0.01 nats have a signed first-order part."""
     _, folder = run(study("low_bytes", WT2 | {"stories260K"}), tmp_path)
     spread = shown(folder)
-    spread = spread[spread["budget"].str.startswith("all-")]
+    spread = spread[spread["budget"].str.match("all-|half-")]
     best = spread.loc[spread.groupby(["model", "budget", "recovery"])["kl"].idxmin()]
     assert (best["method"] == "winnow").mean() > 0.9
 
