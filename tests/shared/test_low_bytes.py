@@ -28,7 +28,7 @@ def study(name: str, models: set[str]) -> dict:
     for evaluation in config["evaluations"].values():
         evaluation |= {"windows": 128, "compare": True}
     shares = {name: budget for name, budget in own["budgets"].items() if "keep_bytes" in budget}
-    halves = {name: name.replace("all", "half") for name in shares}
+    halves = {name: name.replace("all-", "half-").replace("near-", "near-half-") for name in shares}
     config["budgets"] |= {half: shares[name] | {"keep_bytes": shares[name]["keep_bytes"] / 2} for name, half in halves.items()}
     for part, experiment in own["experiments"].items():
         for place, where in places.items():
