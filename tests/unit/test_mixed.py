@@ -231,7 +231,7 @@ def test_members_are_methods_and_share_their_factors():
     works = {w.stage: w for w in forecast(plan, {"demo": shape_of(ROOT / "resources" / "models" / "demo")})}
     assert works["factorize"].jobs == works["predict_losses"].jobs == 3
     assert works["compress"].jobs == 1
-    wildcards = {"method": plan.labels["methods"]["mine"], "budget": plan.labels["budgets"]["x"]}
+    wildcards = {"model": model, "method": plan.labels["methods"]["mine"], "budget": plan.labels["budgets"]["x"]}
     code = " ".join(plan.fingerprint("compress", wildcards))
     assert all(f"winnow.structures.{kind} " in code for kind in ("mixed", "low_rank", "neuron_slice", "affine_block"))
     assert "winnow.structures.gauge_fixed " not in code
