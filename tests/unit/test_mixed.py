@@ -484,7 +484,8 @@ def test_the_studies_are_valid_and_members_are_fitted_once():
             config[section] |= {key: config[section].get(key, {}) | preset for key, preset in presets.items()}  # as by deep merge
         plan = Plan(load(config), ROOT)
         assert plan.members["winnow_factored"] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin"]
-        assert plan.members["winnow"] == [*plan.members["winnow_factored"], "rounded_two_sided.rounded"]
+        composed = ["winnow.rounded_neuron_slice", "winnow.rounded_low_rank"]
+        assert plan.members["winnow"] == [*plan.members["winnow_factored"], "rounded_two_sided.rounded", *composed]
         calibrated = {cell.calibration for cell in plan.cells if cell.method}
         assert len(calibrated) == 3, "seeds"
         for cell in plan.cells:
@@ -500,5 +501,7 @@ def test_the_study_of_rounding_fits_every_form_once():
         config[section] |= presets
     plan = Plan(load(config), ROOT)
     assert plan.members["rounded_two_sided"] == ["rounded_two_sided.rounded"]
-    assert plan.members["winnow"] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin", "rounded_two_sided.rounded"]
+    found = plan.members["winnow"]
+    assert found[:4] == ["kfac_gauge_fixed", "neurons_by_loss", "r2lin", "rounded_two_sided.rounded"]
+    assert found[4:] == ["winnow.rounded_neuron_slice", "winnow.rounded_low_rank"]
     assert len({cell.budget for cell in plan.cells if cell.method == "winnow"}) == 5
