@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from torch import Tensor
 
 from winnow.calibration.reader import Layers, Statistics
@@ -28,6 +28,9 @@ from winnow.factors.shrinkage import expected, expected_jointly
 from winnow.models.architectures import GRADIENTS, group_name, reads
 from winnow.models.files import ModelFiles
 from winnow.structures.base import Problem, Structure
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 PREDICTED = "predicted"  # in the file of a fit whose tensors are left out: what `predict` says of it
@@ -113,4 +116,6 @@ def unseen(site: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def predicted_table(predicted: dict[str, list[float]]) -> pd.DataFrame:
     """The table predicted.parquet: group, predicted (nats per token by size)."""
+    import pandas as pd  # here, as `factorize` also predicts, without a table
+
     return pd.DataFrame([{"group": n, "predicted": losses} for n, losses in predicted.items()], columns=["group", "predicted"])
