@@ -58,6 +58,7 @@ class Bars:
     def __init__(self, stages: Stages):
         """Takes the terminal; to be called before any job starts, since jobs inherit what this process writes to."""
         self.stages = stages
+        self.lock = threading.Lock()  # a line that is being printed while the bars end would draw them once more
         terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w")
         self.captured = Captured(self.say)
         from rich.console import Console
@@ -75,14 +76,17 @@ class Bars:
         self.captured.start()
 
     def begin(self, stage: Stage) -> None:
-        if not self.live.is_started:
-            self.live.start()
+        with self.lock:
+            if not self.live.is_started:
+                self.live.start()
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        with self.lock:
+            self.console.print(text, soft_wrap=True)
 
     def close(self) -> None:
-        self.live.stop()  # first, so that nothing is written to the terminal beside the bars
+        with self.lock:
+            self.live.stop()  # first, so that nothing is written to the terminal beside the bars
         self.captured.release()
 
     def _draw(self):
