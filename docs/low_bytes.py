@@ -124,7 +124,7 @@ def draw() -> None:
     figure.supylabel("divergence from the dense model, nats per token", fontsize=9)
     figure.supxlabel("bytes kept of all block matrices (share)", fontsize=9)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper center", ncols=8, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.tight_layout(rect=(0.015, 0, 1, 0.95))
     figure.savefig(DOCS / "low_bytes.svg", metadata={"Date": None})
 
 
