@@ -16,7 +16,6 @@ setting, with its paired standard error; `seconds` are those of one core.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import csv
 import itertools
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 import yaml
 
-from tests.benchmarks.quantisers import Bench
+from tests.benchmarks.quantisers import Bench, asked, begun
 from winnow.api import compress
 from winnow.checkpoint.loading import load_model
 from winnow.data.tokens import calibration_windows
@@ -140,24 +139,12 @@ class Peers(Bench):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--python", required=True)
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", required=True)
+    parser = asked(__doc__)
     parser.add_argument("--repositories", nargs="+", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
     config = yaml.safe_load(given.config.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    done = set()
-    if given.csv.exists():
-        with given.csv.open(encoding="utf-8", newline="") as stream:
-            done = {tuple(row[key] for key in KEY) for row in csv.DictReader(stream)}
-    else:
-        given.csv.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
+    done = begun(given.csv, FIELDS, KEY)
     for name in given.models:
         bench = Peers(config, name, given.calibration, given.evaluation)
         for recipe, clone in (pair.split("=", 1) for pair in given.repositories):

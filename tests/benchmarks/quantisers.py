@@ -20,7 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,26 +96,36 @@ class Bench:
         return stored / all_bits
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(description: str | None) -> argparse.ArgumentParser:
+    """The options that this benchmark and `factored_peers` have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--python", required=True)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--quantisers", nargs="+", required=True)
-    parser.add_argument("--forms", nargs="+", default=["4/128", "4/32", "3/128", "3/32", "2/128", "2/32"])
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    return parser
+
+
+def begun(path: Path, fields: Sequence[str], key: Sequence[str]) -> set[tuple[str, ...]]:
+    """The keys of the rows that a CSV file has; a missing file is made, with its header."""
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as stream:
+            return {tuple(row[name] for name in key) for row in csv.DictReader(stream)}
+    path.write_text(",".join(fields) + "\n", encoding="utf-8")
+    return set()
+
+
+def main() -> None:
+    parser = asked(__doc__)
+    parser.add_argument("--quantisers", nargs="+", required=True)
+    parser.add_argument("--forms", nargs="+", default=["4/128", "4/32", "3/128", "3/32", "2/128", "2/32"])
     given = parser.parse_args()
     config = yaml.safe_load(given.config.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    done = set()
-    if given.csv.exists():
-        with given.csv.open(encoding="utf-8", newline="") as stream:
-            done = {tuple(row[key] for key in KEY) for row in csv.DictReader(stream)}
-    else:
-        given.csv.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
+    done = begun(given.csv, FIELDS, KEY)
     every: list[Any] = [tuple(map(int, form.split("/"))) for form in given.forms]
     for name in given.models:
         bench = Bench(config, name, given.calibration, given.evaluation)

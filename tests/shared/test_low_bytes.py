@@ -46,7 +46,9 @@ def test_the_recommended_preset_is_the_closest_at_low_bytes(tmp_path):
     _, folder = run(study("low_bytes", WT2 | {"stories260K"}), tmp_path)
     spread = shown(folder)
     spread = spread[spread["budget"].str.match("all-|half-")]
-    best = spread.loc[spread.groupby(["model", "budget", "recovery"])["kl"].idxmin()]
+    cell = ["model", "budget", "recovery"]
+    spread = spread[spread.groupby(cell)["method"].transform("nunique") > 1]  # others have `winnow` alone
+    best = spread.loc[spread.groupby(cell)["kl"].idxmin()]
     assert (best["method"] == "winnow").mean() > 0.9
 
 

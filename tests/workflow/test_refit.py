@@ -9,7 +9,7 @@ from tests.workflow.test_end_to_end import Workspace
 from winnow.io.artifacts import Bundle, read_parquet
 from winnow.io.tensors import read_header
 
-pytestmark = [pytest.mark.workflow, pytest.mark.slow]
+pytestmark = pytest.mark.workflow
 FED_BACK = {"group": 16, "grids": ["full"], "scales": "unbiased", "rounding": "feedback"}
 MEMBERS = [
     {"kind": "gauge_fixed"},
