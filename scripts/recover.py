@@ -23,7 +23,8 @@ if __name__ == "__main__":
     target = Path(snakemake.output[0]).parent
     resume = Resume(target, job.provenance)
     gradients = Bundle(inputs.gradients) if inputs.get("gradients") else None
-    given = given_of(files, checkpoint, windows, recovery.options, spec["first_token"], job.device, resume, gradients)
+    options = (recovery.options, spec["first_token"], job.device, resume, gradients)
+    given = given_of(files, checkpoint, windows, *options, recovery.streams and bool(snakemake.resources.stream))
     if inputs.get("train"):
         given.rows = TaskRows(inputs.train, inputs.facts, files.directory, spec["length"])
     report = recovery.recover(given)

@@ -12,9 +12,17 @@ peak is above the limit, if a forecast is more than 15 % off, or if the model is
 
     python -m tests.benchmarks.streaming --layers 128 --width 1024 --hidden 4096 --vocabulary 32000 --stored bfloat16 \\
         --limit 1536
+
+With `--recommended` it is the recommended preset instead, at a quarter of the bytes, with `factors: refitted`: statistics,
+gradients, factors, predicted losses, the integer program, rounding, perplexity, and a refinement of two blocks. Of Llama-3.2-1B's
+shape, hours on two cores:
+
+    python -m tests.benchmarks.streaming --recommended --layers 16 --width 2048 --hidden 8192 --vocabulary 128256 \\
+        --stored bfloat16 --limit 3072 --windows 16
 """
 
 import argparse
+import csv
 import json
 import os
 import resource
@@ -33,6 +41,7 @@ MIB = 1 << 20
 OFF = 0.15  # that a forecast may be, of the peak
 STAGES = ("retrieve_model", "collect_statistics", "collect_gradients", "factorize", "compress")
 STAGES += ("evaluate_dense", "evaluate_perplexity")
+RECOMMENDED = ("predict_losses", "compress_refitted", "recover")  # beside those, but for `compress`
 RECORD = '''"""Peaks of resident memory: a line per job."""
 import atexit, os, sys
 
@@ -112,6 +121,16 @@ def configuration(model: Path, windows: int, length: int, load: str = "stream") 
     }
 
 
+def recommended(config: dict) -> dict:
+    """The same model and texts with `winnow` and a refinement of two blocks."""
+    found = {**config, "budgets": {"all-0.25": {"targets": ["ffn", "attention"], "keep_bytes": 0.25}}}
+    found["models"]["large"]["factors"] = "refitted"
+    found["recoveries"] = {"two": {"kind": "refine", "steps": 10, "every": 5, "layers": [0, 1]}}
+    found["experiments"]["x"] |= {"methods": ["winnow"], "budgets": ["all-0.25"], "recoveries": ["none", "two"]}
+    del found["methods"]
+    return found
+
+
 def run(folder: Path, config: dict, limit: int, threads: int, target: str = "perplexity") -> tuple[int, str]:
     """(exit status, output) of the workflow, one job after another, with the data of every process limited to `limit` bytes."""
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -152,7 +171,22 @@ def measured(folder: Path, config: dict) -> list[tuple[str, float, float]]:
     """(stage, peak, forecast) in bytes."""
     manifest = next((folder / "results").glob("large-*/model.json"))
     expected, found = forecasts(config, manifest), peaks(folder)
-    return [(stage, found[stage], expected[stage]) for stage in STAGES]
+    return [(stage, found[stage], expected[stage]) for stage in (*STAGES, *RECOMMENDED) if stage in found]
+
+
+def seconds(folder: Path) -> dict[str, float]:
+    """{rule: seconds of all its jobs}, from Snakemake's benchmark files."""
+    found: dict[str, float] = {}
+    for path in (folder / "results" / "benchmarks").rglob("*.tsv"):
+        stage = path.relative_to(folder / "results" / "benchmarks").parts[0].removesuffix(".tsv")
+        with open(path, newline="", encoding="utf-8") as stream:
+            found[stage] = found.get(stage, 0.0) + sum(float(row["s"]) for row in csv.DictReader(stream, delimiter="\t"))
+    return found
+
+
+def of_folder(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def main() -> None:
@@ -162,6 +196,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--stored", choices=("float32", "bfloat16"), default="float32", help="dtype of the files")
     parser.add_argument("--folder", type=Path, default=None, help="where the model and all results are made, and removed")
+    parser.add_argument("--recommended", action="store_true", help="`winnow`, with a refinement, instead of two factored methods")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
@@ -171,16 +206,20 @@ def main() -> None:
         unit = 4 if given.stored == "float32" else 2
         print(f"{size / unit / 1e9:.2f} B parameters, {size / MIB:,.0f} MiB on disk, {given.limit:,} MiB allowed", flush=True)
         config = configuration(folder / "model", given.windows, given.length)
+        config = recommended(config) if given.recommended else config
         status, output = run(folder, config, limit, given.threads)
         if status:
             sys.exit(f"{output[-3000:]}\nthe workflow failed within {given.limit} MiB")
-        rows = measured(folder, config)
-        result = next((folder / "results").glob("large-*/c-*/*/*/*/e-*.json"))
-        loss = json.loads(result.read_text())
-        print("| stage | peak, MiB | forecast, MiB | forecast / peak |\n|---|---:|---:|---:|")
+        rows, taken = measured(folder, config), seconds(folder)
+        print("| stage | peak, MiB | forecast, MiB | forecast / peak | seconds |\n|---|---:|---:|---:|---:|")
         for stage, peak, expected in rows:
-            print(f"| {stage} | {peak / MIB:,.0f} | {expected / MIB:,.0f} | {expected / peak:.2f} |")
-        print(f"loss {loss['nll']:.4f} nats per token, KL {loss['kl']:.4f}; {time.monotonic() - began:,.0f} s in all")
+            print(f"| {stage} | {peak / MIB:,.0f} | {expected / MIB:,.0f} | {expected / peak:.2f} | {taken.get(stage, 0):,.0f} |")
+        for result in sorted((folder / "results").glob("large-*/c-*/*/*/*/e-*.json")):
+            loss = json.loads(result.read_text())
+            of = "/".join(part.rpartition("-")[0] or part for part in result.relative_to(folder / "results").parts[2:5])
+            print(f"{of}: loss {loss['nll']:.4f} nats per token, KL {loss['kl']:.4f}")
+        times = of_folder(folder / "results") / size
+        print(f"results {times:.1f} times the model's bytes; {time.monotonic() - began:,.0f} s in all")
     wrong = [stage for stage, peak, expected in rows if peak > limit or abs(expected / peak - 1) > OFF]
     if wrong or size < limit:
         sys.exit(f"above the limit or forecast wrong: {', '.join(wrong) or 'none, but the model is smaller than the limit'}")

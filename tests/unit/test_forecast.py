@@ -309,6 +309,26 @@ def test_a_recovery_holds_what_it_trains():
     assert memory("refine", "codes") - memory("refine", "fixed") == pytest.approx(4 * (7 - 6 * 0.4) * numbers / 6)
 
 
+def test_a_refinement_of_blocks_that_are_read_holds_one_of_each_model():
+    def work_of(load: str, count: int, **options) -> Work:
+        def change(c):
+            c["models"]["demo"]["load"] = load
+            c["recoveries"]["mine"] = {"kind": "refine", **options}
+            c["experiments"]["demo"].update(methods=["winnow"], budgets=["all-0.4"], recoveries=["mine"])
+
+        shape = shape_of(DEMO)
+        more = [replace(m, layer=m.layer + 6 * copy) for m in shape.matrices for copy in range(count // 6)]
+        numbers = shape.numbers + sum(math.prod(m.shape) for m in more[len(shape.matrices) :])
+        large = replace(shape, matrices=more, numbers=numbers, bytes=4 * numbers, layers=count)
+        return {work.stage: work for work in forecast(plan_of(change), {"demo": large})}["recover"]
+
+    assert work_of("stream", 600).memory == pytest.approx(work_of("stream", 6).memory)
+    assert work_of("whole", 600).memory > work_of("stream", 600).memory + 8 * 594 / 6 * 1e6
+    assert work_of("whole", 6).streams, "what `plan` advises if there is not enough memory"
+    two, all_of_them = (work_of("stream", 6, **options).operations for options in ({"layers": [0, 1]}, {}))
+    assert two == pytest.approx(all_of_them / 3)
+
+
 def test_sequential_takes_longer_with_more_moments_and_rounding():
     def work_of(method: str, **options) -> Work:
         def change(c):

@@ -25,6 +25,7 @@ rule recover:
     threads: 2
     resources:
         gpu=1,
+        stream=streamed,  # 1: a block at a time where the recovery can do so, as the model's `load` says
         mem_mb=memory("recover", 32000),  # the compressed and the dense model in float32, and what Adam keeps
         runtime=minutes(480),
     params:

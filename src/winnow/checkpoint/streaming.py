@@ -163,25 +163,33 @@ class Streamed:
         return list(self.blocks)[self.done :]
 
     @contextmanager
-    def block(self, layer: int) -> Iterator[None]:
-        """Context manager in which the block of `layer` is loaded and `run` passes windows through it."""
-        block, first = self.blocks[layer], next(iter(self.blocks)) == layer
-        others: dict[nn.Module, Any] = {other: self._hand_on for other in self.blocks.values() if other is not block}
-        if not first:
-            others[self.embeddings] = self._no_embedding
-        read: dict[str, nn.Parameter] = {}
+    def loaded(self, layer: int) -> Iterator[nn.Module]:
+        """Context manager in which the weights of the block of `layer` are in memory; it can be called."""
+        block, read = self.blocks[layer], dict[str, nn.Parameter]()
         for name, module in block.named_modules(prefix=self.names[layer]):
             self._load(name, module, read)
-        hook = block.register_forward_hook(self._take)
         try:
-            with self._replaced(others):
-                yield
+            yield block
         finally:
-            hook.remove()
             read.clear()
             self._unload(block)
-            if first:
-                self._unload(self.embeddings)
+
+    @contextmanager
+    def block(self, layer: int) -> Iterator[None]:
+        """Context manager in which the block of `layer` is loaded and `run` passes windows through it."""
+        first = next(iter(self.blocks)) == layer
+        others: dict[nn.Module, Any] = {other: self._hand_on for own, other in self.blocks.items() if own != layer}
+        if not first:
+            others[self.embeddings] = self._no_embedding
+        with self.loaded(layer) as block:
+            hook = block.register_forward_hook(self._take)
+            try:
+                with self._replaced(others):
+                    yield
+            finally:
+                hook.remove()
+                if first:
+                    self._unload(self.embeddings)
 
     def output(self, given: dict[str, Tensor], hidden: Tensor | None) -> Tensor:
         """The hidden states (windows, length, width) that the loaded block outputs for its input `hidden`; the first block has

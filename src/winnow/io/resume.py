@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,17 +39,7 @@ class Resume:
 
     def load(self) -> dict[str, Tensor]:
         """The state saved by a job of the same provenance; empty if there is none. A damaged one is logged and ignored."""
-        if not self.path.is_file():
-            return {}
-        try:
-            state, metadata = read_tensors(self.path, sealed=True)
-        except InputError as error:
-            log.info("starting over: %s", error)
-            return {}
-        if metadata["provenance"] != self.provenance:
-            log.info("starting over: %s was saved with other parameters, code or inputs", self.path)
-            return {}
-        return state
+        return _saved(self.path, self.provenance)
 
     def restore(self, sums: dict[str, Tensor]) -> int:
         """Copy a saved state into `sums`, in place; returns the number of windows in them."""
@@ -73,8 +63,37 @@ class Resume:
         ended = time.monotonic()
         self.next = ended + max(self.pause, SHARE * (ended - began))
 
+    def keep(self, part: str, tensors: dict[str, Tensor]) -> None:
+        """Save the tensors of a finished part of the artefact, in a file of its own."""
+        found = {name: tensor.cpu() for name, tensor in tensors.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(self._of(part), found, {"provenance": self.provenance}, sealed=True)
+
+    def kept(self, part: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The tensors (of `names`, if given) of a part that a job of the same provenance finished; empty if there are none."""
+        return _saved(self._of(part), self.provenance, names)
+
+    def _of(self, part: str) -> Path:
+        return self.path.with_name(f"{self.path.name}-{part}")
+
     def clear(self) -> None:
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, *self.path.parent.glob(f"{self.path.name}-*")):
+            path.unlink(missing_ok=True)
+
+
+def _saved(path: Path, provenance: Provenance, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a state that a job of the same provenance saved; empty if there is none. A damaged one is logged."""
+    if not path.is_file():
+        return {}
+    try:
+        state, metadata = read_tensors(path, sealed=True, names=names)
+    except InputError as error:
+        log.info("starting over: %s", error)
+        return {}
+    if metadata["provenance"] != provenance:
+        log.info("starting over: %s was saved with other parameters, code or inputs", path)
+        return {}
+    return state
 
 
 def own_files(folder: Path, provenance: Provenance) -> set[str]:

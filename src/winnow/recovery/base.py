@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from winnow.io.resume import Resume
+    from winnow.recovery.weights import Weights
 
 
 class RecoveryOptions(Options):
@@ -78,13 +79,19 @@ class TaskRows(NamedTuple):
     length: int
 
 
+def in_memory() -> Weights:
+    from winnow.recovery.weights import Weights
+
+    return Weights()
+
+
 @dataclass
 class Given:
     """A model to be recovered (in float32, changed in place), the dense model, and the calibration windows (n, length).
 
     `blocks`: {layer: name of its module}; `modules`: the compressed modules (all matrices if the dense model is recovered);
     `dtypes`: stored dtypes by canonical name; `outputs`: function from a module to the metric of its outputs (m, m), if the
-    options need one."""
+    options need one; `weights`: whether both models are in memory, or read block by block."""
 
     model: PreTrainedModel
     dense: PreTrainedModel
@@ -97,6 +104,7 @@ class Given:
     resume: Resume | None = None
     outputs: Callable[[str], Tensor] | None = None
     rows: TaskRows | None = None  # for `finetune`
+    weights: Weights = field(default_factory=in_memory)
 
     def split(self) -> tuple[Tensor, Tensor]:
         """(training windows, held-out windows); the last ones are held out, as the windows are sampled at random.
@@ -128,6 +136,7 @@ class Recovery(Plugin):
     """A way to recover quality after compression, at the same bytes."""
 
     Options: ClassVar[type[RecoveryOptions]]
+    streams: ClassVar[bool] = False  # whether it can hold one block of each model at a time
 
     @abstractmethod
     def recover(self, given: Given) -> dict[str, Any]:

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from winnow.recovery.base import in_memory
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from winnow.recovery.weights import Weights
 
 HIDDEN = "hidden_states"
 
@@ -48,20 +52,27 @@ class Passage:
     """Windows (n, length) passed through a model block by block: the input of a block is the output of the block before in its
     current state, so that every block runs once for all windows.
 
-    `blocks`: names of all blocks in order. Raises RuntimeError, naming the block, if the model calls a block with other inputs
-    than that output, or the first one with other than `batch` windows of hidden states at a time."""
+    `blocks`: names of all blocks in order; `weights`: where they are, by default in memory. Raises RuntimeError, naming the block,
+    if the model calls a block with other inputs than that output, or the first one with other than `batch` windows of hidden
+    states at a time."""
 
-    def __init__(self, model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int):
+    def __init__(self, model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int, weights: Weights | None = None):
         self.model, self.blocks, self.batch = model, blocks, batch
-        self.device = next(model.parameters()).device
-        self.others = _arguments(model, blocks, windows, batch)
+        self.weights = weights or in_memory()
+        self.device = self.weights.device(model)
+        windows = windows.to(self.device)
+        with self.weights.entry(model):
+            self.others = _arguments(model, blocks, windows, batch)
+            states = _states(model, blocks[0], windows, batch)
         self.index = 0
-        self.calls = Calls(_states(model, blocks[0], windows, batch), self.others[0])
+        self.calls = Calls(states, self.others[0])
 
     def go_to(self, index: int) -> Calls:
         """The inputs of block `index`; with the number of blocks, the output of the last one."""
         while self.index < index:
-            given = outputs_of(self.model.get_submodule(self.blocks[self.index]), self.calls, self.batch, self.device)
+            name = self.blocks[self.index]
+            with self.weights.block(self.model, name):
+                given = outputs_of(self.model.get_submodule(name), self.calls, self.batch, self.device)
             self.index += 1
             self.calls = Calls(given, self.others[self.index] if self.index < len(self.blocks) else {})
         return self.calls
@@ -77,7 +88,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
 def _run(model: PreTrainedModel, windows: Tensor, last: str) -> None:
     """Run the model until a hook of the block `last` stops it. Raises RuntimeError if the block is not called."""
     try:
-        model.base_model(input_ids=windows.to(next(model.parameters()).device).long(), use_cache=False)
+        model.base_model(input_ids=windows.long(), use_cache=False)
     except Reached:
         return
     raise RuntimeError(f"{last} is not called when the model runs")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from winnow.calibration.reader import Layers, Statistics
 from winnow.checkpoint.loading import load_model
+from winnow.checkpoint.streaming import Streamed
 from winnow.errors import InputError
 from winnow.io.artifacts import Bundle, write_manifest
 from winnow.io.local_paths import named, without_local
@@ -23,7 +24,7 @@ from winnow.models.files import ModelFiles, weight_files
 from winnow.models.weights import SHARD_BYTES, copy_files, write_weights
 from winnow.numerics.linalg import regularized
 from winnow.recovery.base import Given
-from winnow.recovery.rounded import stored_tensors
+from winnow.recovery.weights import ByBlock, Weights
 
 if TYPE_CHECKING:
     from winnow.jobs.start import Job
@@ -40,11 +41,18 @@ def given_of(
     device: str,
     resume: Resume | None = None,
     gradients: Layers | None = None,
+    stream: bool = False,
 ) -> Given:
     """What a recovery is given: a checkpoint (of a compressed or a recovered dense model), or, with None, the dense model. Both
-    models are in float32, as updates are lost in 16 bits. `gradients`: gradient statistics, for options that need them."""
-    dense = load_model(files.verify(), "float32", device)
-    model = load_model(checkpoint.verify() if checkpoint else files.directory, "float32", device)
+    models are in float32, as updates are lost in 16 bits. `gradients`: gradient statistics, for options that need them.
+    `stream`: whether blocks are read when they are needed, and kept by `resume` once they are trained."""
+    both, weights = (files.verify(), checkpoint.verify() if checkpoint else files.directory), Weights()
+    if stream:
+        assert resume is not None
+        other, own = (Streamed(one, "float32", device, resume.path, windows.shape[1]) for one in both)
+        dense, model, weights = other.model, own.model, ByBlock(own, other, resume)
+    else:
+        dense, model = (load_model(one, "float32", device) for one in both)
     modules = [m.module for m in files.matrices]
     if checkpoint:
         config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
@@ -54,7 +62,7 @@ def given_of(
     for each in (model, dense):
         each.requires_grad_(False)
     outputs = _metric_of_outputs(files, gradients, device) if gradients else None
-    return Given(model, dense, windows, blocks, modules, dtypes, options, first_token, resume, outputs)
+    return Given(model, dense, windows, blocks, modules, dtypes, options, first_token, resume, outputs, weights=weights)
 
 
 def _metric_of_outputs(files: ModelFiles, gradients: Layers, device: str) -> Callable[[str], Tensor]:
@@ -90,16 +98,10 @@ def _stored(files: ModelFiles, checkpoint: Bundle | None) -> Iterator[tuple[str,
 
 def _recovered(files: ModelFiles, checkpoint: Bundle | None, given: Given) -> Iterator[tuple[str, Tensor]]:
     """Every tensor to be stored: trainable ones from the model, the others unchanged."""
-    trained = {id(parameter) for parameter in given.parameters().values()}
-    named = dict(given.model.named_parameters(remove_duplicate=False))
-    rounded = stored_tensors(given)
+    trained = given.weights.trained(given)
     for name, tensor in _stored(files, checkpoint):
-        if name in rounded:
-            yield name, rounded[name].cpu()
-        elif name in named and id(named[name]) in trained:
-            yield name, named[name].detach().to("cpu", tensor.dtype)
-        else:
-            yield name, tensor
+        changed = trained(name)
+        yield name, tensor if changed is None else changed.to("cpu", tensor.dtype)
 
 
 def write_recovered(

@@ -11,54 +11,87 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.errors import InputError
 from winnow.recovery.base import Given
 from winnow.recovery.blocks import Calls, Passage, outputs_of
-from winnow.recovery.rounded import stored_tensors, trainable
+from winnow.recovery.rounded import rounded_modules, stored_tensors, trainable
 from winnow.recovery.training import Report, batches, train
 
 log = logging.getLogger(__name__)
 
 
 def refine_blocks(given: Given) -> dict[str, Any]:
-    """Refine the blocks of `given.model` in place; returns {blocks: {name: held-out losses, steps}}, the losses as shares of the
-    mean square of the target.
+    """Refine the blocks of `given.model` in place, or where its blocks are read one by one, in files of `given.resume`; returns
+    {blocks: {name: held-out losses, steps}}, the losses as shares of the mean square of the target.
 
-    Tensors that several blocks share are not trained, as this would change finished blocks. Resumes after the last saved block.
-    Raises FloatingPointError, naming the block, if a gradient is not finite."""
-    blocks = list(given.blocks.values())
-    flat = {name: parameter.data for block in blocks for name, parameter in _own_parameters(given, block).items()}
-    flat |= stored_tensors(given)
-    numbers = torch.full((len(blocks), len(KEYS)), torch.nan, dtype=torch.float64)  # nan: nothing to train
-    done = given.resume.restore({**flat, "numbers": numbers}) if given.resume else 0
+    Tensors that several blocks share are not trained, as this would change finished blocks. Resumes after the last finished
+    block. Raises InputError for `layers` that the model does not have, FloatingPointError, naming the block, if a gradient is not
+    finite."""
+    blocks, shared, chosen = list(given.blocks.values()), _shared(given), _chosen(given)
     ways = [Sides(given, windows) for windows in given.split()]
-    for index, block in list(enumerate(blocks))[done:]:
-        with trainable(given, f"{block}."):
-            if parameters := _own_parameters(given, block):
-                found = _refine(given, index, parameters, ways)
-                row = [found["held_out_start"], found["held_out_best"], found["best_step"], found["steps"]]
-                numbers[index] = torch.tensor(row, dtype=torch.float64)
-        if given.resume:
-            given.resume.save(index + 1, {**flat, "numbers": numbers})
-    trained = {name: row for name, row in zip(blocks, numbers, strict=True) if not row.isnan().any()}
-    rows = {name: dict(zip(KEYS, row.tolist(), strict=True)) for name, row in trained.items()}
+    rows = {}
+    for index, block in enumerate(blocks):
+        if block not in chosen or not _trains(given, block, shared):
+            continue
+        found = given.resume.kept(block) if given.resume else {}
+        if found:
+            given.weights.put(given.model, found)
+        else:
+            found = _refined(given, index, shared, ways)
+            if given.resume:
+                given.resume.keep(block, found)
+        rows[block] = dict(zip(KEYS, found[NUMBERS].tolist(), strict=True))
     kept = [name for name, row in rows.items() if row["best_step"] == 0]
     if kept:
         log.info("left unchanged, as the held-out loss did not improve: %s", ", ".join(kept))
     return {"loss": "squared error over mean square of the target", "blocks": rows, "left_as_they_were": kept}
 
 
+def _chosen(given: Given) -> list[str]:
+    """The blocks to refine."""
+    layers = given.options.layers
+    if layers is None:
+        return list(given.blocks.values())
+    if missing := [layer for layer in layers if layer not in given.blocks]:
+        raise InputError(f"recovery: layers {missing} of `layers` are not in the model, which has 0 to {max(given.blocks)}")
+    return [given.blocks[layer] for layer in layers]
+
+
+def _shared(given: Given) -> set[str]:
+    """The parameters that several blocks use, or a block and a module outside of all blocks."""
+    places: dict[int, set[str]] = {}
+    inside = tuple(f"{block}." for block in given.blocks.values())
+    named = list(given.model.named_parameters(remove_duplicate=False))
+    block_of = lambda name: next((block for block in inside if name.startswith(block)), "")  # noqa: E731
+    for name, parameter in named:
+        places.setdefault(id(parameter), set()).add(block_of(name))
+    return {name for name, parameter in named if len(places[id(parameter)]) > 1}
+
+
+def _trains(given: Given, block: str, shared: set[str]) -> bool:
+    """Whether anything of a block is trained."""
+    return bool(set(given.parameters(f"{block}.")) - shared or rounded_modules(given, f"{block}."))
+
+
+def _refined(given: Given, index: int, shared: set[str], ways: list[Sides]) -> dict[str, Tensor]:
+    """Refine a block; returns its tensors by name, and NUMBERS, those of the report."""
+    block = list(given.blocks.values())[index]
+    sides = [side.at(index) for side in ways]
+    with given.weights.block(given.model, block):
+        with trainable(given, f"{block}."):
+            outside = {id(p) for n, p in given.model.named_parameters(remove_duplicate=False) if not n.startswith(f"{block}.")}
+            below = given.parameters(f"{block}.").items()
+            parameters = {name: p for name, p in below if name not in shared and id(p) not in outside}
+            report = _refine(given, index, parameters, sides, ways[0].own.device)
+        found = {name: p.detach().clone() for name, p in parameters.items() if ".trained." not in name}
+        found |= {name: tensor.clone() for name, tensor in stored_tensors(given, f"{block}.").items()}
+    numbers = [report["held_out_start"], report["held_out_best"], report["best_step"], report["steps"]]
+    return {**found, NUMBERS: torch.tensor(numbers, dtype=torch.float64)}
+
+
 KEYS = ("held_out_start", "held_out_best", "best_step", "steps")
+NUMBERS = "numbers"  # beside the tensors of a block
 FULL_RATE = 0.002  # held-out loss of a block from which on the full rate is used
-
-
-def _own_parameters(given: Given, block: str) -> dict[str, torch.nn.Parameter]:
-    """The trainable parameters below a block that no module outside of it uses."""
-    outside = {
-        id(parameter)
-        for name, parameter in given.model.named_parameters(remove_duplicate=False)
-        if not name.startswith(f"{block}.")
-    }
-    return {name: p for name, p in given.parameters(f"{block}.").items() if id(p) not in outside}
 
 
 class Sides:
@@ -66,22 +99,26 @@ class Sides:
 
     def __init__(self, given: Given, windows: Tensor):
         blocks, self.dense = list(given.blocks.values()), given.dense
-        self.own = Passage(given.model, blocks, windows, given.options.batch)
-        self.other = Passage(given.dense, blocks, windows, given.options.batch) if given.options.objective == "anchored" else None
+        self.own = Passage(given.model, blocks, windows, given.options.batch, given.weights)
+        anchored = given.options.objective == "anchored"
+        self.other = Passage(given.dense, blocks, windows, given.options.batch, given.weights) if anchored else None
 
     def at(self, index: int) -> tuple[Calls, Tensor]:
         """(inputs of block `index`, its target output)"""
         calls = self.own.go_to(index)
         if self.other is not None:
             return calls, self.other.go_to(index + 1).hidden
-        return calls, outputs_of(self.dense.get_submodule(self.own.blocks[index]), calls, self.own.batch, self.own.device)
+        own, name = self.own, self.own.blocks[index]
+        with own.weights.block(self.dense, name):
+            return calls, outputs_of(self.dense.get_submodule(name), calls, own.batch, own.device)
 
 
-def _refine(given: Given, index: int, parameters: dict[str, torch.nn.Parameter], ways: list[Sides]) -> Report:
-    """Refine the block `index`; `ways`: of the training windows and of the held-out ones."""
-    options, name = given.options, ways[0].own.blocks[index]
-    block, device = given.model.get_submodule(name), ways[0].own.device
-    sides = [side.at(index) for side in ways]
+def _refine(
+    given: Given, index: int, parameters: dict[str, torch.nn.Parameter], sides: list[tuple[Calls, Tensor]], device: torch.device
+) -> Report:
+    """Refine the block `index`; `sides`: its inputs and its target, of the training windows and of the held-out ones."""
+    options, name = given.options, list(given.blocks.values())[index]
+    block = given.model.get_submodule(name)
     skipped = 0 if given.first_token else 1
     scale = float(sides[0][1][:, skipped:].double().square().mean())
     order = batches(len(sides[0][1]), options.batch, options.steps, options.seed * 1_000_003 + index)

@@ -10,7 +10,7 @@ of its group by a whole step. Every forward pass uses exactly the numbers that w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -87,10 +87,11 @@ def trainable(given: Given, below: str = "") -> Iterator[None]:
     codes = given.options.rounded == "codes"
     added = []
     try:
-        for name, module in modules.items():
-            known = codes and module.whole
-            module.trained = TrainedRounding(module, codes, dense_matrix(given, name) if known else None)
-            added += [f"{name}.trained.{key}" for key, _ in module.trained.named_parameters()]
+        with given.weights.block(given.dense, below.rstrip(".")) if codes and modules else nullcontext():
+            for name, module in modules.items():
+                known = codes and module.whole
+                module.trained = TrainedRounding(module, codes, dense_matrix(given, name) if known else None)
+                added += [f"{name}.trained.{key}" for key, _ in module.trained.named_parameters()]
         given.dtypes.update(dict.fromkeys(added, torch.float32))
         yield
         with torch.no_grad():
@@ -107,9 +108,9 @@ def trainable(given: Given, below: str = "") -> Iterator[None]:
             del given.dtypes[key]
 
 
-def stored_tensors(given: Given) -> dict[str, Tensor]:
-    """{name: integers} of all rounded matrices that the recovery changes."""
-    found = rounded_modules(given).items()
+def stored_tensors(given: Given, below: str = "") -> dict[str, Tensor]:
+    """{name: integers} of all rounded matrices below a module (default: of the whole model) that the recovery changes."""
+    found = rounded_modules(given, below).items()
     names = ("steps", "scale", "zero")
     return {f"{name}.{key}": getattr(module, key) for name, module in found for key in names[: 3 if module.zeros else 2]}
 

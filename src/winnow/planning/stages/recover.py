@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from winnow.planning.stages.base import HUGGING_FACE, Stage
@@ -65,15 +66,20 @@ class Recover(Stage):
             trained = 6 * share * fitted  # parameters, gradients, two moments, the best and the exact state
             if method and isinstance(options, Trained) and options.rounded == "codes" and self._rounds(method):
                 trained = 7 * fitted  # of every number, and its code
+            numbers, operations = 2.0 * shape.numbers, 1.0 * passes * shape.numbers
             if isinstance(options, Refine.Options):
                 trained /= shape.layers  # a block at a time
-            memory = 4.0 * (2 * shape.numbers + trained + states + held)
-            operations = 1.0 * passes * shape.numbers
+                operations *= len(options.layers or range(shape.layers)) / shape.layers
+                if load.streamed:
+                    held = step * (20 * shape.width + 4 * load.widest)  # of a block with its graph
+                    numbers, states = max(load.embeddings, 2 * shape.block()), 2 * states
+            memory = 4.0 * (numbers + trained + states + held)
             if method and isinstance(options, Sequential.Options):
                 again = options.rounded == "codes" and self._rounds(method)
                 largest, more = self._refits(load, options, windows.windows * windows.length, again)
                 memory, operations = memory + largest, operations + more
-            found += self.needed(load, 1, memory, share * shape.bytes, operations, rule=rule)
+            work = self.needed(load, 1, memory, share * shape.bytes, operations, rule=rule)
+            found += [replace(one, streams=isinstance(options, Refine.Options)) for one in work]
         return found
 
     def _refits(self, load: Load, options: Sequential.Options, tokens: int, rounds: bool) -> tuple[float, float]:

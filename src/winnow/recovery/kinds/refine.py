@@ -17,6 +17,7 @@ class Refine(Recovery):
 
     reference = "block refinement of AA-SVD, arXiv 2604.02119"
     version = 2
+    streams = True
 
     class Options(Trained):
         kind: Literal["refine"] = Field(description="refine")
@@ -31,6 +32,7 @@ class Refine(Recovery):
             description="peak learning rate, lower for blocks whose held-out loss is below 0.002 of the target's mean square; "
             "cosine decay to 0",
         )
+        layers: list[int] | None = Field(None, min_length=1, description="the layers to refine; null: all")
         patience: int | None = Field(
             5,
             ge=1,
