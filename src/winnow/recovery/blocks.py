@@ -52,8 +52,8 @@ class Passage:
     """Windows (n, length) passed through a model block by block: the input of a block is the output of the block before in its
     current state, so that every block runs once for all windows.
 
-    `blocks`: names of all blocks in order; `weights`: where they are, by default in memory. Raises RuntimeError, naming the block,
-    if the model calls a block with other inputs than that output, or the first one with other than `batch` windows of hidden
+    `blocks`: names of all blocks in order; `weights`: where they are; in memory by default. Raises RuntimeError, naming the
+    block, if the model calls a block with other inputs than that output, or the first one with other than `batch` windows of hidden
     states at a time."""
 
     def __init__(self, model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int, weights: Weights | None = None):
