@@ -53,8 +53,8 @@ class Passage:
     current state, so that every block runs once for all windows.
 
     `blocks`: names of all blocks in order; `weights`: where they are; in memory by default. Raises RuntimeError, naming the
-    block, if the model calls a block with other inputs than that output, or the first one with other than `batch` windows of hidden
-    states at a time."""
+    block, if the model calls a block with other inputs than that output, or the first one with other than `batch` windows of
+    hidden states at a time."""
 
     def __init__(self, model: PreTrainedModel, blocks: list[str], windows: Tensor, batch: int, weights: Weights | None = None):
         self.model, self.blocks, self.batch = model, blocks, batch
