@@ -23,6 +23,7 @@ QUANTITIES = {"loss": "delta_nll", "divergence": "kl"}
 CELL = ["model", "method", "recovery", "budget"]
 BUDGETS = [0.6, 0.4, 0.3, 0.25, 0.22, 0.2, 0.16, 0.14, 0.12]
 IN_32_BITS = ["stories260K"]
+TRAINED = "refine_50"
 SAME = 1.5e-3  # of all bytes, between a package and what `winnow` was asked for
 MODELS = ["wt2-llama", "wt2-opt", "wt2-gpt2", "wt2-neox", "stories260K", "demo"]
 SHOWN = {"winnow": "black", "rounded_gram": "C0", "winnow_factored": "C2", "svd_llm_v2": "C3"}
@@ -83,6 +84,7 @@ def beside(found: pd.DataFrame) -> None:
     """Write the table of the closest package at the bytes that `winnow` was asked for."""
     packages = pd.read_csv(DOCS / "results" / "quantisers.csv")
     every = packages.groupby(["model", "quantiser", "bits", "group"])[["kept", "kl", "kl_error"]].mean().reset_index()
+    trained = found[(found["recovery"] == TRAINED) & (found["method"] == "winnow")].set_index(["model", "bytes"])
     rows = []
     for row in found[found["recovery"] == "none"].sort_values(["model", "bytes"], ascending=[True, False]).itertuples():
         near = every[(every["model"] == row.model) & ((every["kept"] - float(row.bytes)).abs() < SAME)]
@@ -93,6 +95,10 @@ def beside(found: pd.DataFrame) -> None:
             rows.append({"model": row.model, "bytes": row.bytes, "package": called})
             rows[-1] |= {"its divergence": theirs[0], "its divergence error": theirs[1]}
             rows[-1] |= {"winnow": own[0], "winnow error": own[1], "winnow over it": f"{row.kl / best['kl']:.2f}"}
+            if (row.model, row.bytes) in trained.index:
+                after = trained.loc[(row.model, row.bytes)]
+                value, error = shown(after["kl"], after["kl_se"])
+                rows[-1] |= {"trained": value, "trained error": error, "trained over it": f"{after['kl'] / best['kl']:.2f}"}
     pd.DataFrame(rows).to_csv(DOCS / "results" / "low_bytes_packages.csv", index=False)
 
 

@@ -42,15 +42,15 @@ OFF = 0.15  # that a forecast may be, of the peak
 STAGES = ("retrieve_model", "collect_statistics", "collect_gradients", "factorize", "compress")
 STAGES += ("evaluate_dense", "evaluate_perplexity")
 RECOMMENDED = ("predict_losses", "compress_refitted", "recover")  # beside those, but for `compress`
-RECORD = '''"""Peaks of resident memory: a line per job."""
-import atexit, os, sys
+RECORD = '''"""Peaks of resident memory and CPU seconds: a line per job."""
+import atexit, os, sys, time
 
 def record():
     job = getattr(sys.modules["__main__"], "snakemake", None)
     if hasattr(job, "rule"):
         with open("/proc/self/status") as status, open(os.environ["WINNOW_PEAKS"], "a") as peaks:
             high = next(line for line in status if line.startswith("VmHWM")).split()[1]
-            peaks.write(f"{job.rule} {high}\\n")
+            peaks.write(f"{job.rule} {high} {time.process_time()}\\n")
 
 atexit.register(record)
 '''
@@ -151,7 +151,7 @@ def peaks(folder: Path) -> dict[str, int]:
     """{rule: bytes of the largest peak among its jobs}"""
     found: dict[str, int] = {}
     for line in (folder / "peaks.txt").read_text().splitlines():
-        stage, high = line.split()
+        stage, high, _ = line.split()
         found[stage] = max(found.get(stage, 0), int(high) << 10)
     return found
 

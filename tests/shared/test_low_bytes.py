@@ -21,7 +21,7 @@ def study(name: str, models: set[str]) -> dict:
     places = {place: {key: given[key] for key in AT} for place, given in config["experiments"].items()}
     config["methods"] |= own.get("methods", {})
     config["budgets"] = own["budgets"]
-    config["recoveries"] = default()["recoveries"]
+    config["recoveries"] = default()["recoveries"] | own.get("recoveries", {})
     config["experiments"] = {}
     for preset in config["calibrations"].values():
         preset |= {"seeds": own["calibrations"]["demo-3"]["seeds"]} if "calibrations" in own else {}
