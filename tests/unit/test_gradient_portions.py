@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from tests.conftest import TINY, VOCABULARY
+from tests.conftest import ROOT, TINY, VOCABULARY
 from tests.unit.test_streaming import assert_same
-from winnow.calibration import gradients_by_block
+from winnow.calibration import gradients_by_block, parts
 from winnow.calibration.gradients import OutputMoments
 from winnow.calibration.gradients_by_block import collect_gradients_by_block
 from winnow.calibration.parts import LEAST, hidden_bound, portions_of, states_at_once
@@ -22,6 +22,11 @@ from winnow.io.resume import own_files
 from winnow.models.architectures import moments_file
 from winnow.models.files import ModelFiles
 from winnow.models.retrieve import describe
+from winnow.models.shape import shape_of
+from winnow.planning.config import load
+from winnow.planning.config_files import default
+from winnow.planning.forecast import forecast
+from winnow.planning.plan import Plan
 
 LENGTH, BATCH, COUNT, BLOCKS = 12, 2, 5, 3
 FEW = ("q_proj", "gate_proj", "down_proj")  # roles, where many jobs run
@@ -31,7 +36,7 @@ ONE = math.inf  # a bound that one portion fits into
 
 
 class Model:
-    """A tiny model of three blocks, with the bytes of a window's hidden states at one place and at all that are stored at once."""
+    """A tiny model of three blocks, with the bytes of a window's hidden states at all places where they are at once."""
 
     def __init__(self, folder: Path, name: str):
         self.folder, (cls, options) = folder, TINY[name]
@@ -41,8 +46,7 @@ class Model:
         getattr(transformers, cls)(config).save_pretrained(folder / "model")
         write_json(folder / "model.json", describe(folder / "model"))
         self.matrices = ModelFiles(folder / "model.json").matrices
-        self.state = LENGTH * config.hidden_size * 4
-        self.window = states_at_once(BLOCKS) * self.state
+        self.window = states_at_once(BLOCKS) * LENGTH * config.hidden_size * 4
 
     def collect(
         self, artefact: Path, bound: float, precision=torch.float64, labels="model", provenance=None, few=False, **options
@@ -114,8 +118,8 @@ def test_sums_of_a_part_of_the_windows_run_in_portions_too(model, tmp_path):
 
 
 class Disk:
-    """Sees every change of the files in a folder, with `before` called ahead of it, and the largest total sizes. Nothing is forced
-    to the disk, which takes long."""
+    """Sees every change of the files in a folder, with `before` called ahead of it, and the largest total sizes. Nothing is
+    forced to the disk, which takes long."""
 
     def __init__(self, place: Path, monkeypatch, before=lambda: None):
         self.place, self.before = place, before
@@ -138,8 +142,8 @@ class Disk:
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 4, COUNT])
-def test_the_disk_that_is_taken_is_the_bound(model, windows, tmp_path, monkeypatch):
-    """Hidden states are as many as the forecast says; of sums there is one layer more than in the result."""
+def test_the_disk_that_is_taken_is_the_bound_and_what_is_forecast(model, windows, tmp_path, monkeypatch):
+    """And of sums there is one layer more than in the result."""
     disk = Disk(tmp_path, monkeypatch)
     bound = windows * model().window
     files = model().job(tmp_path, bound)
@@ -147,8 +151,21 @@ def test_the_disk_that_is_taken_is_the_bound(model, windows, tmp_path, monkeypat
     assert disk.states == portions[0].stop * model().window <= bound
     sizes = [len(content) for content in files.values()]
     assert len(sizes) == BLOCKS
-    twice = max(sizes) if len(portions) > 1 else 0
-    assert disk.all <= disk.states + 1.05 * (sum(sizes) + twice), "what is not a matrix is in float64 until the end"
+    twice = len(portions) > 1
+    assert disk.all <= disk.states + 1.05 * (sum(sizes) + twice * max(sizes)), "means are in float32, some of the sums in float64"
+
+    monkeypatch.setattr(parts, "MB", model().window)  # so that `hidden_mb` is a number of windows
+
+    def forecast_disk(how: str) -> float:
+        config = default()
+        config["models"]["demo"] |= {"source": str(model().folder / "model"), "load": how}
+        config["calibrations"]["demo"] |= {"windows": COUNT, "length": LENGTH, "precision": "float32"}
+        resources = {"collect_gradients": {"hidden_mb": windows, "batch_tokens": BATCH * LENGTH}}
+        works = forecast(Plan(load(config), ROOT, resources=resources), {"demo": shape_of(model().folder / "model")})
+        return next(work.disk for work in works if work.stage == "collect_gradients")
+
+    moments = forecast_disk("whole")
+    assert forecast_disk("stream") == moments + disk.states + twice * moments / BLOCKS
 
 
 @pytest.mark.parametrize("windows", [3, COUNT])
@@ -213,12 +230,11 @@ def test_a_job_that_is_killed_again_and_again(model, often, tmp_path, monkeypatc
 
 def test_sums_of_other_portions_are_not_used(model, tmp_path, monkeypatch):
     """Another bound after a kill: what was added by then is of other windows."""
-    place, changes = tmp_path / "job", [0]
+    place = tmp_path / "job"
     whole = model().job(tmp_path / "whole", 4 * model().window)
 
     def die() -> None:
-        changes[0] += 1
-        if any("-sums-" in path.name and path.name.startswith(".manifest.json.hidden-2") for path in place.iterdir()):
+        if list(place.glob(".manifest.json.hidden-1-sums-1")):
             raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
@@ -233,7 +249,7 @@ def test_a_layer_that_lost_its_sums_is_added_again_alone(model, tmp_path, monkey
     whole = model().job(tmp_path / "whole", 2 * model().window)
 
     def die() -> None:
-        if list(place.glob(".manifest.json.hidden-2-sums-1")):
+        if list(place.glob(".manifest.json.hidden-1-sums-1")):
             raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
