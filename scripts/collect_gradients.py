@@ -8,7 +8,7 @@ import torch
 
 from winnow.calibration.gradients import collect_gradients
 from winnow.calibration.gradients_by_block import collect_gradients_by_block
-from winnow.calibration.parts import part_of
+from winnow.calibration.parts import hidden_bound, part_of
 from winnow.calibration.stored import stored
 from winnow.checkpoint.loading import load_model
 from winnow.checkpoint.streaming import Streamed, clear_left
@@ -37,7 +37,8 @@ if __name__ == "__main__":
         kept = own_files(folder, job.provenance)
         done = [layer for layer in {m.layer for m in files.matrices} if moments_file(layer) in kept]
         streamed = Streamed(files.verify(), spec["dtype"], job.device, manifest, windows.shape[1])
-        found = collect_gradients_by_block(streamed, *options, job.provenance, done, chosen.start, bool(part))
+        bound = hidden_bound(snakemake.resources.hidden_mb, files.manifest["bytes"])
+        found = collect_gradients_by_block(streamed, *options, job.provenance, done, chosen.start, bool(part), bound)
     else:
         model = load_model(files.verify(), spec["dtype"], job.device)
         found = collect_gradients(model, *options, resume, chosen.start, bool(part))

@@ -14,7 +14,7 @@ from winnow.models.retrieve import describe
 from winnow.models.shape import shape_of
 from winnow.planning.config import load
 from winnow.planning.config_files import default
-from winnow.planning.forecast import forecast, machine, measured_seconds, misfit
+from winnow.planning.forecast import forecast, machine, measured_seconds, misfit, numbers_of
 from winnow.planning.load import GB, Work
 from winnow.planning.plan import Plan
 from winnow.planning.preview import duration, jobs_of, size
@@ -193,6 +193,28 @@ def test_resources_that_a_run_sets_are_forecast():
     streamed = memory(collect_statistics={"stream": 1})
     assert streamed["collect_statistics"] != usual["collect_statistics"]
     assert streamed["collect_gradients"] == usual["collect_gradients"]
+
+
+def test_hidden_states_of_gradients_are_forecast_as_bounded():
+    """By `hidden_mb` of the rule whose jobs run: of all windows in one job, or of each of several."""
+    config, shape = default(), shape_of(DEMO)
+    config["models"]["demo"] |= {"load": "stream"}
+    window = 5 * 256 * 128 * 4  # of six blocks, five are stored at once
+    layer = 8 * sum(m.shape[0] ** 2 for m in shape.matrices) / 6 / 2  # of sums, in float64
+
+    def disk(rule: str = "collect_gradients", **resources) -> float:
+        plan = Plan(load(config), ROOT, resources={"collect_gradients": resources} if resources else {})
+        return next(work.disk for work in forecast(plan, {"demo": shape}) if work.stage == rule)
+
+    usual = disk()
+    assert usual == 6 * layer + 128 * window
+    assert disk(hidden_mb=100) == usual, "one portion"
+    assert disk(hidden_mb=20) == 7 * layer + 24 * window, "30 windows fit: three batches"
+    assert numbers_of({"collect_gradients": {"hidden_mb": 20, "gpu": 1}}) == {"collect_gradients": {"hidden_mb": 20}}
+    config["models"]["demo"]["window_shards"] = 4
+    sharded = disk("collect_gradients_part")
+    assert sharded == 4 * 6 * layer + 128 * window
+    assert disk("collect_gradients_part", hidden_mb=1) == sharded, "a resource of another rule"
 
 
 def test_windows_over_jobs_are_forecast():

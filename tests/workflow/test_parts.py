@@ -16,16 +16,18 @@ PARTS = ("collect_statistics_part", "collect_gradients_part")
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[int, Workspace]:
-    """Finished statistics and gradients with the windows in one job, and in three that read the model block by block."""
+    """Finished statistics and gradients with the windows in one job, and in three that read the model block by block and, for
+    gradients, run their windows in two portions each."""
     found = {}
     for jobs in (1, 3):
         place = Workspace(tmp_path_factory.mktemp(f"parts{jobs}"))
         place.config["methods"] = {"kfac": default()["methods"]["kfac"]}
+        place.config["calibrations"]["few"]["windows"] = 150
         place.config["budgets"] = {"ffn-0.5": place.config["budgets"]["ffn-0.5"]}
         place.config["experiments"]["one"] |= {"methods": ["kfac"], "budgets": ["ffn-0.5"]}
         place.config["models"]["pico"] |= {"window_shards": jobs, "load": "stream" if jobs > 1 else "whole"}
         place.config["models"]["pico"]["source"] = str((found.get(1) or place).folder / "model")
-        done = place.run("--until", *COLLECTED)
+        done = place.run("--until", *COLLECTED, "--set-resources", "collect_gradients_part:hidden_mb=1")
         assert done.returncode == 0, done.stderr
         found[jobs] = place
     return found
@@ -37,7 +39,7 @@ def test_sums_of_parts_are_those_of_one_job(places):
     assert len(bundles) == 2
     for path in bundles:
         whole, merged = Bundle(one / path), Bundle(three / path)
-        assert whole.manifest["tokens"] == merged.manifest["tokens"] == 8 * 32
+        assert whole.manifest["tokens"] == merged.manifest["tokens"] == 150 * 32
         for name in whole.manifest["files"]:
             there = merged.tensors(name)
             for key, value in whole.tensors(name).items():
@@ -48,6 +50,8 @@ def test_sums_of_parts_are_those_of_one_job(places):
     logs = [path.read_text() for path in (three / "results/logs/collect_statistics_part").rglob("*.log")]
     assert len(logs) == 3
     assert all("calibration batches of layer 1" in text for text in logs), "they were streamed"
+    logs = [path.read_text() for path in (three / "results/logs/collect_gradients_part").rglob("*.log")]
+    assert ["2 portions of up to 25 windows" in text for text in logs] == [True] * 3
     assert not list((three / "results").rglob("parts/*/*/*")), "the sums of the parts are removed"
 
 

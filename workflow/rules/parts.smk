@@ -43,6 +43,7 @@ rule collect_gradients_part:
         gpu=1,
         batch_tokens=2048,
         stream=streamed,
+        hidden_mb=0,  # of hidden states on disk, where `stream` is 1; 0: half of the model's bytes, at least 4 GB
         mem_mb=memory("collect_gradients_part", 16000),  # the model, its activations, and second moments of all outputs
         runtime=minutes(60),
     params:

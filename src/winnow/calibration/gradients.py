@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,11 @@ class OutputWatch:
             return self.lanes.turn((matrix.name, name))
 
         return forward
+
+    def continue_from(self, name: str, sums: OutputMoments) -> None:
+        """Add to the `sums` of other windows, which were computed before, for the matrix of that name."""
+        device = self.sums[name].gram.device
+        self.sums[name] = replace(sums, gram=sums.gram.to(device), fisher=sums.fisher.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name; they are updated in place."""

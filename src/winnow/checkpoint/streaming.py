@@ -294,5 +294,6 @@ class Streamed:
 def clear_left(artefact: Path | str) -> None:
     """Remove all hidden states beside a finished artefact, whichever process wrote them."""
     for name in NAMES:
-        for path in Path(artefact).parent.glob(f".{Path(artefact).name}.{name}[-.]*"):
-            path.unlink()
+        for dots in (".", ".."):  # two: of a file that was being written
+            for path in Path(artefact).parent.glob(f"{dots}{Path(artefact).name}.{name}[-.]*"):
+                path.unlink()

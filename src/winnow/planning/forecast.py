@@ -25,7 +25,7 @@ def numbers_of(resources: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
     """{rule: {resource: number}} of Snakemake's `--set-resources`, of those resources that forecasts depend on."""
     found = {}
     for rule, given in resources.items():
-        numbers = {name: given[name] for name in ("batch_tokens", "stream") if name in given}
+        numbers = {name: given[name] for name in ("batch_tokens", "stream", "hidden_mb") if name in given}
         found[rule] = {name: int(getattr(number, "value", number)) for name, number in numbers.items()}
     return found
 

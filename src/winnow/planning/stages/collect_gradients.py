@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from winnow.calibration.parts import hidden_bound, portions_of, states_at_once
 from winnow.models.shape import PRODUCT
 from winnow.planning.load import BASE
 from winnow.planning.stages.base import HUGGING_FACE, OF_STATISTICS, Stage
@@ -43,7 +44,19 @@ class CollectGradients(Stage):
                 block = 8 * layer + max(load.unit * shape.block() + adding, unit * largest)
                 head = load.unit * load.embeddings + LOGITS * (8 + 4 * load.unit) + 3 * preset.length * shape.width * load.unit
                 memory = max(block, head)
-                hidden = 2.0 * (math.isqrt(shape.layers) + 2) * tokens * shape.width * load.unit
+                hidden = self.hidden(load, name, batch // preset.length, unit)
                 operations += 2 * tokens * shape.numbers
             found += self.collecting(load, name, memory, (disk, hidden), operations, base)
         return found
+
+    def hidden(self, load: Load, calibration: str, batch: int, unit: int) -> float:
+        """Bytes of hidden states that jobs have on disk at once, and of the sums of a layer (of numbers of `unit` bytes) that are
+        there twice where windows run in portions of whole batches of `batch` windows."""
+        preset, shape = load.calibrations[calibration], load.shape
+        jobs = len(self.plan.parts(load.label, self.plan.labels["calibrations"][calibration]))
+        given = self.plan.resources.get(self.others[0] if jobs else self.name, {})
+        window = states_at_once(shape.layers) * preset.length * shape.width * load.unit
+        bound = hidden_bound(given.get("hidden_mb", 0), shape.bytes)
+        portions = portions_of(math.ceil(preset.windows / max(1, jobs)), batch, window, bound)
+        twice = unit * load.gradient_of_layer[0] / 2 if len(portions) > 1 else 0.0
+        return max(1, jobs) * (portions[0].stop * window + twice)
