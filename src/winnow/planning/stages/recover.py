@@ -3,11 +3,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from winnow.numerics.operations import EIGEN, NONE, Operations
 from winnow.planning.stages.base import HUGGING_FACE, Stage
 from winnow.recovery.base import RECOVERIES, OnWindows, Trained
 from winnow.recovery.kinds.refine import Refine
 from winnow.recovery.kinds.sequential import Sequential
-from winnow.structures.base import EIGEN
 from winnow.structures.rounded import feeding_back
 from winnow.training.options import Tuning
 
@@ -21,6 +21,7 @@ class Recover(Stage):
 
     libraries = HUGGING_FACE
     others = ("recover_dense",)
+    on_device = True
 
     def spec(self, w: dict[str, str]) -> specs.Recover:
         recovery = self.plan.preset("recoveries", w["recovery"])
@@ -68,7 +69,7 @@ class Recover(Stage):
             if isinstance(options, Refine.Options):
                 trained /= shape.layers  # a block at a time
             memory = 4.0 * (2 * shape.numbers + trained + states + held)
-            operations = 1.0 * passes * shape.numbers
+            operations = load.passes(1.0 * passes * shape.numbers)
             if method and isinstance(options, Sequential.Options):
                 again = options.rounded == "codes" and self._rounds(method)
                 largest, more = self._refits(load, options, windows.windows * windows.length, again)
@@ -76,14 +77,17 @@ class Recover(Stage):
             found += self.needed(load, 1, memory, share * shape.bytes, operations, rule=rule)
         return found
 
-    def _refits(self, load: Load, options: Sequential.Options, tokens: int, rounds: bool) -> tuple[float, float]:
+    def _refits(self, load: Load, options: Sequential.Options, tokens: int, rounds: bool) -> tuple[float, Operations]:
         """(bytes of memory for the largest matrix, operations for all) of refitting matrices on the moments of `tokens`: as
         factors, and if any of them is rounded, by feedback; whichever takes more."""
-        held, operations, both = 0.0, 0.0, options.outputs == "gradient"
+        held, operations, both = 0.0, NONE, options.outputs == "gradient"
         for m, n in (matrix.shape for matrix in load.shape.matrices):
             held = max(held, 8.0 * (10 * m * n + 4 * n * n + (4 * m * m if both else 0)))
-            fit = 2.0 * m * n * n + EIGEN * min(m, n) ** 3
+            again, products = Operations(products=2.0 * m * n * n, decompositions=EIGEN * min(m, n) ** 3), 2.0 * tokens * n * n
+            if rounds:
+                metric, each, calls = feeding_back(m, n, both)
+                again = max(again, Operations(products=metric + each, calls=calls))
             if options.objective == "anchored":
-                operations += 2 * tokens * n * n + n**3 + 4 * m * n * n
-            operations += 2 * tokens * n * n + max(fit, sum(feeding_back(m, n, both)) if rounds else 0)
+                products += 2 * tokens * n * n + n**3 + 4 * m * n * n
+            operations += again + Operations(products=products)
         return held, operations
