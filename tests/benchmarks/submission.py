@@ -82,9 +82,7 @@ def main() -> None:
         planned, text = snakemake(folder, "-n", "--quiet", "rules", "host", "reason")
         works = {work.stage: work for work in forecast(Plan(load(config), ROOT), {"demo": shape_of(folder / "model")})}
     jobs, local = jobs_of(text), {"cards", "tables", "figures", "report", "all"}
-    print(
-        f"{given.cells:,} cells, {sum(jobs.values()):,} jobs, planned in {planned:.1f} s; {rates.products:.1e} operations/s"
-    )
+    print(f"{given.cells:,} cells, {sum(jobs.values()):,} jobs, planned in {planned:.1f} s; {rates.products:.1e} operations/s")
     print("| rule | jobs | in one | submissions | own, s | overhead, s | share |\n|---|---:|---:|---:|---:|---:|---:|")
     total = [0, 0.0, 0.0]
     for rule, count in ((rule, count) for rule, count in jobs.items() if rule not in local):
