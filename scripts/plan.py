@@ -11,10 +11,11 @@ from winnow.calibration.few_tokens import planned
 from winnow.errors import InputError
 from winnow.jobs.start import start_job
 from winnow.planning.config import load
-from winnow.planning.forecast import arithmetic_rate, forecast, machine, misfit
+from winnow.planning.forecast import forecast, machine, misfit
 from winnow.planning.load import GB
 from winnow.planning.plan import Plan
-from winnow.planning.preview import cells_table, duration, jobs_of, print_tables, size, works_table
+from winnow.planning.preview import cells_table, disk_lines, duration, jobs_of, print_tables, rates_line, size, works_table
+from winnow.planning.rates import of_this_machine, rates_of
 from winnow.planning.runtimes import known_shapes
 
 if __name__ == "__main__":
@@ -34,16 +35,19 @@ if __name__ == "__main__":
     names = dict.fromkeys(cell.model for cell in plan.cells)
     shapes = known_shapes(plan, names)
     absent = [name for name in names if name not in shapes]
-    works = forecast(plan, shapes)
-    table, seconds = works_table(works, plan, to_run, Path("results"), arithmetic_rate())
+    works, name = forecast(plan, shapes), spec["device"]
+    here, device = of_this_machine(), None if name is None else rates_of(name)
+    table, seconds = works_table(works, plan, to_run, Path("results"), here, device)
     print_tables([cells_table(plan, shapes), table])
-    here = machine()
-    memory, disk = (float(given) * GB if given else found for given, found in zip(spec["limits"], here, strict=True))
+    found = {**machine(), "device": device.memory if device else 0.0}
+    limits = {key: float(given) * GB if given else found[key] for key, given in spec["limits"].items()}
     print(f"{len(plan.cells)} cells, {sum(to_run.values())} jobs to run, about {duration(seconds)} one after another")
-    print(f"memory for a job: {size(memory)}; free disk: {size(disk)}")
-    for line in planned(plan, shapes):
+    print(rates_line(here, device, name if isinstance(name, str) else "device"))
+    own = f" and {size(limits['device'])} of the device" if limits["device"] else ""
+    print(f"memory for a job: {size(limits['memory'])}{own}; free disk: {size(limits['disk'])}")
+    for line in [*disk_lines(works, shapes), *planned(plan, shapes)]:
         print(line)
     if absent:
         print(f"not forecast, since not downloaded yet (`snakemake prefetch`): {', '.join(absent)}")
-    if misfits := misfit(works, to_run, memory, disk):
+    if misfits := misfit(works, to_run, **limits):
         raise InputError(misfits)

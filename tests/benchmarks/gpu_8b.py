@@ -206,24 +206,20 @@ def streamed(given: argparse.Namespace, config: dict[str, int]) -> None:
 
 
 def forecasts(given: argparse.Namespace, stages: dict[str, Stage] | None) -> None:
-    """What 8B and 70B take: memory and disk by `winnow.planning.forecast`, seconds by the floor at assumed rates."""
+    """What 8B and 70B take by `winnow.planning.forecast` on an H200, and the floor of two stages at assumed rates."""
     from winnow.models.shape import Shape
     from winnow.planning.config import load
     from winnow.planning.forecast import forecast
-    from winnow.planning.load import START, WRITTEN
     from winnow.planning.plan import Plan
-    from winnow.structures.base import EIGEN
+    from winnow.planning.rates import DEVICES
 
     rate = {torch.bfloat16: given.bfloat16, torch.float32: given.float32, torch.float64: given.float64}
     rates = ", ".join(f"{str(t).removeprefix('torch.')} {r:.1e}" for t, r in rate.items())
-    print("\nForecasts: config/models/llama-3.1-8b.yaml (256 windows of 2,048), and the same for the shape of Llama-3.1-70B.")
-    print(f"Assumed: products a second {rates}; the rate of `winnow plan` is that of float32, halved;")
-    print(f"{START:.0f} s to start a job, {WRITTEN:.1e} bytes a second written, {EIGEN} n^3 operations for an eigenproblem;")
-    print("all sums of `collect_statistics` in memory at once. Shares of the floor's rate are those of this device, if it ran:")
-    print("a GPU's share in eigenproblems is smaller than a CPU's.")
+    print("\nForecasts: config/models/llama-3.1-8b.yaml and llama-3.1-70b.yaml, at the rates of `device=h200`; the floor at")
+    print(f"{rates} products a second. Shares of its rate are those of this device, if it ran: a GPU's share in eigenproblems")
+    print("is smaller than a CPU's.")
     for name, shape in (("llama-3.1-8b", LARGE), ("llama-3.1-70b", HUGE)):
-        text = (ROOT / "config" / "models" / "llama-3.1-8b.yaml").read_text(encoding="utf-8").replace("llama-3.1-8b", name)
-        plan = Plan(load(yaml.safe_load(text)), ROOT)
+        plan = Plan(load(yaml.safe_load((ROOT / "config" / "models" / f"{name}.yaml").read_text(encoding="utf-8"))), ROOT)
         with torch.device("meta"):
             model = LlamaModel(LlamaConfig(**shape))
         matrices = matrices_of("llama", {key: {"shape": list(t.shape)} for key, t in model.state_dict().items()})
@@ -232,7 +228,7 @@ def forecasts(given: argparse.Namespace, stages: dict[str, Stage] | None) -> Non
         print(f"\n{name}: {numbers:,} numbers\n\n| stage | jobs | memory, GB | disk, GB | seconds a job |")
         print("|---|---:|---:|---:|---:|")
         for work in forecast(plan, {name: of}):
-            each = work.seconds(given.float32 / 2) / work.jobs
+            each = work.seconds(DEVICES["h200"]) / work.jobs
             print(f"| {work.stage} | {work.jobs} | {work.memory / 1e9:.1f} | {work.disk / 1e9:.1f} | {each:,.0f} |")
         floors = {
             "statistics": statistics_floor(matrices, shape["hidden_size"], 256 * 2048, 2048, rate),

@@ -63,15 +63,16 @@ def groups() -> dict[str, int]:
 def main() -> None:
     from winnow.models.shape import shape_of
     from winnow.planning.config import load
-    from winnow.planning.forecast import arithmetic_rate, forecast
+    from winnow.planning.forecast import forecast
     from winnow.planning.plan import Plan
     from winnow.planning.preview import jobs_of
+    from winnow.planning.rates import alike, of_this_machine
 
     parser = argparse.ArgumentParser(description=__doc__)
     for name, kind, value in (("cells", int, 1000), ("rate", float, None), ("start", float, 4.0), ("member", float, 1.2)):
         parser.add_argument(f"--{name}", type=kind, default=value)
     given = parser.parse_args()
-    rate, sizes = given.rate or arithmetic_rate(), groups()
+    rates, sizes = alike(given.rate) if given.rate else of_this_machine(), groups()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
@@ -81,12 +82,12 @@ def main() -> None:
         planned, text = snakemake(folder, "-n", "--quiet", "rules", "host", "reason")
         works = {work.stage: work for work in forecast(Plan(load(config), ROOT), {"demo": shape_of(folder / "model")})}
     jobs, local = jobs_of(text), {"cards", "tables", "figures", "report", "all"}
-    print(f"{given.cells:,} cells, {sum(jobs.values()):,} jobs, planned in {planned:.1f} s; {rate:.1e} operations a second")
+    print(f"{given.cells:,} cells, {sum(jobs.values()):,} jobs, planned in {planned:.1f} s; {rates.products:.1e} operations/s")
     print("| rule | jobs | in one | submissions | own, s | overhead, s | share |\n|---|---:|---:|---:|---:|---:|---:|")
     total = [0, 0.0, 0.0]
     for rule, count in ((rule, count) for rule, count in jobs.items() if rule not in local):
         size, work = sizes.get(rule, 1), works.get(rule)
-        own = work.seconds(rate) if work else count * 5.0
+        own = work.seconds(rates) if work else count * 5.0
         submissions = math.ceil(count / size)
         overhead = submissions * given.start + (count - submissions) * given.member
         print(f"| {rule} | {count:,} | {size} | {submissions:,} | {own:,.0f} | {overhead:,.0f} | {overhead / own:.1%} |")

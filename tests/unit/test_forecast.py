@@ -12,15 +12,16 @@ from winnow.io.artifacts import write_json
 from winnow.io.tensors import read_header
 from winnow.models.retrieve import describe
 from winnow.models.shape import shape_of
+from winnow.numerics.operations import EIGEN, Operations
 from winnow.planning.config import load
 from winnow.planning.config_files import default
-from winnow.planning.forecast import forecast, machine, measured_seconds, misfit, numbers_of
+from winnow.planning.forecast import at_peak, forecast, machine, measured_seconds, misfit, numbers_of
 from winnow.planning.load import GB, Work
 from winnow.planning.plan import Plan
-from winnow.planning.preview import duration, jobs_of, size
+from winnow.planning.preview import disk_lines, duration, jobs_of, size
+from winnow.planning.rates import Rates, alike, of_this_machine, rates_of
 from winnow.planning.stages.collect_statistics import ROW
 from winnow.planning.stages.compress import SIZE
-from winnow.structures.base import EIGEN
 from winnow.structures.rounded import feeding_back
 
 DEMO = ROOT / "resources" / "models" / "demo"
@@ -55,7 +56,9 @@ def test_jobs_bytes_and_memory_of_the_demo():
     assert "collect_gradients" not in works, "no metric of the default asks for gradients"
     square, cross = 6 * (128**2 * 3 + 352**2), 6 * 352 * 128  # four inputs a layer, and the FFN's cross moment; float64
     gram = square + cross
-    assert works["collect_statistics"].disk == 8 * (square / 2 + cross), "symmetric ones by half"
+    assert works["collect_statistics"].disk == pytest.approx(8 * (square / 2 + cross), rel=0.1), "symmetric ones by half"
+    assert works["collect_statistics"].disk > 8 * (square / 2 + cross)
+    assert works["collect_statistics"].temporary == 2 * 8 * gram, "sums that are saved, the last and the next"
     assert works["collect_statistics"].memory > 8 * gram + 4 * shape.numbers
     doubled = plan_of(lambda c: c["calibrations"]["demo"].update(windows=256))
     more = {work.stage: work for work in forecast(doubled, {"demo": shape})}
@@ -75,7 +78,7 @@ def test_factors_without_tensors_are_small_and_fitted_again_for_every_checkpoint
     stored, refitted = works("stored"), works("refitted")
     assert "compress_refitted" not in stored
     assert "compress" not in refitted
-    assert refitted["factorize"].disk < 0.1 * stored["factorize"].disk
+    assert refitted["factorize"].disk < 0.15 * stored["factorize"].disk
     assert refitted["factorize"].operations > stored["factorize"].operations, "losses are predicted in the same job"
     assert refitted["predict_losses"].operations < stored["predict_losses"].operations
     again, plain = refitted["compress_refitted"], stored["compress"]
@@ -126,7 +129,11 @@ def test_streaming_asks_for_a_block_and_not_for_the_model():
     sizes = 594 // 6 * sum(math.prod(m.shape) // sum(m.shape) for m in shape.matrices)  # more of them, in the table of sizes
     assert works("stream", 600)["compress"].memory - works("stream")["compress"].memory == SIZE * sizes
     written = 2 * 128 * 256 * shape.width * 4  # hidden states before and behind a block
-    assert works("stream")["collect_statistics"].disk - works("whole")["collect_statistics"].disk == written
+    streamed, whole = works("stream"), works("whole")
+    assert streamed["collect_statistics"].temporary == written
+    assert streamed["collect_statistics"].disk == whole["collect_statistics"].disk
+    assert streamed["collect_statistics"].written == 3 * written, "the output of every one of 6 blocks"
+    assert streamed["evaluate_perplexity"].temporary > whole["evaluate_perplexity"].temporary == 0
 
 
 def test_learning_holds_the_factors_and_takes_its_steps():
@@ -231,13 +238,37 @@ def test_windows_over_jobs_are_forecast():
         assert merge not in one
         assert four[f"{rule}_part"].jobs == 4
         assert four[f"{rule}_part"].operations == one[rule].operations
-        assert four[f"{rule}_part"].disk == 4 * one[rule].disk
-        assert four[merge].disk <= one[rule].disk
+        assert four[f"{rule}_part"].disk == 0, "sums are removed when they are added up"
+        assert four[f"{rule}_part"].temporary >= four[merge].temporary == 4 * one[rule].disk
+        assert four[merge].disk == one[rule].disk
 
 
 def test_time_is_of_starts_arithmetic_and_bytes():
-    work = Work("compress", "large", 2, 1 * GB, 30 * GB, 4e12)
-    assert work.seconds(1e12) == pytest.approx(2 * 5 + 4 + 200)
+    work = Work("compress", "large", 2, 1 * GB, 30 * GB, Operations(1e12, 1e12, 1e12, 1e12))
+    assert work.seconds(alike(1e12)) == pytest.approx(2 * 5 + 4 + 200)
+    assert work.seconds(Rates(1e13, 1e12, 2e11, 1e11, 3e9)) == pytest.approx(2 * 5 + 0.1 + 1 + 5 + 10 + 10)
+    assert replace(work, written=15 * GB).seconds(alike(1e12)) == pytest.approx(2 * 5 + 4 + 300)
+
+
+def test_operations_are_counted_by_kind():
+    """Passes of 16 bits, eigenproblems of factors, and the short calls of feedback."""
+
+    def amounts(dtype: str, method: str) -> dict[str, Operations]:
+        def change(c):
+            c["models"]["demo"]["dtype"] = dtype
+            c["experiments"]["demo"].update(methods=[method])
+
+        return {work.stage: work.amounts for work in forecast(plan_of(change), {"demo": shape_of(DEMO)})}
+
+    single, half = amounts("float32", "whitened"), amounts("bfloat16", "whitened")
+    assert half["evaluate_perplexity"] == Operations(half=single["evaluate_perplexity"].products)
+    shape = shape_of(DEMO)
+    eigen = EIGEN * sum(min(m.shape) ** 3 for m in shape.matrices)
+    products = sum(2 * m.shape[0] * m.shape[1] ** 2 for m in shape.matrices)
+    assert single["factorize"] == half["factorize"] == Operations(products=products, decompositions=eigen)
+    rounded = amounts("float32", "rounded_gram")["factorize"]
+    assert rounded.decompositions == 0 < rounded.calls
+    assert rounded * 2 + Operations(1, 2, 3, 4) == Operations(1, 2 * rounded.products + 2, 3, 2 * rounded.calls + 4)
 
 
 def test_jobs_and_work_of_a_task(tmp_path):
@@ -266,7 +297,11 @@ def test_jobs_and_work_of_a_task(tmp_path):
 
 
 def test_what_cannot_fit_is_refused_with_the_number():
-    works = [Work("factorize", "large", 2, 60 * GB, 10 * GB, 1.0), Work("compress", "large", 4, 1 * GB, 400 * GB, 1.0)]
+    some = Operations(1.0)
+    works = [
+        Work("factorize", "large", 2, 60 * GB, 10 * GB, some, host=5 * GB),
+        Work("compress", "large", 4, 1 * GB, 400 * GB, some),
+    ]
     everything = {"factorize": 2, "compress": 4}
     assert misfit(works, everything, 64 * GB, 500 * GB) is None
     line = misfit(works, everything, 32 * GB, 500 * GB)
@@ -274,7 +309,45 @@ def test_what_cannot_fit_is_refused_with_the_number():
     assert "need about 410.0 GB of disk, 100.0 GB are free" in misfit(works, everything, 64 * GB, 100 * GB)
     assert misfit(works, {"compress": 1}, 32 * GB, 120 * GB) is None, "a quarter of the checkpoints is left to make"
     assert misfit(works, {}, 0, 0) is None, "all is there"
-    assert min(machine()) > 0
+    assert min(machine().values()) > 0
+    assert misfit(works, everything, 8 * GB, 500 * GB, 80 * GB) is None, "on a device, the host holds less"
+    assert "needs about 60.0 GB of memory on the device, there are 40.0 GB" in misfit(
+        works, everything, 8 * GB, 500 * GB, 40 * GB
+    )
+    assert "factorize of large needs about 5.0 GB of memory, there are 3.0" in misfit(
+        works, everything, 3 * GB, 500 * GB, 80 * GB
+    )
+
+
+def test_disk_at_peak_is_what_stays_and_the_largest_temporary_files():
+    some = Operations(1.0)
+    works = [
+        Work("collect_statistics", "large", 1, GB, 10 * GB, some, 30 * GB, intermediate=True),
+        Work("evaluate_perplexity", "large", 5, GB, 1 * GB, some, 40 * GB),
+        Work("factorize", "large", 5, GB, 4 * GB, some, intermediate=True),
+    ]
+    assert at_peak(works) == 55 * GB
+    everything = {work.stage: work.jobs for work in works}
+    assert misfit(works, everything, 64 * GB, 56 * GB) is None
+    assert "need about 55.0 GB of disk" in misfit(works, everything, 64 * GB, 54 * GB)
+    assert misfit(works, {"factorize": 5}, 64 * GB, 5 * GB) is None
+    shape = replace(shape_of(DEMO), bytes=7 * GB)
+    assert disk_lines(works, {"large": shape})[0].startswith(
+        "large: intermediates (statistics, gradients, factors, predictions) 14.0 GB of disk, 2.0 times the model's bytes; "
+        "with all results 55.0 GB at peak, 7.9 times"
+    )
+
+
+def test_rates_of_a_device_are_named_or_given():
+    assert rates_of("h200").half > rates_of("h200").products > rates_of("h200").decompositions
+    given = {"half": "3e14", "products": 1e13, "decompositions": 1e12, "calls": 1e10, "written": 1e9}
+    assert rates_of(given) == Rates(3e14, 1e13, 1e12, 1e10, 1e9)
+    assert rates_of({**given, "memory": 8e10}).memory == 8e10
+    for wrong in ("h20", {"half": 1e14}, {**given, "half": "fast"}, {**given, "half": -1}, {**given, "tensor": 1}, 3, []):
+        with pytest.raises(InputError, match="--config device: "):
+            rates_of(wrong)
+    here = of_this_machine()
+    assert here.half == here.calls > 1e8
 
 
 def test_a_damaged_header_is_refused_by_name(tmp_path):
@@ -308,7 +381,7 @@ def test_rounding_costs_what_its_metric_and_its_forms_do():
         plan, shape = plan_of(lambda c, only=method: c["experiments"]["demo"].update(methods=[only])), shape_of(DEMO)
         found[method] = {work.stage: work for work in forecast(plan, {"demo": shape})}["factorize"]
     codes = sum(m.shape[0] * (m.shape[1] * 28 // 8 + 6 * 2 * -(-m.shape[1] // 128)) for m in shape.matrices)
-    assert all(work.disk == codes for work in found.values())
+    assert all(codes < work.disk < 1.2 * codes for work in found.values())
     operations = [work.operations for work in found.values()]
     assert operations == sorted(operations)
     assert len(set(operations)) == 3

@@ -84,7 +84,7 @@ def test_elsewhere_the_line_names_the_snakefile(tmp_path, monkeypatch):
 
 
 def test_a_model_that_does_not_fit_is_streamed(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "machine", lambda: (1e6, 1e9))
+    monkeypatch.setattr(command, "machine", lambda: {"memory": 1e6, "disk": 1e9})
     said, found = written(tmp_path, str(DEMO))
     assert found["models"]["demo"]["load"] == "stream"
     assert "(streamed)" in said[1]

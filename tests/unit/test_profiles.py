@@ -9,6 +9,10 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from winnow.planning.config import load
+from winnow.planning.config_files import default
+from winnow.planning.plan import Plan
+from winnow.planning.stages.base import stages_of
 
 RULES = "\n".join(path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
 # The workflow as Snakemake reads it: rules are made in loops too.
@@ -41,6 +45,15 @@ def test_the_profile_sends_exactly_the_gpu_rules_to_the_gpu_partition(rules):
     assert {"collect_statistics", "evaluate_perplexity_healed"} <= asking
     assert set(profile["set-resources"]) == asking
     assert all(resources == {"slurm_partition": "GPU_PARTITION"} for resources in profile["set-resources"].values())
+
+
+def test_the_forecast_has_the_rules_that_ask_for_a_gpu(rules):
+    """Except `compress_refitted`, the only one of its stage, and times, which are of the device that they name."""
+    stages = stages_of(Plan(load(default()), ROOT)).values()
+    on_device = {rule for stage in stages if stage.on_device for rule in stage.rules}
+    asking = {name for name, rule in rules.items() if rule["gpu"]}
+    assert asking - on_device == {"compress_refitted", "time_forms"}
+    assert not on_device - asking
 
 
 def test_what_is_submitted_together_needs_the_place_of_one(rules):

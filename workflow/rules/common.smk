@@ -28,7 +28,8 @@ ALL_CORES = (
 )  # of this run: nothing runs beside a job that takes them
 # Given by --config, about how a target runs; no number depends on them.
 PRUNE = str(config.pop("prune", False)).lower() == "true"
-MEMORY_GB, DISK_GB = (config.pop(key, None) for key in ("memory_gb", "disk_gb"))
+LIMITS = {key: config.pop(f"{key}_gb", None) for key in ("memory", "disk", "device")}
+DEVICE = config.pop("device", None)
 
 
 def stop_with(line):

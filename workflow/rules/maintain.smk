@@ -15,7 +15,8 @@ rule plan:
         spec={
             "config": CONFIG,
             "root": str(ROOT),
-            "limits": [MEMORY_GB, DISK_GB],
+            "limits": LIMITS,
+            "device": DEVICE,
             "resources": PLAN.resources,
         },
     script:

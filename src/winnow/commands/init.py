@@ -55,7 +55,7 @@ def init(
     grid = {"models": [*content["models"]], "calibrations": ["mine"], "methods": list(methods), "budgets": budgets}
     content["experiments"] = {"mine": {**grid, "evaluations": ["mine"]}}
     largest = _largest(content, suggested, root)
-    memory = machine()[0]
+    memory = machine()["memory"]
     if largest and largest.memory > memory:
         source["load"] = "stream"
         largest = _largest(content, suggested, root)
@@ -119,7 +119,7 @@ def _model(suggested: Suggested) -> str:
 def _said(
     content: dict[str, Any], suggested: Suggested, output: Path, root: Path, own_texts: bool, largest: Work | None
 ) -> list[str]:
-    calibration, memory = content["calibrations"]["mine"], machine()[0]
+    calibration, memory = content["calibrations"]["mine"], machine()["memory"]
     line = f"{output}: {_model(suggested)}; {calibration['windows']} calibration windows of {calibration['length']} tokens"
     found = [line + ("" if own_texts else " of the demo's texts (--text gives your own)")]
     if largest:

@@ -95,9 +95,9 @@ class Evaluation(Plugin):
         return self.options.model_dump(exclude={"kind"})
 
     def work(self, running: Running) -> tuple[float, float, float]:
-        """(bytes of memory, bytes of disk, floating-point operations) of a job, for forecasts; by default those of holding the
-        model and a batch of activations."""
-        return running.loaded + running.activations, 1e5, 0.0
+        """(bytes of memory, bytes of files that are removed at the end, floating-point operations) of a job, for forecasts; by
+        default those of holding the model and a batch of activations."""
+        return running.loaded + running.activations, 0.0, 0.0
 
     @classmethod
     @abstractmethod

@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     from winnow.structures.base import Problem
 
 
-def statistics_of(criterion: str) -> tuple[str, ...]:
-    """The statistics that a criterion needs: of the hidden units, and of the gradient of the loss at the output."""
-    if criterion == "loss":
-        return ("gram", "gradient_gram")
-    needs = {"activation": ("rms",), "activation_x_row": ("rms",), "lowest": ("rms",), "leverage": ("gram",), "output": ("gram",)}
-    return needs.get(criterion, ())
-
-
 def order_of(problem: Problem, criterion: str, seed: int, ridge: float = 1e-4) -> Tensor:
     """(f,): the neurons from the most to the least important; ties by position.
 

@@ -1,8 +1,8 @@
 """Peak memory, disk and time of every stage, from the configuration and the shapes of the models alone.
 
 Bounds, not promises: memory and disk are sums of the tensors that a stage holds or writes (`Stage.work` of every stage); time is
-arithmetic and bytes written over a rate each, or the median of earlier runs of the same stage on the same model where there are
-any.
+arithmetic and bytes written over a rate each (`winnow.planning.rates`), or the median of earlier runs of the same stage on the
+same model where there are any.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import csv
 import os
 import shutil
 import statistics
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,7 @@ def _merged(works: list[Work]) -> list[Work]:
     rows: dict[tuple[str, str, str], Work] = {}
     for w in works:
         key = (w.stage, w.model, w.target)
-        o = rows.get(key)
-        sums = (w.jobs, w.memory, w.disk, w.operations)
-        if o is not None:
-            sums = (o.jobs + w.jobs, max(o.memory, w.memory), o.disk + w.disk, o.operations + w.operations)
-        rows[key] = Work(w.stage, w.model, *sums, w.streams, w.target)
+        rows[key] = rows[key].with_more(w) if key in rows else w
     return list(rows.values())
 
 
@@ -63,40 +58,39 @@ def measured_seconds(results: Path, stage: str, label: str, name: str = "*") -> 
     return statistics.median(seconds) if seconds else None
 
 
-def arithmetic_rate() -> float:
-    """Floating-point operations per second of this machine, from a tenth of a second of float32 products; halved, since no
-    stage is products only."""
-    import numpy as np
-
-    one = np.ones((512, 512), dtype=np.float32)
-    one @ one
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.1:
-        one @ one
-        count += 1
-    return 0.5 * count * 2 * 512**3 / (time.perf_counter() - began)
-
-
-def machine() -> tuple[float, float]:
-    """(bytes of memory, free bytes of disk) here; memory as the control group limits it, where it does."""
+def machine() -> dict[str, float]:
+    """Bytes of `memory` and free bytes of `disk` here; memory as the control group limits it, where it does."""
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         memory = min(memory, float(text))
-    return memory, float(shutil.disk_usage(".").free)
+    return {"memory": memory, "disk": float(shutil.disk_usage(".").free)}
 
 
-def misfit(works: list[Work], to_run: dict[str, int], memory: float, disk: float) -> str | None:
-    """One line if a stage that has jobs to run cannot fit into `memory`, or all of them into `disk`; else None."""
+def at_peak(works: Iterable[Work], share: Callable[[Work], float] = lambda work: 1.0) -> float:
+    """Bytes of disk when most are used: all results (a `share` of those of a stage), and the largest temporary files, of one job
+    or of all jobs that share a calibration's windows. Jobs that run beside it add theirs."""
+    rows = [(share(work) * work.disk, work.temporary) for work in works]
+    return sum(disk for disk, _ in rows) + max((temporary for _, temporary in rows), default=0.0)
+
+
+def misfit(works: list[Work], to_run: dict[str, int], memory: float, disk: float, device: float = 0.0) -> str | None:
+    """One line if a stage that has jobs to run cannot fit into `memory`, or all of them into `disk`; else None. `device`: bytes
+    of a GPU's memory, for jobs that use one; 0: they hold all in `memory`."""
     waiting = [w for w in works if to_run.get(w.stage)]
-    worst = max(waiting, key=lambda w: w.memory, default=None)
-    if worst is not None and worst.memory > memory:
-        streams = ", or see `load: stream`, which reads a model block by block" if worst.streams else ""
-        return (
-            f"{worst.stage} of {worst.model} needs about {worst.memory / GB:.1f} GB of memory, there are {memory / GB:.1f} GB; "
-            f"run it where there is more (`--config memory_gb=...` says how much a job gets there){streams}"
-        )
-    need = sum(w.disk * min(1.0, to_run[w.stage] / w.jobs) for w in waiting)
+    needs = []
+    for w in waiting:
+        if device and w.host is not None:
+            needs.append((w.memory, device, "memory on the device", "device_gb", w))
+        needs.append((w.host if device and w.host is not None else w.memory, memory, "memory", "memory_gb", w))
+    for need, limit, what, option, work in sorted(needs, key=lambda row: row[0] - row[1], reverse=True):
+        if need > limit:
+            streams = ", or see `load: stream`, which reads a model block by block" if work.streams else ""
+            return (
+                f"{work.stage} of {work.model} needs about {need / GB:.1f} GB of {what}, there are {limit / GB:.1f} GB; "
+                f"run it where there is more (`--config {option}=...` says how much a job gets there){streams}"
+            )
+    need = at_peak(waiting, lambda w: min(1.0, to_run[w.stage] / w.jobs))
     if need > disk:
         return (
             f"the results need about {need / GB:.1f} GB of disk, {disk / GB:.1f} GB are free; free some (`snakemake prune`), "

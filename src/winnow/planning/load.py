@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from winnow.calibration.few_tokens import too_few
 from winnow.data.text_formats import rows_of
 from winnow.models.shape import WIDTHS, Shape
+from winnow.numerics.operations import Operations
+from winnow.planning.rates import START, Rates
 
 if TYPE_CHECKING:
     from winnow.models.architectures import Matrix
@@ -21,25 +23,46 @@ if TYPE_CHECKING:
 
 MB, GB = 1e6, 1e9
 BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
-START = 5.0  # seconds until such a process computes
-WRITTEN = 0.15 * GB  # bytes a second of what a job writes, with reading, checking and cutting what that is made of; of `compress`
+A_FILE = 3000  # bytes of a file of tensors beside these: what it was made of, and their names; measured
+OF_DEVICE = 3 * GB  # of a process that has the libraries of a GPU; assumed
 
 
 @dataclass(frozen=True)
 class Work:
-    """One rule for one model: how many jobs, and the largest of each kind of need among them; disk is of all of them."""
+    """One rule for one model: how many jobs, what the largest of them needs at a time, and what all of them do and leave."""
 
     stage: str
     model: str
     jobs: int
     memory: float  # bytes, of the largest job
-    disk: float  # bytes, of all jobs
-    operations: float  # floating point, of all jobs
+    disk: float  # bytes of results, of all jobs
+    amounts: Operations  # of all jobs
+    temporary: float = 0.0  # bytes of files that are removed when a job ends, or when parts are merged; of the largest job
+    written: float = 0.0  # bytes that all jobs write into such files
+    host: float | None = None  # bytes of host memory where `memory` is on a device; None: a job never uses one
     streams: bool = False  # whether `load: stream` takes less memory
+    intermediate: bool = False  # whether its results are only there to make others: statistics, factors, predictions
     target: str = ""  # what asks for it, where `snakemake` alone does not
 
-    def seconds(self, rate: float) -> float:
-        return self.jobs * START + self.operations / rate + self.disk / WRITTEN
+    @property
+    def operations(self) -> float:
+        """Floating point, of all jobs."""
+        return self.amounts.total
+
+    def seconds(self, rates: Rates) -> float:
+        return self.jobs * START + rates.seconds(self.amounts) + (self.disk + self.written) / rates.written
+
+    def with_more(self, other: Work) -> Work:
+        """The same rule with other jobs, too."""
+        return replace(
+            self,
+            jobs=self.jobs + other.jobs,
+            memory=max(self.memory, other.memory),
+            disk=self.disk + other.disk,
+            amounts=self.amounts + other.amounts,
+            temporary=max(self.temporary, other.temporary),
+            written=self.written + other.written,
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +103,18 @@ class Load:
     def loaded(self) -> float:
         """Bytes of the model's numbers."""
         return self.shape.numbers * self.unit
+
+    @property
+    def host(self) -> float:
+        """Bytes that the host holds of a job whose tensors are on a device: what is read and written at a time, of weights a
+        block with the embeddings (all, if they are loaded at once), of statistics those of a layer, twice."""
+        unit = 8 if any(preset.precision == "float64" for preset in self.calibrations.values()) else 4
+        statistics = unit * ((self.gram + self.cross) / self.shape.layers + self.gradient_of_layer[0])
+        return OF_DEVICE + 2 * statistics + (self.unit * (self.shape.block() + self.embeddings) if self.streamed else self.loaded)
+
+    def passes(self, operations: float) -> Operations:
+        """Operations of products in the model's dtype."""
+        return Operations(half=operations) if self.unit == 2 else Operations(products=operations)
 
     @cached_property
     def calibrations(self) -> dict[str, Calibration]:
@@ -202,11 +237,12 @@ class Load:
         tokens = self.tokens(calibration)
         return [n + self.shape.width for _, n in self.sides(method) if too_few(n, tokens)]
 
-    def tuning(self, tuning: Tuning) -> tuple[float, float, float]:
+    def tuning(self, tuning: Tuning) -> tuple[float, float, Operations]:
         """(memory, disk, operations) of training all weights in float32 on a task's train rows: weights, gradients, two
         moments."""
         task = self.plan.task(tuning.task)
         tokens = tuning.batch * task.length
         held = 4 * tokens * self.shape.layers * (14 * self.shape.width + 3 * self.widest)
         steps = tuning.total_steps(rows_of(task.train))
-        return 16 * self.shape.numbers + held, 4 * self.shape.numbers, 6.0 * steps * tokens * self.shape.numbers
+        operations = Operations(products=6.0 * steps * tokens * self.shape.numbers)
+        return 16 * self.shape.numbers + held, 4 * self.shape.numbers, operations

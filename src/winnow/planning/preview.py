@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from winnow.models.shape import Shape
-from winnow.planning.forecast import measured_seconds
+from winnow.numerics.operations import CALL
+from winnow.planning.forecast import at_peak, measured_seconds
 from winnow.planning.load import GB, MB, Work
 from winnow.planning.plan import Plan
+from winnow.planning.rates import Rates
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,25 +71,59 @@ def cells_table(plan: Plan, shapes: dict[str, Shape]) -> Table:
 CURRENCIES = ("keep_bytes", "rank", "rank_fraction")
 
 
-def works_table(works: Iterable[Work], plan: Plan, to_run: dict[str, int], results: Path, rate: float) -> tuple[Table, float]:
-    """(one row per stage and model, total seconds of the jobs to run)."""
+def works_table(
+    works: Iterable[Work], plan: Plan, to_run: dict[str, int], results: Path, here: Rates, device: Rates | None = None
+) -> tuple[Table, float]:
+    """(one row per stage and model, total seconds of the jobs to run). With the rates of a `device`, jobs that use a GPU take
+    their time there, and its memory and the host's have a column each."""
     from rich.table import Table
 
     table = Table(title="Stages", title_justify="left")
-    for column in ("stage", "model", "jobs", "to run (all models)", "memory, largest", "disk", "seconds a job", "from"):
+    memory = ("device\nmemory", "host\nmemory") if device else ("memory,\nlargest",)
+    for column in ("stage", "model", "jobs", "to run,\nall models", *memory, "disk", "temporary", "seconds\na job", "from"):
         table.add_column(column, justify="left" if column in ("stage", "model", "from") else "right", no_wrap=True)
-    total = 0.0
+    total, elsewhere = 0.0, replace(here, written=device.written) if device else here
     for work in works:
         name = work.target.removeprefix("study_") or "*"
         measured = measured_seconds(results, work.stage, plan.labels["models"][work.model], name)
-        each = work.seconds(rate) / work.jobs if measured is None else measured
+        rates = device if device and work.host is not None else elsewhere
+        each = work.seconds(rates) / work.jobs if measured is None else measured
         waiting = to_run.get(work.stage, 0)
         total += each * min(waiting, work.jobs)
         source = "arithmetic" if measured is None else "earlier jobs"
-        numbers = (size(work.memory), size(work.disk), f"{each:.1f}", source)
+        held = [size(work.memory)]
+        if device:
+            held = ["", *held] if work.host is None else [*held, size(work.host)]
+        numbers = (*held, size(work.disk), size(work.temporary) if work.temporary else "", f"{each:,.1f}", source)
         state = str(waiting) if waiting else "by its own target" if work.target else "cached"
         table.add_row(work.target or work.stage, work.model, str(work.jobs), state, *numbers)
     return table, total
+
+
+def rates_line(here: Rates, device: Rates | None, name: str) -> str:
+    """What seconds are computed from."""
+    own = f"{here.products:.1e} operations a second (this machine)"
+    if device is None:
+        return f"seconds: {own}, {size(here.written)} written a second; `--config device=h200` is for a run elsewhere"
+    kinds = {"16-bit products": device.half, "other products": device.products, "eigenproblems": device.decompositions}
+    rates = ", ".join(f"{kind} {rate:.1e}" for kind, rate in kinds.items())
+    calls = f"{1e6 * CALL / device.calls:.0f} microseconds a short call"
+    line = f"seconds for one {name}: {rates} operations a second; {calls}; {size(device.written)} written a second"
+    return f"{line}; jobs without a GPU: {own}"
+
+
+def disk_lines(works: list[Work], shapes: dict[str, Shape]) -> list[str]:
+    """For every model, what its intermediates and all of its results at peak come to, as multiples of its bytes."""
+    found = []
+    for name, shape in shapes.items():
+        mine = [work for work in works if work.model == name]
+        kept, peak = sum(work.disk for work in mine if work.intermediate), at_peak(mine)
+        found.append(
+            f"{name}: intermediates (statistics, gradients, factors, predictions) {size(kept)} of disk, "
+            f"{kept / shape.bytes:.1f} times the model's bytes; with all results {size(peak)} at peak, "
+            f"{peak / shape.bytes:.1f} times, if one job at a time has temporary files"
+        )
+    return found
 
 
 def print_tables(tables: Iterable[Table]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from winnow.models.architectures import Matrix
+from winnow.numerics.operations import Operations
 from winnow.structures.base import Fit, Part, Problem, StructureOptions
 from winnow.structures.ffn import FfnStructure
 
@@ -45,7 +46,7 @@ class AffineBlock(FfnStructure):
         d = group[-1].shape[0]
         return min(2 * size * d, d * d) + d
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         """As in `Structure`; a map (d, d) and its factors are cached."""
         memory, operations, _ = super().work(group, needs)
         return memory, operations, 4.0 * group[-1].shape[0] * (group[-1].shape[0] + 2 * self.limit(group))

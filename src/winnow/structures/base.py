@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from winnow.models.architectures import Matrix, group_name
+from winnow.numerics.operations import EIGEN, Operations
 from winnow.registry import Options, Plugin, Registry
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from winnow.metrics.base import Metric
 
 
-EIGEN = 25  # operations of an eigendecomposition of (n, n), over n^3
 # What can be asked to run a compressed model as it is stored, see `Structure.runs`.
 RUNTIMES = {
     "any": "every size",
@@ -236,19 +236,19 @@ class Structure(Plugin):
         """(C, R) in which `Fit.error` is measured, for the objective `metric`."""
         return problem.columns(), problem.rows()
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         """(bytes of memory, operations, bytes of the file) of a fit of the group in a metric with these needs, for forecasts."""
         m, n = sum(matrix.shape[0] for matrix in group), max(matrix.shape[1] for matrix in group)
         memory = 8.0 * (4 * m * n + 3 * n * n + 3 * min(m, n) ** 2)
         cached = 4.0 * sum(matrix.shape[0] * matrix.shape[1] for matrix in group)
-        return memory, 2.0 * m * n * n + EIGEN * min(m, n) ** 3, cached
+        return memory, Operations(products=2.0 * m * n * n, decompositions=EIGEN * min(m, n) ** 3), cached
 
     def predicting(self, group: list[Matrix]) -> float:
         """Bytes of memory of `predicted` with its problem and its fit, for forecasts."""
         m, n = sum(matrix.shape[0] for matrix in group), max(matrix.shape[1] for matrix in group)
         return 8.0 * (2 * m * n + 2 * (m * m + n * n))
 
-    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> float:
+    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> Operations:
         """Operations of `fit_at`, at the size at which it takes most, for forecasts."""
         return self.work(group, needs)[1]
 

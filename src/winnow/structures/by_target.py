@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from winnow.models.architectures import Matrix, Target, disjoint, named_by
+from winnow.numerics.operations import Operations
 from winnow.structures.base import AnyStructure, Fit, Part, Problem, Runtime, Structure, StructureOptions
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class ByTarget(Structure):
     def fit(self, problem: Problem, largest: int) -> Fit:
         return self.part(problem.group[0]).fit(problem, largest)
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         return self.part(group[0]).work(group, needs)
 
     def predicting(self, group: list[Matrix]) -> float:

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 
 from winnow.metrics.base import METRICS, MetricOptions
 from winnow.models.architectures import Matrix
-from winnow.structures.base import EIGEN, AnyStructure, Fit, Part, Problem, Runtime, Structure, StructureOptions
+from winnow.numerics.operations import EIGEN, Operations
+from winnow.structures.base import AnyStructure, Fit, Part, Problem, Runtime, Structure, StructureOptions
 from winnow.structures.parts import (
     Factors,
     Seen,
@@ -162,14 +163,15 @@ class Bypass(Structure):
         """The forms of rounded factors: a scale for every row."""
         return factors_of(*matrix.shape, self._kept(matrix), self.options.kept_bits or 8, "full", None)
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         """That of the remainder in every round, and the leading directions of every size and round."""
         memory, operations, cached = self.inner.work(group, (*needs, *self.needs()))
         times = self.inner.limit(group) if self.options.in_turn else 1
         operations *= self.options.rounds
         for m, n in (matrix.shape for matrix in group):
             roots = m**3 if "gradient_gram" in needs else 0
-            operations += self.options.rounds * times * (2.0 * m * n * (m + n) + EIGEN * (min(m, n) ** 3 + roots))
+            each = Operations(products=2.0 * m * n * (m + n), decompositions=EIGEN * (min(m, n) ** 3 + roots))
+            operations += each * (self.options.rounds * times)
         kept = sum(self._kept(m) * sum(m.shape) for m in group) * (1.0 if self.options.kept_bits else 4.0)
         return max(memory, super().work(group, needs)[0]), operations, cached + kept * times
 

@@ -7,12 +7,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from winnow.models.architectures import Matrix, ffn_groups
+from winnow.numerics.operations import Operations
 from winnow.structures.base import Fit, Part, Problem, Structure, StructureOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FUSED = "gate_up_proj"
+
+
+def statistics_of(criterion: str) -> tuple[str, ...]:
+    """The statistics that a criterion needs: of the hidden units, and of the gradient of the loss at the output."""
+    if criterion == "loss":
+        return ("gram", "gradient_gram")
+    needs = {"activation": ("rms",), "activation_x_row": ("rms",), "lowest": ("rms",), "leverage": ("gram",), "output": ("gram",)}
+    return needs.get(criterion, ())
 
 
 class FfnStructure(Structure):
@@ -32,7 +41,7 @@ class FfnStructure(Structure):
     def judged(self, group: list[Matrix]) -> list[Matrix]:
         return group[-1:]
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         """As in `Structure`, but with the memory of the neurons' second moments and factors, and of the matrices."""
         _, operations, cached = super().work(group, needs)
         (d, f), weights = group[-1].shape, sum(m.shape[0] * m.shape[1] for m in group)

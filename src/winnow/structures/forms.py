@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, ValidationInfo
 
 from winnow.models.architectures import Matrix
 from winnow.numerics.grids import Form
+from winnow.numerics.operations import Operations
 from winnow.structures.base import Fit, Part, Problem, Runtime, Structure, StructureOptions
 
 if TYPE_CHECKING:
@@ -78,12 +79,13 @@ class RoundedForms(Structure):
             return self.forms(group[0].shape[1])[size - 1].group in KERNEL_GROUPS and group[0].shape[0] % KERNEL_ROWS == 0
         return super().runs(group, size, runtime)
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         """About 20 roundings of every form, each with its error."""
         m, n = group[0].shape
         each = 20.0 * (20 * m * n + 2 * m * n * (n + (m if "gradient_gram" in needs else 0)))
         cached = sum(self.form_bytes(form, m, n) for form in self.forms(n))
-        return 8.0 * (10 * m * n + 2 * n * n + 2 * m * m), len(self.options.bits) * each, 1.0 * cached
+        operations = Operations(products=len(self.options.bits) * each)
+        return 8.0 * (10 * m * n + 2 * n * n + 2 * m * m), operations, 1.0 * cached
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch

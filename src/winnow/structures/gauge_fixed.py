@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from winnow.models.architectures import Matrix
+from winnow.numerics.operations import Operations
 from winnow.structures.base import Part, StructureOptions
 from winnow.structures.low_rank import LowRank
 
@@ -24,7 +25,7 @@ class GaugeFixed(LowRank):
     class Options(StructureOptions):
         kind: Literal["gauge_fixed"]
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         """As in `Structure`; both factors are cached as `low_rank` has them, up to a larger size."""
         memory, operations, _ = super().work(group, needs)
         return memory, operations, 4.0 * self.largest(group) * sum(group[0].shape)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from winnow.models.architectures import Matrix
+from winnow.numerics.operations import Operations
 from winnow.structures.base import Fit, Part, Problem, StructureOptions
-from winnow.structures.ffn import FfnStructure
+from winnow.structures.ffn import FfnStructure, statistics_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,22 +44,20 @@ class NeuronSlice(FfnStructure):
     options: Options
 
     def needs(self) -> tuple[str, ...]:
-        from winnow.numerics.neurons import statistics_of
-
         return tuple(dict.fromkeys(("gram", *statistics_of(self.options.criterion))))
 
     def count(self, group: list[Matrix], size: int, tensors: dict[str, Tensor]) -> int:
         (*inner, down), d = group, group[-1].shape[0]
         return len(group) * size * d + size * sum(m.bias for m in inner) + (d if down.bias else 0)
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         """As in `Structure`, plus the greedy selection of neurons (`by_gain`). Cached are an order and, with a correction, a
         triangle (f, f) and down (d, f) times it, in float64."""
         memory, operations, cached = super().work(group, needs)
         d, f = group[-1].shape
         cached += 8.0 * f + (0.0 if self.options.correction == "none" else 8.0 * f * f + 4.0 * d * f)
         if self.options.criterion in ("output", "loss"):
-            operations += BY_GAIN * (f**3 / 3 + 4 * d * f**2)
+            operations += Operations(products=BY_GAIN * (f**3 / 3 + 4 * d * f**2))
         return memory, operations, cached
 
     def fit_ffn(self, problem: Problem, largest: int) -> Fit:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from winnow.models.architectures import Matrix, group_name
 from winnow.numerics.grids import FEW_BITS, SHARES, Form, forms_of
 from winnow.numerics.hadamard import ODD, factors_of, odd_part, rotatable
+from winnow.numerics.operations import Operations
 from winnow.structures.base import Fit, Part, Problem, Runtime, Structure, StructureOptions
 from winnow.structures.forms import Bits
 
@@ -165,33 +166,35 @@ class Rounded(Structure):
             return signed <= 8 and blocks and (form.group % 32 == 0 or form.group == n)
         return super().runs(group, size, runtime)
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         return self._work(group, needs, self.forms(*group[0].shape))
 
-    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> float:
+    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> Operations:
         """The forms that are rounded at once with one."""
         forms = self.forms(*group[0].shape)
         count = min(len(forms), at_once(group[0].shape))
         return max(self._work(group, needs, [form] * count)[1] for form in forms)
 
-    def _work(self, group: list[Matrix], needs: tuple[str, ...], forms: list[Form]) -> tuple[float, float, float]:
+    def _work(self, group: list[Matrix], needs: tuple[str, ...], forms: list[Form]) -> tuple[float, Operations, float]:
         """Codes of the forms, several rounded at once; searched scales, errors, and feedback in a full metric."""
         (m, n), own = group[0].shape, self.options
         both, together = "gradient_gram" in needs, min(len(forms), at_once((m, n)))
         tried = 1 + {"largest": 0, "searched": len(SHARES), "unbiased": len(FEW_BITS)}[own.scales]
-        each = tried * (SCALES * m * n + CALLS) + PACKED * m * n + 2 * m * n * (n + (m if both else 0))
+        each = 1.0 * tried * SCALES * m * n + PACKED * m * n + 2 * m * n * (n + (m if both else 0))
         metric = batch = 0.0
         if own.rounding == "feedback" and "gram" in needs:
             metric, feedback, batch = feeding_back(m, n, both)
             each += feedback
         turns = {form.rotation for form in forms}
-        operations = len(turns) * metric + len(forms) * each + (len(turns) - 1 + math.ceil(len(forms) / together)) * batch
+        operations = 1.0 * len(turns) * metric + len(forms) * each
+        calls = len(forms) * tried * CALLS + (len(turns) - 1 + math.ceil(len(forms) / together)) * batch
         memory = MATRICES * together * m * n + 4 * n * n + 4 * m * m
         for which in sorted(turns - {"none"}):  # of W, of the metric, and back for every form
             turn = 2 * sum(factors_of(n)) + (2 * sum(factors_of(m)) if which == "both" else 0)
             operations += turn * (m * n * (1 + sum(form.rotation == which for form in forms)) + 2 * n * n + 2 * m * m)
             memory = MATRICES * together * m * n + 7 * n * n + 7 * m * m + 3 * m * n
-        return 8.0 * memory, 1.0 * operations, 1.0 * sum(form.bytes(m, n) for form in forms)
+        cached = sum(form.bytes(m, n) for form in forms)
+        return 8.0 * memory, Operations(products=operations, calls=calls), 1.0 * cached
 
     def fit(self, problem: Problem, largest: int) -> Fit:
         import torch

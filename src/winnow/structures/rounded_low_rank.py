@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from winnow.models.architectures import Matrix, group_name
-from winnow.structures.base import EIGEN, Fit, Part, Problem, Runtime, Structure
+from winnow.numerics.operations import EIGEN, NONE, Operations
+from winnow.structures.base import Fit, Part, Problem, Runtime, Structure
 from winnow.structures.forms import ASCENDING
 from winnow.structures.parts import (
     Factors,
@@ -104,7 +105,7 @@ class RoundedLowRank(Structure):
             return all(one.runs([part], 1, runtime) for part, one in factor_parts(self.rounded, group[0], form).values())
         return super().runs(group, size, runtime)
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         """The factors of all ranks, and the rounding of each pair."""
         m, n = group[0].shape
         memory, operations, cached = 80.0 * m * n, self._factoring(m, n), 0.0
@@ -113,21 +114,21 @@ class RoundedLowRank(Structure):
             memory, operations, cached = max(memory, held), operations + rounding, cached + kept
         return memory, operations, cached
 
-    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> float:
+    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> Operations:
         m, n = group[0].shape
-        return self._factoring(m, n) + max((self._work(group, needs, form)[1] for form in self.sizes(m, n)), default=0.0)
+        return self._factoring(m, n) + max((self._work(group, needs, form)[1] for form in self.sizes(m, n)), default=NONE)
 
-    def _factoring(self, m: int, n: int) -> float:
-        return 2.0 * m * n * n + EIGEN * min(m, n) ** 3
+    def _factoring(self, m: int, n: int) -> Operations:
+        return Operations(products=2.0 * m * n * n, decompositions=EIGEN * min(m, n) ** 3)
 
-    def _work(self, group: list[Matrix], needs: tuple[str, ...], form: Factors) -> tuple[float, float, float]:
+    def _work(self, group: list[Matrix], needs: tuple[str, ...], form: Factors) -> tuple[float, Operations, float]:
         """Of the rounding of one pair."""
-        (m, n), memory, operations, cached = group[0].shape, 0.0, 0.0, 0.0
+        (m, n), memory, operations, cached = group[0].shape, 0.0, NONE, 0.0
         fitting = 4.0 * form.rank * m * n + 2.0 * form.rank * (n * n + m * m) + 2.0 * m * n * (m + n)
         for part, one in factor_parts(self.rounded, group[0], form).values():
             held, rounding, kept = one.work([part], needs)
             memory, cached = max(memory, held), cached + kept
-            operations += self.options.rounds * (rounding + fitting)
+            operations += (rounding + Operations(products=fitting)) * self.options.rounds
         return memory, operations, cached
 
     def fit(self, problem: Problem, largest: int) -> Fit:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from winnow.models.architectures import Matrix, group_name
 from winnow.numerics.grids import Form
+from winnow.numerics.operations import NONE, Operations
 from winnow.structures.base import Fit, Part, Problem, Runtime
 from winnow.structures.ffn import FUSED, FfnStructure, parted, parts_of
 from winnow.structures.forms import ASCENDING
@@ -129,7 +130,7 @@ class RoundedNeuronSlice(FfnStructure):
         d = down.shape[0]
         return [*(replace(m, shape=(size.neurons, d)) for m in inner), replace(down, shape=(d, size.neurons))]
 
-    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, float, float]:
+    def work(self, group: list[Matrix], needs: tuple[str, ...]) -> tuple[float, Operations, float]:
         """As in `neuron_slice`, and the rounding of every size, of those with as many neurons at once."""
         memory, operations, _ = self.slice.work(group, needs)
         cached = 8.0 * group[-1].shape[1]
@@ -139,10 +140,12 @@ class RoundedNeuronSlice(FfnStructure):
                 memory, operations, cached = max(memory, held), operations + rounding, cached + kept
         return memory, operations, cached
 
-    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> float:
+    def again(self, group: list[Matrix], needs: tuple[str, ...]) -> Operations:
         sizes = {size.neurons: size for size in self.sizes(group)}
-        rounding = (sum(self.rounded.again([p], self.needs()) for p in self._parts(parts_of(group), s)) for s in sizes.values())
-        return self.slice.work(group, needs)[1] + max(rounding, default=0.0)
+        rounding = (
+            sum((self.rounded.again([p], self.needs()) for p in self._parts(parts_of(group), s)), NONE) for s in sizes.values()
+        )
+        return self.slice.work(group, needs)[1] + max(rounding, default=NONE)
 
     def fit_ffn(self, problem: Problem, largest: int) -> Fit:
         import torch

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from winnow.models.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, StructureOptions
-from winnow.structures.ffn import FfnStructure
+from winnow.structures.ffn import FfnStructure, statistics_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,8 +34,6 @@ class Split(FfnStructure):
     options: Options
 
     def needs(self) -> tuple[str, ...]:
-        from winnow.numerics.neurons import statistics_of
-
         return statistics_of(self.options.criterion)
 
     def _heavy(self, group: list[Matrix]) -> int:

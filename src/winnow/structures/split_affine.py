@@ -8,7 +8,7 @@ from pydantic import Field
 
 from winnow.models.architectures import Matrix
 from winnow.structures.base import Fit, Part, Problem, StructureOptions
-from winnow.structures.ffn import FfnStructure
+from winnow.structures.ffn import FfnStructure, statistics_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,8 +36,6 @@ class SplitAffine(FfnStructure):
     options: Options
 
     def needs(self) -> tuple[str, ...]:
-        from winnow.numerics.neurons import statistics_of
-
         affine = ("gram", "mean", "cross") if self.options.light == "affine" else ("gram",)
         return tuple(dict.fromkeys((*affine, *statistics_of(self.options.criterion))))
 

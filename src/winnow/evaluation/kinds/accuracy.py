@@ -52,8 +52,8 @@ class Accuracy(Evaluation):
             return self
 
     def work(self, running: Running) -> tuple[float, float, float]:
-        memory, disk, operations = super().work(running)
-        return memory + 3 * 4 * running.batch_tokens * running.shape.vocabulary, disk, operations
+        memory, temporary, operations = super().work(running)
+        return memory + 3 * 4 * running.batch_tokens * running.shape.vocabulary, temporary, operations
 
     @classmethod
     def measure(cls, given: Given) -> TaskScores:

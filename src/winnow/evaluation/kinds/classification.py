@@ -83,9 +83,9 @@ class Classification(Evaluation):
         return self.options.model_dump(include={"length", "limit"})
 
     def work(self, running: Running) -> tuple[float, float, float]:
-        memory, disk, _ = super().work(running)
+        memory, temporary, _ = super().work(running)
         rows = min(self.options.limit or ROWS, rows_of(self.options.test))
-        return memory, disk, 2.0 * rows * self.options.length * running.shape.numbers
+        return memory, temporary, 2.0 * rows * self.options.length * running.shape.numbers
 
     @classmethod
     def measure(cls, given: Given) -> ClassScores:

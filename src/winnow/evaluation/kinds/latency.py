@@ -59,7 +59,7 @@ class Latency(Evaluation):
         shape = running.shape
         widest = max(max(m.shape) for m in shape.matrices)
         held = max(self.options.batches) * max(self.options.prompts) * (8 * shape.width + 4 * widest + 4 * shape.vocabulary)
-        return 2 * running.loaded + held * running.unit + READ, 1e5, 0.0
+        return 2 * running.loaded + held * running.unit + READ, 0.0, 0.0
 
     @classmethod
     def measure(cls, given: Given) -> Mapping[str, Any]:

@@ -57,7 +57,7 @@ class Perplexity(Evaluation):
         models = 2 if running.recovered and options.compare else 1
         rows = max(options.length, running.batch_tokens) * shape.vocabulary
         memory = models * (running.loaded + rows * running.unit) + 4 * 8 * min(LOGITS, rows) + running.activations
-        count, disk = options.windows or 100, 1e5
+        count, temporary = options.windows or 100, 0.0
         scored = count * options.length
         if running.streamed:
             batch = min(count, max(1, running.batch_tokens // options.length)) * options.length
@@ -65,8 +65,8 @@ class Perplexity(Evaluation):
             per_token = running.activations / running.batch_tokens
             passing = running.unit * (shape.block() + embeddings) + batch * per_token
             memory = max(passing, models * (running.unit * embeddings + 4 * 8 * STREAMED))
-            disk += 2 * models * scored * shape.width * running.unit
-        return memory, disk, 2.0 * models * scored * shape.numbers
+            temporary = 2.0 * models * scored * shape.width * running.unit
+        return memory, temporary, 2.0 * models * scored * shape.numbers
 
     @classmethod
     def measure(cls, given: Given) -> Losses:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.metrics.base import METRICS
+from winnow.numerics.operations import NONE, Operations
 from winnow.planning.fingerprints import versions
 from winnow.planning.load import BASE, Load, Work
 from winnow.registry import Plugin, Registry
@@ -32,6 +33,8 @@ class Stage(Plugin):
 
     libraries: ClassVar[tuple[str, ...]] = ()  # whose version can change what it writes
     streams: ClassVar[bool] = False  # whether a job can hold a block of the model at a time
+    on_device: ClassVar[bool] = False  # whether its rules ask for a GPU
+    intermediate: ClassVar[bool] = False  # whether its results are statistics, factors or predictions, of which others are made
     others: ClassVar[tuple[str, ...]] = ()  # rules of the same stage beside the one of its name
 
     def __init__(self, plan: Plan, of: str = ""):
@@ -84,24 +87,36 @@ class Stage(Plugin):
         jobs: int,
         memory: float,
         disk: float = 0.0,
-        operations: float = 0.0,
+        operations: Operations = NONE,
         base: float = BASE,
         rule: str | None = None,
+        temporary: tuple[float, float] = (0.0, 0.0),
+        on_device: bool | None = None,
     ) -> list[Work]:
-        """The work of some jobs: bytes of memory of the largest beside `base`, that of the process; disk and floating-point
-        operations of all together."""
-        work = Work(rule or self.name, load.name, jobs, base + memory, disk, operations, self.streams)
-        return [work] if jobs else []
+        """The work of some jobs: bytes of memory of the largest beside `base`, that of the process; bytes of results and
+        operations of all together. `temporary`: bytes of files that are removed at the end, of the largest job at a time and
+        written by all together."""
+        host = load.host if (self.on_device if on_device is None else on_device) else None
+        needs = (base + memory, disk, operations, *temporary, host)
+        return [Work(rule or self.name, load.name, jobs, *needs, self.streams, self.intermediate)] if jobs else []
 
     def collecting(
-        self, load: Load, calibration: str, memory: float, disk: tuple[float, float], operations: float, base: float
+        self,
+        load: Load,
+        calibration: str,
+        memory: float,
+        disk: tuple[float, float, float],
+        operations: Operations,
+        base: float,
     ) -> list[Work]:
         """The work of a pass over a calibration's windows, of one job or of those that share them. `disk`: bytes of moments, that
-        each of them writes, and of hidden states of all windows."""
-        parts = len(self.plan.parts(load.label, self.plan.labels["calibrations"][calibration]))
+        each of them writes; and of other files of all windows, at a time and written. Those that share windows may run side by
+        side, and their moments are there until they are merged: temporary, of all of them together."""
+        parts, (moments, held, written) = len(self.plan.parts(load.label, self.plan.labels["calibrations"][calibration])), disk
         if not parts:
-            return self.needed(load, 1, memory, sum(disk), operations, base=base)
-        return self.needed(load, parts, memory, parts * disk[0] + disk[1], operations, base=base, rule=f"{self.name}_part")
+            return self.needed(load, 1, memory, moments, operations, base, temporary=(held, written))
+        temporary = (parts * moments + held, parts * moments + written)
+        return self.needed(load, parts, memory, 0.0, operations, base, f"{self.name}_part", temporary)
 
     def dtype(self, w: dict[str, str]) -> str:
         return self.plan.preset("models", w["model"]).dtype

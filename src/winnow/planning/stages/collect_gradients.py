@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from winnow.calibration.parts import hidden_bound, portions_of, states_at_once
 from winnow.models.shape import PRODUCT
-from winnow.planning.load import BASE
+from winnow.numerics.operations import Operations
+from winnow.planning.load import A_FILE, BASE
 from winnow.planning.stages.base import HUGGING_FACE, OF_STATISTICS, Stage
 from winnow.planning.stages.collect_statistics import COLLECTING
 
@@ -22,7 +23,7 @@ class CollectGradients(Stage):
 
     libraries = HUGGING_FACE
     others = ("collect_gradients_part",)
-    streams = True
+    streams = on_device = intermediate = True
 
     def spec(self, w: dict[str, str]) -> specs.CollectGradients:
         calibration = self.plan.preset("calibrations", w["calibration"])
@@ -35,7 +36,8 @@ class CollectGradients(Stage):
             preset, tokens = load.calibrations[name], load.tokens(name)
             unit, base = 8 if preset.precision == "float64" else 4, BASE
             batch = min(preset.windows, max(1, load.batch_of(TOKENS) // preset.length)) * preset.length
-            disk, hidden, operations = unit * load.gradient / 2, 0.0, 6 * tokens * shape.numbers + 2 * tokens * load.gradient
+            passes, held = 6.0 * tokens * shape.numbers, 2 * 8.0 * load.gradient  # saved sums, as in `collect_statistics`
+            written = held
             memory = load.loaded + 8 * load.gradient + load.backward(batch)
             if load.streamed:
                 base = COLLECTING
@@ -44,9 +46,11 @@ class CollectGradients(Stage):
                 block = 8 * layer + max(load.unit * shape.block() + adding, unit * largest)
                 head = load.unit * load.embeddings + LOGITS * (8 + 4 * load.unit) + 3 * preset.length * shape.width * load.unit
                 memory = max(block, head)
-                hidden = self.hidden(load, name, batch // preset.length, unit)
-                operations += 2 * tokens * shape.numbers
-            found += self.collecting(load, name, memory, (disk, hidden), operations, base)
+                states = 1.0 * tokens * shape.width * load.unit
+                held, written = self.hidden(load, name, batch // preset.length, unit), 3 * shape.layers * states
+                passes += 2.0 * tokens * shape.numbers
+            operations = load.passes(passes) + Operations(products=2.0 * tokens * load.gradient)  # of gradients in `precision`
+            found += self.collecting(load, name, memory, (gradients_bytes(load, unit), held, written), operations, base)
         return found
 
     def hidden(self, load: Load, calibration: str, batch: int, unit: int) -> float:
@@ -60,3 +64,9 @@ class CollectGradients(Stage):
         portions = portions_of(math.ceil(preset.windows / max(1, jobs)), batch, window, bound)
         twice = unit * load.gradient_of_layer[0] / 2 if len(portions) > 1 else 0.0
         return max(1, jobs) * (portions[0].stop * window + twice)
+
+
+def gradients_bytes(load: Load, unit: int) -> float:
+    """Bytes of the statistics of gradients, symmetric ones by half, and a number of every output."""
+    outputs = sum(matrix.shape[0] for matrix in load.shape.matrices)
+    return unit * (load.gradient / 2 + outputs) + A_FILE * load.shape.layers

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from winnow.allocation.base import ALLOCATIONS
 from winnow.models.architectures import FFN_ROLES, by_rows
+from winnow.numerics.operations import NONE, Operations
 from winnow.planning.config import Calibration
 from winnow.planning.labels import EXECUTION
 from winnow.planning.load import MB
@@ -70,21 +71,22 @@ class Compress(Stage):
                 found += self.needed(load, 1, memory, disk, base=COMPRESSING)
                 continue
             fitting, operations = self._again(load, method)
-            found += self.needed(load, 1, max(memory, fitting + table), disk, operations, rule="compress_refitted")
+            memory = max(memory, fitting + table)
+            found += self.needed(load, 1, memory, disk, operations, rule="compress_refitted", on_device=True)
         return found
 
-    def _again(self, load: Load, method: str) -> tuple[float, float]:
+    def _again(self, load: Load, method: str) -> tuple[float, Operations]:
         """(bytes of memory, operations) of fitting what the budget chooses again: the member that takes most, for every FFN and
         every attention."""
-        memory, most = 0.0, dict[tuple[int, bool], float]()
+        memory, most = 0.0, dict[tuple[int, bool], Operations]()
         for member in self.plan.members[method]:
             if not self.plan.refits(load.label, self.plan.labels["methods"][member]):
                 continue
             structure, needs = fitted_by(self.plan, member)
-            own = defaultdict[tuple[int, bool], float](float)
+            own = defaultdict[tuple[int, bool], Operations](Operations)
             for group in load.fitted(member):
                 memory = max(memory, of_group(load, structure, needs, group)[0])
                 parts = [([part], of_inputs(needs)) for part, _ in by_rows(group[0])] if group[0].outer else [(group, needs)]
-                own[group[0].layer, group[0].role in FFN_ROLES] += sum(structure.again(*part) for part in parts)
-            most |= {place: max(operations, most.get(place, 0.0)) for place, operations in own.items()}
-        return memory, sum(most.values())
+                own[group[0].layer, group[0].role in FFN_ROLES] += sum((structure.again(*part) for part in parts), NONE)
+            most |= {place: max(operations, most.get(place, NONE)) for place, operations in own.items()}
+        return memory, sum(most.values(), NONE)

@@ -8,6 +8,7 @@ from winnow.planning.load import BASE, MB
 from winnow.planning.stages.base import HUGGING_FACE, Stage
 
 EVALUATING = 425 * MB  # of a process that scores a model block by block; measured
+RESULT = 1e5  # bytes of what is measured
 
 if TYPE_CHECKING:
     from winnow.planning.load import Load, Work
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 class Evaluate(Stage):
     """What is measured of a cell, a stage for every kind of evaluation."""
+
+    on_device = True
 
     @classmethod
     def kinds(cls) -> list[str]:
@@ -51,8 +54,10 @@ class Evaluate(Stage):
         for cell in (cell for cell in load.cells if cell.kind == self.of):
             evaluation = EVALUATIONS.build(self.plan.config.evaluations[cell.evaluation].model_dump())
             running = Running(load.shape, load.unit, load.batch_tokens, load.activations, load.streamed, bool(cell.recovery))
-            memory, disk, operations = evaluation.work(running)
+            memory, temporary, operations = evaluation.work(running)
             streams = load.streamed and evaluation.streams
+            passing = (temporary, temporary * load.shape.layers / 2)  # a block reads one half and writes the other
             rule = self.name if cell.method else f"{self.name}_healed" if cell.recovery else self.rules[1]
-            found += self.needed(load, 1, memory, disk, operations, base=EVALUATING if streams else BASE, rule=rule)
+            base, amounts = EVALUATING if streams else BASE, load.passes(operations)
+            found += self.needed(load, 1, memory, RESULT, amounts, base, rule, passing)
         return found

@@ -13,6 +13,7 @@ class FinetuneModel(Stage):
     """A model trained on a task before compression."""
 
     libraries = HUGGING_FACE
+    on_device = True
 
     def spec(self, w: dict[str, str]) -> specs.Preset:
         tuning = self.plan.preset("models", w["model"]).finetune

@@ -9,6 +9,7 @@ from winnow.planning.stages.base import HUGGING_FACE, TABLES, Stage
 
 if TYPE_CHECKING:
     from winnow.io import specs
+    from winnow.numerics.operations import Operations
     from winnow.planning.config import Budget
     from winnow.planning.load import Load, Work
 
@@ -17,6 +18,7 @@ class LearnSizes(Stage):
     """Sizes that are learned by gradient."""
 
     libraries = (*HUGGING_FACE, *TABLES)
+    on_device = True
 
     def spec(self, w: dict[str, str]) -> specs.LearnSizes:
         return {
@@ -36,7 +38,7 @@ class LearnSizes(Stage):
                 found += self.needed(load, 1, *self._learning(load, calibration, self.plan.config.budgets[budget]))
         return found
 
-    def _learning(self, load: Load, calibration: str, budget: Budget) -> tuple[float, float, float]:
+    def _learning(self, load: Load, calibration: str, budget: Budget) -> tuple[float, float, Operations]:
         """(memory, disk, operations): the dense model with factors of as many numbers beside its chosen matrices, and what a
         backward pass needs of its tokens: of every layer, of every mask, and of the logits. A step is a forward pass of the dense
         model, and a forward and a backward pass of both; held-out windows take a forward pass of each."""
@@ -48,4 +50,4 @@ class LearnSizes(Stage):
         held = step * (5 * 4 * shape.vocabulary + load.unit * (12 * shape.width * shape.layers + masked))
         looks = (1 + options.steps / options.every) * options.held_out * windows.windows * windows.length
         passes = options.steps * step * (6 * shape.numbers + 4 * factors) + looks * 4 * shape.numbers
-        return load.unit * (shape.numbers + factors) + held, 1e5, passes
+        return load.unit * (shape.numbers + factors) + held, 1e5, load.passes(passes)

@@ -13,6 +13,7 @@ class MeasureSpectra(Stage):
     """Errors and effective ranks of all groups by size."""
 
     libraries = (*TORCH, *TABLES)
+    intermediate = True
 
     def spec(self, w: dict[str, str]) -> dict[str, str]:
         return {"metric": self.plan.preset("methods", w["method"]).objective}

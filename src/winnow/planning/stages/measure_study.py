@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from winnow.numerics.operations import Operations
 from winnow.planning.stages.base import HUGGING_FACE, Stage
 from winnow.studies.base import STUDIES, Asked, study_of
 
@@ -15,6 +16,7 @@ class MeasureStudy(Stage):
     """What a study measures of a model."""
 
     libraries = (*HUGGING_FACE, "scikit-learn")
+    on_device = True
 
     def spec(self, w: dict[str, str]) -> specs.MeasureStudy:
         spec: specs.MeasureStudy = {"study": w["study"], "dtype": self.dtype(w)}
@@ -45,5 +47,6 @@ class MeasureStudy(Stage):
                 len(study.cells),
             )
             memory, operations = study.work(asked)
-            found += [replace(work, target=f"study_{name}") for work in self.needed(load, 1, memory, 0.0, operations)]
+            works = self.needed(load, 1, memory, 0.0, Operations(products=operations))
+            found += [replace(work, target=f"study_{name}") for work in works]
         return found

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from winnow.numerics.operations import Operations
 from winnow.planning.stages.base import HUGGING_FACE, Stage
+from winnow.planning.stages.collect_gradients import gradients_bytes
 from winnow.planning.stages.collect_statistics import COLLECTING
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ class MergeGradients(Stage):
     """The statistics of `collect_gradients` from the sums of jobs that each ran a part of the windows."""
 
     libraries = HUGGING_FACE
+    intermediate = True
 
     def spec(self, w: dict[str, str]) -> specs.CollectGradients:
         return self.plan.stages["collect_gradients"].spec(w)  # type: ignore[return-value]
@@ -28,6 +31,7 @@ class MergeGradients(Stage):
             if parts := len(self.plan.parts(load.label, self.plan.labels["calibrations"][name])):
                 unit = 8 if load.calibrations[name].precision == "float64" else 4
                 layer, largest = load.gradient_of_layer
-                memory, operations = 24 * largest + unit * layer, 4.0 * parts * load.gradient
-                found += self.needed(load, 1, memory, unit * load.gradient / 2, operations, base=COLLECTING)
+                memory, disk = 24 * largest + unit * layer, gradients_bytes(load, unit)
+                operations = Operations(products=4.0 * parts * load.gradient)
+                found += self.needed(load, 1, memory, disk, operations, COLLECTING, temporary=(parts * disk, 0.0))
         return found

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from winnow.numerics.operations import Operations
 from winnow.planning.stages.base import HUGGING_FACE, Stage
-from winnow.planning.stages.collect_statistics import COLLECTING, ROW, TABLE
+from winnow.planning.stages.collect_statistics import COLLECTING, ROW, TABLE, moments_bytes
 
 if TYPE_CHECKING:
     from winnow.io import specs
@@ -14,6 +15,7 @@ class MergeStatistics(Stage):
     """The statistics of `collect_statistics` from the sums of jobs that each ran a part of the windows."""
 
     libraries = HUGGING_FACE
+    intermediate = True
 
     def spec(self, w: dict[str, str]) -> specs.CollectStatistics:
         return self.plan.stages["collect_statistics"].spec(w)  # type: ignore[return-value]
@@ -30,6 +32,6 @@ class MergeStatistics(Stage):
             numbers = load.gram + load.cross
             largest = max(n * n + (n * load.shape.width if site == "ffn_hidden" else 0) for (_, site), n in sites.items())
             memory = max(24 * largest + load.shape.layer_sums(unit), TABLE + ROW * sum(sites.values()))
-            disk = unit * (load.gram / 2 + load.cross)
-            found += self.needed(load, 1, memory, disk, 4.0 * parts * numbers, base=COLLECTING)
+            disk, operations = moments_bytes(load, unit), Operations(products=4.0 * parts * numbers)
+            found += self.needed(load, 1, memory, disk, operations, COLLECTING, temporary=(parts * disk, 0.0))
         return found

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from winnow.allocation.base import ALLOCATIONS
+from winnow.numerics.operations import Operations
 from winnow.planning.stages.base import HUGGING_FACE, OF_STATISTICS, TABLES, Stage
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ class PredictInRounds(Stage):
     """Losses predicted anew around the model as it was allocated before."""
 
     libraries = (*HUGGING_FACE, *TABLES)
+    on_device = intermediate = True
 
     def spec(self, w: dict[str, str]) -> specs.PredictInRounds:
         calibration = self.plan.preset("calibrations", w["calibration"])
@@ -38,7 +40,8 @@ class PredictInRounds(Stage):
         for calibration, _, budget in load.checkpoints:
             if rounds := self.plan.allocation(self.plan.labels["budgets"][budget]).rounds():
                 tokens = load.tokens(calibration)
-                operations = rounds * (10 * tokens * load.shape.numbers + 2 * tokens * second)
+                operations = load.passes(rounds * 10.0 * tokens * load.shape.numbers)
+                operations += Operations(products=rounds * 2.0 * tokens * second)
                 batch = min(tokens, max(load.batch_of(TOKENS), load.calibrations[calibration].length))
                 found += self.needed(load, 1, 2 * load.loaded + 8 * second + load.backward(batch), 1e6, operations)
         return found

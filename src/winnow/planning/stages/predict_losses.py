@@ -3,8 +3,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from winnow.models.architectures import AT_ONCE
+from winnow.numerics.operations import EIGEN, Operations
 from winnow.planning.stages.base import TABLES, TORCH, Stage
-from winnow.structures.base import EIGEN
 
 if TYPE_CHECKING:
     from winnow.io import specs
@@ -15,6 +15,7 @@ class PredictLosses(Stage):
     """The predicted loss of every size."""
 
     libraries = (*TORCH, *TABLES)
+    on_device = intermediate = True
 
     def spec(self, w: dict[str, str]) -> specs.Structure:
         return self.structure(w)
@@ -31,6 +32,7 @@ class PredictLosses(Stage):
             held = max(structure.predicting(group) for group in blocks)
             if len(blocks) < len(load.fitted(method)):  # a part of one matrix, and all of its codes
                 held = max(held, 8 * 8 * AT_ONCE + structure.work([load.shape.outer[0]], ())[2] + load.read)
-            operations = 1.0 * sum(4 * m * n * (m + n) for m, n in sides) + EIGEN * sum(n**3 for n in few)
+            products, eigen = sum(4.0 * m * n * (m + n) for m, n in sides), EIGEN * sum(n**3 for n in few)
+            operations = Operations(products=products, decompositions=eigen)
             found += self.needed(load, 1, held + 8 * 5 * max(few, default=0) ** 2, 1e6, operations)
         return found

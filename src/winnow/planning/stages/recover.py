@@ -4,11 +4,11 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from winnow.numerics.operations import EIGEN, NONE, Operations
 from winnow.planning.stages.base import HUGGING_FACE, Stage
 from winnow.recovery.base import RECOVERIES, OnWindows, Trained
 from winnow.recovery.kinds.refine import Refine
 from winnow.recovery.kinds.sequential import Sequential
-from winnow.structures.base import EIGEN
 from winnow.structures.rounded import feeding_back
 from winnow.training.options import Tuning
 
@@ -22,6 +22,7 @@ class Recover(Stage):
 
     libraries = HUGGING_FACE
     others = ("recover_dense",)
+    on_device = True
 
     def spec(self, w: dict[str, str]) -> specs.Recover:
         recovery = self.plan.preset("recoveries", w["recovery"])
@@ -66,14 +67,14 @@ class Recover(Stage):
             trained = 6 * share * fitted  # parameters, gradients, two moments, the best and the exact state
             if method and isinstance(options, Trained) and options.rounded == "codes" and self._rounds(method):
                 trained = 7 * fitted  # of every number, and its code
-            numbers, operations = 2.0 * shape.numbers, 1.0 * passes * shape.numbers
+            numbers = 2.0 * shape.numbers
             if isinstance(options, Refine.Options):
                 trained /= shape.layers  # a block at a time
-                operations *= len(options.layers or range(shape.layers)) / shape.layers
+                passes *= len(options.layers or range(shape.layers)) / shape.layers
                 if load.streamed:
                     held = step * (20 * shape.width + 4 * load.widest)  # of a block with its graph
                     numbers, states = max(load.embeddings, 2 * shape.block()), 2 * states
-            memory = 4.0 * (numbers + trained + states + held)
+            memory, operations = 4.0 * (numbers + trained + states + held), load.passes(1.0 * passes * shape.numbers)
             if method and isinstance(options, Sequential.Options):
                 again = options.rounded == "codes" and self._rounds(method)
                 largest, more = self._refits(load, options, windows.windows * windows.length, again)
@@ -82,14 +83,17 @@ class Recover(Stage):
             found += [replace(one, streams=isinstance(options, Refine.Options)) for one in work]
         return found
 
-    def _refits(self, load: Load, options: Sequential.Options, tokens: int, rounds: bool) -> tuple[float, float]:
+    def _refits(self, load: Load, options: Sequential.Options, tokens: int, rounds: bool) -> tuple[float, Operations]:
         """(bytes of memory for the largest matrix, operations for all) of refitting matrices on the moments of `tokens`: as
         factors, and if any of them is rounded, by feedback; whichever takes more."""
-        held, operations, both = 0.0, 0.0, options.outputs == "gradient"
+        held, operations, both = 0.0, NONE, options.outputs == "gradient"
         for m, n in (matrix.shape for matrix in load.shape.matrices):
             held = max(held, 8.0 * (10 * m * n + 4 * n * n + (4 * m * m if both else 0)))
-            fit = 2.0 * m * n * n + EIGEN * min(m, n) ** 3
+            again, products = Operations(products=2.0 * m * n * n, decompositions=EIGEN * min(m, n) ** 3), 2.0 * tokens * n * n
+            if rounds:
+                metric, each, calls = feeding_back(m, n, both)
+                again = max(again, Operations(products=metric + each, calls=calls))
             if options.objective == "anchored":
-                operations += 2 * tokens * n * n + n**3 + 4 * m * n * n
-            operations += 2 * tokens * n * n + max(fit, sum(feeding_back(m, n, both)) if rounds else 0)
+                products += 2 * tokens * n * n + n**3 + 4 * m * n * n
+            operations += again + Operations(products=products)
         return held, operations

@@ -30,4 +30,5 @@ class TimeForms(Stage):
         labels = self.plan.labels
         pairs = [(labels["methods"][m], labels["budgets"][b]) for _, m, b in load.checkpoints]
         jobs = {label for pair in pairs if (label := self.plan.timing_label(*pair))}
-        return self.needed(load, len(jobs), min(HELD, 4 * load.shape.numbers * load.unit), 1e5)
+        on_device = any(timing.device == "cuda" for _, timing in self.plan.timings().values())
+        return self.needed(load, len(jobs), min(HELD, 4 * load.shape.numbers * load.unit), 1e5, on_device=on_device)
