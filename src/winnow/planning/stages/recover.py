@@ -63,7 +63,7 @@ class Recover(Stage):
             states = 2 * windows.windows * windows.length * shape.width  # inputs and outputs of a block
             step = options.batch * windows.length
             held = step * (3 * shape.vocabulary + 12 * shape.width * shape.layers + 4 * load.widest)
-            passes = 8 * steps * step + 4 * windows.windows * windows.length * shape.layers
+            passes = 8.0 * steps * step + 4 * windows.windows * windows.length * shape.layers
             trained = 6 * share * fitted  # parameters, gradients, two moments, the best and the exact state
             if method and isinstance(options, Trained) and options.rounded == "codes" and self._rounds(method):
                 trained = 7 * fitted  # of every number, and its code
@@ -74,7 +74,7 @@ class Recover(Stage):
                 if load.streamed:
                     held = step * (20 * shape.width + 4 * load.widest)  # of a block with its graph
                     numbers, states = max(load.embeddings, 2 * shape.block()), 2 * states
-            memory, operations = 4.0 * (numbers + trained + states + held), load.passes(1.0 * passes * shape.numbers)
+            memory, operations = 4.0 * (numbers + trained + states + held), load.passes(passes * shape.numbers)
             if method and isinstance(options, Sequential.Options):
                 again = options.rounded == "codes" and self._rounds(method)
                 largest, more = self._refits(load, options, windows.windows * windows.length, again)
