@@ -16,7 +16,7 @@ from winnow.numerics.operations import EIGEN, Operations
 from winnow.planning.config import load
 from winnow.planning.config_files import default
 from winnow.planning.forecast import at_peak, forecast, machine, measured_seconds, misfit, numbers_of
-from winnow.planning.load import GB, Work
+from winnow.planning.load import A_FILE, GB, Work
 from winnow.planning.plan import Plan
 from winnow.planning.preview import disk_lines, duration, jobs_of, size
 from winnow.planning.rates import Rates, alike, of_this_machine, rates_of
@@ -208,19 +208,21 @@ def test_hidden_states_of_gradients_are_forecast_as_bounded():
     config["models"]["demo"] |= {"load": "stream"}
     window = 5 * 256 * 128 * 4  # of six blocks, five are stored at once
     layer = 8 * sum(m.shape[0] ** 2 for m in shape.matrices) / 6 / 2  # of sums, in float64
+    kept = 6 * (layer + A_FILE) + 8 * sum(m.shape[0] for m in shape.matrices)
 
-    def disk(rule: str = "collect_gradients", **resources) -> float:
+    def disk(rule: str = "collect_gradients", **resources) -> tuple[float, float]:
+        """(bytes that stay, bytes of temporary files)"""
         plan = Plan(load(config), ROOT, resources={"collect_gradients": resources} if resources else {})
-        return next(work.disk for work in forecast(plan, {"demo": shape}) if work.stage == rule)
+        return next((work.disk, work.temporary) for work in forecast(plan, {"demo": shape}) if work.stage == rule)
 
     usual = disk()
-    assert usual == 6 * layer + 128 * window
+    assert usual == (kept, 128 * window)
     assert disk(hidden_mb=100) == usual, "one portion"
-    assert disk(hidden_mb=20) == 7 * layer + 24 * window, "30 windows fit: three batches"
+    assert disk(hidden_mb=20) == (kept, layer + 24 * window), "30 windows fit: three batches"
     assert numbers_of({"collect_gradients": {"hidden_mb": 20, "gpu": 1}}) == {"collect_gradients": {"hidden_mb": 20}}
     config["models"]["demo"]["window_shards"] = 4
     sharded = disk("collect_gradients_part")
-    assert sharded == 4 * 6 * layer + 128 * window
+    assert sharded == (0, 4 * kept + 128 * window)
     assert disk("collect_gradients_part", hidden_mb=1) == sharded, "a resource of another rule"
 
 
