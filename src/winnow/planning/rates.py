@@ -8,7 +8,6 @@ from typing import Any
 
 from winnow.errors import InputError
 from winnow.numerics.operations import CALL, EIGEN, Operations
-from winnow.planning.config_errors import nearest
 
 START = 5.0  # seconds until a process computes
 
@@ -43,15 +42,12 @@ DEVICES = {"h200": Rates(4.6e14, 2.25e13, EIGEN * 4096**3 / 0.11, CALL / 1e-5, 0
 def rates_of(device: Any) -> Rates:
     """The rates of `--config device=...`: the name of one of DEVICES, or a mapping of them with all keys of `Rates` but `memory`.
     Raises InputError for anything else."""
-    if isinstance(device, str):
-        if device in DEVICES:
-            return DEVICES[device]
-        raise InputError(
-            f"--config device: unknown device {device!r}{nearest(device, DEVICES)}; give rates instead: {_example()}"
-        )
-    known = {field.name: field.default for field in fields(Rates)}
-    if not isinstance(device, dict) or set(device) - set(known) or set(known) - {"memory"} - set(device):
-        raise InputError(f"--config device: give the name of a device ({', '.join(DEVICES)}) or rates: {_example()}")
+    if isinstance(device, str) and device in DEVICES:
+        return DEVICES[device]
+    known = {field.name for field in fields(Rates)}
+    if not isinstance(device, dict) or set(device) - known or known - {"memory"} - set(device):
+        names = ", ".join(DEVICES)
+        raise InputError(f"--config device: {device!r} is no device with known rates ({names}); or give rates: {_example()}")
     try:
         found = {key: float(value) for key, value in device.items()}
     except (TypeError, ValueError):
