@@ -61,7 +61,9 @@ def groups_of(bench: Bench) -> tuple[list[Group], dict[str, list[torch.Tensor]]]
         ]
         unit = tensor_bytes({"shape": [1], "dtype": bench.files.tensors[f"{m.module}.weight"]["dtype"]})
         dense = bench.files.dense_bytes([m])
-        small = frozenset(size for size, form in enumerate(structure.forms(*m.shape), start=1) if form.group == 32)  # not of the preset
+        small = frozenset(
+            size for size, form in enumerate(structure.forms(*m.shape), start=1) if form.group == 32
+        )  # not of the preset
         fixed, numbers = dense - m.shape[0] * n * unit, [0] * len(fit.error)
         counts = (unit, fixed, dense, numbers, fit.error.tolist(), predicted.tolist())
         groups.append(Group(m.name, [m], structure, *counts, left_out=small | {0}))
