@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(not shutil.which("sinfo") or subprocess.call("sinfo") != 0, reason="no Slurm"),
 ]
+ROUNDED = {"kind": "rounded", "bits": [2, 3, 4], "group": 16, "grids": ["full"], "rounding": "feedback"}
 LOCAL = {"cards", "tables", "figures", "report", "all"}
 
 
@@ -84,6 +86,39 @@ def test_heavy_rules_are_jobs_and_a_killed_run_is_taken_up(tmp_path):
         heavy = rule_of(job) in ("collect_statistics", "factorize", "evaluate_dense", "evaluate_perplexity")
         assert ("gres/gpu=1" in job["AllocTRES"]) == heavy, job
     assert (cluster.folder / "results" / "report.html").is_file()
+
+
+def test_windows_and_layers_over_jobs_of_a_model_that_is_read_block_by_block(tmp_path):
+    """With factors that are fitted again, and a refinement: the losses are those of one process that holds the whole model."""
+    name = f"winnow-parts-{os.getpid()}"
+    places = Cluster(tmp_path / "cluster", name, keeps=(0.4,)), Place(tmp_path / "here")
+    for place in places:
+        place.config["methods"] = {"rounded": {"structure": ROUNDED, "metric": {"kind": "two_sided"}}}
+        budget = {"targets": ["ffn", "attention"], "keep_bytes": 0.4, "allocation": {"kind": "ilp"}}
+        place.config["budgets"] = {"some": budget}
+        place.config["recoveries"] = {"short": {"kind": "refine", "steps": 2, "batch": 2, "every": 1, "layers": [0]}}
+        place.experiment(methods=["rounded"], budgets=["some"], recoveries=["none", "short"])
+    cluster, here = places
+    cluster.config["models"]["pico"] |= {"load": "stream", "shards": 2, "window_shards": 2, "factors": "refitted"}
+    here.config["models"]["pico"]["source"] = str(cluster.folder / "model")
+    try:
+        assert cluster.start().wait(timeout=1500) == 0, cluster.said()[-3000:]
+    finally:
+        subprocess.run(["scancel", "--name", name], check=False)
+    assert here.run("--quiet").returncode == 0
+    rules = Counter(rule_of(job) for job in cluster.jobs() if job["State"] == "COMPLETED")
+    for rule in ("collect_statistics_part", "collect_gradients_part", "factorize"):
+        assert rules[rule] == 2, rules
+    assert {"merge_statistics", "merge_gradients", "predict_losses", "compress_refitted", "recover"} <= set(rules)
+    for job in cluster.jobs():
+        merging = rule_of(job).startswith("merge")
+        heavy = rule_of(job).startswith(("collect", "factorize", "compress_refitted", "recover", "evaluate"))
+        assert merging or ("gres/gpu=1" in job["AllocTRES"]) == heavy, job
+    tables = [pd.read_csv(place.folder / "results" / "tables" / "summary.csv") for place in places]
+    assert list(tables[0]["recovery"]) == list(tables[1]["recovery"])
+    assert len(tables[0]) >= 3
+    for column in ("nll", "keep_bytes"):
+        assert list(tables[0][column]) == pytest.approx(list(tables[1][column]), rel=1e-4)
 
 
 def rule_of(job: dict[str, str]) -> str:
