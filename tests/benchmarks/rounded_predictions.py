@@ -107,7 +107,7 @@ def put(bench: Bench, weights: dict[str, list[torch.Tensor]], sizes: dict[str, i
 def single(bench: Bench, groups: list[Group], weights: dict[str, list[torch.Tensor]], windows: int) -> dict[str, object]:
     measure, rows = Measure(bench, windows), []
     for g in groups:
-        for size, form in enumerate(g.structure.forms(g.matrices[0].shape[1]), start=1):
+        for size, form in enumerate(g.structure.forms(*g.matrices[0].shape), start=1):
             if form.bits in BITS:
                 put(bench, weights, {g.name: size})
                 rows.append((g.predicted[size], *measure()))
