@@ -1,5 +1,6 @@
 """Rule `plan`: what a run would do and need; fails, with the number, if it does not fit. Nothing is computed."""
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -39,11 +40,11 @@ if __name__ == "__main__":
     here, device = of_this_machine(), None if name is None else rates_of(name)
     table, seconds = works_table(works, plan, to_run, Path("results"), here, device)
     print_tables([cells_table(plan, shapes), table])
-    found = {**machine(), "device": device.memory if device else 0.0}
+    found = {**machine(), "device": device.memory or math.inf if device else 0.0}
     limits = {key: float(given) * GB if given else found[key] for key, given in spec["limits"].items()}
     print(f"{len(plan.cells)} cells, {sum(to_run.values())} jobs to run, about {duration(seconds)} one after another")
     print(rates_line(here, device, name if isinstance(name, str) else "device"))
-    own = f" and {size(limits['device'])} of the device" if limits["device"] else ""
+    own = f" and {size(limits['device'])} of the device" if 0 < limits["device"] < math.inf else ""
     print(f"memory for a job: {size(limits['memory'])}{own}; free disk: {size(limits['disk'])}")
     for line in [*disk_lines(works, shapes), *planned(plan, shapes)]:
         print(line)

@@ -14,6 +14,7 @@ from winnow.checkpoint.streaming import Streamed
 from winnow.errors import InputError
 from winnow.io.artifacts import MANIFEST, Bundle
 from winnow.io.resume import Resume
+from winnow.recovery import refine
 from winnow.recovery.base import recovery_of
 from winnow.recovery.recover import given_of, write_recovered
 
@@ -101,13 +102,35 @@ def test_a_killed_job_goes_on_with_the_same_bits(name, tmp_path, monkeypatch):
     whole = refined(files, checkpoint, KINDS[name], tmp_path / "whole")
     with pytest.raises(Killed):
         refined(files, checkpoint, KINDS[name], tmp_path / "again", resume=Fragile)
-    trained = []
-    from winnow.recovery import refine
-
-    real = refine._refined
+    trained, real = [], refine._refined
     monkeypatch.setattr(refine, "_refined", lambda given, index, *rest: trained.append(index) or real(given, index, *rest))
     assert same(whole, refined(files, checkpoint, KINDS[name], tmp_path / "again"))
     assert trained == [1], "the first block is not trained again"
+
+
+def test_blocks_behind_one_that_is_trained_again_are_trained_again(tmp_path, monkeypatch):
+    """They were trained on the outputs of another state of it."""
+    files, checkpoint = compressed("llama")
+    whole = refined(files, checkpoint, KINDS["refine"], tmp_path / "whole")
+    saved, trained, real = Resume(tmp_path / "again" / "out", KEY), [], refine._refined
+    given = given_of(files, checkpoint, WINDOWS, recovery_of(KINDS["refine"]).options, True, "cpu", saved, None, True)
+    recovery_of(KINDS["refine"]).recover(given)
+    first = saved._of("model.layers.0")
+    first.write_bytes(first.read_bytes()[:-3])
+    monkeypatch.setattr(refine, "_refined", lambda given, index, *rest: trained.append(index) or real(given, index, *rest))
+    assert same(whole, refined(files, checkpoint, KINDS["refine"], tmp_path / "again"))
+    assert trained == [0, 1]
+
+
+def test_a_finished_block_that_is_lost_stops_the_job(tmp_path):
+    """Instead of giving the block as it was before."""
+    files, checkpoint = compressed("llama")
+    recovery, saved = recovery_of(KINDS["refine"]), Resume(tmp_path / "out", KEY)
+    given = given_of(files, checkpoint, WINDOWS, recovery.options, True, "cpu", saved, None, True)
+    report = recovery.recover(given)
+    saved._of("model.layers.1").unlink()
+    with pytest.raises(InputError, match=r"out\.state-model\.layers\.1: lost or damaged while in use; run snakemake again"):
+        write_recovered(tmp_path / "out", files, checkpoint, given, {"name": "mine"}, report, JOB)
 
 
 def test_some_layers(tmp_path):

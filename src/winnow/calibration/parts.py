@@ -39,7 +39,7 @@ def hidden_bound(hidden_mb: int, model_bytes: int) -> float:
 def portions_of(count: int, batch: int, window: int, bound: float) -> list[slice]:
     """`count` windows in as few portions as `bound` bytes allow, of which a window takes `window`; each of whole batches, so that
     batches are those of a single portion, unless not even one batch fits. A portion has at least one window."""
-    most = max(1, int(min(count, bound // window)))
+    most = count if count * window <= bound else max(1, int(bound // window))
     unit = batch if most >= batch else 1
     units = math.ceil(count / unit)
     number = math.ceil(units / max(1, most // unit)) if most < count else 1

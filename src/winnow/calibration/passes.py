@@ -147,7 +147,7 @@ class Passes:
         except (InputError, ValueError) as error:
             log.info("starting over: %s", error)
             return
-        if (state["of"], state["starts"]) != (self.provenance, self.starts):
+        if (state.get("of"), state.get("starts")) != (self.provenance, self.starts):
             log.info("starting over: files in %s are from another job, or of other portions", self.streamed.prefix.parent)
             return
         width, dtype = self.kind = tuple(state["kind"])

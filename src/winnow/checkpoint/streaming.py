@@ -284,6 +284,7 @@ class Streamed:
     def release(self) -> None:
         """Free the tensors of all modules outside of the blocks; they are loaded again on the next use."""
         self._unload(self.model)
+        self._given = torch.empty(0)
 
     def clear(self) -> None:
         """Remove the files beside the artefact."""

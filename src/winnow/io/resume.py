@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +69,9 @@ class Resume:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self._of(part), found, {"provenance": self.provenance}, sealed=True)
 
-    def kept(self, part: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The tensors (of `names`, if given) of a part that a job of the same provenance finished; empty if there are none."""
-        return _saved(self._of(part), self.provenance, names)
+    def kept(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a part that a job of the same provenance finished; empty if there are none."""
+        return _saved(self._of(part), self.provenance)
 
     def _of(self, part: str) -> Path:
         return self.path.with_name(f"{self.path.name}-{part}")
@@ -81,12 +81,12 @@ class Resume:
             path.unlink(missing_ok=True)
 
 
-def _saved(path: Path, provenance: Provenance, names: Collection[str] | None = None) -> dict[str, Tensor]:
+def _saved(path: Path, provenance: Provenance) -> dict[str, Tensor]:
     """The tensors of a state that a job of the same provenance saved; empty if there is none. A damaged one is logged."""
     if not path.is_file():
         return {}
     try:
-        state, metadata = read_tensors(path, sealed=True, names=names)
+        state, metadata = read_tensors(path, sealed=True)
     except InputError as error:
         log.info("starting over: %s", error)
         return {}

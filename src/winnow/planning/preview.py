@@ -85,8 +85,9 @@ def works_table(
     total, elsewhere = 0.0, replace(here, written=device.written) if device else here
     for work in works:
         name = work.target.removeprefix("study_") or "*"
-        measured = measured_seconds(results, work.stage, plan.labels["models"][work.model], name)
-        rates = device if device and work.host is not None else elsewhere
+        there = device if work.host is not None else None
+        measured = None if there else measured_seconds(results, work.stage, plan.labels["models"][work.model], name)
+        rates = there or elsewhere
         each = work.seconds(rates) / work.jobs if measured is None else measured
         waiting = to_run.get(work.stage, 0)
         total += each * min(waiting, work.jobs)

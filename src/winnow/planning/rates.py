@@ -28,14 +28,14 @@ class Rates:
         return sum(number / getattr(self, kind) for kind, number in asdict(operations).items())
 
 
-def alike(rate: float, written: float = 0.15e9) -> Rates:
+def alike(rate: float) -> Rates:
     """One rate for all operations, as on a CPU; bytes a second are those of `compress` on two cores."""
-    return Rates(rate, rate, rate, rate, written)
+    return Rates(rate, rate, rate, rate, 0.15e9)
 
 
 # H200: products of 16 bits as in `collect_statistics`, eigenproblems of 4,096 in 0.11 s, and bytes as in a layer read and written
-# in `collect_statistics` with `load: stream`: measured (docs/how-to/large-models.md). Other products: half of what square ones
-# reach, 4.5e13, as on a CPU. Calls: 10 microseconds each, assumed.
+# in `collect_statistics` with `load: stream`: measured (docs/how-to/large-models.md). Assumed: other products at half of 4.5e13,
+# as half of a square product's rate on a CPU; calls of 10 microseconds.
 DEVICES = {"h200": Rates(4.6e14, 2.25e13, EIGEN * 4096**3 / 0.11, CALL / 1e-5, 0.57e9, 140e9)}
 
 

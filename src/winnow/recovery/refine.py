@@ -18,6 +18,9 @@ from winnow.recovery.rounded import rounded_modules, stored_tensors, trainable
 from winnow.recovery.training import Report, batches, train
 
 log = logging.getLogger(__name__)
+KEYS = ("held_out_start", "held_out_best", "best_step", "steps")
+NUMBERS = "numbers"  # beside the tensors of a block
+FULL_RATE = 0.002  # held-out loss of a block from which on the full rate is used
 
 
 def refine_blocks(given: Given) -> dict[str, Any]:
@@ -29,17 +32,17 @@ def refine_blocks(given: Given) -> dict[str, Any]:
     finite."""
     blocks, shared, chosen = list(given.blocks.values()), _shared(given), _chosen(given)
     ways = [Sides(given, windows) for windows in given.split()]
-    rows = {}
+    rows, resume, resuming = {}, given.resume, given.resume is not None
     for index, block in enumerate(blocks):
         if block not in chosen or not _trains(given, block, shared):
             continue
-        found = given.resume.kept(block) if given.resume else {}
-        if found:
-            given.weights.put(given.model, found)
-        else:
+        found = resume.kept(block) if resume and resuming else {}
+        if not found:
+            resuming = False  # later blocks were trained behind another state of this one
             found = _refined(given, index, shared, ways)
-            if given.resume:
-                given.resume.keep(block, found)
+            if resume:
+                resume.keep(block, found)
+        given.weights.finished(given.model, block, found)
         rows[block] = dict(zip(KEYS, found[NUMBERS].tolist(), strict=True))
     kept = [name for name, row in rows.items() if row["best_step"] == 0]
     if kept:
@@ -62,9 +65,8 @@ def _shared(given: Given) -> set[str]:
     places: dict[int, set[str]] = {}
     inside = tuple(f"{block}." for block in given.blocks.values())
     named = list(given.model.named_parameters(remove_duplicate=False))
-    block_of = lambda name: next((block for block in inside if name.startswith(block)), "")  # noqa: E731
     for name, parameter in named:
-        places.setdefault(id(parameter), set()).add(block_of(name))
+        places.setdefault(id(parameter), set()).add(next((block for block in inside if name.startswith(block)), ""))
     return {name for name, parameter in named if len(places[id(parameter)]) > 1}
 
 
@@ -80,18 +82,13 @@ def _refined(given: Given, index: int, shared: set[str], ways: list[Sides]) -> d
     with given.weights.block(given.model, block):
         with trainable(given, f"{block}."):
             outside = {id(p) for n, p in given.model.named_parameters(remove_duplicate=False) if not n.startswith(f"{block}.")}
-            below = given.parameters(f"{block}.").items()
+            below = given.parameters(f"{block}.").items()  # with those that `trainable` added, of modules that may be shared, too
             parameters = {name: p for name, p in below if name not in shared and id(p) not in outside}
             report = _refine(given, index, parameters, sides, ways[0].own.device)
         found = {name: p.detach().clone() for name, p in parameters.items() if ".trained." not in name}
         found |= {name: tensor.clone() for name, tensor in stored_tensors(given, f"{block}.").items()}
     numbers = [report["held_out_start"], report["held_out_best"], report["best_step"], report["steps"]]
     return {**found, NUMBERS: torch.tensor(numbers, dtype=torch.float64)}
-
-
-KEYS = ("held_out_start", "held_out_best", "best_step", "steps")
-NUMBERS = "numbers"  # beside the tensors of a block
-FULL_RATE = 0.002  # held-out loss of a block from which on the full rate is used
 
 
 class Sides:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from winnow.errors import InputError
 from winnow.recovery.rounded import stored_tensors
 
 if TYPE_CHECKING:
@@ -32,11 +33,12 @@ class Weights:
 
     @contextmanager
     def entry(self, model: PreTrainedModel) -> Iterator[None]:
-        """Context manager in which the model runs up to its first block, and calls all others, with any hidden states."""
+        """Context manager in which the model can be run to see how it calls its blocks: the inputs of the first are right, those
+        of the others have the right shape."""
         yield
 
-    def put(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
-        """Use these tensors of a block that was trained earlier."""
+    def finished(self, model: PreTrainedModel, name: str, tensors: dict[str, Tensor]) -> None:
+        """Use these tensors of a block, by this process or an earlier one, from now on."""
         copy_into(model, tensors)
 
     def trained(self, given: Given) -> Callable[[str], Tensor | None]:
@@ -48,11 +50,13 @@ class Weights:
 
 
 class ByBlock(Weights):
-    """Of models whose blocks are read when they are needed; trained blocks are kept by `resume`."""
+    """Of models whose blocks are read when they are needed; trained blocks are kept by `resume`, and read from there. Raises
+    InputError where such a file is lost or damaged later."""
 
     def __init__(self, own: Streamed, dense: Streamed, resume: Resume):
         self.own, self.resume = own, resume
         self.streams = {id(one.model): one for one in (own, dense)}
+        self.done: set[str] = set()
 
     def device(self, model: PreTrainedModel) -> torch.device:
         return torch.device(self.own.device)
@@ -63,7 +67,7 @@ class ByBlock(Weights):
         layer = next(layer for layer, own in streamed.names.items() if own == name)
         with streamed.loaded(layer):
             if streamed is self.own:
-                copy_into(model, self.resume.kept(name))
+                copy_into(model, self._kept(name))
             yield
 
     @contextmanager
@@ -75,8 +79,15 @@ class ByBlock(Weights):
         finally:
             streamed.release()
 
-    def put(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
-        """`block` reads them."""
+    def finished(self, model: PreTrainedModel, name: str, tensors: dict[str, Tensor]) -> None:
+        self.done.add(name)
+
+    def _kept(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a block after its training; none before."""
+        found = self.resume.kept(name) if name in self.done else {}
+        if name in self.done and not found:
+            raise InputError(f"{self.resume.path}-{name}: lost or damaged while in use; run snakemake again")
+        return found
 
     def trained(self, given: Given) -> Callable[[str], Tensor | None]:
         held: dict[str, Any] = {"block": None}
@@ -86,7 +97,7 @@ class ByBlock(Weights):
             if block is None:
                 return None
             if held["block"] != block:
-                held.update(block=block, tensors=self.resume.kept(block))
+                held.update(block=block, tensors=self._kept(block))
             return held["tensors"].get(name)
 
         return of
@@ -94,7 +105,7 @@ class ByBlock(Weights):
 
 @torch.no_grad()
 def copy_into(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into the parameters and buffers of these names; other names are ignored."""
+    """Copy tensors into the parameters and buffers of these names; names without a dot are no part of a model, and ignored."""
     for name, value in tensors.items():
         place, _, key = name.rpartition(".")
         if place:

@@ -47,15 +47,16 @@ class CollectGradients(Stage):
                 head = load.unit * load.embeddings + LOGITS * (8 + 4 * load.unit) + 3 * preset.length * shape.width * load.unit
                 memory = max(block, head)
                 states = 1.0 * tokens * shape.width * load.unit
-                held, written = self.hidden(load, name, batch // preset.length, unit), 3 * shape.layers * states
+                held, portions = self.hidden(load, name, batch // preset.length, unit)
+                written = 3 * shape.layers * states + (portions - 1) * (gradients_bytes(load, unit) + load.loaded)
                 passes += 2.0 * tokens * shape.numbers
             operations = load.passes(passes) + Operations(products=2.0 * tokens * load.gradient)  # of gradients in `precision`
             found += self.collecting(load, name, memory, (gradients_bytes(load, unit), held, written), operations, base)
         return found
 
-    def hidden(self, load: Load, calibration: str, batch: int, unit: int) -> float:
-        """Bytes of hidden states that jobs have on disk at once, and of the sums of a layer (of numbers of `unit` bytes) that are
-        there twice where windows run in portions of whole batches of `batch` windows."""
+    def hidden(self, load: Load, calibration: str, batch: int, unit: int) -> tuple[float, int]:
+        """(bytes of hidden states that jobs have on disk at once, and of the sums of a layer (numbers of `unit` bytes) that are
+        there twice where windows run in portions of whole batches of `batch` windows, number of portions)"""
         preset, shape = load.calibrations[calibration], load.shape
         jobs = len(self.plan.parts(load.label, self.plan.labels["calibrations"][calibration]))
         given = self.plan.resources.get(self.others[0] if jobs else self.name, {})
@@ -63,7 +64,7 @@ class CollectGradients(Stage):
         bound = hidden_bound(given.get("hidden_mb", 0), shape.bytes)
         portions = portions_of(math.ceil(preset.windows / max(1, jobs)), batch, window, bound)
         twice = unit * load.gradient_of_layer[0] / 2 if len(portions) > 1 else 0.0
-        return max(1, jobs) * (portions[0].stop * window + twice)
+        return max(1, jobs) * (portions[0].stop * window + twice), len(portions)
 
 
 def gradients_bytes(load: Load, unit: int) -> float:

@@ -61,6 +61,7 @@ class Recover(Stage):
             share = self.plan.config.budgets[budget].keep_bytes or 1.0 if budget else 1.0
             windows = self.plan.config.calibrations[calibration]
             states = 2 * windows.windows * windows.length * shape.width  # inputs and outputs of a block
+            kept = (0.0, 0.0)  # bytes of finished blocks on disk
             step = options.batch * windows.length
             held = step * (3 * shape.vocabulary + 12 * shape.width * shape.layers + 4 * load.widest)
             passes = 8.0 * steps * step + 4 * windows.windows * windows.length * shape.layers
@@ -73,13 +74,14 @@ class Recover(Stage):
                 passes *= len(options.layers or range(shape.layers)) / shape.layers
                 if load.streamed:
                     held = step * (20 * shape.width + 4 * load.widest)  # of a block with its graph
-                    numbers, states = max(load.embeddings, 2 * shape.block()), 2 * states
+                    numbers = max(load.embeddings, 2 * shape.block())
+                states, kept = 2 * states, 2 * (4.0 * share * fitted,)
             memory, operations = 4.0 * (numbers + trained + states + held), load.passes(passes * shape.numbers)
             if method and isinstance(options, Sequential.Options):
                 again = options.rounded == "codes" and self._rounds(method)
                 largest, more = self._refits(load, options, windows.windows * windows.length, again)
                 memory, operations = memory + largest, operations + more
-            work = self.needed(load, 1, memory, share * shape.bytes, operations, rule=rule)
+            work = self.needed(load, 1, memory, share * shape.bytes, operations, rule=rule, temporary=kept)
             found += [replace(one, streams=isinstance(options, Refine.Options)) for one in work]
         return found
 
