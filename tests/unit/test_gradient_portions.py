@@ -16,7 +16,7 @@ from winnow.calibration.gradients_by_block import collect_gradients_by_block
 from winnow.calibration.parts import LEAST, hidden_bound, portions_of, states_at_once
 from winnow.calibration.stored import stored
 from winnow.checkpoint.streaming import Streamed, clear_left
-from winnow.io.artifacts import write_json, write_tensors
+from winnow.io.artifacts import read_json, write_json, write_tensors
 from winnow.io.hidden_states import HiddenStates
 from winnow.io.resume import own_files
 from winnow.models.architectures import moments_file
@@ -241,6 +241,23 @@ def test_sums_of_other_portions_are_not_used(model, tmp_path, monkeypatch):
         Disk(place, patched, die)
         model().job(place, 2 * model().window)
     assert model().job(place, 4 * model().window) == whole
+
+
+def test_the_state_of_a_job_without_portions_starts_over(model, tmp_path, monkeypatch):
+    """An earlier version of the code left it; it says nothing of where portions start."""
+    place = tmp_path / "job"
+    whole = model().job(tmp_path / "whole", 2 * model().window)
+
+    def die() -> None:
+        if list(place.glob(".manifest.json.hidden-1-sums-1")):
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        Disk(place, patched, die)
+        model().job(place, 2 * model().window)
+    state = place / ".manifest.json.hidden.json"
+    write_json(state, {key: value for key, value in read_json(state).items() if key not in ("starts", "seal")})
+    assert model().job(place, 2 * model().window) == whole
 
 
 def test_a_layer_that_lost_its_sums_is_added_again_alone(model, tmp_path, monkeypatch):
