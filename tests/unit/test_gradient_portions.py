@@ -156,16 +156,19 @@ def test_the_disk_that_is_taken_is_the_bound_and_what_is_forecast(model, windows
 
     monkeypatch.setattr(parts, "MB", model().window)  # so that `hidden_mb` is a number of windows
 
-    def forecast_disk(how: str) -> float:
+    shape = shape_of(model().folder / "model")
+
+    def forecast_disk(how: str) -> tuple[float, float]:
+        """(bytes that stay, bytes of temporary files)"""
         config = default()
         config["models"]["demo"] |= {"source": str(model().folder / "model"), "load": how}
         config["calibrations"]["demo"] |= {"windows": COUNT, "length": LENGTH, "precision": "float32"}
         resources = {"collect_gradients": {"hidden_mb": windows, "batch_tokens": BATCH * LENGTH}}
-        works = forecast(Plan(load(config), ROOT, resources=resources), {"demo": shape_of(model().folder / "model")})
-        return next(work.disk for work in works if work.stage == "collect_gradients")
+        works = forecast(Plan(load(config), ROOT, resources=resources), {"demo": shape})
+        return next((work.disk, work.temporary) for work in works if work.stage == "collect_gradients")
 
-    moments = forecast_disk("whole")
-    assert forecast_disk("stream") == moments + disk.states + twice * moments / BLOCKS
+    layer = 4 * sum(m.shape[0] ** 2 for m in shape.matrices if m.layer == 0) / 2  # of sums, by half in float32
+    assert forecast_disk("stream") == (forecast_disk("whole")[0], disk.states + twice * layer)
 
 
 @pytest.mark.parametrize("windows", [3, COUNT])
