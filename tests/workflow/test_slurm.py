@@ -112,7 +112,7 @@ def test_windows_and_layers_over_jobs_of_a_model_that_is_read_block_by_block(tmp
     assert {"merge_statistics", "merge_gradients", "predict_losses", "compress_refitted", "recover"} <= set(rules)
     for job in cluster.jobs():
         merging = rule_of(job).startswith("merge")
-        heavy = rule_of(job).startswith(("collect", "factorize", "compress_refitted", "recover", "evaluate"))
+        heavy = rule_of(job).startswith(("collect", "factorize", "predict", "compress_refitted", "recover", "evaluate"))
         assert merging or ("gres/gpu=1" in job["AllocTRES"]) == heavy, job
     tables = [pd.read_csv(place.folder / "results" / "tables" / "summary.csv") for place in places]
     assert list(tables[0]["recovery"]) == list(tables[1]["recovery"])
