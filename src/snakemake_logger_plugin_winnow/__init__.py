@@ -20,7 +20,7 @@ from typing import Any
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 
 from snakemake_logger_plugin_winnow.stages import Job, Stages, last_lines
-from snakemake_logger_plugin_winnow.views import Bars, Lines, View
+from snakemake_logger_plugin_winnow.views import Bars, Lines, View, write_line
 
 __all__ = ["LogHandler"]
 BARS = 3  # jobs from which on bars are drawn
@@ -116,7 +116,7 @@ class LogHandler(LogHandlerBase):
         if self.view and text:
             self.view.say(text)
         elif text:
-            print(text, file=sys.stderr, flush=True)
+            write_line(text)
 
     def _end(self, text: str) -> None:
         """The last line about stages; what Snakemake and the workflow say after it is printed without bars."""

@@ -16,6 +16,12 @@ FEW = 3  # jobs that are named
 REFRESH = 4  # times a second that bars are drawn
 
 
+def write_line(text: str) -> None:
+    """A line on the standard error, written at once: `print` writes its end apart, and another thread may write between."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 class View(Protocol):
     """What both ways have in common."""
 
@@ -39,7 +45,7 @@ class Lines:
 
     def say(self, text: str) -> None:
         with suppress(BrokenPipeError):
-            print(text, file=sys.stderr, flush=True)
+            write_line(text)
 
     def close(self) -> None:
         self.ended.set()

@@ -164,3 +164,13 @@ def test_a_job_that_takes_long_shows_the_last_line_of_its_log(tmp_path, capsys, 
     handler.emit(record(None, "Select another disk", logging.WARNING))
     handler.emit(record("group_error", "Error in group evaluate", logging.ERROR))
     assert capsys.readouterr().err.splitlines()[-2:] == ["Select another disk", "Error in group evaluate"]
+
+
+def test_a_line_is_one_write(monkeypatch):
+    """So that what another thread writes cannot come between a line and its end."""
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    view = Lines(stages.Stages(), every=1000)
+    view.say("2 jobs")
+    view.close()
+    assert written == ["2 jobs\n"]
