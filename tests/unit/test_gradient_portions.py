@@ -231,10 +231,8 @@ def test_a_job_that_is_killed_again_and_again(model, often, tmp_path, monkeypatc
     assert found == whole
 
 
-def test_sums_of_other_portions_are_not_used(model, tmp_path, monkeypatch):
-    """Another bound after a kill: what was added by then is of other windows."""
-    place = tmp_path / "job"
-    whole = model().job(tmp_path / "whole", 4 * model().window)
+def kill_in_second_portion(made, place: Path, monkeypatch) -> None:
+    """A job of portions of two windows, killed when the second portion has added the sums of a layer."""
 
     def die() -> None:
         if list(place.glob(".manifest.json.hidden-1-sums-1")):
@@ -242,7 +240,14 @@ def test_sums_of_other_portions_are_not_used(model, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         Disk(place, patched, die)
-        model().job(place, 2 * model().window)
+        made.job(place, 2 * made.window)
+
+
+def test_sums_of_other_portions_are_not_used(model, tmp_path, monkeypatch):
+    """Another bound after a kill: what was added by then is of other windows."""
+    place = tmp_path / "job"
+    whole = model().job(tmp_path / "whole", 4 * model().window)
+    kill_in_second_portion(model(), place, monkeypatch)
     assert model().job(place, 4 * model().window) == whole
 
 
@@ -250,14 +255,7 @@ def test_the_state_of_a_job_without_portions_starts_over(model, tmp_path, monkey
     """An earlier version of the code left it; it says nothing of where portions start."""
     place = tmp_path / "job"
     whole = model().job(tmp_path / "whole", 2 * model().window)
-
-    def die() -> None:
-        if list(place.glob(".manifest.json.hidden-1-sums-1")):
-            raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        Disk(place, patched, die)
-        model().job(place, 2 * model().window)
+    kill_in_second_portion(model(), place, monkeypatch)
     state = place / ".manifest.json.hidden.json"
     write_json(state, {key: value for key, value in read_json(state).items() if key not in ("starts", "seal")})
     assert model().job(place, 2 * model().window) == whole
@@ -267,14 +265,7 @@ def test_a_layer_that_lost_its_sums_is_added_again_alone(model, tmp_path, monkey
     """Of a damaged file, all portions; the layers that have them keep theirs."""
     place = tmp_path / "job"
     whole = model().job(tmp_path / "whole", 2 * model().window)
-
-    def die() -> None:
-        if list(place.glob(".manifest.json.hidden-1-sums-1")):
-            raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        Disk(place, patched, die)
-        model().job(place, 2 * model().window)
+    kill_in_second_portion(model(), place, monkeypatch)
     (damaged,) = place.glob(".manifest.json.hidden-*-sums-2")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     assert model().job(place, 2 * model().window) == whole
