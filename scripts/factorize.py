@@ -34,7 +34,7 @@ if __name__ == "__main__":
         tensors = storable(structure, fit) | {"spectrum": fit.spectrum.cpu(), "error": fit.error.cpu()}
         tensors["numbers"] = torch.tensor(numbers)
         if spec["refitted"]:
-            tensors = without_tensors(files, structure, moments, gradients, outer, name, tensors, job.device)
+            tensors = without_tensors(files, structure, metric, moments, gradients, outer, name, tensors, job.device)
         write_tensors(folder / f"{name}.safetensors", tensors, job.provenance)
         names.append(name)
     dense = left_dense(files, outer or moments, structure, metric, spec["shard"])

@@ -85,14 +85,20 @@ def test_factors_without_tensors_are_small_and_fitted_again_for_every_checkpoint
     assert (again.jobs, again.disk) == (plain.jobs, plain.disk)
     assert 0 == plain.operations < again.operations < 2 * stored["factorize"].operations
     assert works("refitted", budgets=("ffn-0.8",))["compress_refitted"].operations == again.operations / 2
-    inputs = works("refitted", "whitened")
-    assert inputs["factorize"] == works("stored", "whitened")["factorize"], "a metric without gradients"
-    assert inputs["compress_refitted"].operations == 0
+    inputs, kept = works("refitted", "whitened"), works("stored", "whitened")
+    assert inputs["factorize"].operations == kept["factorize"].operations, "a metric without gradients"
+    assert inputs["factorize"].disk < 0.15 * kept["factorize"].disk
+    assert inputs["predict_losses"].operations == kept["predict_losses"].operations + inputs["factorize"].operations
+    assert inputs["compress_refitted"].operations == 2 * inputs["factorize"].operations
     plan = plan_of(lambda c: c["models"]["demo"].update(factors="refitted"))
     kinds = {name: plan.config.methods[name].structure.kind for name in plan.members["winnow"]}
     model, methods = plan.labels["models"]["demo"], plan.labels["methods"]
-    kept = [kind for name, kind in kinds.items() if not plan.refits(model, methods[name])]
-    assert kept == ["affine_block"], "which reads no gradients"
+    assert all(plan.refits(model, methods[name]) for name in kinds)
+    later = [kind for name, kind in kinds.items() if not plan.predicts_at_once(methods[name])]
+    assert later == ["affine_block"], "which reads no gradients"
+    labels = plan.labels["methods"]
+    assert [plan.refits(model, labels[name]) for name in ("svd", "clusters_norm")] == [False, False]
+    assert plan.refits_with(labels["whitened"]) == {"moments"}
 
 
 def test_an_export_is_forecast_in_its_dtype():

@@ -17,10 +17,10 @@ MEMBERS = [
     {"kind": "rounded", "bits": [2, 3, 4, 8], **FED_BACK},
     {"kind": "rounded_neuron_slice", "criterion": "loss", "neurons": [0.5, 1.0], "bits": [3, 8], **FED_BACK},
 ]
-KEPT = {"affine_block"}  # reads no gradients, so that its losses are predicted by another job, from its tensors
-LEFT_OUT = {member["kind"] for member in MEMBERS} - KEPT
+LATER = {"affine_block", "low_rank"}  # read no gradients, so that their losses are predicted by another job, which fits them again
+KINDS = {member["kind"] for member in MEMBERS} | {"low_rank"}
 UNTIL = ("--until", "compress", "compress_refitted")
-TENSORS = {"spectrum", "error", "numbers", "predicted"}
+TENSORS = {"spectrum", "error", "numbers"}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,13 @@ def places(tmp_path_factory) -> dict[str, Workspace]:
     for factors in ("stored", "refitted"):
         place = Workspace(tmp_path_factory.mktemp(factors))
         config = place.config
-        config["methods"] = {"all": {"structure": {"kind": "mixed", "members": MEMBERS}, "metric": {"kind": "two_sided"}}}
+        config["methods"] = {
+            "all": {"structure": {"kind": "mixed", "members": MEMBERS}, "metric": {"kind": "two_sided"}},
+            "inputs": {"structure": {"kind": "low_rank"}, "metric": {"kind": "gram"}},
+        }
         budget = {"targets": ["ffn", "attention"], "keep_bytes": 0.3, "allocation": {"kind": "ilp"}}
         config["budgets"] = {"few": budget}
-        config["experiments"]["one"] |= {"methods": ["all"], "budgets": ["few"]}
+        config["experiments"]["one"] |= {"methods": ["all", "inputs"], "budgets": ["few"]}
         config["models"]["pico"] |= {"factors": factors, "shards": 1}
         config["models"]["pico"]["source"] = str((found.get("stored") or place).folder / "model")
         done = place.run(*UNTIL, "--quiet", "rules", "host", "reason")
@@ -52,7 +55,7 @@ def test_weights_and_allocations_are_those_of_stored_factors(places):
     for pattern in ("*/*/*/*/checkpoint/*.safetensors", "*/*/*/*/checkpoint/config.json", "*/*/*/*/checkpoint/recipe.yaml"):
         assert files(places["refitted"], pattern) == files(places["stored"], pattern)
     names = files(places["stored"], "*/*/*/*/allocation.json")
-    assert len(names) == 1
+    assert len(names) == 2
     used = set()
     for name in names:
         one, other = (json.loads((place.folder / name).read_text()) for place in places.values())
@@ -60,7 +63,7 @@ def test_weights_and_allocations_are_those_of_stored_factors(places):
             del record["provenance"], record["seal"], record["seconds"]
         assert one == other
         used |= {row["group"].partition("@")[2] for row in one["groups"] if row["size"] is not None}
-    assert used & LEFT_OUT, "the budget uses members whose tensors are left out"
+    assert {"", "rounded"} <= used, "both methods store sizes that were fitted again"
     for name in files(places["stored"], "*/*/*/predicted.parquet"):
         one, other = (read_parquet(place.folder / name) for place in places.values())
         assert one.equals(other), name
@@ -72,9 +75,9 @@ def test_factors_hold_no_tensors_of_what_is_fitted_again(places):
     for path in bundles:
         kind = Bundle(path).manifest["provenance"]["params"]["spec"]["method"]["structure"]["kind"]
         held = [set(read_header(file)) for file in path.parent.glob("*.safetensors")]
-        assert all((tensors == TENSORS) == (kind in LEFT_OUT) for tensors in held), path
+        assert all(tensors == TENSORS | (set() if kind in LATER else {"predicted"}) for tensors in held), path
         kinds |= {kind} if held else set()
-    assert kinds == KEPT | LEFT_OUT
+    assert kinds == KINDS
     sizes = {
         name: sum(len(content) for content in files(place, "*/*/*/factors/*/*.safetensors").values())
         for name, place in places.items()
@@ -93,9 +96,9 @@ def test_the_option_makes_factors_and_checkpoints_anew_and_is_in_no_label(places
     made = {
         rule: planned[rule] for rule in ("collect_statistics", "collect_gradients", "factorize", "compress", "compress_refitted")
     }
-    again = len(LEFT_OUT)  # one shard of each
-    assert made == {"collect_statistics": 0, "collect_gradients": 0, "factorize": again, "compress": 1, "compress_refitted": 0}
+    again = len(KINDS)  # one shard of each
+    assert made == {"collect_statistics": 0, "collect_gradients": 0, "factorize": again, "compress": 2, "compress_refitted": 0}
     place.config["budgets"]["other"] = {"targets": ["ffn"], "keep_bytes": 0.5, "allocation": {"kind": "ilp"}}
     place.config["experiments"]["one"]["budgets"].append("other")
     planned = place.planned(*UNTIL)
-    assert (planned["factorize"], planned["compress_refitted"], planned["predict_losses"]) == (0, 1, 0)
+    assert (planned["factorize"], planned["compress_refitted"], planned["predict_losses"]) == (0, 2, 0)

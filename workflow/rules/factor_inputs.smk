@@ -31,6 +31,8 @@ def refitted_with(what):
             return PLAN.paths.outer(
                 wildcards.model, wildcards.calibration, wildcards.method
             )
+        if what not in PLAN.refits_with(wildcards.method):
+            return []
         return f"results/{wildcards.model}/{wildcards.calibration}/statistics/{what}/manifest.json"
 
     return path

@@ -1,5 +1,5 @@
-"""Factors without tensors, for models whose preset says `factors: refitted`: they hold the error and the predicted loss of every
-size, and the tensors are fitted again from the same weights and statistics where a size is stored."""
+"""Factors without tensors, for models whose preset says `factors: refitted`: they hold the error of every size, and the predicted
+loss if the fit reads all that it needs. The tensors are fitted again from the same weights and statistics where they are read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Source:
         structure: Structure,
         metric: Metric | None,
         moments: Layers,
-        gradients: Layers,
+        gradients: Layers | None,
         outer: Layers | None,
         device: str,
     ):
@@ -87,7 +87,8 @@ class Refitted:
 
     def _found(self, file: str, size: int | None) -> dict[str, Tensor]:
         found = self.stored.tensors(file)
-        if found.pop(PREDICTED, None) is None:
+        found.pop(PREDICTED, None)
+        if not set(found) <= set(OF_FITS):
             return found
         return self.source.tensors(file.removesuffix(".safetensors"), size) | found
 
@@ -95,6 +96,7 @@ class Refitted:
 def without_tensors(
     files: ModelFiles,
     structure: Structure,
+    metric: Metric | None,
     moments: Layers | None,
     gradients: Layers | None,
     outer: Layers | None,
@@ -102,11 +104,15 @@ def without_tensors(
     fit: dict[str, Tensor],
     device: str,
 ) -> dict[str, Tensor]:
-    """What is stored of a fit whose tensors are left out: what all files of fits have, and its predicted losses."""
+    """What is stored of a fit whose tensors are left out: what all files of fits have, and the losses if they can be predicted
+    from what it reads."""
+    kept = {key: fit[key] for key in OF_FITS}
+    if not structure.predicts_at_once(metric.needs if metric else ()):
+        return kept
     inputs: Any = moments  # None where the fit is of the embeddings or the head, which `outer` is for
     outputs: Any = gradients
     ((_, losses),) = predict(files, inputs, outputs, {name: Held({f"{name}.safetensors": fit})}, structure, device, outer)
-    return {key: fit[key] for key in OF_FITS} | {PREDICTED: losses}
+    return kept | {PREDICTED: losses}
 
 
 def fits_of(
@@ -118,8 +124,8 @@ def fits_of(
     found, dense = factors_of(structure, factors)
     if not paths.get("moments"):
         return dict(found), dense
-    moments, gradients = (Bundle(paths[what]) for what in ("moments", "gradients"))
-    outer = Bundle(paths["outer"]) if paths.get("outer") else None
+    moments = Bundle(paths["moments"])
+    gradients, outer = (Bundle(paths[what]) if paths.get(what) else None for what in ("gradients", "outer"))
     sources = {}
     for end, own in structure.alternatives().items():
         metric = METRICS.build(method["metric"]) if method["metric"] and own.objective == "metric" else None

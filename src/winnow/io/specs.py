@@ -125,7 +125,7 @@ class CollectGradients(GradientMoments):
 
 
 class Structure(TypedDict):
-    """`predict_losses`, and what others need of a method."""
+    """What all need of a method."""
 
     structure: Preset
     structure_version: int
@@ -136,6 +136,10 @@ class Method(Structure):
 
     metric: Preset | None
     metric_version: int | None
+
+
+class PredictLosses(Method):
+    fits_again: bool  # whether factors have neither tensors nor predicted losses
 
 
 class Factorize(TypedDict):

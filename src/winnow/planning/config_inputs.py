@@ -45,8 +45,8 @@ class Model(Strict):
     )
     factors: Literal["stored", "refitted"] = Field(
         "stored",
-        description="refitted: of methods that are fitted to the second moments of inputs and of gradients, only the errors and "
-        "the predicted losses of every size are stored; a checkpoint's matrices are fitted again, to the same bits, at the size "
+        description="refitted: of methods that are fitted to the second moments of inputs, without clusters, only the error of "
+        "every size is stored, and its predicted loss; a checkpoint's matrices are fitted again, to the same bits, at the size "
         "chosen for each, which takes time for every budget, and far less disk",
     )
     finetune: Tuning | None = Field(

@@ -194,10 +194,25 @@ class Labels:
 
     @cache  # noqa: B019
     def _leaves_out(self, method_label: str) -> bool:
-        return any(
-            STRUCTURES.build(method.structure.model_dump()).leaves_out(METRICS[method.metric.kind].needs if method.metric else ())
+        return any(structure.leaves_out(needs) for structure, needs in self._members(method_label))
+
+    def _members(self, method_label: str) -> list[tuple[Structure, tuple[str, ...]]]:
+        """The structures that a method chooses between, and what the metric of each needs."""
+        return [
+            (STRUCTURES.build(method.structure.model_dump()), METRICS[method.metric.kind].needs if method.metric else ())
             for method in self.preset("methods", method_label).members()
-        )
+        ]
+
+    @cache  # noqa: B019
+    def refits_with(self, method_label: str) -> set[str]:
+        """Which of `moments` and `gradients` factors that are fitted again are fitted with."""
+        found = [{*needs, *own.needs()} for own, needs in self._members(method_label) if own.leaves_out(needs)]
+        return {"gradients" if need in GRADIENTS else "moments" for needs in found for need in needs}
+
+    @cache  # noqa: B019
+    def predicts_at_once(self, method_label: str) -> bool:
+        """Whether the losses of a method without alternatives are predicted where its factors are fitted without tensors."""
+        return all(structure.predicts_at_once(needs) for structure, needs in self._members(method_label))
 
     @cache  # noqa: B019 - one plan lives as long as the process, and thousands of cells share a preset
     def needs(self, method_label: str) -> set[str]:

@@ -261,10 +261,12 @@ class Structure(Plugin):
         return self.fit(problem, self.largest(problem.group)).tensors
 
     def leaves_out(self, needs: tuple[str, ...]) -> bool:
-        """Whether factors in a metric with these needs can do without tensors: the fit, which is made again for a stored size,
-        reads all that the predicted losses need, which can then be computed with it."""
-        read = {*needs, *self.needs()}
-        return self.predicts and {"gram", "gradient_gram"} <= read and self.clustering() is None
+        """Whether factors in a metric with these needs can do without tensors, as the fit is made again where they are read."""
+        return self.predicts and "gram" in {*needs, *self.needs()} and self.clustering() is None
+
+    def predicts_at_once(self, needs: tuple[str, ...]) -> bool:
+        """Whether a fit in a metric with these needs reads all that its predicted losses need."""
+        return self.predicts and {"gram", "gradient_gram"} <= {*needs, *self.needs()}
 
     def judged(self, group: list[Matrix]) -> list[Matrix]:
         """The matrices whose output gradients `predicted` needs."""

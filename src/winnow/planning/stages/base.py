@@ -133,10 +133,6 @@ class Stage(Plugin):
         """The modules of the method's metrics, where its factors are fitted again."""
         return self.plan.metrics_of(w["method"]) if self.plan.refits(w["model"], w["method"]) else []
 
-    def structure(self, w: dict[str, str]) -> specs.Structure:
-        method = self.method(w)
-        return {"structure": method["structure"], "structure_version": method["structure_version"]}
-
     def allocation(self, w: dict[str, str]) -> specs.Allocation:
         """The budget's allocation, of whose options the budget tells."""
         allocation = self.plan.allocation(w["budget"])

@@ -34,11 +34,13 @@ class Factorize(Stage):
         found, shards = [], self.plan.config.models[load.name].shards
         for fit in load.fits:
             structure, needs = fitted_by(self.plan, fit[1])
-            rows = [of_group(load, structure, needs, group) for group in load.fitted(fit[1])]
-            kept = [1.0 * A_FILE + A_SIZE * (structure.limit(group) + 1) for group in load.fitted(fit[1])]
-            if self.plan.refits(load.label, self.plan.labels["methods"][fit[1]]):
-                few = load.few(*fit)
-                rows = [_left_out(structure, g, row) for g, row in zip(load.fitted(fit[1]), rows, strict=True)]
+            groups, label = load.fitted(fit[1]), self.plan.labels["methods"][fit[1]]
+            rows = [of_group(load, structure, needs, group) for group in groups]
+            kept = [1.0 * A_FILE + A_SIZE * (structure.limit(group) + 1) for group in groups]
+            if self.plan.refits(load.label, label):
+                at_once = self.plan.predicts_at_once(label)
+                rows = [_left_out(structure, group, row, at_once) for group, row in zip(groups, rows, strict=True)]
+                few = load.few(*fit) if at_once else []
                 rows.append((8.0 * 5 * max(few, default=0) ** 2, Operations(decompositions=EIGEN * sum(n**3 for n in few)), 0.0))
             memory, operations, disk = zip(*rows, strict=True)
             found += self.needed(load, shards + (fit in load.outer), max(memory), sum(disk) + sum(kept), sum(operations, NONE))
@@ -67,8 +69,12 @@ def of_inputs(needs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(need for need in needs if need not in GRADIENTS)
 
 
-def _left_out(structure: Structure, group: list[Matrix], fit: tuple[float, Operations, float]) -> tuple[float, Operations, float]:
-    """The same for a fit whose losses are predicted at once and whose tensors are not stored."""
+def _left_out(
+    structure: Structure, group: list[Matrix], fit: tuple[float, Operations, float], at_once: bool
+) -> tuple[float, Operations, float]:
+    """The same for a fit whose tensors are not stored; `at_once`: its losses are predicted in the same job."""
+    if not at_once:
+        return *fit[:2], 0.0
     (memory, operations, cached), m, n = fit, sum(matrix.shape[0] for matrix in group), max(matrix.shape[1] for matrix in group)
     predicting = 0.0 if group[0].outer else structure.predicting(group)
     held = cached * (1 if structure.rounds() else 2 if structure.in_float64 else 3)  # in float64, and in the dtype of the file

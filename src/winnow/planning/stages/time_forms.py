@@ -18,8 +18,14 @@ class TimeForms(Stage):
 
     def spec(self, w: dict[str, str]) -> specs.TimeForms:
         """Not the machine, which is in the result: times are never the same bits."""
-        method, timing = self.plan.timings()[w["timing"]]
-        return {**self.structure({"method": method}), "timing": timing.model_dump(exclude={"keep"}), "dtype": self.dtype(w)}
+        label, timing = self.plan.timings()[w["timing"]]
+        method = self.method({"method": label})
+        return {
+            "structure": method["structure"],
+            "structure_version": method["structure_version"],
+            "timing": timing.model_dump(exclude={"keep"}),
+            "dtype": self.dtype(w),
+        }
 
     def code(self, w: dict[str, str]) -> list[str]:
         method, _ = self.plan.timings()[w["timing"]]
