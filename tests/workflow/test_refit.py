@@ -17,7 +17,7 @@ MEMBERS = [
     {"kind": "rounded", "bits": [2, 3, 4, 8], **FED_BACK},
     {"kind": "rounded_neuron_slice", "criterion": "loss", "neurons": [0.5, 1.0], "bits": [3, 8], **FED_BACK},
 ]
-LATER = {"affine_block", "low_rank"}  # read no gradients, so that their losses are predicted by another job, which fits them again
+LATER = {"affine_block", "low_rank"}  # read no gradients: another job predicts their losses, and fits them again for that
 KINDS = {member["kind"] for member in MEMBERS} | {"low_rank"}
 UNTIL = ("--until", "compress", "compress_refitted")
 TENSORS = {"spectrum", "error", "numbers"}
