@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MB, GB = 1e6, 1e9
 BASE = 450 * MB  # of a process that imported what it needs, measured on the demo
+WITHOUT_MODELS = 355 * MB  # of one that runs no model; measured
 A_FILE = 3000  # bytes of a file of tensors beside these: what it was made of, and their names; measured
 OF_DEVICE = 3 * GB  # of a process that has the libraries of a GPU; assumed
 

@@ -64,7 +64,8 @@ class Perplexity(Evaluation):
             embeddings = shape.vocabulary * shape.width
             per_token = running.activations / running.batch_tokens
             passing = running.unit * (shape.block() + embeddings) + batch * per_token
-            memory = max(passing, models * (running.unit * embeddings + 4 * 8 * STREAMED))
+            logits = min(STREAMED, options.length * shape.vocabulary)
+            memory = max(passing, models * (running.unit * embeddings + 4 * 8 * logits))
             temporary = 2.0 * models * scored * shape.width * running.unit
         return memory, temporary, 2.0 * models * scored * shape.numbers
 

@@ -9,11 +9,10 @@ from winnow.models.architectures import FFN_ROLES, by_rows
 from winnow.numerics.operations import NONE, Operations
 from winnow.planning.config import Calibration
 from winnow.planning.labels import EXECUTION
-from winnow.planning.load import MB
+from winnow.planning.load import WITHOUT_MODELS
 from winnow.planning.stages.base import TABLES, TORCH, Stage
 from winnow.planning.stages.factorize import fitted_by, of_group, of_inputs
 
-COMPRESSING = 355 * MB  # of a process that imported what it needs; measured
 SIZE = 190  # bytes of a size of a fit (what it stores, what it loses), of all matrices at once, in all copies; measured
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Compress(Stage):
             memory = max(load.read, 12 * max(map(math.prod, sides))) + table
             disk = load.shape.bytes - dense + (budget.keep_bytes or 1.0) * dense
             if self.plan.config.models[load.name].factors == "stored":
-                found += self.needed(load, 1, memory, disk, base=COMPRESSING)
+                found += self.needed(load, 1, memory, disk, base=WITHOUT_MODELS)
                 continue
             fitting, operations = self._again(load, method)
             memory = max(memory, fitting + table)

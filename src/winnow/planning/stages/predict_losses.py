@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from winnow.models.architectures import AT_ONCE
 from winnow.numerics.operations import EIGEN, Operations
+from winnow.planning.load import WITHOUT_MODELS
 from winnow.planning.stages.base import TABLES, TORCH, Stage
 from winnow.planning.stages.factorize import fitted_by, of_group
 
@@ -35,7 +36,7 @@ class PredictLosses(Stage):
             structure, needs = fitted_by(self.plan, method)
             again = self._fits_again(load.label, label)
             if self.plan.refits(load.label, label) and not again:  # it only gathers what is predicted
-                found += self.needed(load, 1, 0.0, 1e6)
+                found += self.needed(load, 1, 0.0, 1e6, base=WITHOUT_MODELS)
                 continue
             blocks = [group for group in load.fitted(method) if not group[0].outer]
             held = max(structure.predicting(group) for group in blocks)
@@ -47,5 +48,5 @@ class PredictLosses(Stage):
             for group in load.fitted(method) if again else ():
                 fitting, taken, _ = of_group(load, structure, needs, group)
                 memory, operations = max(memory, fitting), operations + taken
-            found += self.needed(load, 1, memory, 1e6, operations)
+            found += self.needed(load, 1, memory, 1e6, operations, WITHOUT_MODELS)
         return found
