@@ -1,15 +1,17 @@
-"""Write docs/results/low_bytes_{loss,divergence,peers,packages}.csv from runs of config/studies/low_bytes.yaml with trained
-models and from docs/results/quantisers.csv, and draw docs/low_bytes.svg.
+"""Write docs/results/low_bytes_{loss,divergence,peers,packages}.csv from docs/results/low_bytes_cells.csv and quantisers.csv, and
+draw docs/low_bytes.svg.
 
 python docs/low_bytes.py [results ...]
 
-The rows of a preset are those of the first directory that has it. Without directories only the figure is drawn. Budgets are
-shares of 16 bits a number, `half-...` those of a model that is stored in 32 bits. A cell that is more than 1 % above its budget
-is left out.
+The rows of `results/tables/spread.csv` of runs of config/studies/low_bytes.yaml with trained models are first put into
+low_bytes_cells.csv, in the place of rows of the same cell with at most as many seeds: the study takes hours, and can be run in
+parts. Budgets are shares of 16 bits a number, `half-...` those of a model that is stored in 32 bits. A cell that is more than
+1 % above its budget is left out.
 """
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +23,8 @@ import matplotlib.pyplot as plt
 DOCS = Path(__file__).resolve().parent
 QUANTITIES = {"loss": "delta_nll", "divergence": "kl"}
 CELL = ["model", "method", "recovery", "budget"]
+KEPT = [*CELL, "seeds", "keep_bytes", "delta_nll", "delta_nll_se", "kl", "kl_se"]
+CELLS = DOCS / "results" / "low_bytes_cells.csv"
 BUDGETS = [0.6, 0.4, 0.3, 0.25, 0.22, 0.2, 0.16, 0.14, 0.12]
 IN_32_BITS = ["stories260K"]
 TRAINED = "refine_50"
@@ -37,14 +41,21 @@ PACKAGES = {
 
 def shown(value: float, error: float) -> tuple[str, str]:
     """Both with four decimals; small ones with the first digit of the error, or two digits."""
-    if value < 0 or value >= 1e-3:
+    if value <= 0 or value >= 1e-3:
         return f"{value:.4f}", f"{error:.4f}"
     return f"{value:.2g}", f"{error:.1g}"
 
 
-def cells(runs: list[Path]) -> pd.DataFrame:
-    """The rows of all runs: `preset` with its recovery, `share` of 16 bits a number, `bytes` that were asked for, if any."""
-    found = pd.concat([pd.read_csv(run / "tables" / "spread.csv") for run in runs]).drop_duplicates([*CELL, "keep_bytes"])
+def collect(runs: list[Path]) -> None:
+    """Put the rows of runs into CELLS."""
+    found = pd.concat([*(pd.read_csv(run / "tables" / "spread.csv") for run in runs), pd.read_csv(CELLS)])[KEPT]
+    found = found[found["method"] != "dense"].sort_values("seeds", ascending=False, kind="stable").drop_duplicates(CELL)
+    found.sort_values(CELL).to_csv(CELLS, index=False, float_format="%.8g")
+
+
+def cells() -> pd.DataFrame:
+    """The rows of CELLS: `preset` with its recovery, `share` of 16 bits a number, `bytes` that were asked for, if any."""
+    found = pd.read_csv(CELLS)
     found["model"] = pd.Categorical(found["model"], MODELS)
     found["preset"] = found["method"] + found["recovery"].map(lambda name: "" if name == "none" else f", {name}")
     found["share"] = found["keep_bytes"] * found["model"].astype(str).map(lambda model: 2 if model in IN_32_BITS else 1)
@@ -55,10 +66,16 @@ def cells(runs: list[Path]) -> pd.DataFrame:
     return found[found["bytes"].isna() | (found["share"] <= 1.01 * found["bytes"].astype(float))]
 
 
-def tables(runs: list[Path]) -> None:
+def place(order: pd.Series, row: dict[str, object]) -> tuple[int, bool, float, bool]:
+    """By which rows are sorted: model, without a recovery first, divergence at 0.22 (`order`), the recommended preset first."""
+    cell = row["model"], row["preset"]
+    return MODELS.index(str(cell[0])), "," in str(cell[1]), order.get(cell, math.inf), cell[1] != "winnow"
+
+
+def tables() -> None:
     """Write the tables: a row per model, recovery and preset, a column and its error per budget; presets with bytes of their own
     one row each; and the closest package at the same bytes."""
-    found = cells(runs)
+    found = cells()
     budgets = [f"{share:.2f}" for share in BUDGETS]
     for name, quantity in QUANTITIES.items():
         rows = []
@@ -69,7 +86,7 @@ def tables(runs: list[Path]) -> None:
                 row |= {share: values[0], f"{share} error": values[1]}
             rows.append(row)
         order = found[found["bytes"] == "0.22"].set_index(["model", "preset"])["kl"]
-        rows.sort(key=lambda r: (MODELS.index(r["model"]), "," in r["preset"], order.get((r["model"], r["preset"]), math.inf)))
+        rows.sort(key=partial(place, order))
         pd.DataFrame(rows).to_csv(DOCS / "results" / f"low_bytes_{name}.csv", index=False)
     own = found[found["bytes"].isna()].sort_values(["model", "share"], ascending=[True, False])
     peers = own[["model", "preset", "seeds"]].assign(kept=own["share"].map("{:.4f}".format))
@@ -136,5 +153,6 @@ def draw() -> None:
 
 if __name__ == "__main__":
     if runs := [Path(name) for name in sys.argv[1:]]:
-        tables(runs)
+        collect(runs)
+    tables()
     draw()
