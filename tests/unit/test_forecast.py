@@ -178,7 +178,7 @@ def test_few_tokens_take_eigenproblems_to_predict():
 def test_numbers_at_a_time_are_those_of_the_stages():
     from winnow.calibration import gradients_by_block
     from winnow.evaluation import perplexity
-    from winnow.evaluation.kinds.perplexity import LOGITS, STREAMED
+    from winnow.evaluation.kinds.perplexity import STREAMED
     from winnow.models import retrieve
     from winnow.models.shape import PRODUCT
     from winnow.numerics import products
@@ -189,7 +189,6 @@ def test_numbers_at_a_time_are_those_of_the_stages():
     assert collect_gradients.LOGITS == gradients_by_block.LOGITS
     rule = (ROOT / "workflow" / "rules" / "statistics.smk").read_text().partition("rule collect_gradients:")[2]
     assert f"batch_tokens={collect_gradients.TOKENS}," in rule
-    assert perplexity.CHUNK == LOGITS
 
 
 def test_resources_that_a_run_sets_are_forecast():

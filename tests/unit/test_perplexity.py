@@ -9,8 +9,9 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from tests.conftest import VOCABULARY, pico
+from winnow.calibration.gradients import sampled
 from winnow.data.tokens import PAD
-from winnow.evaluation.perplexity import evaluate, summarize_windows
+from winnow.evaluation.perplexity import _score, evaluate, summarize_windows
 from winnow.evaluation.spread import ratio
 
 
@@ -99,3 +100,17 @@ def test_differences_are_paired():
     assert result["nll_se"] > 0.5
     with pytest.raises(ValueError, match="other windows"):
         summarize_windows({"nll": [1.0, 2.0, 3.0], "tokens": [9.0, 9.0, 8.0]}, dense)
+
+
+def test_tokens_are_scored_and_drawn_in_parts_of_any_size(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    own, dense = torch.randn(2, 7, 50, generator=generator)
+    targets, draws = torch.randint(0, 50, (7,), generator=generator), torch.rand(7, 1, generator=generator, dtype=torch.float64)
+    whole, labels = _score(own, targets, dense), sampled(dense, draws)
+    p, q = dense.double().log_softmax(-1), own.double().log_softmax(-1)
+    assert whole["kl"] == pytest.approx(float(nn.functional.kl_div(q, p, reduction="sum", log_target=True)), rel=1e-12)
+    assert whole["nll"] == pytest.approx(float(nn.functional.nll_loss(q, targets, reduction="sum")), rel=1e-12)
+    assert _score(dense, targets, dense)["kl"] == 0
+    monkeypatch.setattr("winnow.numerics.logits.ON_CPU", 120)  # two tokens at once
+    assert _score(own, targets, dense) == pytest.approx(whole, rel=1e-12)
+    assert torch.equal(sampled(dense, draws), labels)

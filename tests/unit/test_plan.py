@@ -281,7 +281,12 @@ EDITS = [
     ("src/winnow/allocation/masks.py", "SURE = 3.0", "SURE = 2.0", {"learn_sizes"}),
     ("src/winnow/recovery/training.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)", {"learn_sizes", "recover"}),
     ("src/winnow/factors/predict.py", "[: len(fit", "[: 1 * len(fit", {"predict_losses", "predict_in_rounds", *REFITTING}),
-    ("src/winnow/evaluation/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23", {"evaluate_perplexity", "predict_in_rounds"}),
+    (
+        "src/winnow/evaluation/perplexity.py",
+        "STREAMED = 1 << 21",
+        "STREAMED = 1 << 20",
+        {"evaluate_perplexity", "predict_in_rounds"},
+    ),
     (
         "src/winnow/evaluation/spread.py",
         "n / (n - 1)",

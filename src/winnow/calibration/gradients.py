@@ -22,12 +22,12 @@ from winnow.io.resume import Resume
 from winnow.models.architectures import Matrix, tokens_of
 from winnow.models.classes import is_causal
 from winnow.numerics.host import on_host
+from winnow.numerics.logits import tokens_at_once
 from winnow.numerics.products import PARTED, add_product, mean_of, one_thread_of_blas
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK = 1 << 24  # logits in float64 at a time
 Turn = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -145,7 +145,7 @@ def draws(seed: int, window: int, count: int) -> Tensor:
 def sampled(logits: Tensor, uniform: Tensor) -> Tensor:
     """One label per position (tokens,), sampled from logits (tokens, vocabulary) by uniform numbers (tokens, 1)."""
     found = []
-    for part, numbers in zip(*(x.split(max(1, CHUNK // logits.shape[-1])) for x in (logits, uniform)), strict=True):
+    for part, numbers in zip(*(x.split(tokens_at_once(logits)) for x in (logits, uniform)), strict=True):
         below = torch.softmax(part.double(), dim=-1).cumsum(-1)
         found.append(torch.searchsorted(below, numbers.to(below.device) * below[:, -1:]).flatten())
     return torch.cat(found).clamp(max=logits.shape[-1] - 1)

@@ -13,6 +13,7 @@ from winnow.data.tokens import PAD
 from winnow.evaluation.spread import paired, ratio
 from winnow.io.progress import every
 from winnow.io.resume import Resume
+from winnow.numerics.logits import tokens_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from winnow.checkpoint.streaming import Streamed
     from winnow.evaluation.results import Losses, PerWindow, Summary
 
-CHUNK = 1 << 24  # logits in float64 at a time
-STREAMED = 1 << 21  # the same for a model that is run block by block, as memory is short
+STREAMED = 1 << 21  # logits at a time of a model that is run block by block, as memory is short
 
 
 @torch.no_grad()
@@ -121,19 +121,30 @@ def _all_finite(x: Tensor) -> bool:
 
 
 def _score(logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, float]:
-    """Sums over the tokens of one window; logits (tokens, vocabulary)."""
+    """Sums over the tokens of one window; logits (tokens, vocabulary). With logits x and y of the dense model, KL(dense || model)
+    is the mean of y - x over the dense model's predictions, minus logsumexp(y), plus logsumexp(x)."""
     sums = {"nll": 0.0, "tokens": float(len(targets))} | ({"kl": 0.0, "agree": 0.0} if reference is not None else {})
-    step = max(1, CHUNK // logits.shape[-1])
+    step = tokens_at_once(logits)
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
         x = logits[part].double()
-        total = x.logsumexp(-1, keepdim=True)  # enough for the loss of the target: half the time of `log_softmax`
+        first, summed, top = _exponentials(x)[1:]
+        total = first + summed.log()
         sums["nll"] += float((total - x.gather(1, targets[part, None])).sum())
         if reference is not None:
-            p = torch.log_softmax(reference[part].double(), dim=-1)
-            sums["kl"] += float((p.exp() * (p - (x - total))).sum())
-            sums["agree"] += float((p.argmax(-1) == x.argmax(-1)).sum())
+            y = reference[part].double()
+            weights, most, weight, predicted = _exponentials(y)
+            mean = torch.linalg.vecdot(weights, y.sub_(x))[:, None] / weight
+            sums["kl"] += float((mean - (most + weight.log()) + total).sum())
+            sums["agree"] += float((predicted == top).sum())
     return sums
+
+
+def _exponentials(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(e^(x - the largest) (tokens, vocabulary), the largest, the sum of the first, the place of the largest (tokens, 1))"""
+    largest, place = x.max(-1, keepdim=True)
+    found = (x - largest).exp_()
+    return found, largest, found.sum(-1, keepdim=True), place
 
 
 def _culprit(model: PreTrainedModel, x: Tensor) -> str:

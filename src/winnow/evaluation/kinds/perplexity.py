@@ -6,9 +6,10 @@ from pydantic import Field, model_validator
 
 from winnow.data.tokens import PROTOCOLS
 from winnow.evaluation.base import Evaluation, EvaluationOptions
+from winnow.numerics.logits import ON_CPU
 from winnow.options import Name
 
-LOGITS = 1 << 24  # numbers that the loss holds in float64 at a time, several copies
+COPIES = 6  # of logits in float64, that the loss holds at a time
 STREAMED = 1 << 21  # numbers of logits at a time, where the model is streamed
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class Perplexity(Evaluation):
         options, shape = self.options, running.shape
         models = 2 if running.recovered and options.compare else 1
         rows = max(options.length, running.batch_tokens) * shape.vocabulary
-        memory = models * (running.loaded + rows * running.unit) + 4 * 8 * min(LOGITS, rows) + running.activations
+        scoring = COPIES * 8 * min(ON_CPU, rows)
+        memory = models * (running.loaded + rows * running.unit) + scoring + running.activations
         count, temporary = options.windows or 100, 0.0
         scored = count * options.length
         if running.streamed:
@@ -65,7 +67,7 @@ class Perplexity(Evaluation):
             per_token = running.activations / running.batch_tokens
             passing = running.unit * (shape.block() + embeddings) + batch * per_token
             logits = min(STREAMED, options.length * shape.vocabulary)
-            memory = max(passing, models * (running.unit * embeddings + 4 * 8 * logits))
+            memory = max(passing, models * (running.unit * embeddings + 2 * running.unit * logits) + scoring)
             temporary = 2.0 * models * scored * shape.width * running.unit
         return memory, temporary, 2.0 * models * scored * shape.numbers
 
