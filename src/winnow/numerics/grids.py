@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARES = [1 - step / 20 for step in range(11)]  # factors tried on the scale that reaches a group's largest number
+ON_CPU, ON_GPU = 1 << 16, 1 << 24  # numbers of a matrix for which scales are searched at a time: passes over more take longer
 FEW_BITS = [1 - step / 20 for step in range(14)]  # the same, for grids of as few as three or four points
 
 
@@ -74,6 +75,16 @@ def scaled(weight: Tensor, form: Form, search: str, columns: Tensor) -> tuple[Te
 
     Raises ValueError for a scale above the largest float16.
     """
+    import torch
+
+    at_once = max(1, (ON_CPU if weight.device.type == "cpu" else ON_GPU) // weight.shape[1])
+    made = [_scaled(rows, form, search, columns) for rows in weight.split(at_once)]
+    scales, zeros = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return scales, zeros
+
+
+def _scaled(weight: Tensor, form: Form, search: str, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for some rows, which are independent."""
     import torch
 
     from winnow.numerics.rounding import grouped, in_float16
