@@ -1,13 +1,14 @@
 """Budgets that are allocated by predicted loss: which jobs they ask for, and that uniform ones do not."""
 
 import json
-import subprocess
+import os
 import sys
 from collections import Counter
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.dry_runs import dry_run
 from tests.unit.test_checkpoint import logits
 from tests.workflow.test_end_to_end import Workspace
 from winnow.checkpoint.loading import load_model
@@ -147,7 +148,7 @@ def test_no_choice_reads_what_is_evaluated(tmp_path, study):
         (tmp_path / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "snakemake", "checkpoints", "-n", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
     command += ["--configfile", f"config/studies/{study}.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = dry_run(command, tmp_path, dict(os.environ))
     assert done.returncode == 0, done.stderr
     inputs = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.strip().startswith("input: ")]
     assert any("calibration" in line for line in inputs)

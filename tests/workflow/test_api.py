@@ -7,6 +7,7 @@ import pytest
 
 import winnow
 from tests.conftest import ROOT
+from tests.dry_runs import dry_run
 from tests.workflow.test_end_to_end import Workspace
 from winnow.checkpoint.loading import load_model
 from winnow.io.artifacts import read_json, read_tensors
@@ -85,6 +86,6 @@ def test_in_another_folder_a_file_of_ones_own_adds_to_the_default(tmp_path):
     """Its relative paths are of the checkout; the demo's cells are planned from there."""
     (tmp_path / "mine.yaml").write_text("experiments: {demo: {methods: [svd, winnow], budgets: [all-0.4]}}\n", encoding="utf-8")
     command = [sys.executable, "-m", "snakemake", "-n", "--snakefile", str(ROOT / "Snakefile"), "--configfile", "mine.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=Workspace.environment())
+    done = dry_run(command, tmp_path, Workspace.environment())
     assert done.returncode == 0, done.stderr
     assert jobs_of(done.stdout + done.stderr)["compress"] == 2

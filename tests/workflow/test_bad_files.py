@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.dry_runs import dry_run
 
 pytestmark = pytest.mark.workflow
 MINE = "budgets: {x: {targets: [ffn], keep_bytes: 0.5}}\n"
@@ -45,7 +45,7 @@ def test_the_line_is_printed_and_names_whose_mistake_it_is(tmp_path, content, ar
     (tmp_path / "mine.yaml").write_text(content)
     command = [sys.executable, "-m", "snakemake", "-n", "--quiet", "all", "--snakefile", str(ROOT / "Snakefile"), "--cores", "1"]
     command += ["--directory", str(tmp_path), "--configfile", "mine.yaml", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = dry_run(command, tmp_path, {**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 1, done.stdout + done.stderr
     (found,) = [row for row in done.stderr.splitlines() if row.startswith("winnow: ")]
     assert found.replace(f"{tmp_path}/", "") == f"winnow: {line}"

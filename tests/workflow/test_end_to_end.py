@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, pico
+from tests.dry_runs import dry_run
 from winnow.checkpoint.measured import METRICS
 from winnow.checkpoint.share import measured_beside, share
 
@@ -69,6 +70,8 @@ class Workspace:
             "--configfile",
             str(self.folder / "config.yaml"),
         ]
+        if "-n" in arguments:
+            return dry_run(command, self.folder, self.environment())
         return subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self.environment(), timeout=500)
 
     @staticmethod

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
+from tests.dry_runs import dry_run
 from tests.workflow.test_end_to_end import Workspace
 
 pytestmark = pytest.mark.workflow
@@ -68,6 +69,9 @@ class Place(Workspace):
         return {"args": command, "cwd": self.folder, "env": environment}
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        if "-n" in arguments:
+            own = self.command(*arguments)
+            return dry_run(own["args"], own["cwd"], own["env"])
         return subprocess.run(**self.command(*arguments), capture_output=True, text=True, timeout=500)
 
     def edit(self, file: str, old: str, new: str) -> None:
@@ -173,7 +177,7 @@ ROWS = [
     ("the allocation", code("allocation/groups.py", "TOLERANCE = 0.005", "TOLERANCE = 0.006"), cells(4)),
     (
         "the perplexity loop",
-        code("evaluation/perplexity.py", "CHUNK = 1 << 24", "CHUNK = 1 << 23"),
+        code("evaluation/perplexity.py", "STREAMED = 1 << 21", "STREAMED = 1 << 20"),
         Counter(evaluate_perplexity=4, evaluate_dense=1) + TAIL,
     ),
     ("the table", code("reporting/tables.py", '"kl": 0.0', '"kl": 0.1'), TAIL - Counter(cards=1)),
