@@ -20,6 +20,7 @@ from winnow.planning import presets
 
 pytestmark = pytest.mark.workflow
 RESOURCES = ROOT / "resources"
+FEW = {"gauge_fixed", "rounded"}  # members of the recommended preset
 
 
 class Checkout:
@@ -56,9 +57,11 @@ class Checkout:
         for section in ("calibrations", "evaluations"):
             for preset in config[section].values():
                 preset |= {"windows": 8, "length": 64}
-        config["methods"] = {"winnow": copy.deepcopy(presets.methods()["winnow"])}
-        for member in config["methods"]["winnow"]["structure"]["members"]:
+        structure = (method := copy.deepcopy(presets.methods()["winnow"]))["structure"]
+        structure["members"] = [member for member in structure["members"] if member["kind"] in FEW]
+        for member in structure["members"]:
             member |= {"bits": [4, 8]} if member["kind"] == "rounded" else {}
+        config["methods"] = {"winnow": method}
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 

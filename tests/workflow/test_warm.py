@@ -27,7 +27,7 @@ def test_forks_make_the_same_bytes(tmp_path):
         here, counted = place(tmp_path / warm), tmp_path / f"starts-{warm}"
         here.experiment(methods=["whitened"])
         counted.touch()
-        command = here.command()
+        command = here.command("perplexity")
         path = os.pathsep.join([str(tmp_path / "site"), command["env"]["PYTHONPATH"]])
         command["env"] |= {"WINNOW_WARM": warm, "WINNOW_STARTS": str(counted), "PYTHONPATH": path}
         done = subprocess.run(**command, capture_output=True, text=True)
