@@ -38,6 +38,8 @@ def dry_run(command: list[str], cwd: Path | str, env: dict[str, str], timeout: f
             status = int(server.recv(64))
         except TimeoutError:
             os.kill(pid, signal.SIGKILL)
+            server.settimeout(None)
+            server.recv(64)  # its status, which would be the next run's
             raise subprocess.TimeoutExpired(command, timeout) from None
         printed = []
         for file in (out, err):
