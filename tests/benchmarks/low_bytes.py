@@ -41,7 +41,7 @@ def configuration(part: str, models: list[str], methods: list[str] | None, seeds
     config["experiments"] = {}
     for place, experiment in experiments.items():
         for model in set(experiment["models"]) & set(models):
-            chosen = [method for method in experiment["methods"] if methods is None or method in methods]
+            chosen = methods or experiment["methods"]
             fewer = model in FEWER and set(chosen) <= ROUNDED
             here = {"models": [model], "methods": chosen, **({"evaluations": ["wt2-64"]} if fewer else {})}
             config["experiments"][f"{place}-{model}"] = {**experiment, **here}
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--part", required=True, help="an experiment of the study: demo (rounded forms), factored, refined, ...")
     parser.add_argument("--models", nargs="+", default=sorted(WT2 | IN_32_BITS | {"demo"}))
-    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--methods", nargs="+", help="others than the experiment's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
