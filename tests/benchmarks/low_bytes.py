@@ -24,7 +24,7 @@ ROUNDED = {"rounded_nearest", "rounded_gram", "rounded_two_sided", "winnow"}
 SECTIONS = ("models", "texts", "calibrations", "evaluations")
 
 
-def configuration(part: str, models: list[str], methods: list[str] | None, seeds: list[int]) -> dict:
+def configuration(part: str, models: list[str], methods: list[str] | None, seeds: list[int], windows: int | None) -> dict:
     """The configuration of one part of the study, of some models."""
     config, own, demo = study("low_bytes", WT2 | IN_32_BITS), default(), "demo"
     experiments = {name: given for name, given in config.pop("experiments").items() if f"-{part}" in name}
@@ -37,6 +37,8 @@ def configuration(part: str, models: list[str], methods: list[str] | None, seeds
         text["files"] = [str(ROOT / file) for file in text["files"]]
     config["calibrations"] = {name: {**preset, "seeds": seeds} for name, preset in config["calibrations"].items()}
     config["calibrations"]["demo-3"] = {**given["calibrations"]["demo-3"], "text": "demo_calibration", "seeds": seeds}
+    for preset in config["evaluations"].values():
+        preset["windows"] = windows or preset["windows"]
     config["evaluations"]["wt2-64"] = {**config["evaluations"]["wt2"], "windows": 64}
     config["experiments"] = {}
     for place, experiment in experiments.items():
@@ -55,10 +57,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=sorted(WT2 | IN_32_BITS | {"demo"}))
     parser.add_argument("--methods", nargs="+", help="others than the experiment's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--windows", type=int, help="of the measurement")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     file = given.folder / f"{given.part}.yaml"
-    file.write_text(yaml.safe_dump(configuration(given.part, given.models, given.methods, given.seeds)))
+    file.write_text(yaml.safe_dump(configuration(given.part, given.models, given.methods, given.seeds, given.windows)))
     command = [sys.executable, "-m", "snakemake", "tables", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
     command += ["--directory", str(given.folder), "--replace-workflow-config", "--configfile", str(file)]
     command += ["--set-threads", "recover=1", "--quiet", "rules", "host", "reason"]  # two cells at a time
