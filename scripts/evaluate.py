@@ -16,6 +16,7 @@ if __name__ == "__main__":
     inputs, output = snakemake.input, snakemake.output[0]
     checkpoint = Bundle(inputs.checkpoint) if inputs.get("checkpoint") else None
     evaluation, files = EVALUATIONS[spec["kind"]], ModelFiles(inputs.model)
-    given = Given(spec, files, checkpoint, inputs, snakemake.resources, job.device, job.provenance, output)
+    states = snakemake.output.get("states")
+    given = Given(spec, files, checkpoint, inputs, snakemake.resources, job.device, job.provenance, output, states)
     write_json(output, measured(evaluation, given), job.provenance)
     evaluation.clear(given)

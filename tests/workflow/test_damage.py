@@ -58,6 +58,7 @@ class Files(list):
     NAMES = [
         (r"/model\.json$", "model"),
         (r"/tokens/", "tokens"),
+        (r"\.states\.safetensors$", "states"),
         (r"/dense/", "dense"),
         (r"/checkpoint/", "checkpoint"),
         (r"/moments/", "moments"),

@@ -16,6 +16,7 @@ for kind, evaluation in EVALUATIONS.items():
             **read_by_evaluation(kind),
         output:
             "results/{model}/dense/{evaluation}.json",
+            **kept_by_evaluation(kind),
         log:
             f"results/logs/{dense}/{{model}}/{{evaluation}}.log",
         benchmark:

@@ -24,7 +24,14 @@ def read_by_evaluation(kind, checkpoint=None):
         }
         if evaluation.paired:
             found |= {"dense": "results/{model}/dense/{evaluation}.json"}
+        found |= kept_by_evaluation(kind)
     return {"model": "results/{model}/model.json", **found}
+
+
+def kept_by_evaluation(kind):
+    """What a job that evaluates the dense model makes beside its result."""
+    states = {"states": "results/{model}/dense/{evaluation}.states.safetensors"}
+    return states if EVALUATIONS[kind].keeps else {}
 
 
 def asked_by_evaluation(kind, name, compressed):

@@ -58,8 +58,11 @@ class Streamed:
         length: int,
         provenance: Provenance | None = None,
         name: str = NAMES[0],
+        frugal: bool = True,
     ):
-        give_back_memory()
+        """`frugal`: at once give back memory that is freed, for jobs that run with little."""
+        if frugal:
+            give_back_memory()
         files = weight_files(directory)
         self.dtype, self.device, self.length = getattr(torch, dtype), device, length
         self.model = empty_model(directory, dtype).eval().requires_grad_(False)
@@ -258,6 +261,15 @@ class Streamed:
         if not set(list(self.blocks)[: self.done]) <= set(safe):
             log.info("starting over: the results of earlier blocks are missing")
             self.stored, self.done = None, 0
+
+    def take(self, states: HiddenStates, others: int | None) -> None:
+        """Take the hidden states of the last block from elsewhere: no block is run. `others`: see `others`."""
+        self.stored, self._others, self.done = states, others, len(self.blocks)
+
+    @property
+    def others(self) -> int | None:
+        """The number of outputs of a block besides hidden states; None if it gives no tuple."""
+        return self._others
 
     @contextmanager
     def passed(self) -> Iterator[None]:

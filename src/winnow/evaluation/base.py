@@ -52,11 +52,12 @@ class Given:
     spec: Any  # `Evaluation.spec`, the preset's `name` and `kind`, the model's `dtype`, the checkpoint's `recovery`
     files: ModelFiles
     checkpoint: Bundle | None
-    inputs: Mapping[str, Any]  # paths of what the evaluation `reads`, and `dense`, the result of the dense model
+    inputs: Mapping[str, Any]  # paths of what it `reads`; of the dense model the result, `dense`, and the hidden `states`
     resources: Mapping[str, int]  # batch sizes (`Evaluation.batch`), and `stream`
     device: str
     provenance: Provenance
     output: str  # the path of the result; unfinished work is saved beside it
+    states: str | None = None  # the path of the states that the dense model's job keeps, see `Evaluation.keeps`
 
     def model(self) -> PreTrainedModel:
         """The model to measure; its files are first checked against their digests."""
@@ -84,6 +85,8 @@ class Evaluation(Plugin):
     # `module:function` of (rows, results) that makes the table of all cells of the kind. Use a separate module: then editing the
     # table does not repeat measurements.
     table: ClassVar[str | None] = None
+    # Whether the job of the dense model keeps its hidden states for those of compressed models, which read them as `states`.
+    keeps: ClassVar[bool] = False
     batch: ClassVar[dict[str, int]] = {}  # size of a forward pass; only changes rounding
     # For a job of the dense model and of a compressed model, if it is not forecast.
     memory_mb: ClassVar[tuple[int, int]] = (16000, 16000)
@@ -98,6 +101,10 @@ class Evaluation(Plugin):
         """(bytes of memory, bytes of files that are removed at the end, floating-point operations) of a job, for forecasts; by
         default those of holding the model and a batch of activations."""
         return running.loaded + running.activations, 0.0, 0.0
+
+    def kept(self, running: Running) -> float:
+        """Bytes of hidden states that a job of the dense model keeps."""
+        return 0.0
 
     @classmethod
     @abstractmethod

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from winnow.checkpoint.streaming import Streamed
+    from winnow.evaluation.hidden import Compared, Keeper
     from winnow.evaluation.results import Losses, PerWindow, Summary
 
 STREAMED = 1 << 21  # logits at a time of a model that is run block by block, as memory is short
@@ -27,14 +28,15 @@ STREAMED = 1 << 21  # logits at a time of a model that is run block by block, as
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
-    dense: PreTrainedModel | None,
+    dense: PreTrainedModel | Compared | None,
     ids: Tensor,
     first: Tensor,
     batch: int,
     resume: Resume | None = None,
+    keeper: Keeper | None = None,
 ) -> PerWindow:
     """Per window: `nll` (sum, nats), `tokens` (scored), and with a dense model `kl` (sum of KL(dense || model)) and `agree`
-    (number of tokens with the same top-1 prediction).
+    (number of tokens with the same top-1 prediction). `keeper`: keeps the hidden states of `model`.
 
     `ids` (windows, length) may end in PAD; `first` is the index of each window's first scored token. Log-softmax is computed in
     float64 from the model's logits. With `resume`, continues after the last window in the saved sums. Raises FloatingPointError,
@@ -43,22 +45,34 @@ def evaluate(
     device = next(model.parameters()).device
     keys = ("nll", "tokens", *(("kl", "agree") if dense is not None else ()))
     sums = {key: torch.zeros(len(ids), dtype=torch.float64) for key in keys}
-    lengths = (ids != PAD).sum(1)
-    done = resume.restore(sums) if resume else 0
-    for chosen in every(_batches(lengths.tolist(), batch, done), "evaluation batches"):
-        x = ids[chosen][:, : int(lengths[chosen[0]])].to(device).long()
+    lengths = (ids != PAD).sum(1).tolist()
+    kept = {} if keeper is None else keeper.state
+    done = resume.restore(sums | kept) if resume else 0
+    if keeper is not None and not keeper.holds(lengths[:done]):
+        done = 0
+    for chosen in every(_batches(lengths, batch, done), "evaluation batches"):
+        x = ids[chosen][:, : lengths[chosen[0]]].to(device).long()
         logits = model(input_ids=x, use_cache=False).logits
         if not _all_finite(logits):
             raise FloatingPointError(f"logits are not finite in windows {chosen[0]} to {chosen[-1]}; {_culprit(model, x)}")
-        reference = None if dense is None else dense(input_ids=x, use_cache=False).logits
+        if keeper is not None:
+            keeper.write(chosen[0])
+        reference = None if dense is None else _logits(dense, chosen, x)
         for row, window in enumerate(chosen):
             begin = int(first[window])
             pair = None if reference is None else reference[row, begin - 1 : -1]
             for key, value in _score(logits[row, begin - 1 : -1], x[row, begin:], pair).items():
                 sums[key][window] = value
         if resume:
-            resume.save(chosen[-1] + 1, sums)
+            resume.save(chosen[-1] + 1, sums | kept)
     return {key: values.tolist() for key, values in sums.items()}  # type: ignore[return-value]
+
+
+def _logits(dense: PreTrainedModel | Compared, windows: list[int], ids: Tensor) -> Tensor:
+    """The dense model's logits (windows, length, vocabulary)."""
+    if isinstance(dense, torch.nn.Module):
+        return dense(input_ids=ids, use_cache=False).logits
+    return dense.logits(windows, ids)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from winnow.errors import InputError
 from winnow.io.symmetric import LOWER, symmetric
-from winnow.io.tensors import TensorFile
+from winnow.io.tensors import Spool, TensorFile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -247,6 +247,13 @@ def write_tensors(
             raise
         if sealed:
             _seal(partial)
+
+
+def write_spooled(path: Path | str, spool: Spool, metadata: Mapping[str, Any]) -> None:
+    """Like `write_tensors`, sealed, of tensors that are in a spool; it is cleared."""
+    with atomic(path) as partial:
+        spool.finish(partial, {"winnow": json.dumps({**metadata, "seal": BLANK.decode()})})
+        _seal(partial)
 
 
 def read_tensors(

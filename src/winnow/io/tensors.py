@@ -7,6 +7,7 @@ operating system limits mapped memory.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,12 +85,17 @@ class TensorFile:
         with open(path, "rb") as stream:
             self.start = 8 + int.from_bytes(stream.read(8), "little")
 
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of a tensor as stored."""
+        import torch
+
+        return getattr(torch, NAMES[self.header[key]["dtype"]])
+
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor as stored, or converted to `dtype` without a second copy. Raises InputError if the file ends within it."""
         import torch
 
-        record = self.header[key]
-        stored = getattr(torch, NAMES[record["dtype"]])
+        record, stored = self.header[key], self.dtype(key)
         tensor = torch.empty(record["shape"], dtype=dtype or stored)
         begin, end = record["data_offsets"]
         if end - begin != tensor.numel() * stored.itemsize:
@@ -124,15 +130,22 @@ class Spool:
         self.records: dict[str, Spooled] = {}
         self.bytes = 0
 
+    @classmethod
+    def of(cls, path: Path, name: str, dtype: torch.dtype, shape: list[int]) -> Spool:
+        """A spool of one tensor, whose bytes are those of a file."""
+        spool = cls(path)
+        spool.bytes = math.prod(shape) * dtype.itemsize
+        spool.records[name] = Spooled(_short(dtype), shape, 0, spool.bytes)
+        return spool
+
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append a tensor to the temporary file; nothing is kept in memory."""
         tensor = tensor.detach().cpu().contiguous()
-        dtype = next(short for short, long in NAMES.items() if f"torch.{long}" == str(tensor.dtype))
         with open(self.path, "ab", buffering=0) as stream:
             rest = bytes_of(tensor)
             while len(rest):
                 rest = rest[stream.write(rest) :]
-        self.records[name] = Spooled(dtype, list(tensor.shape), self.bytes, tensor.nbytes)
+        self.records[name] = Spooled(_short(tensor.dtype), list(tensor.shape), self.bytes, tensor.nbytes)
         self.bytes += tensor.nbytes
 
     def finish(self, path: Path, metadata: dict[str, str]) -> None:
@@ -156,6 +169,11 @@ class Spool:
                     target.write(source.read(part))
         self.path.unlink()
         self.records, self.bytes = {}, 0
+
+
+def _short(dtype: torch.dtype) -> str:
+    """The name of a dtype in safetensors files."""
+    return next(short for short, long in NAMES.items() if f"torch.{long}" == str(dtype))
 
 
 def _parts(total: int) -> Iterable[int]:

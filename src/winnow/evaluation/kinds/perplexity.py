@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -25,8 +26,9 @@ class Perplexity(Evaluation):
 
     reads = ("tokens",)
     streams = True
+    keeps = True
     batch = {"batch_tokens": 4096}
-    memory_mb = (16000, 24000)  # the second with a checkpoint: two models
+    memory_mb = (16000, 24000)  # the second with a checkpoint, and the dense model's head
 
     class Options(EvaluationOptions):
         kind: Literal["perplexity"] = Field("perplexity", description="may be omitted: the default kind")
@@ -37,7 +39,7 @@ class Perplexity(Evaluation):
         length: int = Field(2048, ge=2, description="tokens per window")
         stride: int | None = Field(None, ge=1, description="p2 only: new tokens per window")
         windows: int | None = Field(None, ge=2, description="number of windows to use, from the first; all when absent")
-        compare: bool = Field(True, description="also run the dense model: KL divergence and top-1 agreement")
+        compare: bool = Field(True, description="also with the dense model's predictions: KL divergence and top-1 agreement")
 
         @model_validator(mode="after")
         def _stride_for_p2(self) -> Perplexity.Options:
@@ -53,51 +55,69 @@ class Perplexity(Evaluation):
         return {**spec, "protocol_version": rule.version, "rule": rule.rule}
 
     def work(self, running: Running) -> tuple[float, float, float]:
-        """`compare` runs two models; streamed, the weights of one block at a time, and what the blocks give is on disk."""
+        """With `compare` a compressed model, and the head of the dense one; streamed, the weights of one block at a time, and
+        what the blocks give is on disk. What the dense model keeps is there twice at the end."""
         options, shape = self.options, running.shape
         models = 2 if running.recovered and options.compare else 1
         rows = max(options.length, running.batch_tokens) * shape.vocabulary
+        head = (models - 1) * shape.vocabulary * shape.width
         scoring = COPIES * 8 * min(ON_CPU, rows)
-        memory = models * (running.loaded + rows * running.unit) + scoring + running.activations
-        count, temporary = options.windows or 100, 0.0
-        scored = count * options.length
+        memory = running.loaded + running.unit * (head + models * rows) + scoring + running.activations
+        scored = self.scored
+        temporary = self.kept(running)
         if running.streamed:
-            batch = min(count, max(1, running.batch_tokens // options.length)) * options.length
+            batch = min(self.options.windows or 100, max(1, running.batch_tokens // options.length)) * options.length
             embeddings = shape.vocabulary * shape.width
             per_token = running.activations / running.batch_tokens
             passing = running.unit * (shape.block() + embeddings) + batch * per_token
             logits = min(STREAMED, options.length * shape.vocabulary)
             memory = max(passing, models * (running.unit * embeddings + 2 * running.unit * logits) + scoring)
-            temporary = 2.0 * models * scored * shape.width * running.unit
-        return memory, temporary, 2.0 * models * scored * shape.numbers
+            temporary = 2.0 * scored * shape.width * running.unit
+        return memory, temporary, 2.0 * scored * (shape.numbers + head)
+
+    @property
+    def scored(self) -> int:
+        """Tokens of all windows."""
+        return (self.options.windows or 100) * self.options.length
+
+    def kept(self, running: Running) -> float:
+        of_dense = self.options.compare and not running.recovered
+        return float(self.scored * running.shape.width * running.unit) if of_dense else 0.0
 
     @classmethod
     def measure(cls, given: Given) -> Losses:
         """Loss per window, sums and means, compared with the dense model's."""
-        from winnow.checkpoint.loading import load_model
-        from winnow.checkpoint.streaming import NAMES, Streamed
+        from winnow.checkpoint.streaming import Streamed
+        from winnow.evaluation.hidden import OTHERS, Compared, Keeper
         from winnow.evaluation.perplexity import evaluate, evaluate_by_block, summarize_windows
         from winnow.io.artifacts import read_tensors
+        from winnow.io.hidden_states import write_hidden
         from winnow.io.resume import Resume
 
         spec: specs.Perplexity = given.spec
-        where = (spec["dtype"], given.device)
-        directories = [(given.checkpoint or given.files).verify()]
-        if given.checkpoint and spec["compare"]:
-            directories.append(given.files.verify())
+        where, by_block = (spec["dtype"], given.device), bool(given.resources["stream"])
         tokens, facts = read_tensors(given.inputs["tokens"], sealed=True)
         windows = (tokens["ids"], tokens["first"], max(1, given.resources["batch_tokens"] // spec["length"]))
+        count, length = tokens["ids"].shape
         resume = Resume(given.output, given.provenance)
-        if given.resources["stream"]:
-            length = tokens["ids"].shape[1]
-            streamed = [
-                Streamed(path, *where, given.output, length, given.provenance, name)
-                for path, name in zip(directories, NAMES, strict=False)
-            ]
-            rows = evaluate_by_block(streamed[0], streamed[1] if streamed[1:] else None, *windows, resume)
+        dense: Any = None
+        if given.checkpoint and spec["compare"]:
+            dense = Compared(given.files, given.inputs["states"], *where, given.output, frugal=by_block)
+        keeper: Any = None  # of the hidden states of the dense model
+        if by_block:
+            directory = (given.checkpoint or given.files).verify()
+            keeper = Streamed(directory, *where, given.output, length, given.provenance)
+            rows = evaluate_by_block(keeper, dense and dense.streamed, *windows, resume)
         else:
-            models = [load_model(path, *where) for path in directories]
-            rows = evaluate(models[0], models[1] if models[1:] else None, *windows, resume)
+            model = given.model()
+            if given.states and spec["compare"]:
+                keeper = Keeper(model, given.output, count, length)
+            rows = evaluate(model, dense, *windows, resume, keeper)
+        if given.states:
+            keeps = spec["compare"]
+            metadata = {"provenance": {**given.provenance, "file": Path(given.states).name}}
+            metadata |= {OTHERS: keeper.others} if keeps else {}
+            write_hidden(given.states, keeper.stored if keeps else None, count, metadata)
         return {
             "protocol": {
                 "protocol": spec["protocol"],

@@ -59,5 +59,5 @@ class Evaluate(Stage):
             passing = (temporary, temporary * load.shape.layers / 2)  # a block reads one half and writes the other
             rule = self.name if cell.method else f"{self.name}_healed" if cell.recovery else self.rules[1]
             base, amounts = EVALUATING if streams else BASE, load.passes(operations)
-            found += self.needed(load, 1, memory, RESULT, amounts, base, rule, passing)
+            found += self.needed(load, 1, memory, RESULT + evaluation.kept(running), amounts, base, rule, passing)
         return found
