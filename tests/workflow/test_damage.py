@@ -157,6 +157,9 @@ class Outputs(list):
         super().__init__([str(folder / "result" / name)])
         self.folder = folder
 
+    def get(self, name: str, default=None):
+        return default
+
     def __getattr__(self, name: str):
         if name in ("frontier", "ranking", "spectra"):
             return [str(self.folder / f"{name}.svg")]
@@ -189,6 +192,7 @@ CASES = [
     (f"{C}/whitened-*/some-*/checkpoint/model.safetensors", f"{C}/whitened-*/some-*/none-*/short-*.json"),
     (f"{C}/whitened-*/some-*/checkpoint/config.json", f"{C}/whitened-*/some-*/none-*/short-*.json"),
     ("results/pico-*/dense/short-*.json", f"{C}/whitened-*/some-*/none-*/short-*.json"),
+    ("results/pico-*/dense/short-*.states.safetensors", f"{C}/whitened-*/some-*/none-*/short-*.json"),
     (f"{C}/whitened-*/some-*/none-*/short-*.json", "results/tables/summary.parquet"),
     ("results/tables/summary.parquet", "results/figures/frontier.svg"),
     ("results/figures/ranking.svg", "results/report.html"),
