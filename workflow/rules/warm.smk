@@ -16,6 +16,8 @@ from snakemake.shell import shell
 
 from winnow.jobs.fork import GPUS, PRELOADED, THREADS, run_script
 
+# Of Snakemake, what a script needs to read what it was given.
+UNPICKLED = ("snakemake.script", "snakemake.shell", "snakemake.utils")
 # Multiprocessing sees to all its processes in each thread, and an exit code can be read once.
 FORKS = Lock()
 
@@ -31,7 +33,7 @@ def server():
     if few or gpu or off or sys.platform != "linux":
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload([*UNPICKLED, *PRELOADED])
     outside = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     multiprocessing.forkserver.ensure_running()

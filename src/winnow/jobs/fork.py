@@ -27,7 +27,7 @@ PRELOADED = (
     "winnow.recovery.base",
     "winnow.jobs.start",
     "winnow.calibration.statistics",
-    "winnow.jobs.imported",  # last: it notes what was imported before it
+    "winnow.jobs.imported",  # last: it imports all kinds, and notes what was imported
 )
 GPUS = ("/dev/nvidiactl", "/dev/kfd")  # files of their drivers
 # Variables that say how many threads a library makes when it is loaded. No thread of theirs may stand when a process is forked.
