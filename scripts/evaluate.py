@@ -16,7 +16,7 @@ if __name__ == "__main__":
     inputs, output = snakemake.input, snakemake.output[0]
     checkpoint = Bundle(inputs.checkpoint) if inputs.get("checkpoint") else None
     evaluation, files = EVALUATIONS[spec["kind"]], ModelFiles(inputs.model)
-    states = snakemake.output.get("states")
-    given = Given(spec, files, checkpoint, inputs, snakemake.resources, job.device, job.provenance, output, states)
+    keep_at = snakemake.output.get("states")
+    given = Given(spec, files, checkpoint, inputs, snakemake.resources, job.device, job.provenance, output, keep_at)
     write_json(output, measured(evaluation, given), job.provenance)
     evaluation.clear(given)

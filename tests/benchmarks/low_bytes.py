@@ -2,6 +2,7 @@
 study takes many hours.
 
     python -m tests.benchmarks.low_bytes FOLDER --part refined [--models wt2-llama demo] [--methods winnow] [--seeds 0 1 2]
+        [--windows 64]
 
 Jobs of earlier parts in the same folder are not run again. Then `python docs/low_bytes.py FOLDER/results` adds the rows.
 """
@@ -39,7 +40,7 @@ def configuration(part: str, models: list[str], methods: list[str] | None, seeds
     config["calibrations"]["demo-3"] = {**given["calibrations"]["demo-3"], "text": "demo_calibration", "seeds": seeds}
     for preset in config["evaluations"].values():
         preset["windows"] = windows or preset["windows"]
-    config["evaluations"]["wt2-64"] = {**config["evaluations"]["wt2"], "windows": 64}
+    config["evaluations"]["wt2-64"] = {**config["evaluations"]["wt2"], "windows": min(64, windows or 64)}
     config["experiments"] = {}
     for place, experiment in experiments.items():
         for model in set(experiment["models"]) & set(models):
@@ -55,9 +56,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--part", required=True, help="an experiment of the study: demo (rounded forms), factored, refined, ...")
     parser.add_argument("--models", nargs="+", default=sorted(WT2 | IN_32_BITS | {"demo"}))
-    parser.add_argument("--methods", nargs="+", help="others than the experiment's")
+    parser.add_argument("--methods", nargs="+", help="instead of the experiment's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--windows", type=int, help="of the measurement")
+    parser.add_argument("--windows", type=int, help="of the measurement, instead of 128 or 64")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     file = given.folder / f"{given.part}.yaml"

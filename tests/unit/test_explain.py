@@ -86,6 +86,7 @@ def test_what_no_preset_reaches_is_found_with_its_bytes_and_nothing_else(tmp_pat
         f"{model}/model.json",
         f"{model}/{calibration}/old-abcdef/x/allocation.json",
         f"{model}/tokens/gone-123456.safetensors",
+        f"{model}/dense/gone-123456.states.safetensors",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("12345")
@@ -100,6 +101,7 @@ def test_what_no_preset_reaches_is_found_with_its_bytes_and_nothing_else(tmp_pat
     assert found == {
         tmp_path / model / calibration / "old-abcdef": 5,
         tmp_path / model / "tokens" / "gone-123456.safetensors": 5,
+        tmp_path / model / "dense" / "gone-123456.states.safetensors": 5,
         tmp_path / "logs" / "compress" / "old-abcdef": 0,
     }
     for path in found:

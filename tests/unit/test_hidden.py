@@ -8,7 +8,7 @@ import torch
 from tests.conftest import pico
 from tests.unit.test_streaming import BATCH, CAUSAL, FIRST, LENGTH, PADDED, PROVENANCE, Killed
 from winnow.checkpoint.loading import load_model
-from winnow.checkpoint.streaming import Streamed
+from winnow.checkpoint.streaming import Streamed, clear_left
 from winnow.errors import InputError
 from winnow.evaluation.hidden import OTHERS, Compared, Keeper
 from winnow.evaluation.perplexity import evaluate, evaluate_by_block
@@ -32,7 +32,8 @@ def keep(folder, tmp_path, by_block: bool, dtype="float32"):
         keeper = Keeper(model, place[0], len(PADDED), LENGTH)
         rows = evaluate(model, None, PADDED, FIRST, BATCH, None, keeper)
     write_hidden(path, keeper.stored, len(PADDED), {OTHERS: keeper.others})
-    assert not list(tmp_path.glob(".dense*")), "the file beside the artefact became the artefact's"
+    clear_left(place[0])
+    assert not list(tmp_path.glob(".dense*"))
     return path, rows
 
 
@@ -99,6 +100,27 @@ def test_a_killed_job_goes_on_with_the_states_that_it_has(damage, tmp_path, monk
     assert len(passed) >= whole if damage else len(passed) < whole
     write_hidden(tmp_path / "again.safetensors", keeper.stored, len(PADDED), {OTHERS: keeper.others})
     assert (tmp_path / "again.safetensors").read_bytes() == expected.read_bytes()
+
+
+def test_a_job_that_streamed_is_done_again_whole(tmp_path, monkeypatch):
+    """What a streamed job has reached is of no use where the states are those of a model in memory."""
+    monkeypatch.setenv(SECONDS, "0")
+    pico("llama").save_pretrained(tmp_path / "model")
+    model, resume = load_model(tmp_path / "model", "float32", "cpu"), Resume(tmp_path / "dense", PROVENANCE)
+    expected = evaluate(model, None, PADDED, FIRST, BATCH, resume)
+    keeper = Keeper(model, tmp_path / "dense", len(PADDED), LENGTH)
+    assert evaluate(model, None, PADDED, FIRST, BATCH, resume, keeper) == expected
+    assert keeper.stored is not None
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_losses_of_routers_are_left_out(name, tmp_path):
+    dense, other = pico(name), pico(name, seed=1)
+    dense.config.output_router_logits = True
+    dense.save_pretrained(tmp_path / "model")
+    expected = evaluate(other, load_model(tmp_path / "model", "float32", "cpu"), PADDED, FIRST, BATCH)
+    path, _ = keep(tmp_path / "model", tmp_path, False)
+    assert evaluate(other, compared(tmp_path / "model", path, tmp_path), PADDED, FIRST, BATCH) == expected
 
 
 def test_damaged_states_are_refused(tmp_path):

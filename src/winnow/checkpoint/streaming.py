@@ -13,7 +13,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from winnow.models.classes import empty_model
 from winnow.models.files import weight_files
 from winnow.models.naming import stored_tensors
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger(__name__)
 M_MMAP_THRESHOLD = -3  # of malloc.h
 NAMES = ("hidden", "compared")  # file names for the models of one artefact
@@ -40,6 +43,23 @@ def give_back_memory() -> None:
     raises the peak. Other C libraries are left unchanged."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, 1 << 17)
+
+
+def no_router_losses(model: PreTrainedModel) -> None:
+    """Have a mixture of experts give no loss of its routers, which needs what all blocks output."""
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
+
+
+def hidden_of(block: nn.Module, output: Any) -> tuple[Tensor, int | None]:
+    """(the hidden states that a block outputs; the number of its other outputs, None if it gives no tuple). Raises InputError if
+    it also outputs other tensors."""
+    if isinstance(output, Tensor):
+        return output, None
+    if any(value is not None for value in output[1:]):
+        raise InputError(f"{type(block).__name__} outputs more than hidden states; it cannot be streamed or compared")
+    return output[0], len(output) - 1
 
 
 class Streamed:
@@ -66,6 +86,7 @@ class Streamed:
         files = weight_files(directory)
         self.dtype, self.device, self.length = getattr(torch, dtype), device, length
         self.model = empty_model(directory, dtype).eval().requires_grad_(False)
+        no_router_losses(self.model)
         if config := getattr(self.model.config, "quantization_config", None):  # of winnow: others are refused
             install(self.model, WinnowConfig(**config).layers)
         self.places = stored_tensors(self.model, files)
@@ -138,13 +159,7 @@ class Streamed:
         return self._given if self._others is None else (self._given, *[None] * self._others)
 
     def _take(self, module: nn.Module, _args: Any, output: Any) -> None:
-        """Keep the hidden states that a block outputs. Raises InputError if it also outputs other tensors."""
-        if isinstance(output, Tensor):
-            self._given, self._others = output, None
-            return
-        if any(value is not None for value in output[1:]):
-            raise InputError(f"{type(module).__name__} outputs more than hidden states; such models cannot be streamed")
-        self._given, self._others = output[0], len(output) - 1
+        self._given, self._others = hidden_of(module, output)
 
     def _no_embedding(self, ids: Tensor) -> Tensor:
         """Replaces embeddings that are no longer needed: the first block ignores its input."""
@@ -263,12 +278,12 @@ class Streamed:
             self.stored, self.done = None, 0
 
     def take(self, states: HiddenStates, others: int | None) -> None:
-        """Take the hidden states of the last block from elsewhere: no block is run. `others`: see `others`."""
+        """Take the hidden states of the last block from elsewhere: no block is run. `others`: as `hidden_of` gives it."""
         self.stored, self._others, self.done = states, others, len(self.blocks)
 
     @property
     def others(self) -> int | None:
-        """The number of outputs of a block besides hidden states; None if it gives no tuple."""
+        """As `hidden_of` gives it for the blocks."""
         return self._others
 
     @contextmanager

@@ -57,7 +57,7 @@ class Given:
     device: str
     provenance: Provenance
     output: str  # the path of the result; unfinished work is saved beside it
-    states: str | None = None  # the path of the states that the dense model's job keeps, see `Evaluation.keeps`
+    keep_at: str | None = None  # where the dense model's job must write its hidden states, see `Evaluation.keeps`
 
     def model(self) -> PreTrainedModel:
         """The model to measure; its files are first checked against their digests."""
@@ -85,7 +85,9 @@ class Evaluation(Plugin):
     # `module:function` of (rows, results) that makes the table of all cells of the kind. Use a separate module: then editing the
     # table does not repeat measurements.
     table: ClassVar[str | None] = None
-    # Whether the job of the dense model keeps its hidden states for those of compressed models, which read them as `states`.
+    # Whether the job of the dense model also writes its hidden states, which jobs of compressed models read as the input
+    # `states`. `measure` must then write the file `Given.keep_at` if there is one, even if there is nothing to keep
+    # (`winnow.io.hidden_states.write_hidden`).
     keeps: ClassVar[bool] = False
     batch: ClassVar[dict[str, int]] = {}  # size of a forward pass; only changes rounding
     # For a job of the dense model and of a compressed model, if it is not forecast.

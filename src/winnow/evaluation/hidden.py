@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from winnow.checkpoint.streaming import NAMES, Streamed
+from winnow.checkpoint.streaming import NAMES, Streamed, hidden_of
 from winnow.errors import InputError
 from winnow.io.hidden_states import HiddenStates, read_hidden
 from winnow.io.tensors import bytes_of
@@ -23,33 +23,35 @@ if TYPE_CHECKING:
     from winnow.models.files import ModelFiles
 
 log = logging.getLogger(__name__)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHERS = "others"  # in the metadata of an artefact: see `Streamed.others`
 
 
 class Keeper:
     """Keeps what the last block of a model in memory outputs, in a hidden file beside the artefact.
 
-    `state`: what a job that goes on must know of the file: SHA-256 of every window, the width, and `others`, -1 for None.
+    `state`: what a job that goes on must know of the file: SHA-256 of every window; width, dtype by its place in `DTYPES`, and
+    `others`, -1 for None.
     """
 
     def __init__(self, model: PreTrainedModel, artefact: Path | str, windows: int, length: int):
         self.path = Path(artefact).with_name(f".{Path(artefact).name}.{NAMES[0]}-0")
-        self.length, self.dtype = length, model.dtype
+        self.length = length
         self.stored: HiddenStates | None = None
-        self.state = {"digests": torch.zeros(windows, 32, dtype=torch.uint8), "facts": torch.zeros(2, dtype=torch.int64)}
+        self.state = {"digests": torch.zeros(windows, 32, dtype=torch.uint8), "facts": torch.zeros(3, dtype=torch.int64)}
         self._given = torch.empty(0)
         last = list(blocks_of(model.config.model_type, model.state_dict()).values())[-1]
         model.get_submodule(last).register_forward_hook(self._take)
 
-    def _take(self, _block: nn.Module, _args: Any, output: Any) -> None:
-        pair = isinstance(output, tuple)
-        self._given = output[0] if pair else output
-        self.state["facts"][:] = torch.tensor([self._given.shape[2], len(output) - 1 if pair else -1])
+    def _take(self, block: nn.Module, _args: Any, output: Any) -> None:
+        self._given, others = hidden_of(block, output)
+        facts = [self._given.shape[2], DTYPES.index(self._given.dtype), -1 if others is None else others]
+        self.state["facts"][:] = torch.tensor(facts)
 
     @property
     def others(self) -> int | None:
         """See `Streamed.others`."""
-        found = int(self.state["facts"][1])
+        found = int(self.state["facts"][2])
         return None if found < 0 else found
 
     def holds(self, lengths: list[int]) -> bool:
@@ -68,7 +70,8 @@ class Keeper:
         return not lengths
 
     def _file(self) -> HiddenStates:
-        return HiddenStates(self.path, self.length, int(self.state["facts"][0]), self.dtype)
+        width, dtype, _ = self.state["facts"].tolist()
+        return HiddenStates(self.path, self.length, width, DTYPES[dtype])
 
     def write(self, first: int) -> None:
         """Keep the states of the windows from `first` on, which the model has just passed."""
@@ -87,7 +90,7 @@ def _digest(states: Tensor) -> Tensor:
 
 
 class Compared:
-    """The dense model from its last block on."""
+    """What follows the dense model's last block, its final norm and head, on hidden states that were kept."""
 
     def __init__(self, files: ModelFiles, states: Path | str, dtype: str, device: str, artefact: Path | str, frugal: bool):
         """`states`: the artefact with the hidden states. Raises InputError if these are damaged."""

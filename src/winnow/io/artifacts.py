@@ -250,9 +250,9 @@ def write_tensors(
 
 
 def write_spooled(path: Path | str, spool: Spool, metadata: Mapping[str, Any]) -> None:
-    """Like `write_tensors`, sealed, of tensors that are in a spool; it is cleared."""
+    """Like `write_tensors`, sealed, of tensors that are in a spool, which is left as it is."""
     with atomic(path) as partial:
-        spool.finish(partial, {"winnow": json.dumps({**metadata, "seal": BLANK.decode()})})
+        spool.write(partial, {"winnow": json.dumps({**metadata, "seal": BLANK.decode()})})
         _seal(partial)
 
 

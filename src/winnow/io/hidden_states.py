@@ -48,8 +48,8 @@ class HiddenStates:
 
 
 def write_hidden(path: Path | str, states: HiddenStates | None, windows: int, metadata: Mapping[str, Any]) -> None:
-    """Make an artefact, a sealed safetensors file, of hidden states of so many windows, whose own file is then removed; of None
-    one without tensors. Tokens that were not written are zeros."""
+    """Make an artefact, a sealed safetensors file, of hidden states of so many windows, whose own file stays; of None one without
+    tensors. Tokens that were not written are zeros."""
     if states is None:
         write_tensors(path, {}, metadata, sealed=True)
         return

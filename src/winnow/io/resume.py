@@ -46,6 +46,9 @@ class Resume:
         state = self.load()
         if not state:
             return 0
+        if any(name not in state or state[name].shape != tensor.shape for name, tensor in sums.items()):
+            log.info("starting over: %s is of a job that ran the model in another way", self.path)
+            return 0
         for name, tensor in sums.items():
             tensor.copy_(state[name])
         log.info("resuming after window %d of %s", int(state["done"]), self.path)

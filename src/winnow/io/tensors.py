@@ -132,7 +132,7 @@ class Spool:
 
     @classmethod
     def of(cls, path: Path, name: str, dtype: torch.dtype, shape: list[int]) -> Spool:
-        """A spool of one tensor, whose bytes are those of a file."""
+        """A spool of one tensor, whose bytes are those of a file; `finish` removes it."""
         spool = cls(path)
         spool.bytes = math.prod(shape) * dtype.itemsize
         spool.records[name] = Spooled(_short(dtype), shape, 0, spool.bytes)
@@ -149,7 +149,13 @@ class Spool:
         self.bytes += tensor.nbytes
 
     def finish(self, path: Path, metadata: dict[str, str]) -> None:
-        """Write the safetensors file, byte for byte as `safetensors.torch.save_file` would, and clear the spool."""
+        """Write the safetensors file, and clear the spool."""
+        self.write(path, metadata)
+        self.path.unlink()
+        self.records, self.bytes = {}, 0
+
+    def write(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write the safetensors file, byte for byte as `safetensors.torch.save_file` would."""
         names = sorted(self.records, key=lambda name: (ORDER.index(self.records[name].dtype), name))
         header: dict[str, Any] = {"__metadata__": metadata}
         place = 0
@@ -167,8 +173,6 @@ class Spool:
                 source.seek(self.records[name].start)
                 for part in _parts(self.records[name].bytes):
                     target.write(source.read(part))
-        self.path.unlink()
-        self.records, self.bytes = {}, 0
 
 
 def _short(dtype: torch.dtype) -> str:

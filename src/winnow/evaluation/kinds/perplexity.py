@@ -39,7 +39,7 @@ class Perplexity(Evaluation):
         length: int = Field(2048, ge=2, description="tokens per window")
         stride: int | None = Field(None, ge=1, description="p2 only: new tokens per window")
         windows: int | None = Field(None, ge=2, description="number of windows to use, from the first; all when absent")
-        compare: bool = Field(True, description="also with the dense model's predictions: KL divergence and top-1 agreement")
+        compare: bool = Field(True, description="compare predictions with the dense model's, too: KL divergence, top-1 agreement")
 
         @model_validator(mode="after")
         def _stride_for_p2(self) -> Perplexity.Options:
@@ -56,7 +56,7 @@ class Perplexity(Evaluation):
 
     def work(self, running: Running) -> tuple[float, float, float]:
         """With `compare` a compressed model, and the head of the dense one; streamed, the weights of one block at a time, and
-        what the blocks give is on disk. What the dense model keeps is there twice at the end."""
+        what the blocks give is on disk, twice at a time. The dense model's job keeps it; the file it comes from is temporary."""
         options, shape = self.options, running.shape
         models = 2 if running.recovered and options.compare else 1
         rows = max(options.length, running.batch_tokens) * shape.vocabulary
@@ -72,7 +72,7 @@ class Perplexity(Evaluation):
             passing = running.unit * (shape.block() + embeddings) + batch * per_token
             logits = min(STREAMED, options.length * shape.vocabulary)
             memory = max(passing, models * (running.unit * embeddings + 2 * running.unit * logits) + scoring)
-            temporary = 2.0 * scored * shape.width * running.unit
+            temporary = 2.0 * scored * shape.width * running.unit - temporary
         return memory, temporary, 2.0 * scored * (shape.numbers + head)
 
     @property
@@ -103,21 +103,21 @@ class Perplexity(Evaluation):
         dense: Any = None
         if given.checkpoint and spec["compare"]:
             dense = Compared(given.files, given.inputs["states"], *where, given.output, frugal=by_block)
-        keeper: Any = None  # of the hidden states of the dense model
+        states: Any = None  # after the last block, if they are to be kept
         if by_block:
             directory = (given.checkpoint or given.files).verify()
-            keeper = Streamed(directory, *where, given.output, length, given.provenance)
-            rows = evaluate_by_block(keeper, dense and dense.streamed, *windows, resume)
+            states = Streamed(directory, *where, given.output, length, given.provenance)
+            rows = evaluate_by_block(states, dense and dense.streamed, *windows, resume)
         else:
             model = given.model()
-            if given.states and spec["compare"]:
-                keeper = Keeper(model, given.output, count, length)
-            rows = evaluate(model, dense, *windows, resume, keeper)
-        if given.states:
-            keeps = spec["compare"]
-            metadata = {"provenance": {**given.provenance, "file": Path(given.states).name}}
-            metadata |= {OTHERS: keeper.others} if keeps else {}
-            write_hidden(given.states, keeper.stored if keeps else None, count, metadata)
+            if given.keep_at and spec["compare"]:
+                states = Keeper(model, given.output, count, length)
+            rows = evaluate(model, dense, *windows, resume, states)
+        if given.keep_at:
+            kept = states if spec["compare"] else None
+            metadata = {"provenance": {**given.provenance, "file": Path(given.keep_at).name}}
+            metadata |= {OTHERS: kept.others} if kept else {}
+            write_hidden(given.keep_at, kept and kept.stored, count, metadata)
         return {
             "protocol": {
                 "protocol": spec["protocol"],

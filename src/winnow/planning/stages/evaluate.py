@@ -56,8 +56,10 @@ class Evaluate(Stage):
             running = Running(load.shape, load.unit, load.batch_tokens, load.activations, load.streamed, bool(cell.recovery))
             memory, temporary, operations = evaluation.work(running)
             streams = load.streamed and evaluation.streams
-            passing = (temporary, temporary * load.shape.layers / 2)  # a block reads one half and writes the other
+            kept = evaluation.kept(running)
+            # streamed, a block reads one half of the files and writes the other
+            passing = (temporary, (temporary + kept) * load.shape.layers / 2 if load.streamed else temporary)
             rule = self.name if cell.method else f"{self.name}_healed" if cell.recovery else self.rules[1]
             base, amounts = EVALUATING if streams else BASE, load.passes(operations)
-            found += self.needed(load, 1, memory, RESULT + evaluation.kept(running), amounts, base, rule, passing)
+            found += self.needed(load, 1, memory, RESULT + kept, amounts, base, rule, passing)
         return found
