@@ -8,7 +8,6 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's library
 os.environ["WINNOW_SAVE_SECONDS"] = "0"  # every job saves what it has reached, which otherwise only long ones do
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it every process that a test starts compiles all modules
 
 import pytest
 import torch
